@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a clone, Python 3.11 or later and make suffice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup demo test lint format docs bench clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/installed  ## create .venv and install everything into it
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	sys.exit(None if v >= (3, 11) else "otmdr_jax needs Python 3.11 or later, but " \
+	+ sys.executable + " is " + sys.version.split()[0] + ". Run: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-report/
+	$(BIN)/otmdr demo --output demo-report
+
+test: setup  ## run the tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup  ## build the site into site/
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+bench: setup  ## time a step of each method (about 10 minutes)
+	$(BIN)/python benchmarks/step_time.py
+
+clean:  ## remove the environment, caches and the demo's report
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report
