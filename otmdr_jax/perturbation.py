@@ -1,0 +1,139 @@
+r"""One ascent step in weight space: the inner line of Eq. 9.
+
+    w' = w + rho * T^2 d / ||T g||_2 + e,        e ~ N(0, noise_std^2 I)
+
+with g the gradient at w, d the direction (g itself, or the released code's merged
+one), and T = 1, or T = |w| for ASAM. No gradient flows through the result: the
+callers differentiate at `w'`, never through it (identity Hessian, as in SAM).
+
+Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import tree
+
+PyTree = Any
+
+
+def ascend(
+    params: PyTree,
+    grads: PyTree,
+    rho: jax.typing.ArrayLike,
+    *,
+    direction: PyTree | None = None,
+    norm: str = "global",
+    adaptive: bool = False,
+    mask: PyTree | None = None,
+    noise_std: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
+) -> tuple[PyTree, jax.Array]:
+    """Moves `params` uphill by `rho`, then adds noise.
+
+    Args:
+      params: The weights w, a pytree of inexact arrays.
+      grads: The gradient g at w, of the same structure; its norm sets the length.
+      rho: The radius, a scalar in the units of the weights.
+      direction: The direction d; None for g itself.
+      norm: "global", one norm over all perturbed leaves, or "per_leaf".
+      adaptive: Scale by |w|, element by element (ASAM).
+      mask: A pytree of bools, True where a leaf is perturbed; None for everywhere.
+        Other leaves stay as they are and do not count in the norm.
+      noise_std: Standard deviation of the noise per coordinate; None for none.
+      key: A PRNG key, needed with `noise_std`.
+
+    Returns:
+      The new weights, of the dtypes of `params`, and the norm ||T g||_2 over the
+      perturbed leaves. A zero gradient moves nothing; a non-finite one makes the
+      result NaN, so that a guard further on can see it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.perturbation import ascend
+      >>> w, g = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([3.0, 4.0])}
+      >>> moved, length = ascend(w, g, rho=0.5)
+      >>> moved["w"].tolist(), float(length)
+      ([1.29..., 1.39...], 5.0)
+    """
+    w, treedef = jax.tree.flatten(params)
+    g = jax.tree.leaves(grads)
+    d = g if direction is None else jax.tree.leaves(direction)
+    moving = [True] * len(w) if mask is None else jax.tree.leaves(mask)
+
+    # Steps are computed in float32 or wider; only the new weights are rounded.
+    t = [_element_scale(x, adaptive) for x in w]
+    tg = [ti * gi.astype(ti.dtype) for ti, gi in zip(t, g, strict=True)]
+    lengths = _lengths([x for x, m in zip(tg, moving, strict=True) if m], norm)
+    new, scales = list(w), iter(lengths)
+    for i, m in enumerate(moving):
+        if not m:
+            continue
+        scale, rest = next(scales)
+        # T^2 d / ||T g|| with ||T g|| = scale * rest. The steepest ascent of a real
+        # function is the conjugate of JAX's gradient for complex weights.
+        still = scale == 0
+        uphill = t[i] * (t[i] * jnp.conj(d[i]).astype(t[i].dtype))
+        step = uphill / jnp.where(still, jnp.ones_like(scale), scale)
+        step = step * jnp.where(still, jnp.zeros_like(rest), rho / rest)
+        if noise_std is not None:
+            step = step + noise_std * _noise(key, i, step)
+        new[i] = (w[i] + step).astype(w[i].dtype)
+    total = tree.norm([x for x, m in zip(tg, moving, strict=True) if m])
+    return jax.tree.unflatten(treedef, new), total
+
+
+def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
+    """Evaluates and checks a mask against the parameters.
+
+    Args:
+      mask: None, a pytree of bools, or a function of the parameters to one.
+      params: The parameters.
+
+    Returns:
+      None or a pytree of Python bools of the structure of `params`.
+
+    Raises:
+      ValueError: The mask has another structure than `params`.
+      TypeError: A leaf of the mask is no bool.
+    """
+    if mask is None:
+        return None
+    mask = mask(params) if callable(mask) else mask
+    expected: Any = jax.tree.structure(params)
+    got: Any = jax.tree.structure(mask)
+    if expected != got:
+        raise ValueError(
+            "mask must have the structure of the parameters, one bool for each leaf.\n"
+            f"  parameters: {expected}\n  mask:       {got}\n"
+            "Build it with jax.tree.map(lambda leaf: ..., params)."
+        )
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool) and jnp.result_type(leaf) != jnp.bool_:
+            raise TypeError(
+                f"mask must hold bools, got {leaf!r}: use True where a leaf may be "
+                "perturbed and False where it stays."
+            )
+    return jax.tree.map(bool, mask)
+
+
+def _element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
+    """ASAM's T: |w| (without the authors' constant 0.01), or one."""
+    dtype = tree.accumulation_dtype(w)
+    return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
+
+
+def _lengths(leaves: list[jax.Array], norm: str) -> list[tuple[jax.Array, jax.Array]]:
+    """The norm for each leaf, as (scale, rest): the same for all if it is global."""
+    if norm == "per_leaf":
+        return [tree.scaled_norm([leaf]) for leaf in leaves]
+    return [tree.scaled_norm(leaves)] * len(leaves)
+
+
+def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
+    # fold_in by leaf index: leaf i gets the same noise whatever the mask.
+    if key is None:
+        raise ValueError("noise_std needs a PRNG key: pass key=jax.random.key(...).")
+    return jax.random.normal(jax.random.fold_in(key, index), like.shape, like.dtype)
