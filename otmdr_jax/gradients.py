@@ -242,13 +242,8 @@ def robust_gradient(
             )
             # Never differentiated through: gradient() starts afresh at the particle.
             (value, _), grads = gradient(path.particle, batch)
-            away = jax.tree.map(
-                lambda a, b: a.astype(tree.accumulation_dtype(a)) - b,
-                path.particle,
-                center,
-            )
             means = (value, path.aux, grads, path.center_loss, path.norms)
-            return means, tree.norm(away)
+            return means, _distance(path.particle, center)
 
         # Without randomness all particles are the same one.
         copies = 1 if opts.random else opts.num_particles
@@ -302,6 +297,13 @@ def _particle_keys(key, opts):
         jax.random.split(split_key, opts.num_particles),
         jax.random.split(noise_key, opts.num_particles),
     )
+
+
+def _distance(particle, center):
+    away = jax.tree.map(
+        lambda a, b: a.astype(tree.accumulation_dtype(a)) - b, particle, center
+    )
+    return tree.norm(away)
 
 
 def _checked(loss_fn, has_aux):

@@ -52,7 +52,7 @@ class Options:
     @property
     def noisy(self) -> bool:
         """Whether ascent steps add noise (a traced noise_std counts as noise)."""
-        return isinstance(self.noise_std, jax.core.Tracer) or float(self.noise_std) != 0
+        return isinstance(self.noise_std, jax.core.Tracer) or bool(self.noise_std != 0)
 
     @property
     def random(self) -> bool:

@@ -218,9 +218,7 @@ def _unroll(particle, keys, num_particles):
     floats, others = particle(_take(keys, 0))
     total, stacks = _widen(floats), [others]
     for k in range(1, num_particles):
-        # The barrier makes a particle wait for the one before it: without it the
-        # compiler may keep the activations of all K alive at once.
-        key, total = jax.lax.optimization_barrier((_take(keys, k), total))
+        key = _after(total, _take(keys, k))
         more, others = particle(key)
         total = jax.tree.map(jnp.add, total, more)
         stacks.append(others)
@@ -237,6 +235,26 @@ def _scan(particle, keys, num_particles, varying):
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, others = jax.lax.scan(body, varying(_widen(zeros)), keys)
     return _divide(total, shapes, num_particles), others
+
+
+def _after(floats, keys):
+    """`keys`, but available only once `floats` is.
+
+    Makes a particle wait for the one before it, so that only one holds activations at
+    a time. An optimization barrier does not: XLA removes it before it schedules, and
+    on CPUs it schedules for concurrency. x * 0 may be NaN, so that no compiler drops
+    it; as an integer it is 0 either way.
+    """
+    seen = sum(jnp.real(jnp.ravel(x)[0]) for x in jax.tree.leaves(floats) if x.size)
+    zero = jnp.nan_to_num(seen * 0).astype(jnp.uint32)
+
+    def wait(key):
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key + zero
+        data = jax.random.key_data(key) + zero
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+    return jax.tree.map(wait, keys)
 
 
 def _take(keys, index):

@@ -66,22 +66,19 @@ def ascend(
     # Steps are computed in float32 or wider; only the new weights are rounded.
     t = [_element_scale(x, adaptive) for x in w]
     tg = [ti * gi.astype(ti.dtype) for ti, gi in zip(t, g, strict=True)]
-    lengths = _lengths([x for x, m in zip(tg, moving, strict=True) if m], norm)
-    new, scales = list(w), iter(lengths)
+    total = tree.norm([x for x, m in zip(tg, moving, strict=True) if m])
+    new = list(w)
     for i, m in enumerate(moving):
         if not m:
             continue
-        scale, rest = next(scales)
-        # T^2 d / ||T g|| with ||T g|| = scale * rest. The steepest ascent of a real
-        # function is the conjugate of JAX's gradient for complex weights.
-        still = scale == 0
+        length = total if norm == "global" else tree.norm(tg[i])
+        # The steepest ascent of a real function is the conjugate of JAX's gradient
+        # for complex weights. Dividing first keeps 1 / length from overflowing.
         uphill = t[i] * (t[i] * jnp.conj(d[i]).astype(t[i].dtype))
-        step = uphill / jnp.where(still, jnp.ones_like(scale), scale)
-        step = step * jnp.where(still, jnp.zeros_like(rest), rho / rest)
+        step = uphill / jnp.where(length == 0, 1.0, length) * _radius(rho, length)
         if noise_std is not None:
             step = step + noise_std * _noise(key, i, step)
         new[i] = (w[i] + step).astype(w[i].dtype)
-    total = tree.norm([x for x, m in zip(tg, moving, strict=True) if m])
     return jax.tree.unflatten(treedef, new), total
 
 
@@ -125,11 +122,10 @@ def _element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
     return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
 
 
-def _lengths(leaves: list[jax.Array], norm: str) -> list[tuple[jax.Array, jax.Array]]:
-    """The norm for each leaf, as (scale, rest): the same for all if it is global."""
-    if norm == "per_leaf":
-        return [tree.scaled_norm([leaf]) for leaf in leaves]
-    return [tree.scaled_norm(leaves)] * len(leaves)
+def _radius(rho: jax.typing.ArrayLike, length: jax.Array) -> jax.Array:
+    """rho, but 0 for a zero gradient and NaN for one that is not finite."""
+    radius = jnp.where(length == 0, 0.0, rho)
+    return jnp.where(jnp.isfinite(length), radius, jnp.nan)
 
 
 def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:

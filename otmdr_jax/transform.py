@@ -133,9 +133,9 @@ def otmdr(
 
     def init_fn(params):
         del params
-        nan = jnp.full((), jnp.nan)
+        nan = jnp.full((), jnp.nan, jnp.float32)
         diagnostics = Diagnostics(
-            nan, nan, nan, nan * jnp.ones(num_radii), nan, nan * jnp.ones(num_particles)
+            nan, nan, nan, jnp.full(num_radii, nan), nan, jnp.full(num_particles, nan)
         )
         aux = jax.tree.map(jnp.asarray, aux_init) if has_aux else None
         return OtmdrState(jnp.zeros((), jnp.int32), key, aux, diagnostics)

@@ -1,0 +1,149 @@
+"""Bad input: an error before any work, that says what must hold and what came."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import otmdr_jax
+from tests import toy
+
+PARAMS, DATA = toy.regression_problem()
+
+
+def call(batch=DATA, loss=toy.regression, params=PARAMS, rho=None, key=None, **options):
+    return otmdr_jax.value_and_grad(loss, **options)(params, batch, key=key, rho=rho)
+
+
+CONSTRUCTION = [
+    (dict(rho=()), ValueError, "one radius for each ascent step"),
+    (dict(rho=-0.1), ValueError, "rho must be finite and not negative, got -0.1"),
+    (dict(rho=(0.1, float("nan"))), ValueError, "rho must be finite"),
+    (dict(rho="big"), TypeError, "rho must be a number"),
+    (dict(rho=None), TypeError, "rho must be a number"),
+    (dict(num_particles=0), ValueError, "num_particles must be at least 1, got 0"),
+    (dict(num_particles=1.5), TypeError, "num_particles must be an integer"),
+    (dict(noise_std=-1.0), ValueError, "noise_std must be finite and not negative"),
+    (dict(split="half"), ValueError, "'random', 'ordered', 'shared'; got 'half'"),
+    (dict(norm="l1"), ValueError, "'global', 'per_leaf'; got 'l1'"),
+    (dict(merge="max"), ValueError, "None, 'sum', 'mean'; got 'max'"),
+    (dict(particle_map="map"), ValueError, "'auto', 'vmap', 'unroll', 'scan'"),
+    (dict(adaptive=0.01), TypeError, "adaptive must be True or False"),
+    (dict(has_aux=1), TypeError, "has_aux must be True or False"),
+    (dict(sync_perturbation="yes"), TypeError, "sync_perturbation must be True"),
+    (dict(particle=3), TypeError, "particle"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), CONSTRUCTION)
+def test_refused_when_built(options, error, message):
+    with pytest.raises(error, match=message):
+        otmdr_jax.value_and_grad(toy.regression, **options)
+    with pytest.raises(error, match=message):
+        otmdr_jax.otmdr(toy.regression, jax.random.key(0), **options)
+
+
+def test_refuses_a_loss_that_is_no_function():
+    with pytest.raises(TypeError, match="loss_fn must be a function"):
+        otmdr_jax.value_and_grad(3.0)
+
+
+CALLS = [
+    (dict(), ValueError, r"pass key=jax.random.key\(...\)"),
+    (dict(split="ordered", noise_std=0.1), ValueError, "need randomness"),
+    (dict(rho=-1.0, split="ordered"), ValueError, "rho must be finite"),
+    (dict(batch={}, split="ordered"), ValueError, "leading example axis"),
+    (dict(batch=jnp.zeros(()), split="ordered"), ValueError, "leading example axis"),
+    (dict(batch=jnp.zeros((0, 3)), split="ordered"), ValueError, "batch is empty"),
+    (dict(batch=jnp.zeros((0, 3)), split="shared"), ValueError, "batch is empty"),
+    (
+        dict(batch={"x": np.zeros((4, 4)), "y": np.zeros(3)}, split="shared"),
+        ValueError,
+        "must share their leading axis",
+    ),
+    (
+        dict(batch=jax.tree.map(lambda x: x[:1], DATA), split="ordered"),
+        ValueError,
+        "a batch of 1 cannot be cut into 2 parts",
+    ),
+    (
+        dict(mask={"w": True}, split="ordered"),
+        ValueError,
+        "mask must have the structure of the parameters",
+    ),
+    (dict(mask={"w": 1.0, "b": True}, split="ordered"), TypeError, "must hold bools"),
+    (
+        dict(loss=lambda p, b: (b["x"] @ p["w"]) ** 2, split="ordered"),
+        TypeError,
+        r"real floating scalar, got shape \(6,\)",
+    ),
+    (
+        dict(loss=lambda p, b: (jnp.sum(p["w"]), 1), split="ordered"),
+        TypeError,
+        "pass has_aux=True",
+    ),
+    (
+        dict(loss=lambda p, b: jnp.sum(p["w"]), has_aux=True, split="ordered"),
+        TypeError,
+        r"must return \(loss, aux\)",
+    ),
+    (
+        dict(loss=lambda p, b: jnp.argmax(p["w"]), split="ordered"),
+        TypeError,
+        "real floating scalar",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), CALLS)
+def test_refused_when_called(options, error, message):
+    with pytest.raises(error, match=message):
+        call(**options)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_refuses_a_batch_smaller_than_the_number_of_random_parts(size):
+    batch = jax.tree.map(lambda x: x[:size], DATA)
+    with pytest.raises(ValueError, match=f"batch of {size} cannot be cut into 3"):
+        call(batch=batch, rho=(0.1, 0.1, 0.1), key=jax.random.key(0))
+
+
+class TestTransformation:
+    def test_needs_a_batch(self):
+        tx = otmdr_jax.sam(toy.regression)
+        with pytest.raises(TypeError, match=r"batch=batch"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+    def test_needs_params(self):
+        tx = otmdr_jax.sam(toy.regression)
+        with pytest.raises(ValueError, match="taken at the parameters"):
+            tx.update(PARAMS, tx.init(PARAMS), batch=DATA)
+
+    def test_needs_aux_init(self):
+        with pytest.raises(ValueError, match="needs aux_init"):
+            otmdr_jax.sam(toy.regression, has_aux=True)
+
+    def test_aux_keeps_its_structure(self):
+        def loss(p, batch):
+            return toy.regression(p, batch), {"a": jnp.zeros(2)}
+
+        for aux_init, message in [
+            ({"b": jnp.zeros(2)}, "structure of aux_init"),
+            ({"a": jnp.zeros(3)}, "shapes of aux_init"),
+        ]:
+            tx = otmdr_jax.sam(loss, has_aux=True, aux_init=aux_init)
+            with pytest.raises(ValueError, match=message):
+                tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=DATA)
+
+    def test_missing_key(self):
+        tx = otmdr_jax.otmdr(toy.regression)
+        with pytest.raises(ValueError, match="need randomness"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=DATA)
+
+    def test_unknown_preset_lists_the_known_ones(self):
+        with pytest.raises(ValueError, match="'paper-cifar10'.*got 'paper'"):
+            otmdr_jax.preset("paper")
+
+    def test_asam_is_adaptive_already(self):
+        with pytest.raises(TypeError, match="adaptive already"):
+            otmdr_jax.asam(toy.regression, adaptive=False)
