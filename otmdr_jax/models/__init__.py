@@ -1,0 +1,168 @@
+"""The model zoo: the paper's networks in Flax NNX behind a functional face.
+
+`create` turns a name into a `Model`, whose `init` and `apply` are pure functions of
+nested dicts of arrays: what every transformation of this package and of JAX expects.
+
+    model = models.create("wide_resnet_28_10", num_classes=10, dtype=jnp.bfloat16)
+    params, state = model.init(key, example_images)
+    logits, state = model.apply(params, state, images, train=True)
+
+`params` are trained; `state` holds BatchNorm's running statistics.
+"""
+
+import difflib
+import inspect
+import re
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+try:
+    import flax  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "otmdr_jax.models builds its networks with Flax, which is not installed. "
+        "Run: pip install otmdr-jax[models]"
+    ) from error
+
+from otmdr_jax.models.base import Model, parameter_count
+from otmdr_jax.models.cnn import SmallCNN
+from otmdr_jax.models.resnet import ResNet
+from otmdr_jax.models.wide_resnet import WideResNet
+
+__all__ = ["Model", "create", "names", "parameter_count"]
+
+# A name -> its family, and the options that the name fixes.
+_REGISTRY: dict[str, tuple[Any, dict[str, Any]]] = {
+    "cnn_small": (SmallCNN, {}),
+    "resnet_10": (ResNet, {"stage_sizes": (1, 1, 1, 1)}),
+    "resnet_18": (ResNet, {"stage_sizes": (2, 2, 2, 2)}),
+    "wide_resnet_28_10": (WideResNet, {"depth": 28, "width": 10}),
+    "wide_resnet_34_10": (WideResNet, {"depth": 34, "width": 10}),
+}
+_WIDE_RESNET = re.compile(r"wide_resnet_(\d+)_(\d+)")
+
+
+def names() -> tuple[str, ...]:
+    """Lists the registered models.
+
+    Any other `wide_resnet_<depth>_<width>` with depth = 6n + 4 can be created too.
+
+    Returns:
+      The names, sorted; `create` takes each of them.
+
+    Example:
+      >>> from otmdr_jax import models
+      >>> "resnet_18" in models.names()
+      True
+    """
+    return tuple(sorted(_REGISTRY))
+
+
+def create(
+    name: str,
+    num_classes: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    batchnorm_axis_name: str | None = None,
+    **options: Any,
+) -> Model:
+    """Creates a model by name; allocates nothing until `Model.init`.
+
+    Args:
+      name: one of `names()`, or `wide_resnet_<depth>_<width>` with depth = 6n + 4.
+      num_classes: the number of logits, at least 2.
+      dtype: of convolutions and activations. `jnp.bfloat16` halves their memory and
+        uses the matrix units of GPUs and TPUs; BatchNorm, the pooled features and the
+        logits stay in float32, where rounding would cost accuracy and calibration.
+      param_dtype: of the parameters. Keep float32 for training: an update of a
+        thousandth of a weight is lost in bfloat16.
+      batchnorm_axis_name: a mapped axis (of `pmap`, `shard_map` or `vmap`) to share
+        BatchNorm's batch statistics over; None keeps them per device.
+      **options: of the family: `stem="cifar"` (3x3, stride 1; the default) or
+        `"imagenet"` (7x7, stride 2, max-pool) for `resnet_10` and `resnet_18`.
+
+    Returns:
+      A frozen, hashable `Model`.
+
+    Raises:
+      ValueError: the name, `num_classes` or an option's value is not legal.
+      TypeError: the family has no such option, or a dtype is not floating.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import models
+      >>> model = models.create("cnn_small", num_classes=10)
+      >>> params, state = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> images = jnp.zeros((2, 8, 8, 1))
+      >>> logits, state = model.apply(params, state, images, train=True)
+      >>> logits.shape
+      (2, 10)
+
+    Reference:
+      Each family's module cites its architecture's source.
+    """
+    family, fixed = _lookup(name)
+    _check_known(name, family, fixed, options)
+    family.check(**fixed, **options)
+    return Model(
+        name=name,
+        num_classes=_check_num_classes(num_classes),
+        family=family,
+        options=tuple(sorted({**fixed, **options}.items())),
+        dtype=_check_floating("dtype", dtype),
+        param_dtype=_check_floating("param_dtype", param_dtype),
+        batchnorm_axis_name=batchnorm_axis_name,
+    )
+
+
+def _lookup(name: str) -> tuple[Any, dict[str, Any]]:
+    """Returns the family and the options that a name stands for."""
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    if match := _WIDE_RESNET.fullmatch(name):
+        depth, width = map(int, match.groups())
+        return WideResNet, {"depth": depth, "width": width}
+    close = difflib.get_close_matches(name, names(), n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(
+        f"Unknown model {name!r}.{hint} Known models: {', '.join(names())}, and any "
+        "wide_resnet_<depth>_<width> with depth = 6n + 4."
+    )
+
+
+def _check_known(
+    name: str, family: Any, fixed: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Raises TypeError for an option that the family does not take."""
+    parameters = inspect.signature(family.check).parameters
+    known = [option for option in parameters if option not in fixed]
+    for option in options:
+        if option not in known:
+            takes = f"the options: {', '.join(known)}" if known else "no options"
+            raise TypeError(
+                f"Model {name!r} has no option {option!r}. Beside dtype, param_dtype "
+                f"and batchnorm_axis_name it takes {takes}."
+            )
+
+
+def _check_num_classes(num_classes: int) -> int:
+    if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__"):
+        raise TypeError(f"num_classes must be an integer, got {num_classes!r}.")
+    if num_classes < 2:
+        raise ValueError(
+            f"num_classes must be at least 2, got {num_classes}. A binary classifier "
+            "has two logits here."
+        )
+    return int(num_classes)
+
+
+def _check_floating(argument: str, dtype: DTypeLike) -> jnp.dtype:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{argument} must be a floating dtype such as jnp.float32 or "
+            f"jnp.bfloat16, got {dtype!r}."
+        )
+    return jnp.dtype(dtype)

@@ -1,0 +1,320 @@
+"""What all families share: the functional face and the layers.
+
+A family is an NNX module `family(layers, in_channels, num_classes, **options)` called
+as `module(images, train=...)`. `Model` hides how NNX splits such a module into a static
+graph and two trees of arrays: it builds the graph abstractly (no array is allocated),
+and merges it with the arrays inside `apply`. Nothing is held between calls, so `init`
+and `apply` may be transformed by `jit`, `grad`, `vmap`, `scan` and `shard_map` alike.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+Params = dict[str, Any]
+State = dict[str, Any]
+
+# He et al. 2015, "Delving deep into rectifiers", eq. 14: std = sqrt(2 / fan_out), not
+# truncated, as Zagoruyko's `MSRinit` and torchvision's `kaiming_normal_(fan_out)`.
+_conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Torch's default for a linear layer: uniform within +-1/sqrt(fan_in), since
+# variance_scaling draws within +-sqrt(3 * scale / fan_in). The bias is 0, as in
+# Zagoruyko's `FCinit`.
+_dense_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class BatchNorm(nnx.BatchNorm):
+    """BatchNorm that takes `train` per call and returns the dtype that it was given.
+
+    Statistics and normalisation are in (at least) float32; only the result is rounded
+    to the compute dtype, so that bfloat16 activations take half the memory. The
+    running variance averages the biased batch variance; PyTorch's averages the
+    unbiased one, larger by 1 / (B H W - 1).
+    """
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # type: ignore[override]
+        """Normalises x: (..., channels)."""
+        return super().__call__(x, use_running_average=not train).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Makes the layers of one network, all with its dtypes and random stream.
+
+    Attributes:
+      rngs: where the initial weights come from.
+      dtype: of convolutions and activations.
+      param_dtype: of the parameters.
+      batchnorm_axis_name: the axis to share batch statistics over, or None.
+    """
+
+    rngs: nnx.Rngs
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    batchnorm_axis_name: str | None
+
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+    ) -> nnx.Conv:
+        """A square convolution without bias: BatchNorm's bias follows it."""
+        # Symmetric as in PyTorch. "SAME" would pad a stride of 2 on one side only,
+        # which shifts the features by a pixel against the reference.
+        pad = (kernel_size - 1) // 2
+        return nnx.Conv(
+            in_channels,
+            out_channels,
+            kernel_size=(kernel_size, kernel_size),
+            strides=(stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=_conv_init,
+            rngs=self.rngs,
+        )
+
+    def batch_norm(self, channels: int) -> BatchNorm:
+        """BatchNorm with scale 1 and bias 0."""
+        return BatchNorm(
+            channels,
+            # PyTorch's default, whose momentum 0.1 weighs the new batch; also Torch7's.
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=_at_least_float32(self.dtype),
+            param_dtype=self.param_dtype,
+            axis_name=self.batchnorm_axis_name,
+            rngs=self.rngs,
+        )
+
+    def dense(self, in_features: int, num_classes: int) -> nnx.Linear:
+        """The classifier, in float32: it costs nothing beside the convolutions."""
+        return nnx.Linear(
+            in_features,
+            num_classes,
+            dtype=_at_least_float32(self.dtype),
+            param_dtype=self.param_dtype,
+            kernel_init=_dense_init,
+            bias_init=nnx.initializers.zeros_init(),
+            rngs=self.rngs,
+        )
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """Averages x: (B, H, W, C) over its pixels in float32: (B, C)."""
+    return jnp.mean(x, axis=(1, 2), dtype=_at_least_float32(x.dtype))
+
+
+def _at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    # float64 stays, for gradient checks by finite differences.
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as two pure functions, `init` and `apply`; made by `models.create`.
+
+    Two models created alike are equal and hash alike, so a model may be a static
+    argument of `jax.jit`.
+
+    Attributes:
+      name: what it was created by.
+      num_classes: the number of logits.
+      family: the NNX module's class.
+      options: the family's options, as sorted pairs.
+      dtype: of convolutions and activations.
+      param_dtype: of the parameters.
+      batchnorm_axis_name: the axis to share batch statistics over, or None.
+    """
+
+    name: str
+    num_classes: int
+    family: type[nnx.Module]
+    options: tuple[tuple[str, Hashable], ...] = ()
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    param_dtype: jnp.dtype = jnp.dtype(jnp.float32)
+    batchnorm_axis_name: str | None = None
+
+    def module_fn(self, in_channels: int, rngs: nnx.Rngs) -> nnx.Module:
+        """Builds the NNX module itself, for users of Flax.
+
+        Args:
+          in_channels: the channels of the images, 1 for grey and 3 for colour.
+          rngs: with the stream `params`.
+
+        Returns:
+          The module; call it as `module(images, train=...)`.
+
+        Example:
+          >>> from flax import nnx
+          >>> from otmdr_jax import models
+          >>> model = models.create("cnn_small", num_classes=10)
+          >>> module = nnx.eval_shape(lambda: model.module_fn(1, nnx.Rngs(0)))
+          >>> module.head.kernel.shape
+          (32, 10)
+        """
+        layers = Layers(rngs, self.dtype, self.param_dtype, self.batchnorm_axis_name)
+        family: Any = self.family
+        return family(layers, in_channels, self.num_classes, **dict(self.options))
+
+    def init(
+        self, key: jax.Array, example_images: ArrayLike | jax.ShapeDtypeStruct
+    ) -> tuple[Params, State]:
+        """Draws initial parameters and fresh BatchNorm statistics.
+
+        Args:
+          key: a PRNG key; the same key gives the same parameters.
+          example_images: (B, H, W, C); only the shape is read, so a
+            `jax.ShapeDtypeStruct` will do. C fixes the network's input channels.
+
+        Returns:
+          `(params, state)`: nested dicts of arrays; `state` is float32 even where
+            `dtype` or `param_dtype` is narrower.
+
+        Raises:
+          ValueError: the images are not of rank 4.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from otmdr_jax import models
+          >>> model = models.create("cnn_small", num_classes=10)
+          >>> params, state = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+          >>> params["conv1"]["kernel"].shape, state["norm1"]["mean"].shape
+          ((3, 3, 1, 16), (16,))
+        """
+        return _init(self, _channels(example_images), key)
+
+    def apply(
+        self, params: Params, state: State, images: ArrayLike, *, train: bool
+    ) -> tuple[jax.Array, State]:
+        """Computes logits, and the BatchNorm statistics after this batch.
+
+        Args:
+          params: as `init` returns them.
+          state: as `init` or the previous call returned it.
+          images: (B, H, W, C), normalised; cast to the model's `dtype`.
+          train: True normalises by the batch and moves the running statistics to
+            0.9 * old + 0.1 * batch; False normalises by the running statistics.
+
+        Returns:
+          `(logits, state)`: logits (B, num_classes) in float32. No gradient flows
+          through the new state; with `train=False` it is the one that came in.
+
+        Raises:
+          ValueError: the images are not of rank 4, or `params` or `state` are not of
+            this network.
+          TypeError: `train` is traced.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> from otmdr_jax import models
+          >>> model = models.create("cnn_small", num_classes=10)
+          >>> images = jnp.ones((2, 8, 8, 1))
+          >>> params, state = model.init(jax.random.key(0), images)
+          >>> logits, _ = model.apply(params, state, images, train=False)
+          >>> logits.shape, str(logits.dtype)
+          ((2, 10), 'float32')
+        """
+        if not isinstance(train, bool | np.bool_):
+            raise TypeError(
+                "train must be True or False when traced, since it chooses the code; "
+                f"got {train!r}. Under jax.jit, name it in static_argnames."
+            )
+        graph, param_shapes, state_shapes = _skeleton(self, _channels(images))
+        _check_fits("params", params, param_shapes, self)
+        _check_fits("state", state, state_shapes, self)
+        module = nnx.merge(graph, params, state, copy=True)
+        logits = module(jnp.asarray(images, self.dtype), train=bool(train))
+        if not train:
+            return logits, state
+        return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+
+def parameter_count(model: Model, image_shape: tuple[int, ...]) -> int:
+    """Counts the trainable parameters without allocating any.
+
+    Args:
+      model: from `models.create`.
+      image_shape: (H, W, C), or (B, H, W, C).
+
+    Returns:
+      The number of entries of all leaves of `params`; BatchNorm's running statistics
+      are not among them.
+
+    Raises:
+      ValueError: the shape is of another rank.
+
+    Example:
+      >>> from otmdr_jax import models
+      >>> model = models.create("wide_resnet_28_10", num_classes=10)
+      >>> models.parameter_count(model, (32, 32, 3))
+      36479194
+    """
+    if len(image_shape) not in (3, 4):
+        raise ValueError(
+            "image_shape must be (height, width, channels), with or without a leading "
+            f"batch axis, got {image_shape}."
+        )
+    _, params, _ = _skeleton(model, image_shape[-1])
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(model: Model, channels: int, key: jax.Array) -> tuple[Params, State]:
+    # One compiled function: layer by layer, NNX would dispatch thousands of kernels.
+    module = model.module_fn(channels, nnx.Rngs(params=key))
+    _, *trees = nnx.split(module, nnx.Param, nnx.BatchStat)
+    params, state = map(nnx.to_pure_dict, trees)
+    # As wide as BatchNorm computes: an update keeps the dtype, as a scan's carry must.
+    return params, optax.tree.cast(state, _at_least_float32(model.dtype))
+
+
+# A cache of a pure function of static values: building a deep network's graph takes
+# as long as tracing it.
+@functools.lru_cache(maxsize=128)
+def _skeleton(model: Model, channels: int) -> tuple[nnx.GraphDef, Params, State]:
+    """Returns the network's static graph and the shapes of its params and state."""
+    module = nnx.eval_shape(lambda: model.module_fn(channels, nnx.Rngs(params=0)))
+    graph, *trees = nnx.split(module, nnx.Param, nnx.BatchStat)
+    params, state = map(nnx.to_pure_dict, trees)
+    return graph, params, state
+
+
+def _channels(images: Any) -> int:
+    shape = np.shape(images)
+    if len(shape) != 4:
+        raise ValueError(
+            f"images must be of shape (batch, height, width, channels), got {shape}. "
+            "Add the missing axis, for example images[..., None] for grey images."
+        )
+    return shape[-1]
+
+
+def _check_fits(what: str, tree: Any, expected: Any, model: Model) -> None:
+    """Raises unless a tree has the leaves, with the shapes, that the model expects."""
+    leaves = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
+    if structure != jax.tree.structure(expected):
+        raise ValueError(
+            f"{what} must be the nested dict that init of this model ({model.name!r}) "
+            f"returns, got {structure}. Check that they come from a model of the same "
+            "name and options, and that params and state are passed in this order."
+        )
+    for (path, leaf), got in zip(
+        jax.tree.leaves_with_path(expected), leaves, strict=True
+    ):
+        if np.shape(got) != leaf.shape:
+            raise ValueError(
+                f"{what}{jax.tree_util.keystr(path)} must be of shape {leaf.shape} for "
+                f"{model.name!r} with {model.num_classes} classes and images of these "
+                f"channels, got {np.shape(got)}. If they are stacked (members, "
+                "particles), call apply under jax.vmap."
+            )

@@ -1,0 +1,88 @@
+"""Residual networks of basic blocks, with a stem for CIFAR or for ImageNet.
+
+Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. The
+ImageNet stem is torchvision's; the CIFAR stem (3x3, stride 1, no pooling) and a 1x1
+convolution with BatchNorm on each shortcut that changes shape are the variant in
+common use for 32x32 images (https://github.com/kuangliu/pytorch-cifar).
+"""
+
+import jax
+from flax import nnx
+
+from otmdr_jax.models.base import Layers, global_average_pool
+
+_STEMS = ("cifar", "imagenet")
+
+
+class BasicBlock(nnx.Module):
+    """3x3 - BN - ReLU - 3x3 - BN, added to the input, then ReLU."""
+
+    def __init__(self, layers: Layers, in_channels: int, channels: int, stride: int):
+        """Builds the block; `stride` is that of its first convolution."""
+        self.conv1 = layers.conv(in_channels, channels, 3, stride)
+        self.norm1 = layers.batch_norm(channels)
+        self.conv2 = layers.conv(channels, channels, 3)
+        self.norm2 = layers.batch_norm(channels)
+        self.projects = stride != 1 or in_channels != channels
+        if self.projects:
+            self.shortcut = layers.conv(in_channels, channels, 1, stride)
+            self.shortcut_norm = layers.batch_norm(channels)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps (B, H, W, in_channels) to (B, H / stride, W / stride, channels)."""
+        y = nnx.relu(self.norm1(self.conv1(x), train=train))
+        y = self.norm2(self.conv2(y), train=train)
+        if self.projects:
+            x = self.shortcut_norm(self.shortcut(x), train=train)
+        return nnx.relu(y + x)
+
+
+class ResNet(nnx.Module):
+    """The network: a stem of 64 channels, stages of 64, 128, ..., pool, dense."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        num_classes: int,
+        *,
+        stage_sizes: tuple[int, ...],
+        stem: str = "cifar",
+    ):
+        """Builds the network of `stage_sizes` blocks a stage."""
+        self.downsamples = stem == "imagenet"
+        self.stem = (
+            layers.conv(in_channels, 64, 7, stride=2)
+            if self.downsamples
+            else layers.conv(in_channels, 64, 3)
+        )
+        self.stem_norm = layers.batch_norm(64)
+        channels = 64
+        blocks = []
+        for stage, size in enumerate(stage_sizes):
+            for index in range(size):
+                name = f"stage{stage + 1}_block{index + 1}"
+                out_channels = 64 * 2**stage
+                stride = 2 if stage > 0 and index == 0 else 1
+                setattr(self, name, BasicBlock(layers, channels, out_channels, stride))
+                blocks.append(name)
+                channels = out_channels
+        # The order of the calls; string keys survive a checkpoint.
+        self.blocks = tuple(blocks)
+        self.head = layers.dense(channels, num_classes)
+
+    @staticmethod
+    def check(stage_sizes: tuple[int, ...], stem: str = "cifar") -> None:
+        """Raises ValueError unless the stem is known."""
+        del stage_sizes  # the registry's
+        if stem not in _STEMS:
+            raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images (B, H, W, C) to logits (B, num_classes)."""
+        x = nnx.relu(self.stem_norm(self.stem(images), train=train))
+        if self.downsamples:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for name in self.blocks:
+            x = getattr(self, name)(x, train=train)
+        return self.head(global_average_pool(x))
