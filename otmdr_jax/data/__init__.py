@@ -1,0 +1,38 @@
+"""Image classification data: load once on the host, keep and augment on the device.
+
+Small sets fit in an accelerator's memory, so training reads no files and waits for no
+host: put `Dataset.train` on the device as uint8, then gather, augment and normalise
+each batch inside the jitted step.
+
+    dataset = load("cifar10", data_dir="~/tensorflow_datasets")
+    train = jax.device_put(dataset.train)
+    order = epoch_order(epoch_key, train.num_examples)
+    images, labels = take(train, order, i, batch_size=128)          # inside jit
+    images = augment(step_key, images, dataset.augment)
+    images = normalise(images, dataset.mean, dataset.std)
+
+Importing this needs NumPy and JAX alone; TFDS, scikit-learn and rich are loaded when
+something asks for them, TensorFlow never.
+"""
+
+from otmdr_jax.data.dataset import Dataset, Split, from_arrays
+from otmdr_jax.data.device import (
+    augment,
+    epoch_order,
+    eval_batches,
+    normalise,
+    take,
+)
+from otmdr_jax.data.sources import load
+
+__all__ = [
+    "Dataset",
+    "Split",
+    "augment",
+    "epoch_order",
+    "eval_batches",
+    "from_arrays",
+    "load",
+    "normalise",
+    "take",
+]

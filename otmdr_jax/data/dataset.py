@@ -1,0 +1,402 @@
+"""A dataset in memory: checked arrays, a stratified validation split, label noise.
+
+Every source ends in `from_arrays`, so every dataset passes the same checks. Validation
+and label noise draw from separate streams of one seed: asking for noise does not move
+the validation split, and test and validation labels are always the original ones.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+AUGMENTATIONS = ("crop", "flip")
+
+# Streams of the one seed: independent, and stable when another one is added.
+_VALIDATION_STREAM, _NOISE_STREAM = 0, 1
+
+
+class Split(NamedTuple):
+    """Images and labels of one split; a pytree, so `jax.device_put` takes it whole.
+
+    Attributes:
+      images: (N, H, W, C), uint8 in 0..255 or float32.
+      labels: (N,) int32 in 0..num_classes-1.
+    """
+
+    images: np.ndarray | jax.Array
+    labels: np.ndarray | jax.Array
+
+    @property
+    def num_examples(self) -> int:
+        """N; `len()` of this tuple is 2, its number of fields."""
+        return self.labels.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Dataset:
+    """Train, validation and test splits with what a training loop must know of them.
+
+    Attributes:
+      name: where the data come from.
+      train: the training split.
+      validation: a stratified part held out of the training data, or None.
+      test: the test split.
+      num_classes: C, the number of classes.
+      mean: C_in floats, the channel means; on the [0, 1] scale for uint8 images.
+      std: C_in floats, the channel standard deviations on the same scale, all > 0.
+      augment: names of the training augmentations that are the field's standard for
+        this set, for `augment`; () where there is none.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    test: Split
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: tuple[str, ...] = ()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of one image."""
+        height, width, channels = self.train.images.shape[1:]
+        return height, width, channels
+
+    def __repr__(self) -> str:
+        """One line with sizes; the arrays themselves would fill the screen."""
+        held_out = (
+            f", {self.validation.num_examples} validation" if self.validation else ""
+        )
+        shape = "x".join(map(str, self.image_shape))
+        return (
+            f"Dataset({self.name!r}: {self.train.num_examples} train{held_out}, "
+            f"{self.test.num_examples} test, {shape} {self.train.images.dtype}, "
+            f"{self.num_classes} classes)"
+        )
+
+
+def from_arrays(
+    train: tuple[Any, Any],
+    test: tuple[Any, Any],
+    num_classes: int | None = None,
+    name: str = "arrays",
+    validation: int | float = 0,
+    label_noise: float = 0.0,
+    seed: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    augment: Sequence[str] = (),
+) -> Dataset:
+    """Makes a dataset of arrays in memory, after checking them.
+
+    Args:
+      train: (images, labels). Images are (N, H, W, C), or (N, H, W) for one channel,
+        of dtype uint8 (0..255) or a float dtype (any finite scale; kept as float32).
+        Labels are integers 0..C-1 of shape (N,) or (N, 1).
+      test: the same, with the image shape and dtype of `train`.
+      num_classes: C; None takes the largest label of both splits plus one.
+      name: what to call the dataset.
+      validation: examples to hold out of `train`, stratified by class and drawn by
+        `seed`: an int is a count, a float in (0, 1) a fraction. Default 0: none.
+      label_noise: the fraction of training labels to replace, `round(fraction * N)`
+        of the N that remain after `validation`, each by another class drawn
+        uniformly. Test and validation labels stay as they are. Default 0.
+      seed: of the validation split and the label noise, through separate streams.
+      mean: per channel, on the [0, 1] scale for uint8 images. None computes it in
+        float64 over the training images that remain after `validation`.
+      std: likewise; a constant channel gets 1, so that it normalises to 0.
+      augment: names of augmentations for training, of "crop" and "flip". Default
+        none, since whether a flip keeps the label depends on the data.
+
+    Returns:
+      The `Dataset`; images of the right dtype are not copied.
+
+    Raises:
+      ValueError: where an array or an option is not as above; the message says what
+        must hold, what came and what to do.
+      TypeError: where a dtype is not as above.
+
+    Example:
+      >>> import numpy as np
+      >>> images = np.arange(20 * 4 * 4, dtype=np.uint16).astype(np.uint8)
+      >>> images, labels = images.reshape(20, 4, 4), np.arange(20) % 2
+      >>> from_arrays((images, labels), (images, labels), validation=4)
+      Dataset('arrays': 16 train, 4 validation, 20 test, 4x4x1 uint8, 2 classes)
+    """
+    train_split, test_split = _checked(train, "train"), _checked(test, "test")
+    _check_agreement(train_split, test_split)
+    num_classes = _check_classes(train_split, test_split, num_classes)
+    # After the range check: a cast may wrap, and copies keep the caller's labels clean.
+    train_split, test_split = (
+        Split(s.images, s.labels.astype(np.int32)) for s in (train_split, test_split)
+    )
+    held_out = None
+    if count := _validation_count(validation, train_split.num_examples):
+        rng = np.random.default_rng([_VALIDATION_STREAM, _seed(seed)])
+        chosen = stratified_choice(train_split.labels, count, rng)
+        held_out = Split(*(a[chosen] for a in train_split))
+        train_split = Split(*(a[~chosen] for a in train_split))
+    noise_rng = np.random.default_rng([_NOISE_STREAM, _seed(seed)])
+    noisy = _replace_labels(train_split.labels, label_noise, num_classes, noise_rng)
+    mean, std = _check_statistics(train_split.images, mean, std)
+    return Dataset(
+        name=name,
+        train=Split(train_split.images, noisy),
+        validation=held_out,
+        test=test_split,
+        num_classes=num_classes,
+        mean=mean,
+        std=std,
+        augment=check_augmentations(augment),
+    )
+
+
+def check_augmentations(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names as a tuple, or raises ValueError with the known ones."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if unknown := [name for name in names if name not in AUGMENTATIONS]:
+        raise ValueError(
+            f"augmentations must be of {AUGMENTATIONS}, got {unknown[0]!r}. Correct "
+            "the name, or apply your own function to the images."
+        )
+    return names
+
+
+def stratified_choice(labels, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Marks `count` of N examples with each class's share as even as can be.
+
+    Args:
+      labels: (N,) integers.
+      count: how many to choose, 0..N.
+      rng: draws which examples of a class.
+
+    Returns:
+      (N,) bool, True where chosen. Class c gives the floor or the ceiling of
+      count * N_c / N; the largest remainders get the ceiling.
+    """
+    _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    # Integers throughout, so that equal remainders tie exactly on every machine.
+    quota, remainder = np.divmod(sizes.astype(np.int64) * count, len(labels))
+    ties = rng.permutation(len(sizes))
+    most_first = ties[np.argsort(-remainder[ties], kind="stable")]
+    quota[most_first[: count - quota.sum()]] += 1
+    chosen = np.zeros(len(labels), bool)
+    for index, share in enumerate(quota):
+        own = np.flatnonzero(members == index)
+        chosen[rng.choice(own, share, replace=False)] = True
+    return chosen
+
+
+def _checked(pair: tuple[Any, Any], split: str) -> Split:
+    """One split's arrays in their final dtypes and ranks."""
+    try:
+        images, labels = pair
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{split} must be a pair (images, labels), got {type(pair).__name__}. "
+            f"Pass {split}=(images, labels)."
+        ) from error
+    images, labels = _check_images(images, split), _check_labels(labels, split)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"{split} needs one label for each image, got {len(images)} images and "
+            f"{len(labels)} labels. Check that both arrays come from the same split."
+        )
+    return Split(images, labels)
+
+
+def _check_images(images: Any, split: str) -> np.ndarray:
+    images = np.asarray(images)
+    if images.ndim == 3:
+        images = images[..., None]  # (N, H, W) -> (N, H, W, 1)
+    if images.ndim != 4:
+        raise ValueError(
+            f"{split} images must have shape (N, H, W, C) or (N, H, W), got "
+            f"{images.shape}. Reshape them."
+        )
+    if 0 in images.shape:
+        raise ValueError(
+            f"{split} images must not be empty, got shape {images.shape}. Check what "
+            "was written."
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise TypeError(
+            f"{split} images must be uint8 (0..255) or floats, got {images.dtype}. "
+            "Convert them: images.astype(np.uint8) if the values are 0..255, else "
+            "images.astype(np.float32)."
+        )
+    with np.errstate(over="ignore"):  # what overflows is reported below, as inf
+        images = images.astype(np.float32, copy=False)
+    bad = ~np.isfinite(images).all(axis=(1, 2, 3))
+    if bad.any():
+        raise ValueError(
+            f"{split} images must be finite in float32, got NaN or inf in "
+            f"{bad.sum()} of {len(images)} images, the first at index "
+            f"{bad.argmax()}. Repair or drop them."
+        )
+    return images
+
+
+def _check_labels(labels: Any, split: str) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise ValueError(
+            f"{split} labels must have shape (N,) or (N, 1), got {labels.shape}. "
+            "Turn one-hot rows into classes: labels.argmax(axis=1)."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(
+            f"{split} labels must be integers 0..C-1, got dtype {labels.dtype}. "
+            "Convert them: labels.astype(np.int32), or for other labels "
+            "np.unique(labels, return_inverse=True)[1]."
+        )
+    return labels
+
+
+def _check_agreement(train: Split, test: Split) -> None:
+    """Both splits must be fit for one model and one normalisation."""
+    shapes = train.images.shape[1:], test.images.shape[1:]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "train and test images must have one shape (H, W, C), got train "
+            f"{shapes[0]} and test {shapes[1]}. Resize or crop one of them."
+        )
+    dtypes = train.images.dtype, test.images.dtype
+    if dtypes[0] != dtypes[1]:
+        raise TypeError(
+            "train and test images must both be uint8 or both floats, got train "
+            f"{dtypes[0]} and test {dtypes[1]}. Convert one of them to the other's "
+            "dtype and scale."
+        )
+
+
+def _check_classes(train: Split, test: Split, num_classes: int | None) -> int:
+    """C, once all labels are known to be in 0..C-1."""
+    highest = max(int(train.labels.max()), int(test.labels.max()))
+    if num_classes is None:
+        num_classes = highest + 1
+    if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
+        raise ValueError(
+            f"num_classes must be an int of at least 1, got {num_classes=}. Leave it "
+            "out to take the largest label plus one."
+        )
+    for split, labels in (("train", train.labels), ("test", test.labels)):
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{split} labels must be 0..{num_classes - 1} for {num_classes=}, got "
+                f"{low}..{high}. Shift labels that start at 1, drop unlabelled "
+                "examples (often -1), or correct num_classes."
+            )
+    return int(num_classes)
+
+
+def _validation_count(validation: int | float, num_train: int) -> int:
+    """The number of examples that `validation` asks for."""
+    count = -1
+    if isinstance(validation, numbers.Integral) and not isinstance(validation, bool):
+        count = int(validation)
+    elif isinstance(validation, numbers.Real) and 0.0 <= float(validation) < 1.0:
+        count = round(float(validation) * num_train)
+    if not 0 <= count < num_train:
+        raise ValueError(
+            f"validation must be a count in 0..{num_train - 1} or a fraction in "
+            f"[0, 1) of the {num_train} training examples, got {validation=}. It must "
+            "leave some to train on."
+        )
+    return count
+
+
+def _replace_labels(
+    labels, fraction: float, num_classes: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Changes exactly round(fraction * N) of the labels, in place."""
+    if not isinstance(fraction, numbers.Real) or not 0.0 <= float(fraction) <= 1.0:
+        raise ValueError(
+            "label_noise must be a fraction of the training labels in [0, 1], got "
+            f"label_noise={fraction!r}. For 20 % pass 0.2."
+        )
+    count = round(float(fraction) * len(labels))
+    if count and num_classes < 2:
+        raise ValueError(
+            f"label_noise needs another class to change to, got {num_classes=}. "
+            "Leave label_noise at 0."
+        )
+    if count:
+        where = rng.choice(len(labels), count, replace=False)
+        # A shift by 1..C-1 modulo C is uniform over the other classes.
+        shift = rng.integers(1, num_classes, size=count)
+        labels[where] = (labels[where] + shift) % num_classes
+    return labels
+
+
+def _seed(seed: int) -> int:
+    if not isinstance(seed, numbers.Integral) or seed < 0:
+        raise ValueError(
+            f"seed must be an int of at least 0, got {seed=}. Pass for example 0."
+        )
+    return int(seed)
+
+
+def _check_statistics(
+    images, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The given channel statistics, checked, or those of the images."""
+    if mean is None or std is None:
+        computed = channel_statistics(images)
+        mean = computed[0] if mean is None else mean
+        std = computed[1] if std is None else std
+    channels = images.shape[-1]
+    result = []
+    for label, values in (("mean", mean), ("std", std)):
+        array = np.asarray(values, np.float64)
+        if array.shape != (channels,) or not np.isfinite(array).all():
+            raise ValueError(
+                f"{label} must be {channels} finite numbers, one a channel, got "
+                f"{values!r}. Leave it out to compute it from the training images."
+            )
+        result.append(tuple(array.tolist()))
+    if min(result[1]) <= 0.0:
+        raise ValueError(
+            f"std must be positive, got {std!r}. For a constant channel pass 1."
+        )
+    return result[0], result[1]
+
+
+def channel_statistics(images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in float64 and two passes.
+
+    Args:
+      images: (N, H, W, C); uint8 counts as value / 255.
+
+    Returns:
+      (mean, std), C floats each. The deviation is the population's (divided by
+      N * H * W). It is 1 where the channel is constant up to float32's rounding.
+    """
+    scale = 255.0 if images.dtype == np.uint8 else 1.0
+    count = images[..., 0].size
+    total = sum(block.sum(axis=0) for block in _pixel_blocks(images))
+    mean = total / count
+    squares = sum(((b - mean) ** 2).sum(axis=0) for b in _pixel_blocks(images))
+    std = np.sqrt(squares / count)
+    # Float32 resolves 6e-8 of a value: a spread below 1e-6 of the mean is rounding.
+    # Below float32's smallest normal number, dividing by it would give inf.
+    floor = np.maximum(1e-6 * np.abs(mean), np.finfo(np.float32).tiny)
+    std = np.where(std > floor, std / scale, 1.0)
+    return tuple((mean / scale).tolist()), tuple(std.tolist())
+
+
+def _pixel_blocks(images) -> Iterator[np.ndarray]:
+    """Blocks of (pixels, C) in float64, small enough to leave memory alone."""
+    for start in range(0, len(images), 1024):
+        block = images[start : start + 1024]
+        yield block.reshape(-1, images.shape[-1]).astype(np.float64)
