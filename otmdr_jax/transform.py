@@ -133,12 +133,14 @@ def otmdr(
 
     def init_fn(params):
         del params
-        nan = jnp.full((), jnp.nan, jnp.float32)
+        # Each array is new, the caller's key and aux_init copied: whoever donates the
+        # state must neither donate one buffer twice nor lose what is theirs.
+        shapes = ((), (), (), (num_radii,), (), (num_particles,))
         diagnostics = Diagnostics(
-            nan, nan, nan, jnp.full(num_radii, nan), nan, jnp.full(num_particles, nan)
+            *[jnp.full(shape, jnp.nan, jnp.float32) for shape in shapes]
         )
-        aux = jax.tree.map(jnp.asarray, aux_init) if has_aux else None
-        return OtmdrState(jnp.zeros((), jnp.int32), key, aux, diagnostics)
+        own_key, aux = jax.tree.map(jnp.array, (key, aux_init if has_aux else None))
+        return OtmdrState(jnp.zeros((), jnp.int32), own_key, aux, diagnostics)
 
     def update_fn(
         updates,

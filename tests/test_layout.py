@@ -18,8 +18,9 @@ LAYERS = [
     {"gradients"},
     {"presets", "transform"},
     {"metrics", "landscape", "models", "data"},  # leaves: never each other
-    {"methods", "schedules", "config"},
-    {"checkpoint", "runs"},
+    {"config", "methods"},
+    {"optimizers"},
+    {"programs", "checkpoint", "runs", "progress"},
     {"training"},
     {"report"},
     {"demo"},

@@ -1,0 +1,274 @@
+"""A training run's options: one flat, frozen dataclass, its presets and its file.
+
+Every option has its default's source beside it. The same class serves the Python API,
+the command line (`otmdr train --help` prints these comments) and `config.json`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import types
+import typing
+from typing import Any, Literal
+
+from otmdr_jax import presets
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of a training run. The defaults are the digits job of `otmdr demo`."""
+
+    # -- data --
+    data: str = "digits"
+    """Data set: digits, cifar10, cifar100, any TFDS image set, or a path to an .npz
+    with train_images, train_labels, test_images, test_labels."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data. Default: TFDS's own (~/tensorflow_datasets)."""
+    cache_dir: str | None = None
+    """Folder of decoded pixels. Default: ~/.cache/otmdr_jax."""
+    download: bool = False
+    """Let TFDS download and prepare the set if it is not there."""
+    validation: float = 0.0
+    """Training examples held out for validation: a fraction below 1, or a count."""
+    label_noise: float = 0.0
+    """Fraction of the training labels replaced by another class."""
+    augment: tuple[str, ...] | None = None
+    """Augmentations out of crop and flip. Default: the data set's own."""
+    data_seed: int = 0
+    """Seed of the validation split and the label noise: the same for all runs that are
+    compared."""
+
+    # -- model --
+    model: str = "cnn_small"
+    """Model: cnn_small, resnet_10, resnet_18 or wide_resnet_<depth>_<width>."""
+    stem: Literal["cifar", "imagenet"] | None = None
+    """Stem of a ResNet: cifar (3x3) or imagenet (7x7 and pooling)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the computation. Parameters, norms and statistics stay float32."""
+
+    # -- method --
+    method: Literal["sgd", "sam", "asam", "otmdr"] = "otmdr"
+    """What to minimise: the loss, or its worst value nearby."""
+    rho: tuple[float, ...] | None = None
+    """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
+    paper), 0.05 for sam, 0.5 for asam (their papers, CIFAR-10)."""
+    num_particles: int = 1
+    """K, the number of particles of otmdr."""
+    noise_std: float = 0.0
+    """Noise per coordinate after each ascent step. 0 in the released code; 0.01 in the
+    paper (appendix B.1)."""
+    split: Literal["random", "ordered", "shared"] | None = None
+    """How the ascent steps share the batch. Default: random for otmdr."""
+    norm: Literal["global", "per_leaf"] = "global"
+    """One gradient norm over all parameters, or one for each array."""
+    merge: Literal["sum", "mean"] | None = None
+    """The released code's merged second direction. Default: none, as in the paper."""
+    sum_particles: bool = False
+    """Add the particles' gradients up instead of averaging (released code, mode 1)."""
+    particle_map: Literal["auto", "vmap", "unroll", "scan"] = "auto"
+    """How particles are computed: a matter of speed and memory alone."""
+
+    # -- loss and optimizer --
+    label_smoothing: float = 0.0
+    """Probability taken from the label's class."""
+    smoothing: Literal["all", "others"] = "all"
+    """Spread it over all C classes (Szegedy et al., 2016), or over the other C - 1 (the
+    released code)."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Base optimizer of the (robust) gradient."""
+    learning_rate: float = 0.1
+    """Peak learning rate (appendix B.1)."""
+    momentum: float = 0.9
+    """Momentum of sgd, first moment of adam (released code)."""
+    nesterov: bool = False
+    """Nesterov momentum of sgd (released code: off)."""
+    weight_decay: float = 5e-4
+    """Decay: added to the gradient for sgd and adam, decoupled for adamw (released
+    code: 5e-4)."""
+    decay_all: bool = True
+    """Decay norms and biases too, as the released code does. With --no-decay-all only
+    arrays of two and more axes decay."""
+    clip_norm: float | None = None
+    """Clip the gradient to this global norm. Default: no clipping."""
+    schedule: Literal["cosine", "step", "constant", "plateau"] = "cosine"
+    """Learning rate: cosine to 0; step (x 0.2 at 30, 60 and 80 %, released code);
+    constant; plateau (x 0.1 when the epoch's loss stops falling)."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warmup from 0."""
+    plateau_patience: int = 10
+    """Epochs without a lower loss before plateau acts (PyTorch's default)."""
+    plateau_factor: float = 0.1
+    """What plateau multiplies the learning rate by (PyTorch's default)."""
+
+    # -- run --
+    epochs: int = 40
+    """Passes over the training set, each without its last partial batch."""
+    steps: int | None = None
+    """Number of steps, instead of epochs."""
+    batch_size: int = 128
+    """Examples a step (released code)."""
+    seed: int = 0
+    """Seed of initialisation, data order, augmentation, splits and noise."""
+    eval_every: int = 1
+    """Evaluate each so many epochs, and at the end."""
+    eval_batch_size: int = 512
+    """Examples a batch in evaluation. Results do not depend on it."""
+    log_every: int = 50
+    """Write training metrics each so many steps."""
+    checkpoint_every: int | None = None
+    """Save each so many steps. Default: after each epoch, and every ten minutes."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints to keep, beside the best one."""
+    max_skipped: int = 10
+    """Stop after so many steps in a row whose loss or gradient was not finite."""
+
+    def __post_init__(self):
+        """Checks numbers; names are checked where they are looked up."""
+        for name in (
+            "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
+            "keep_checkpoints", "max_skipped", "num_particles", "plateau_patience",
+        ):  # fmt: skip
+            _check(self, name, isinstance(getattr(self, name), int), "an integer")
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "checkpoint_every"):
+            value = getattr(self, name)
+            _check(self, name, value is None or value >= 1, "at least 1, or left out")
+        for name in ("learning_rate", "weight_decay", "warmup_epochs", "noise_std"):
+            _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
+        for name in ("momentum", "label_smoothing", "label_noise"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
+        _check(self, "validation", self.validation >= 0, "at least 0")
+        clip = self.clip_norm
+        _check(self, "clip_norm", clip is None or clip > 0, "positive, or left out")
+        for name, type_ in typing.get_type_hints(TrainConfig).items():
+            _check_literal(self, name, type_)
+
+
+# Options that may differ between a run and its resumption: they change no number.
+RESUMABLE = frozenset(
+    {
+        "data_dir", "cache_dir", "download", "eval_batch_size", "eval_every",
+        "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped",
+    }
+)  # fmt: skip
+
+
+def preset(name: str) -> TrainConfig:
+    """A named configuration.
+
+    Args:
+      name: "demo" (digits), or a paper's experiment: "paper-cifar10",
+        "paper-cifar100", "released-cifar10", "released-cifar100",
+        "released-mode1.1-cifar10", "released-mode1.1-cifar100", "sam-cifar10",
+        "sam-cifar100".
+
+    Returns:
+      A :class:`TrainConfig`.
+
+    Raises:
+      ValueError: An unknown name.
+
+    Example:
+      >>> from otmdr_jax import config
+      >>> config.preset("released-cifar10").model  # what its "WRN-28-10" really is
+      'wide_resnet_34_10'
+      >>> config.preset("paper-cifar100").rho
+      (0.1, 0.2)
+
+    Reference: Nguyen et al., 2023, appendix B.1, and their released code.
+    """
+    if name not in PRESETS:
+        known = ", ".join(map(repr, PRESETS))
+        raise ValueError(f"preset must be one of {known}; got {name!r}.")
+    if name == "demo":
+        return TrainConfig(label_noise=0.2)
+    version, data = name.rsplit("-", 1)
+    common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
+    if version == "sam":
+        # The radii of Foret et al., which the paper takes over (section 5.1).
+        rho = (0.05,) if data == "cifar10" else (0.1,)
+        return TrainConfig(method="sam", rho=rho, **common)
+    options = presets.preset(name)
+    if version.startswith("released"):
+        common |= dict(
+            model="wide_resnet_34_10", label_smoothing=0.1, smoothing="others"
+        )
+        common["sum_particles"] = version == "released"
+    return TrainConfig(method="otmdr", **common, **options)
+
+
+PRESETS = (
+    "demo",
+    *(name for name in presets.PRESETS if "-" in name),
+    "sam-cifar10",
+    "sam-cifar100",
+)
+
+
+def save(config: TrainConfig, path: str | os.PathLike) -> None:
+    """Writes a configuration as JSON, atomically."""
+    path = pathlib.Path(path)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def load(path: str | os.PathLike) -> TrainConfig:
+    """Reads a configuration that :func:`save` wrote, or one written by hand.
+
+    Options that are left out have their defaults.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is no JSON object, or holds an unknown option or a bad value.
+    """
+    path = pathlib.Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object of options.")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(
+            f"{path} holds unknown options {', '.join(unknown)}; "
+            f"known are {', '.join(sorted(known))}."
+        )
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    try:
+        return TrainConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options that differ and change a run's numbers: name -> (old, new)."""
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if before[name] != after[name] and name not in RESUMABLE
+    }
+
+
+def _check(config: TrainConfig, name: str, holds: bool, must: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {must}, got {getattr(config, name)!r}.")
+
+
+def _check_literal(config: TrainConfig, name: str, type_: Any) -> None:
+    """Checks a field of type Literal[...] or Literal[...] | None."""
+    parts = [type_]
+    if isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union:
+        parts = list(typing.get_args(type_))
+    words = [w for p in parts if typing.get_origin(p) is Literal
+             for w in typing.get_args(p)]  # fmt: skip
+    if words:
+        words += [None] if type(None) in parts else []
+        known = ", ".join(map(repr, words))
+        _check(config, name, getattr(config, name) in words, f"one of {known}")

@@ -1,0 +1,112 @@
+"""Learning-rate schedules and base optimizers, made of Optax's parts."""
+
+from typing import Any
+
+import jax
+import optax
+
+from otmdr_jax.config import TrainConfig
+
+# The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
+STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
+
+
+def schedule(
+    config: TrainConfig, total_steps: int, steps_per_epoch: int
+) -> optax.Schedule:
+    """The learning rate at each step.
+
+    Args:
+      config: Its schedule, learning_rate and warmup_epochs.
+      total_steps: Steps of the whole run; the schedule ends there.
+      steps_per_epoch: For the warmup.
+
+    Returns:
+      An Optax schedule. That of "plateau" is constant: the rest is in the optimizer's
+      state, see :func:`learning_rate`.
+
+    Example:
+      >>> from otmdr_jax.config import TrainConfig
+      >>> lr = schedule(TrainConfig(schedule="step", learning_rate=1.0), 100, 10)
+      >>> [round(float(lr(step)), 3) for step in (0, 29, 30, 60, 80)]
+      [1.0, 1.0, 0.2, 0.04, 0.008]
+    """
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    if warmup >= total_steps:
+        raise ValueError(
+            f"warmup_epochs={config.warmup_epochs} is {warmup} steps, but the run has "
+            f"{total_steps}: shorten the warmup or lengthen the run."
+        )
+    peak, rest = config.learning_rate, total_steps - warmup
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest)
+    elif config.schedule == "step":
+        # Counted from the start of the run, warmup included.
+        starts = [round(f * total_steps) - warmup for f in STEP_FRACTIONS]
+        main = optax.piecewise_constant_schedule(
+            peak, {start: STEP_FACTOR for start in starts if start > 0}
+        )
+    else:
+        main = optax.constant_schedule(peak)
+    if not warmup:
+        return main
+    ramp = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def create(
+    config: TrainConfig, total_steps: int, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that turns the (robust) gradient into an update.
+
+    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer,
+    the plateau factor. `update` takes `value=` (the step's loss), which only the
+    plateau schedule looks at.
+
+    Args:
+      config: All options under "loss and optimizer".
+      total_steps: See :func:`schedule`.
+      steps_per_epoch: See :func:`schedule`.
+    """
+    rate = schedule(config, total_steps, steps_per_epoch)
+    mask = None if config.decay_all else _matrices
+    parts = []
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay and config.optimizer != "adamw":
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.optimizer == "sgd":
+        # A momentum of 0 would keep a trace for nothing.
+        parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
+    elif config.optimizer == "adam":
+        parts.append(optax.adam(rate, b1=config.momentum))
+    else:
+        parts.append(
+            optax.adamw(
+                rate, b1=config.momentum, weight_decay=config.weight_decay, mask=mask
+            )
+        )
+    if config.schedule == "plateau":
+        parts.append(
+            optax.contrib.reduce_on_plateau(
+                factor=config.plateau_factor,
+                patience=config.plateau_patience,
+                rtol=1e-4,  # PyTorch's threshold
+                accumulation_size=steps_per_epoch,
+            )
+        )
+    return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def learning_rate(rate: optax.Schedule, step: int, opt_state: Any) -> jax.Array:
+    """The learning rate at a step, the plateau's factor included."""
+    # By type: a parameter of a norm may be called "scale" too.
+    kind = optax.contrib.ReduceLROnPlateauState
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    factors = [part.scale for part in parts if isinstance(part, kind)]
+    return rate(step) * (factors[0] if factors else 1.0)
+
+
+def _matrices(params):
+    """True for kernels; False for biases and the scales of norms."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -1,0 +1,149 @@
+"""The folder of a run: what a user finds there, and that nothing in it gets lost.
+
+config.json       every option
+metrics.jsonl     one line an event: {"step", "epoch", "split", ...}
+events.out...     the same for TensorBoard, where tensorboardX is installed
+checkpoints/      see otmdr_jax.checkpoint
+result.json       the final metrics
+predictions.npz   log_probs (N, C) and labels (N,) of the test set
+"""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from otmdr_jax import config as config_lib
+from otmdr_jax.config import TrainConfig
+
+
+class RunFolder:
+    """A run's folder, open for writing. Use :func:`create` or :func:`reopen`."""
+
+    def __init__(self, path: str | os.PathLike, step: int = 0):
+        """Opens the logs, to go on after `step`."""
+        self.path = pathlib.Path(path)
+        self._lines = open(self.path / "metrics.jsonl", "a")
+        self._board = _tensorboard(self.path, step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends an event with step, epoch, split and numbers."""
+        self._lines.write(json.dumps(_strict(record)) + "\n")
+        self._lines.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name not in ("step", "epoch", "split"):
+                    tag = f"{record['split']}/{name}"
+                    self._board.add_scalar(tag, value, record["step"])
+
+    def finish(self, result: dict[str, Any], log_probs: Any, labels: Any) -> None:
+        """Writes the result and the predictions behind it."""
+        write_result(self.path, result, log_probs, labels)
+
+    def close(self) -> None:
+        """Closes the logs."""
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def create(path: str | os.PathLike, config: TrainConfig) -> RunFolder:
+    """Makes the folder of a new run.
+
+    Raises:
+      FileExistsError: The folder holds something already.
+    """
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if is_run(path):
+            advice = f"Go on with it (otmdr train --resume {path})"
+        else:
+            advice = "It is no run of otmdr_jax; leave it alone"
+        raise FileExistsError(
+            f"{path} is not empty. {advice}, or name another folder with --output."
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, path / "config.json")
+    return RunFolder(path)
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether a folder was made by :func:`create`."""
+    return (pathlib.Path(path) / "config.json").is_file()
+
+
+def read_config(path: str | os.PathLike) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+      FileNotFoundError: The folder is no run.
+    """
+    if not is_run(path):
+        raise FileNotFoundError(
+            f"{path} is no run folder: it holds no config.json. Runs are made by "
+            "`otmdr train`."
+        )
+    return config_lib.load(pathlib.Path(path) / "config.json")
+
+
+def reopen(path: str | os.PathLike, step: int) -> RunFolder:
+    """Opens the folder of an interrupted run to go on after `step`.
+
+    Events after that step are dropped: they will happen again.
+    """
+    path = pathlib.Path(path)
+    events = path / "metrics.jsonl"
+    if events.exists():
+        kept = [line for line in events.read_text().splitlines() if _until(line, step)]
+        _replace(events, "".join(line + "\n" for line in kept).encode())
+    return RunFolder(path, step)
+
+
+def write_result(
+    path: str | os.PathLike, result: dict[str, Any], log_probs: Any, labels: Any
+) -> None:
+    """Writes result.json and predictions.npz, each atomically."""
+    path = pathlib.Path(path)
+    scratch = path / "predictions.npz.tmp"
+    with open(scratch, "wb") as file:
+        np.savez(
+            file,
+            log_probs=np.asarray(log_probs, np.float32),
+            labels=np.asarray(labels, np.int32),
+        )
+    os.replace(scratch, path / "predictions.npz")
+    text = json.dumps(_strict(result), indent=2) + "\n"
+    _replace(path / "result.json", text.encode())
+
+
+def _until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False  # the line that a killed run was writing
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
+
+
+def _strict(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for it."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+
+
+def _tensorboard(path, step):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:  # metrics.jsonl holds the same
+        return None
+    # purge_step hides what a resumed run will log again.
+    return SummaryWriter(str(path), purge_step=step + 1 if step else None)

@@ -1,0 +1,387 @@
+"""The training loop: one compiled step, evaluation, logs, checkpoints, resumption.
+
+The data live on the device. A step gathers, augments and normalises its batch inside
+the compiled program and donates the state, so that the host only counts. Everything
+random follows from the seed and the step: a run that is stopped and resumed ends with
+the same bits as one that is not.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from otmdr_jax import optimizers, progress, runs
+from otmdr_jax.config import TrainConfig, differences
+from otmdr_jax.data import Dataset
+from otmdr_jax.methods import TrainState
+from otmdr_jax.programs import (
+    compile_programs,
+    environment,
+    evaluate,
+    fingerprint,
+    load_data,
+    sharpness,
+)
+
+# Between checkpoints, where checkpoint_every is not set: what a kill may cost.
+SECONDS_A_CHECKPOINT = 600.0
+
+
+class Result(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+      state: The final training state.
+      metrics: Final metrics on the test set, sharpness, speed: see result.json.
+      history: The logged events, as in metrics.jsonl.
+      log_probs: (N, C) on the test set.
+      labels: (N,) of the test set.
+      folder: Where everything is, or None.
+    """
+
+    state: TrainState
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+    log_probs: np.ndarray
+    labels: np.ndarray
+    folder: pathlib.Path | None
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and saved its state.
+
+    Attributes:
+      signum: The signal.
+    """
+
+    def __init__(self, message: str, signum: int):
+        """Keeps the signal for the exit status."""
+        super().__init__(message)
+        self.signum = signum
+
+
+def train(
+    config: TrainConfig,
+    dataset: Dataset | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+) -> Result:
+    """Trains a model from a configuration.
+
+    Args:
+      config: What to do, see :class:`otmdr_jax.config.TrainConfig`.
+      dataset: The data; None loads `config.data`. With arrays of your own
+        (:func:`otmdr_jax.data.from_arrays`) nothing but JAX, Flax and Optax is needed.
+      output: Folder of the run, with logs and checkpoints (which need Orbax). None
+        keeps everything in memory.
+      resume: Go on with the run in `output` from its last whole checkpoint.
+      show_progress: Whether to show a bar, or lines where there is no terminal.
+
+    Returns:
+      A :class:`Result`.
+
+    Raises:
+      FileExistsError: `output` holds something and `resume` is False.
+      ValueError: The configuration, or the data, are not those of the resumed run.
+      NonFiniteError: `config.max_skipped` steps in a row were not finite.
+      Interrupted: On Ctrl-C or SIGTERM, after the state is saved.
+
+    Example:
+      >>> from otmdr_jax import training
+      >>> from otmdr_jax.config import TrainConfig
+      >>> result = training.train(
+      ...     TrainConfig(method="sgd", steps=11, eval_every=9), show_progress=False
+      ... )
+      >>> result.metrics["steps"], result.log_probs.shape
+      (11, (360, 10))
+    """
+    dataset = load_data(config) if dataset is None else dataset
+    programs = compile_programs(config, dataset)
+    if output is None:
+        if resume:
+            raise ValueError("resume=True needs output, the folder of the run.")
+        loop = Loop(config, dataset, programs, None, None, show_progress)
+        return loop.run(programs.init(jax.random.key(config.seed)), {})
+    from otmdr_jax import checkpoint  # needs Orbax
+
+    output = pathlib.Path(output)
+    folder = None
+    if resume:
+        _check_same_run(runs.read_config(output), config, output)
+    else:
+        folder = runs.create(output, config)
+    with checkpoint.Checkpoints(
+        output / "checkpoints", config.keep_checkpoints
+    ) as saved:
+        # Under the seed's own key; replaced below where a checkpoint exists.
+        state = programs.init(jax.random.key(config.seed))
+        meta: dict[str, Any] = {}
+        if resume and saved.steps():
+            state, meta = saved.restore(state)
+            _check_same_data(meta, dataset, output)
+        if folder is None:
+            folder = runs.reopen(output, int(state.step))
+        try:
+            loop = Loop(config, dataset, programs, folder, saved, show_progress)
+            return loop.run(state, meta)
+        finally:
+            folder.close()
+
+
+class Loop:
+    """One run of the loop: where it is, what it logs and when it saves."""
+
+    def __init__(self, config, dataset, programs, folder, saved, show_progress):
+        """Puts the training set on the device."""
+        self.config, self.dataset, self.programs = config, dataset, programs
+        self.folder, self.saved, self.show_progress = folder, saved, show_progress
+        self.images = jax.device_put(dataset.train.images)
+        self.labels = jax.device_put(dataset.train.labels)
+        # The state's key drives the steps; the order of the data has its own.
+        self.data_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        self.history: list[dict[str, Any]] = []
+        self.speeds: list[float] = []
+        self.meta: dict[str, Any] = {}
+        self.signum = 0
+
+    def run(self, state: TrainState, meta: dict[str, Any]) -> Result:
+        """Runs from `state` to the end."""
+        self.meta = {"data": fingerprint(self.dataset), "best": None, **meta}
+        self.history = _read_history(self.folder)
+        total = self.programs.total_steps
+        title = f"{self.config.method} seed {self.config.seed}"
+        with (
+            _signals(self._stop),
+            progress.Progress(
+                total, int(state.step), title, self.show_progress
+            ) as self.progress,
+        ):
+            while (step := int(state.step)) < total:
+                state = self._segment(state, min(self._segment_end(step), total))
+        return self._finish(state)
+
+    def _segment_end(self, step: int) -> int:
+        """The end of the epoch that `step` is in."""
+        per_epoch = self.programs.steps_per_epoch
+        return (step // per_epoch + 1) * per_epoch
+
+    def _segment(self, state: TrainState, end: int) -> TrainState:
+        """Trains to the end of an epoch, then evaluates and saves if they are due."""
+        step = start = int(state.step)
+        epoch, first = divmod(start, self.programs.steps_per_epoch)
+        order = self.programs.epoch_order(jax.random.fold_in(self.data_key, epoch))
+        window: list[dict[str, jax.Array]] = []
+        saved_at = began = time.perf_counter()
+        timed_from = start
+        for i in range(first, first + end - start):
+            state, numbers = self.programs.train_step(
+                state, self.images, self.labels, order, np.int32(i)
+            )
+            step += 1
+            window.append(numbers)
+            if not self.speeds and step == start + 1:
+                # The first step of a process compiles: the clock starts after it.
+                jax.block_until_ready(state.step)
+                began, timed_from = time.perf_counter(), step
+            if step % self.config.log_every == 0 or step == end:
+                self._log_training(state, window, step)
+                window = []
+            if self.signum:
+                self._interrupted(state, window, step)
+            if self._save_due(step, saved_at):
+                self._save(state)
+                saved_at = time.perf_counter()
+        jax.block_until_ready(state.params)
+        if step > timed_from:
+            self.speeds.append((time.perf_counter() - began) / (step - timed_from))
+        self._end_of_epoch(state, step)
+        return state
+
+    def _end_of_epoch(self, state: TrainState, step: int) -> None:
+        epoch = step // self.programs.steps_per_epoch
+        last = step == self.programs.total_steps
+        score = None
+        if not last and epoch % self.config.eval_every == 0:
+            score = self._evaluate(state, step)
+        if self.saved is not None and not last and self.config.checkpoint_every is None:
+            self._save(state, score)
+
+    def _evaluate(self, state: TrainState, step: int) -> float | None:
+        """Logs metrics of the test and validation set; returns the latter's score."""
+        score = None
+        for split in ("validation", "test"):
+            if getattr(self.dataset, split) is None:
+                continue
+            values, _ = evaluate(self.config, state, self.dataset, split, self.programs)
+            self._log({"step": step, "split": split, **values})
+            if split == "validation":
+                score = -values["nll"]
+                best = self.meta["best"]
+                if best is None or score > best["score"]:
+                    self.meta["best"] = {"step": step, "score": score, **values}
+        return score
+
+    def _finish(self, state: TrainState) -> Result:
+        step = int(state.step)
+        score = self._evaluate(state, step)
+        values, log_probs = evaluate(
+            self.config, state, self.dataset, "test", self.programs
+        )
+        speed = statistics.median(self.speeds) if self.speeds else float("nan")
+        result = {
+            **values,
+            **sharpness(self.config, state, self.dataset, self.programs),
+            "seconds_per_step": speed,
+            "steps": step,
+            "epochs": step / self.programs.steps_per_epoch,
+            "skipped_steps": int(state.skipped),
+            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "best": self.meta["best"],
+            **environment(),
+        }
+        labels = np.asarray(self.dataset.test.labels)
+        if self.saved is not None:
+            self._save(state, score)
+            self.folder.finish(result, log_probs, labels)
+        folder = None if self.folder is None else self.folder.path
+        return Result(state, result, self.history, log_probs, labels, folder)
+
+    def _log_training(self, state, window, step: int) -> None:
+        """Logs the means over a window of steps; stops a run that has diverged."""
+        values = {
+            name: np.asarray(jax.device_get([numbers[name] for numbers in window]))
+            for name in window[0]
+        }
+        in_row = values.pop("skipped_in_row")
+        means = {
+            # Skipped steps are counted below; their NaN would hide the others.
+            name: float(np.mean(column[in_row == 0])) if np.any(in_row == 0) else np.nan
+            for name, column in values.items()
+        }
+        rate = optimizers.learning_rate(self.programs.rate, step - 1, state.opt_state)
+        self._log(
+            {
+                "step": step,
+                "split": "train",
+                **means,
+                "learning_rate": float(rate),
+                "skipped_steps": int(np.sum(in_row > 0)),
+                **({"seconds_per_step": self.speeds[-1]} if self.speeds else {}),
+            }
+        )
+        self.progress.update(step, {k: means[k] for k in ("loss", "accuracy")})
+        if np.max(in_row) >= self.config.max_skipped:
+            self._diverged(state, step - len(window) + int(np.argmax(in_row)) + 1)
+
+    def _diverged(self, state: TrainState, step: int) -> None:
+        where = ""
+        if self.saved is not None:
+            where = f" Checkpoints up to step {self.saved.steps()[-1:]} are kept."
+        raise NonFiniteError(
+            f"the loss or its gradient was not finite in {self.config.max_skipped} "
+            f"steps in a row, up to step {step}; they were skipped. Try a lower "
+            "learning_rate or rho, clip_norm=1.0, a warmup, or look for NaN in the "
+            f"data; max_skipped sets the limit.{where}"
+        )
+
+    def _log(self, record: dict[str, Any]) -> None:
+        epoch = record["step"] / self.programs.steps_per_epoch
+        record = {"step": record["step"], "epoch": epoch, **record}
+        self.history.append(record)
+        if self.folder is not None:
+            self.folder.log(record)
+
+    def _save_due(self, step: int, saved_at: float) -> bool:
+        if self.saved is None or step == self.programs.total_steps:
+            return False
+        if self.config.checkpoint_every is not None:
+            return step % self.config.checkpoint_every == 0
+        return time.perf_counter() - saved_at > SECONDS_A_CHECKPOINT
+
+    def _save(self, state: TrainState, score: float | None = None) -> None:
+        self.saved.save(state, self.meta, score)
+
+    def _stop(self, signum: int) -> None:
+        self.signum = signum
+
+    def _interrupted(self, state: TrainState, window, step: int) -> None:
+        if self.folder is None:
+            raise Interrupted(
+                "stopped; nothing was saved, there is no output.", self.signum
+            )
+        if window:
+            self._log_training(state, window, step)
+        self._save(state)
+        raise Interrupted(
+            f"stopped after step {step} of {self.programs.total_steps}; the state is "
+            f"saved. Go on with: otmdr train --resume {self.folder.path}",
+            self.signum,
+        )
+
+
+def _check_same_run(old: TrainConfig, new: TrainConfig, output: pathlib.Path) -> None:
+    if changed := differences(old, new):
+        lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]
+        raise ValueError(
+            f"{output} was started with other options; resuming would give a run that "
+            "is neither:\n" + "\n".join(lines) + "\nLeave them out, or start a new run."
+        )
+
+
+def _check_same_data(meta, dataset: Dataset, output: pathlib.Path) -> None:
+    if meta["data"] != fingerprint(dataset):
+        raise ValueError(
+            f"{output} was trained on {meta['data']}, but the data are now "
+            f"{fingerprint(dataset)} (name, examples, checksum). Restore the data, or "
+            "start a new run."
+        )
+
+
+def _read_history(folder: runs.RunFolder | None) -> list[dict[str, Any]]:
+    if folder is None:
+        return []
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class _signals:
+    """Turns SIGTERM and the first Ctrl-C into a request; the next one acts as ever."""
+
+    def __init__(self, request: Callable[[int], None]):
+        self._request = request
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self):
+        # Python lets the main thread alone set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def _handle(self, signum, frame):
+        del frame
+        self._restore()
+        self._request(signum)
+
+    def _restore(self):
+        for signum, old in self._old.items():
+            signal.signal(signum, old)
+        self._old = {}
+
+    def __exit__(self, *exc_info):
+        self._restore()
