@@ -238,3 +238,17 @@ def fingerprint(dataset: Dataset) -> str:
     crc = zlib.crc32(np.ascontiguousarray(dataset.train.images).tobytes())
     crc = zlib.crc32(np.asarray(dataset.train.labels).tobytes(), crc)
     return f"{dataset.name}-{dataset.train.num_examples}-{crc:08x}"
+
+
+def check_same_data(meta: dict[str, Any], dataset: Dataset, output: Any) -> None:
+    """Refuses data other than those that a run was trained on.
+
+    Raises:
+      ValueError: The checksum in the checkpoint's `meta` is another one.
+    """
+    if meta["data"] != fingerprint(dataset):
+        raise ValueError(
+            f"{output} was trained on {meta['data']}, but the data are now "
+            f"{fingerprint(dataset)} (name, examples, checksum). Restore the data, or "
+            "start a new run."
+        )

@@ -115,8 +115,12 @@ def write_result(
             labels=np.asarray(labels, np.int32),
         )
     os.replace(scratch, path / "predictions.npz")
-    text = json.dumps(_strict(result), indent=2) + "\n"
-    _replace(path / "result.json", text.encode())
+    write_json(path / "result.json", result)
+
+
+def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes a record as strict JSON, atomically: null stands for NaN."""
+    _replace(path, (json.dumps(_strict(record), indent=2) + "\n").encode())
 
 
 def _until(line: str, step: int) -> bool:

@@ -24,6 +24,7 @@ from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
 from otmdr_jax.methods import TrainState
 from otmdr_jax.programs import (
+    check_same_data,
     compile_programs,
     environment,
     evaluate,
@@ -133,7 +134,7 @@ def train(
         meta: dict[str, Any] = {}
         if resume and saved.steps():
             state, meta = saved.restore(state)
-            _check_same_data(meta, dataset, output)
+            check_same_data(meta, dataset, output)
         if folder is None:
             folder = runs.reopen(output, int(state.step))
         try:
@@ -201,6 +202,8 @@ class Loop:
             if step % self.config.log_every == 0 or step == end:
                 self._log_training(state, window, step)
                 window = []
+            if step == end:
+                break  # what is due at the end of an epoch comes after its evaluation
             if self.signum:
                 self._interrupted(state, window, step)
             if self._save_due(step, saved_at):
@@ -218,8 +221,13 @@ class Loop:
         score = None
         if not last and epoch % self.config.eval_every == 0:
             score = self._evaluate(state, step)
-        if self.saved is not None and not last and self.config.checkpoint_every is None:
+        if last:
+            return
+        every = self.config.checkpoint_every or 1
+        if self.saved is not None and step % every == 0:
             self._save(state, score)
+        if self.signum:
+            self._interrupted(state, [], step)
 
     def _evaluate(self, state: TrainState, step: int) -> float | None:
         """Logs metrics of the test and validation set; returns the latter's score."""
@@ -307,7 +315,7 @@ class Loop:
             self.folder.log(record)
 
     def _save_due(self, step: int, saved_at: float) -> bool:
-        if self.saved is None or step == self.programs.total_steps:
+        if self.saved is None:
             return False
         if self.config.checkpoint_every is not None:
             return step % self.config.checkpoint_every == 0
@@ -340,15 +348,6 @@ def _check_same_run(old: TrainConfig, new: TrainConfig, output: pathlib.Path) ->
         raise ValueError(
             f"{output} was started with other options; resuming would give a run that "
             "is neither:\n" + "\n".join(lines) + "\nLeave them out, or start a new run."
-        )
-
-
-def _check_same_data(meta, dataset: Dataset, output: pathlib.Path) -> None:
-    if meta["data"] != fingerprint(dataset):
-        raise ValueError(
-            f"{output} was trained on {meta['data']}, but the data are now "
-            f"{fingerprint(dataset)} (name, examples, checksum). Restore the data, or "
-            "start a new run."
         )
 
 

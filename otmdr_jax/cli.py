@@ -1,0 +1,331 @@
+"""The command line: `otmdr train | evaluate | compare | demo | info`."""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
+
+from otmdr_jax import config as config_lib
+from otmdr_jax._version import __version__
+from otmdr_jax.config import TrainConfig
+
+try:
+    import tyro
+except ImportError:
+    sys.exit("otmdr needs tyro, which is not installed: pip install otmdr-jax[train]")
+
+# Errors that say all there is to say: no traceback.
+EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model. Every option has a default; a run's folder holds them all.
+
+    Examples:
+    otmdr train --method otmdr --num-particles 2
+
+    otmdr train --preset paper-cifar10 --data-dir ~/tensorflow_datasets
+
+    otmdr train --resume runs/digits-cnn_small-otmdr-seed0
+    """
+
+    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    preset: str | None = None
+    """Start from a named configuration: demo, paper-cifar10, paper-cifar100,
+    released-cifar10, released-cifar100, released-mode1.1-cifar10,
+    released-mode1.1-cifar100, sam-cifar10, sam-cifar100. Options given beside it win.
+    """
+    config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """Start from a configuration file, such as a run's config.json."""
+    output: str | None = None
+    """Folder of the run. Default: runs/<data>-<model>-<method>-seed<seed>."""
+    resume: str | None = None
+    """Go on with an interrupted run, given its folder; its options hold."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run: prints a table, writes evaluation.json and reliability.png.
+
+    An interrupted run gets its result.json and can then be compared with others.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which examples."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best (on the validation set), or a step."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare runs side by side: a table, learning curves, reliability diagrams.
+
+    Runs that differ in their seed alone are one row: mean and standard deviation.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of the runs."""
+    output: str = "comparison"
+    """Folder of the report; an earlier report in it is replaced."""
+    title: str = "Comparison"
+    """Title of the report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Train SGD, SAM and OT-MDR (K = 1, 2) on digits with noisy labels: two minutes."""
+
+    output: str = "demo-report"
+    """Folder of the report; an earlier report in it is replaced."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds: one run of each method for each."""
+    epochs: int | None = None
+    """Passes over the data. Default: the demo's own."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Show versions, devices and what is installed."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+      argv: The arguments; None for the process's own.
+
+    Raises:
+      SystemExit: Status 0; 1 for a run that diverged; 2 for what cannot be done as
+        asked; 128 + n for a run stopped by signal n.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, tuple[type, Callable[[Any], None]]] = {
+        "train": (Train, train),
+        "evaluate": (Evaluate, evaluate),
+        "compare": (Compare, compare),
+        "demo": (Demo, demo),
+        "info": (Info, info),
+    }
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview(commands))
+        return
+    if argv[0] == "--version":
+        print(__version__)
+        return
+    if argv[0] not in commands:
+        known = ", ".join(commands)
+        _fail(f"unknown command {argv[0]!r}; there are {known}. See otmdr --help.")
+    kind, function = commands[argv[0]]
+    _cache_programs()
+    try:
+        default = _train_default(argv[1:]) if kind is Train else None
+        options = tyro.cli(
+            kind, prog=f"otmdr {argv[0]}", args=argv[1:], default=default
+        )
+        function(options)
+    except EXPECTED as error:
+        _fail(str(error))
+
+
+def train(options: Train) -> None:
+    """`otmdr train`."""
+    from otmdr_jax import report, training
+
+    config = options.config
+    resume = options.resume is not None
+    name = f"{pathlib.Path(config.data).stem}-{config.model}-{config.method}"
+    output = options.resume or options.output or f"runs/{name}-seed{config.seed}"
+    try:
+        result = training.train(
+            config, output=output, resume=resume, show_progress=not options.quiet
+        )
+    except training.Interrupted as stop:
+        print(f"otmdr: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except training.NonFiniteError as error:
+        print(f"otmdr: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    report.print_table(report.summarise([report.read_run(output)]), title=output)
+    if result.metrics["skipped_steps"]:
+        print(f"Skipped, not finite: {result.metrics['skipped_steps']} steps.")
+    print(f"Run: {output}")
+
+
+def evaluate(options: Evaluate) -> None:
+    """`otmdr evaluate RUN`."""
+    import jax
+
+    from otmdr_jax import checkpoint, programs, report, runs
+
+    folder = pathlib.Path(options.run)
+    config = runs.read_config(folder)
+    if options.data_dir is not None:
+        config = dataclasses.replace(config, data_dir=options.data_dir)
+    dataset = programs.load_data(config)
+    if getattr(dataset, options.split) is None:
+        raise ValueError(
+            f"{folder} was trained without a {options.split} set: use --split test."
+        )
+    compiled = programs.compile_programs(config, dataset)
+    template = jax.eval_shape(compiled.init, jax.random.key(config.seed))
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        restored = saved.restore(template, _step(options.checkpoint, saved))
+    programs.check_same_data(restored.meta, dataset, folder)
+    state = restored.state
+    values, log_probs = programs.evaluate(
+        config, state, dataset, options.split, compiled
+    )
+    result = {
+        "split": options.split,
+        "steps": int(state.step),
+        **values,
+        **programs.sharpness(config, state, dataset, compiled),
+        "seconds_per_step": None,
+        **programs.environment(),
+    }
+    labels = getattr(dataset, options.split).labels
+    runs.write_json(folder / "evaluation.json", result)
+    complete = all(
+        (folder / name).exists() for name in ("result.json", "predictions.npz")
+    )
+    if options.split == "test" and not complete:
+        runs.write_result(folder, result, log_probs, labels)
+    label = report.label_of(dataclasses.asdict(config))
+    run = report.Run(
+        folder, label, dataclasses.asdict(config), result, [], log_probs, labels
+    )
+    title = f"{folder}, step {result['steps']}, {options.split} set"
+    report.print_table(report.summarise([run]), title=title)
+    report.plot_reliability([run], folder / "reliability.png")
+    print(f"Written: {folder / 'evaluation.json'}, {folder / 'reliability.png'}")
+
+
+def compare(options: Compare) -> None:
+    """`otmdr compare RUN RUN ...`."""
+    from otmdr_jax import report
+
+    if not options.runs:
+        raise ValueError("name the folders of at least one run.")
+    found = [report.read_run(run) for run in options.runs]
+    found = report.with_distinct_labels(found)
+    report.print_table(report.summarise(found), title=options.title)
+    command = "otmdr compare " + " ".join(options.runs)
+    path = report.write(options.output, found, options.title, command=command)
+    print(f"Report: {path}")
+
+
+def demo(options: Demo) -> None:
+    """`otmdr demo`."""
+    from otmdr_jax import demo as demo_lib
+
+    demo_lib.run(
+        options.output,
+        seeds=options.seeds,
+        epochs=options.epochs,
+        show_progress=not options.quiet,
+    )
+
+
+def info(options: Info) -> None:
+    """`otmdr info`."""
+    del options
+    import jax
+
+    print(f"otmdr_jax {__version__}, Python {sys.version.split()[0]}")
+    print(f"backend {jax.default_backend()}:")
+    for device in jax.devices():
+        print(f"  {device} ({device.device_kind})")
+    packages = {
+        "core": ("jax", "jaxlib", "optax"),
+        "models": ("flax",),
+        "data": ("tensorflow-datasets", "array-record", "pillow", "scikit-learn"),
+        "train": ("orbax-checkpoint", "matplotlib", "rich", "tensorboardX", "tyro"),
+    }
+    for extra, names in packages.items():
+        print(f"{extra}:")
+        for name in names:
+            print(f"  {name:<22}{_installed(name, extra)}")
+
+
+def _train_default(argv: Sequence[str]) -> Train:
+    """The options that --preset, --config or --resume stand for."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--preset", "--config", "--resume"):
+        parser.add_argument(flag)
+    known, _ = parser.parse_known_args(argv)
+    sources = [flag for flag, value in vars(known).items() if value is not None]
+    if len(sources) > 1:
+        flags = " and ".join(f"--{source}" for source in sources)
+        raise ValueError(f"{flags} each name a whole configuration: give one of them.")
+    config = TrainConfig()
+    if known.preset is not None:
+        config = config_lib.preset(known.preset)
+    elif known.config is not None:
+        config = config_lib.load(known.config)
+    elif known.resume is not None:
+        from otmdr_jax import runs
+
+        config = runs.read_config(known.resume)
+    return Train(config, known.preset, known.config, None, known.resume)
+
+
+def _cache_programs() -> None:
+    """Keeps compiled programs on disk, so that a resumed run need not compile again.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR says where; without it, beside the data cache.
+    """
+    import jax
+
+    from otmdr_jax.data import cache
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = cache.default_directory() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _step(word: str, saved: Any) -> int | None:
+    if word == "latest":
+        return None
+    if word == "best":
+        step = saved.best_step()
+        if step is None:
+            raise ValueError(
+                "no checkpoint was scored: a run has a best one if it was trained with "
+                "--validation. Use --checkpoint latest."
+            )
+        return step
+    if not word.isdigit():
+        raise ValueError(f"checkpoint must be latest, best or a step, got {word!r}.")
+    return int(word)
+
+
+def _installed(name: str, extra: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed (pip install otmdr-jax[{extra}])"
+
+
+def _overview(commands: dict[str, tuple[type, Any]]) -> str:
+    lines = ["usage: otmdr COMMAND [OPTIONS]", "", "commands:"]
+    for name, (kind, _) in commands.items():
+        lines.append(f"  {name:<10}{(kind.__doc__ or '').splitlines()[0]}")
+    lines += ["", "otmdr COMMAND --help explains every option."]
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> None:
+    print(f"otmdr: error: {message}", file=sys.stderr)
+    sys.exit(2)

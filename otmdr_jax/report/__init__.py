@@ -1,0 +1,48 @@
+"""Tables and plots of finished training runs.
+
+A run folder holds config.json, metrics.jsonl, result.json and predictions.npz:
+
+    runs = [read_run(folder) for folder in folders]
+    print_table(summarise(runs))                # mean ± std over the seeds of a method
+    write("report", runs, title="CIFAR-10")     # report.md, pictures, exact numbers
+
+Rich and matplotlib are loaded when something is printed or drawn, not before.
+"""
+
+from otmdr_jax.report.page import check_folder, write
+from otmdr_jax.report.plots import (
+    learning_curves_figure,
+    plot_learning_curves,
+    plot_reliability,
+    reliability_figure,
+)
+from otmdr_jax.report.reading import Run, label_of, read_run, with_distinct_labels
+from otmdr_jax.report.tables import (
+    DEFAULT_COLUMNS,
+    Cell,
+    Column,
+    Row,
+    markdown_table,
+    print_table,
+    summarise,
+)
+
+__all__ = [
+    "DEFAULT_COLUMNS",
+    "Cell",
+    "Column",
+    "Row",
+    "Run",
+    "check_folder",
+    "label_of",
+    "learning_curves_figure",
+    "markdown_table",
+    "plot_learning_curves",
+    "plot_reliability",
+    "print_table",
+    "read_run",
+    "reliability_figure",
+    "summarise",
+    "with_distinct_labels",
+    "write",
+]

@@ -1,0 +1,562 @@
+"""Reports: read strictly, averaged as NumPy does, drawn as read, never overwriting."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from otmdr_jax import metrics, report
+
+CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
+
+
+def predictions(seed, n=60, classes=4):
+    rng = np.random.default_rng(seed)
+    logits = 2.0 * rng.normal(size=(n, classes))
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)  # calibrated
+    return log_probs.astype(np.float32), labels.astype(np.int32)
+
+
+def history(seed):
+    lines = []
+    for epoch in (1, 2):
+        loss = 1.0 / (epoch + seed)
+        at = {"step": 10 * epoch, "epoch": float(epoch)}
+        lines.append({**at, "split": "train", "loss": loss, "gap": None})
+        lines.append({**at, "split": "test", "accuracy": 0.5 + 0.1 * seed, "nll": loss})
+    return lines
+
+
+def make(label="SAM", seed=0, **changes):
+    """A run in memory; `changes` go into its result."""
+    log_probs, labels = predictions(seed)
+    result = {"accuracy": 0.5, "nll": 1.0, **changes}
+    config = {**CONFIG, "seed": seed}
+    return report.Run(None, label, config, result, history(seed), log_probs, labels)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole run folder."""
+    path = tmp_path / "run"
+    path.mkdir()
+    log_probs, labels = predictions(0)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "result.json").write_text(json.dumps({"accuracy": 0.5, "nll": None}))
+    lines = "".join(json.dumps(line) + "\n" for line in history(0))
+    (path / "metrics.jsonl").write_text(lines)
+    np.savez(path / "predictions.npz", log_probs=log_probs, labels=labels)
+    return path
+
+
+# -- reading --
+
+
+@pytest.mark.parametrize(
+    ("config", "label"),
+    [
+        ({"method": "sgd", "num_particles": 1, "optimizer": "sgd"}, "SGD"),
+        ({"method": "sgd", "optimizer": "adamw"}, "AdamW"),
+        ({"method": "sam", "num_particles": 1}, "SAM"),
+        ({"method": "asam", "optimizer": "adam"}, "ASAM"),
+        ({"method": "otmdr", "num_particles": 2}, "OT-MDR (K = 2)"),
+        ({"method": "otmdr"}, "OT-MDR"),
+        ({"method": "snapshot", "num_particles": 3}, "snapshot"),
+    ],
+)
+def test_label_of(config, label):
+    assert report.label_of(config) == label
+
+
+def test_label_of_needs_a_method():
+    with pytest.raises(ValueError, match=r"config\['method'\], which is missing"):
+        report.label_of({"seed": 0})
+
+
+def test_reads_what_the_folder_holds(folder):
+    run = report.read_run(str(folder))
+    log_probs, labels = predictions(0)
+    assert (run.folder, run.label, run.config) == (folder, "SAM", CONFIG)
+    assert run.result == {"accuracy": 0.5, "nll": None}
+    assert run.history == history(0)
+    np.testing.assert_array_equal(run.log_probs, log_probs)
+    np.testing.assert_array_equal(run.labels, labels)
+    assert report.read_run(folder, label="mine").label == "mine"
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a run folder: there is no such"):
+        report.read_run(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"not a run .* it lacks metrics.jsonl"):
+        report.read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["result.json", "predictions.npz"])
+def test_unfinished_run(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"it lacks {name}") as error:
+        report.read_run(folder)
+    assert f"`otmdr evaluate {folder}`" in str(error.value)
+
+
+@pytest.mark.parametrize("tail", ['{"step": 3, "epo', "{", '{"step": 3, "loss": -'])
+def test_a_last_line_cut_off_is_dropped(folder, tail):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(tail)
+    assert report.read_run(folder).history == history(0)
+
+
+def test_a_last_line_cut_off_within_a_letter_is_dropped(folder):
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write('{"note": "é'.encode()[:-1])
+    assert report.read_run(folder).history == history(0)
+
+
+def test_a_whole_last_line_without_its_newline_counts(folder):
+    path = folder / "metrics.jsonl"
+    path.write_text(path.read_text().rstrip("\n"))
+    assert report.read_run(folder).history == history(0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": 3, "epo', "Unterminated string"),
+        ("", "Expecting value"),
+        ("[1, 2]", "a JSON object must stand here, got list"),
+        ('{"step": 1, "epoch": 0.5, "split": "train", "loss": NaN}', "NaN is not JSON"),
+        ('{"step": 1, "loss": 0.5}', "the line has no epoch and no split"),
+    ],
+)
+def test_any_other_broken_line_is_named(folder, line, message):
+    path = folder / "metrics.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    for text, number in ((f"{first}\n{line}\n{rest}", 2), (f"{first}\n{line}\n", 2)):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            report.read_run(folder)
+        assert f"{path}, line {number}: " in str(error.value)
+
+
+def test_broken_json_files_are_named(folder):
+    (folder / "result.json").write_text('{\n"nll": }')
+    with pytest.raises(ValueError, match=r"result.json, line 2: Expecting value"):
+        report.read_run(folder)
+    (folder / "result.json").write_text('{"nll": Infinity}')
+    with pytest.raises(ValueError, match=r"result.json: Infinity is not JSON"):
+        report.read_run(folder)
+
+
+def test_broken_predictions_are_named(folder):
+    path = folder / "predictions.npz"
+    np.savez(path, labels=np.zeros(3))
+    with pytest.raises(ValueError, match=r"predictions.npz must hold .* log_probs"):
+        report.read_run(folder)
+    np.savez(path, log_probs=np.zeros((3, 2)), labels=np.zeros(4))
+    with pytest.raises(ValueError, match=r"got \(3, 2\) and \(4,\)"):
+        report.read_run(folder)
+    path.write_bytes(b"PK not a zip")
+    with pytest.raises(ValueError, match="predictions.npz must hold"):
+        report.read_run(folder)
+
+
+# -- tables --
+
+NLL = {"SGD": [0.61, 0.55, 0.7], "SAM": [0.5, 0.42]}
+
+
+def nll_runs():
+    runs = [make("SGD", i, nll=x) for i, x in enumerate(NLL["SGD"])]
+    # Interleaved: a label's place is that of its first run.
+    others = [make("SAM", i, nll=x) for i, x in enumerate(NLL["SAM"])]
+    return [runs[0], others[0], *runs[1:], others[1]]
+
+
+def test_mean_std_and_n_are_numpys():
+    rows = report.summarise(nll_runs(), ["nll"])
+    assert [(row.label, row.n) for row in rows] == [("SGD", 3), ("SAM", 2)]
+    for row in rows:
+        values = np.array(NLL[row.label])
+        cell = row.cells["nll"]
+        mean = values.sum() / len(values)
+        assert cell.mean == pytest.approx(mean, rel=1e-14)
+        variance = ((values - mean) ** 2).sum() / (len(values) - 1)
+        assert cell.std == pytest.approx(variance**0.5, rel=1e-12)
+        assert cell.n == len(values)
+
+
+def test_one_run_has_no_std():
+    (row,) = report.summarise([make(nll=0.25)])
+    assert row.cells["nll"][1:] == (0.25, None, 1)
+    assert tuple(row.cells) == tuple(c.name for c in report.DEFAULT_COLUMNS)
+
+
+@pytest.mark.parametrize("value", [None, "fast", True, float("nan"), float("inf")])
+def test_what_is_no_number_is_unknown(value):
+    runs = [make(ece=0.1), make(ece=0.3), make(ece=value)]
+    (row,) = report.summarise(runs, ["ece", "brier"])
+    assert row.cells["ece"].mean == pytest.approx(0.2)
+    assert (row.n, row.cells["ece"].n) == (3, 2)
+    assert row.cells["brier"][1:] == (None, None, 0)
+    assert "| 0.2000 ± 0.1414 (2 of 3) | - |" in report.markdown_table([row])
+
+
+def test_summarise_refuses_no_runs_and_unknown_columns():
+    with pytest.raises(ValueError, match="at least one run"):
+        report.summarise([])
+    with pytest.raises(ValueError, match="one of 'accuracy', 'nll'; got 'speed'"):
+        report.summarise([make()], ["speed"])
+    with pytest.raises(ValueError, match="at least one row"):
+        report.markdown_table([])
+
+
+def test_markdown_table():
+    runs = [
+        make("A|B", 0, accuracy=0.95, nll=0.2, seconds_per_step=0.5),
+        make("A|B", 1, accuracy=0.96, nll=0.4, seconds_per_step=0.7),
+        make("SAM", 0, accuracy=0.9612, nll=0.3, seconds_per_step=0.2),
+        make("ASAM", 0, accuracy=0.9, nll=0.35, seconds_per_step=0.25),
+    ]
+    rows = report.summarise(runs, ["accuracy", "nll", "seconds_per_step"])
+    assert report.markdown_table(rows).split("\n") == [
+        "| Method | Accuracy (%) ↑ | NLL ↓ | Time per step (ms) |",
+        "| :-- | --: | --: | --: |",
+        # The best means: highest accuracy, lowest NLL (a tie as shown), no best time.
+        "| A\\|B, n = 2 | 95.50 ± 0.71 | **0.3000 ± 0.1414** | 600.0 ± 141.4 |",
+        "| SAM, n = 1 | **96.12** | **0.3000** | 200.0 |",
+        "| ASAM, n = 1 | 90.00 | 0.3500 | 250.0 |",
+    ]
+
+
+def test_no_best_where_all_are_alike():
+    assert "**" not in report.markdown_table(report.summarise([make("A"), make("B")]))
+    assert "**" not in report.markdown_table(report.summarise([make("A"), make("A")]))
+
+
+def test_times_of_a_second_stay_seconds():
+    runs = [make("A", seconds_per_step=0.5), make("B", seconds_per_step=1.25)]
+    table = report.markdown_table(report.summarise(runs, ["seconds_per_step"]))
+    assert "Time per step (s)" in table
+    assert "| 0.50 |" in table and "| 1.25 |" in table
+
+
+def test_no_minus_zero():
+    table = report.markdown_table(report.summarise([make(nll=-1e-9)], ["nll"]))
+    assert "| 0.0000 |" in table
+
+
+def numbers(text):
+    return [word for word in text.split() if word.replace(".", "").isdigit()]
+
+
+def test_rich_and_plain_print_the_numbers_of_the_markdown(capsys, monkeypatch):
+    rows = report.summarise(nll_runs(), ["accuracy", "nll"])
+    report.print_table(rows, title="[bold]results")
+    with_rich = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "rich", None)
+    for name in [name for name in sys.modules if name.startswith("rich.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    report.print_table(rows, title="[bold]results")
+    plain = capsys.readouterr().out
+    expected = ["3", "50.00", "0.00", "0.6200", "0.0755"]
+    expected += ["2", "50.00", "0.00", "0.4600", "0.0566"]
+    assert numbers(with_rich) == numbers(plain) == expected
+    assert "[bold]results" in with_rich and "[bold]results" in plain
+    lines = plain.splitlines()
+    assert lines[4].endswith("0.4600 ± 0.0566 *") and "*" not in lines[3]
+    assert lines[3].index("±") == lines[4].index("±")  # aligned
+    assert lines[5] == "* best of its column"
+
+
+def test_print_table_uses_the_console():
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=60)
+    report.print_table(report.summarise([make(nll=0.25)], ["nll"]), console)
+    assert "0.2500" in console.file.getvalue()
+
+
+# -- plots --
+
+
+def lines_of(ax, gid):
+    return [line for line in ax.lines if line.get_gid() == gid]
+
+
+def test_learning_curves_show_the_history():
+    figure = report.learning_curves_figure([make(seed=0), make(seed=2), make("SGD", 1)])
+    loss, accuracy, nll = figure.axes
+    assert [ax.get_title() for ax in figure.axes] == [
+        "Training loss (nats)",
+        "Test accuracy (%)",
+        "Test NLL (nats)",
+    ]
+    for ax, values in [
+        (loss, [[1.0, 1 / 2], [1 / 3, 1 / 4]]),
+        (nll, [[1.0, 1 / 2], [1 / 3, 1 / 4]]),
+        (accuracy, [[50.0, 50.0], [70.0, 70.0]]),
+    ]:
+        assert ax.get_xlabel() == "Epoch"
+        thin = lines_of(ax, "run:SAM")
+        np.testing.assert_allclose([line.get_ydata() for line in thin], values)
+        (mean,) = lines_of(ax, "mean:SAM")
+        np.testing.assert_allclose(mean.get_xdata(), [1, 2])
+        np.testing.assert_allclose(mean.get_ydata(), np.add(*values) / 2)
+        assert {line.get_color() for line in [*thin, mean]} == {mean.get_color()}
+        (single,) = lines_of(ax, "mean:SGD")
+        assert not lines_of(ax, "run:SGD")
+        assert single.get_color() != mean.get_color()
+    names = [text.get_text() for text in figure.legends[0].texts]
+    assert names == ["SAM, n = 2", "SGD"]
+
+
+def test_the_mean_is_over_the_steps_that_all_runs_logged():
+    short, long = make(seed=0), make(seed=2)
+    short = short._replace(history=short.history[:2])
+    loss = report.learning_curves_figure([short, long]).axes[0]
+    (mean,) = lines_of(loss, "mean:SAM")
+    np.testing.assert_allclose(mean.get_xydata(), [[1, (1 + 1 / 3) / 2]])
+    assert mean.get_marker() == "o"  # a lone point shows
+
+
+def test_a_step_logged_again_counts_once_and_null_leaves_a_gap():
+    run = make()
+    again = {"step": 20, "epoch": 2.0, "split": "train", "loss": 0.125}
+    null = {"step": 30, "epoch": 3.0, "split": "train", "loss": None}
+    run = run._replace(history=[*run.history, null, again])
+    loss = report.learning_curves_figure([run]).axes[0]
+    (mean,) = lines_of(loss, "mean:SAM")
+    np.testing.assert_array_equal(mean.get_ydata(), [1.0, 0.125, np.nan])
+
+
+def test_curves_of_the_split_that_was_evaluated_most():
+    run = make()
+    lines = [
+        {**x, "split": x["split"].replace("test", "validation")} for x in history(0)
+    ]
+    run = run._replace(history=[*lines, history(0)[-1]])
+    assert report.learning_curves_figure([run]).axes[1].get_title().startswith("Valid")
+
+
+def test_wide_losses_get_a_logarithmic_axis_and_missing_ones_a_word():
+    run = make()
+    small = {"step": 30, "epoch": 3.0, "split": "train", "loss": 0.01}
+    axes = report.learning_curves_figure([run._replace(history=[*run.history, small])])
+    assert [ax.get_yscale() for ax in axes.axes] == ["log", "linear", "linear"]
+    figure = report.learning_curves_figure([run._replace(history=[])])
+    assert [ax.texts[0].get_text() for ax in figure.axes] == ["not recorded"] * 3
+
+
+def panel(figure, gid):
+    (ax,) = [ax for ax in figure.axes if ax.get_gid() == gid]
+    bars = {container.get_label(): container.patches for container in ax.containers}
+    return ax, bars
+
+
+def heights(patches):
+    return np.array([patch.get_height() for patch in patches])
+
+
+def test_reliability_pools_the_seeds():
+    runs = [make(seed=0), make("SGD", 1), make(seed=2)]
+    figure = report.reliability_figure(runs, num_bins=10)
+    log_probs = np.concatenate([runs[0].log_probs, runs[2].log_probs])
+    labels = np.concatenate([runs[0].labels, runs[2].labels])
+    bins = metrics.reliability(log_probs, labels, 10)
+    full = bins.counts > 0
+    ax, bars = panel(figure, "reliability:SAM")
+    np.testing.assert_allclose(heights(bars["Accuracy"]), bins.accuracy[full])
+    marks = [segment[:, 1] for segment in ax.collections[0].get_segments()]
+    np.testing.assert_allclose(marks, np.stack([bins.accuracy[full]] * 2, axis=1))
+    lefts = [patch.get_x() for patch in bars["Accuracy"]]
+    np.testing.assert_allclose(lefts, bins.edges[:-1][full], atol=1e-12)
+    gap = bars["Gap to confidence"]
+    ends = [patch.get_y() + patch.get_height() for patch in gap]
+    np.testing.assert_allclose([p.get_y() for p in gap], bins.accuracy[full])
+    np.testing.assert_allclose(ends, bins.confidence[full])
+    ece = metrics.ece(log_probs, labels, 10)
+    assert abs(ece - metrics.ece(log_probs, labels)) > 1e-3  # the bins matter
+    assert ax.get_title() == f"SAM\nECE {ece:.4f}"
+    below, bars = panel(figure, "histogram:SAM")
+    np.testing.assert_allclose(heights(bars["Examples"]), 100 * bins.counts / 120)
+    other, _ = panel(figure, "histogram:SGD")
+    assert below.get_ylim() == other.get_ylim()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_one_panel_for_each_label(count):
+    figure = report.reliability_figure([make(f"m{i}", i) for i in range(count)])
+    gids = [ax.get_gid() for ax in figure.axes]
+    assert sorted(gids) == sorted(
+        f"{part}:m{i}" for i in range(count) for part in ("reliability", "histogram")
+    )
+
+
+def test_runs_without_numbers_are_left_out_of_reliability():
+    broken = make(seed=1)._replace(log_probs=np.full((60, 4), np.nan, np.float32))
+    ax, _ = panel(report.reliability_figure([make(), broken]), "reliability:SAM")
+    ece = metrics.ece(*predictions(0))
+    assert ax.get_title() == f"SAM\nECE {ece:.4f}, 1 of 2 runs"
+    ax, _ = panel(report.reliability_figure([broken]), "reliability:SAM")
+    assert ax.texts[0].get_text() == "no finite predictions"
+
+
+def test_runs_of_one_label_must_share_their_classes():
+    log_probs, labels = predictions(1, classes=3)
+    other = make()._replace(log_probs=log_probs, labels=labels)
+    with pytest.raises(ValueError, match="'SAM' predict different .* classes: 3, 4"):
+        report.reliability_figure([make(), other])
+
+
+def test_pictures_are_1200_pixels_wide_and_reproducible(tmp_path):
+    runs = [make("costs $1 and $2"), make("SAM")]
+    for plot in (report.plot_learning_curves, report.plot_reliability):
+        content = [plot(runs, tmp_path / f"{i}.png").read_bytes() for i in (1, 2)]
+        assert content[0] == content[1]
+        assert content[0][:8] == b"\x89PNG\r\n\x1a\n"
+        assert int.from_bytes(content[0][16:20], "big") == 1200
+
+
+def test_plots_leave_pyplot_alone_and_say_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    report.plot_learning_curves([make()], tmp_path / "curves.png")
+    assert "matplotlib.pyplot" not in sys.modules
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for call in (
+        lambda: report.plot_learning_curves([make()], tmp_path / "x.png"),
+        lambda: report.plot_reliability([make()], tmp_path / "x.png"),
+        lambda: report.write(tmp_path / "report", [make()], "T"),
+    ):
+        with pytest.raises(ImportError, match=r"pip install otmdr-jax\[train\]"):
+            call()
+    assert not (tmp_path / "report").exists()
+
+
+# -- the page --
+
+
+def strict(path):
+    def refuse(name):
+        raise AssertionError(f"{path} holds {name}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+FILES = {
+    "report.md",
+    "results.json",
+    "configs.json",
+    "learning_curves.png",
+    "reliability.png",
+}
+
+
+def test_write(tmp_path, folder):
+    runs = [
+        report.read_run(folder)._replace(result={"nll": 0.5, "device": "cpu"}),
+        make("SAM", 1, nll=0.7, accuracy=float("nan"), device="cpu"),
+        make("SGD", 0, nll=float("nan"), accuracy=0.25, device="gpu"),
+    ]
+    out = tmp_path / "new" / "report"
+    page = report.write(out, runs, "Digits", command="otmdr demo")
+    assert page == out / "report.md"
+    assert {path.name for path in out.iterdir()} == FILES
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# Digits\n")
+    table = report.markdown_table(report.summarise(runs, ["accuracy", "nll"]))
+    assert table in text  # columns that no run knows are left out
+    assert "![Learning curves](learning_curves.png)" in text
+    assert "![Reliability diagrams](reliability.png)" in text
+    assert "- **Accuracy**: share of" in text and "**Sharpness**" not in text
+    assert '| `model` | `"mlp"` |' in text  # shared by all
+    assert "| `seed` | `0` |\n" not in text  # not by all
+    assert "| method | run | `device` | `seed` |" in text
+    assert '| SAM | run | `"cpu"` | `0` |' in text
+    assert '| SGD | - | `"gpu"` | `0` |' in text
+    assert "otmdr_jax 0." in text and "```\notmdr demo\n```" in text
+    assert "Note:" not in text
+
+    results = strict(out / "results.json")
+    assert "otmdr_report" in results and results["title"] == "Digits"
+    sam, sgd = results["rows"]
+    assert (sam["label"], sam["n"]) == ("SAM", 2)
+    assert sam["nll"] == pytest.approx({"mean": 0.6, "std": 0.02**0.5, "n": 2})
+    assert sgd["nll"] == {"mean": None, "std": None, "n": 0}
+    assert results["runs"][2] == {
+        "label": "SGD",
+        "folder": None,
+        "result": {"accuracy": 0.25, "nll": None, "device": "gpu"},
+    }
+    configs = strict(out / "configs.json")
+    assert [entry["config"] for entry in configs] == [run.config for run in runs]
+    assert configs[0]["folder"] == "run"  # no path of this machine
+
+
+def test_write_replaces_an_earlier_report_and_keeps_other_files(tmp_path):
+    out = tmp_path / "report"
+    out.mkdir()
+    report.write(out, [make()], "First")  # an empty folder will do
+    (out / "notes.txt").write_text("mine")
+    report.write(out, [make()], "Second")
+    assert (out / "report.md").read_text(encoding="utf-8").startswith("# Second")
+    assert strict(out / "results.json")["title"] == "Second"
+    assert (out / "notes.txt").read_text() == "mine"
+    assert {path.name for path in out.iterdir()} == FILES | {"notes.txt"}
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[]", "not JSON", '["otmdr_report"]'])
+def test_write_refuses_what_is_no_report(tmp_path, content):
+    (tmp_path / "report.md").write_text("mine")
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(FileExistsError, match="holds no report .* name a new folder"):
+        report.write(tmp_path, [make()], "T")
+    with pytest.raises(FileExistsError, match="holds no report"):
+        report.check_folder(tmp_path)
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_write_refuses_a_file_and_a_run_folder(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file is a file"):
+        report.write(tmp_path / "file", [make()], "T")
+    with pytest.raises(FileExistsError, match="holds no report"):
+        report.write(folder, [make()], "T")
+
+
+def test_write_refuses_no_runs_and_a_run_given_twice(tmp_path, folder):
+    run = report.read_run(folder)
+    same = report.read_run(folder / ".." / "run")
+    with pytest.raises(ValueError, match="was given twice"):
+        report.write(tmp_path / "out", [run, same], "T")
+    with pytest.raises(ValueError, match="at least one run"):
+        report.write(tmp_path / "out", [], "T")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_page_warns_of_averages_over_unlike_runs(tmp_path):
+    other = make(seed=1)
+    other.config.update(epochs=3, log_every=7)  # log_every changes no number
+    text = report.write(tmp_path / "a", [make(), other], "T").read_text("utf-8")
+    assert "**Note:** the runs of SAM differ in more than the seed: epochs." in text
+    text = report.write(tmp_path / "b", [make(), make()], "T").read_text("utf-8")
+    assert "**Note:** runs of SAM share a seed." in text
+
+
+def test_with_distinct_labels_parts_what_is_not_alike():
+    runs = [make(seed=0), make(seed=1), make(seed=0), make("SGD", 0), make("SGD", 1)]
+    runs[2].config.update(epochs=3, model="cnn")
+    runs[4].config.update(log_every=7)  # changes no number
+    assert [run.label for run in report.with_distinct_labels(runs)] == [
+        "SAM, model = mlp, epochs = 2",
+        "SAM, model = mlp, epochs = 2",
+        "SAM, model = cnn, epochs = 3",
+        "SGD",
+        "SGD",
+    ]
+    assert report.with_distinct_labels([]) == []

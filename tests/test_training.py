@@ -1,0 +1,492 @@
+"""The loop: exact resumption, clean stops, skipped steps, whole evaluation."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from otmdr_jax import data, methods, models, optimizers, programs, runs, training
+from otmdr_jax.config import TrainConfig
+
+TINY = TrainConfig(
+    method="otmdr", noise_std=0.01, epochs=3, batch_size=64, log_every=4, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """200 digits of three classes: seconds a run."""
+    digits = data.load("digits")
+    chosen = [np.flatnonzero(s.labels < 3)[:200] for s in (digits.train, digits.test)]
+    train, test = (
+        (s.images[c], s.labels[c])
+        for s, c in zip((digits.train, digits.test), chosen, strict=True)
+    )
+    return data.from_arrays(train, test, num_classes=3, name="small", validation=0.2)
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """An uninterrupted run: the reference for every way to stop and go on."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return training.train(TINY, small, folder, show_progress=False)
+
+
+def assert_same_bits(got, want):
+    def same(a, b):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(same, got, want)
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
+    assert straight.metrics["accuracy"] > 0.5  # of three classes, in six steps
+    assert straight.metrics["steps"] == 3 * (160 // 64)
+    names = {path.name for path in straight.folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "result.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert runs.read_config(straight.folder) == TINY
+    lines = (straight.folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == straight.history
+    with np.load(straight.folder / "predictions.npz") as saved:
+        np.testing.assert_allclose(saved["log_probs"], straight.log_probs, rtol=1e-6)
+        np.testing.assert_array_equal(saved["labels"], small.test.labels)
+    result = json.loads((straight.folder / "result.json").read_text())
+    assert result["best"]["step"] in (2, 4, 6) and result["skipped_steps"] == 0
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(straight, small):
+    again = training.train(TINY, small, show_progress=False)
+    assert_same_bits(again.state, straight.state)
+    other = training.train(
+        dataclasses.replace(TINY, seed=4), small, show_progress=False
+    )
+    assert not np.array_equal(other.log_probs, straight.log_probs)
+
+
+def stop_after(steps, monkeypatch):
+    """Sends this process a real SIGTERM once so many steps were dispatched."""
+    set_up = training.Loop.__init__
+
+    def counting(loop, config, dataset, compiled, *rest):
+        left = [steps]
+
+        def train_step(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return compiled.train_step(*args)
+
+        set_up(loop, config, dataset, compiled._replace(train_step=train_step), *rest)
+
+    monkeypatch.setattr(training.Loop, "__init__", counting)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_resume_is_exact(steps, small, straight, tmp_path, monkeypatch):
+    """Pitfalls: stopped anywhere, by a real SIGTERM, and resumed: the same bits."""
+    with monkeypatch.context() as patch:
+        stop_after(steps, patch)
+        with pytest.raises(training.Interrupted, match="--resume") as stop:
+            training.train(TINY, small, tmp_path / "run", show_progress=False)
+    assert stop.value.signum == signal.SIGTERM
+    resumed = training.train(
+        TINY, small, tmp_path / "run", resume=True, show_progress=False
+    )
+    assert_same_bits(resumed.state, straight.state)
+    np.testing.assert_array_equal(resumed.log_probs, straight.log_probs)
+    steps_logged = [r["step"] for r in resumed.history if r["split"] == "test"]
+    assert steps_logged == [2, 4, 6]  # nothing twice, nothing lost
+
+
+KILLED = """
+import sys
+from otmdr_jax import data, training
+from otmdr_jax.config import TrainConfig
+config = TrainConfig(
+    method="otmdr", noise_std=0.01, epochs=12, batch_size=128, checkpoint_every=7,
+    log_every=5, eval_every=4, label_noise=0.1,
+)
+result = training.train(config, output=sys.argv[1], resume=sys.argv[2] == "resume",
+                        show_progress=False)
+print(result.metrics["nll"].hex(), result.metrics["steps"])
+"""
+
+
+def run_script(folder, mode):
+    return [sys.executable, "-c", KILLED, str(folder), mode]
+
+
+def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
+    """A process is really killed, twice, wherever it is, and its successor finishes."""
+    whole = subprocess.run(
+        run_script(tmp_path / "whole", "new"),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    mode = "new"
+    for minimum in (20, 70):
+        process = subprocess.Popen(
+            run_script(tmp_path / "killed", mode), stderr=subprocess.PIPE
+        )
+        log = tmp_path / "killed" / "metrics.jsonl"
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            lines = log.read_text().splitlines() if log.exists() else []
+            if len(lines) > minimum // 5:
+                break
+            time.sleep(0.02)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+        process.stderr.close()
+        mode = "resume"
+    finished = subprocess.run(
+        run_script(tmp_path / "killed", "resume"),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.stdout == whole.stdout
+    events = [json.loads(x)["step"] for x in log.read_text().splitlines()]
+    assert events == sorted(events)
+
+
+def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
+    """What a kill in the middle of a save leaves: a temporary folder, removed."""
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(straight.folder, folder)
+    latest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    latest.rename(latest.with_name(latest.name + ".orbax-checkpoint-tmp-0"))
+    resumed = training.train(TINY, small, folder, resume=True, show_progress=False)
+    assert_same_bits(resumed.state, straight.state)
+
+
+class TestRefusals:
+    def test_a_folder_with_another_run(self, small, straight):
+        with pytest.raises(FileExistsError, match="otmdr train --resume"):
+            training.train(TINY, small, straight.folder, show_progress=False)
+
+    def test_a_folder_with_anything_else(self, small, tmp_path):
+        (tmp_path / "thesis.tex").write_text("precious")
+        with pytest.raises(FileExistsError, match="leave it alone"):
+            training.train(TINY, small, tmp_path, show_progress=False)
+
+    def test_resuming_what_is_no_run(self, small, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no run folder"):
+            training.train(TINY, small, tmp_path, resume=True, show_progress=False)
+
+    def test_resuming_with_other_options(self, small, straight):
+        other = dataclasses.replace(TINY, learning_rate=0.2)
+        with pytest.raises(ValueError, match="learning_rate: 0.1 -> 0.2"):
+            training.train(other, small, straight.folder, resume=True)
+
+    def test_resuming_with_other_data(self, small, straight):
+        train = (small.train.images[::-1], small.train.labels[::-1])
+        test = (small.test.images, small.test.labels)
+        other = data.from_arrays(train, test, num_classes=3, name="small")
+        with pytest.raises(ValueError, match="trained on small-160"):
+            training.train(TINY, other, straight.folder, resume=True)
+
+    def test_options_that_a_method_has_not(self, small):
+        config = dataclasses.replace(TINY, method="sam")
+        with pytest.raises(ValueError, match="sam has no option noise_std; it has rho"):
+            training.train(config, small, show_progress=False)
+
+    def test_a_batch_larger_than_the_data(self, small):
+        config = dataclasses.replace(TINY, batch_size=500)
+        with pytest.raises(ValueError, match="larger than the training set of 160"):
+            training.train(config, small, show_progress=False)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(epochs=0), "epochs must be at least 1, got 0"),
+            (dict(batch_size=1.5), "batch_size must be an integer, got 1.5"),
+            (dict(method="adam"), "method must be one of 'sgd', 'sam'"),
+            (dict(learning_rate=-1.0), "learning_rate must be at least 0"),
+            (dict(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),
+            (dict(clip_norm=0.0), "clip_norm must be positive"),
+            (dict(steps=0), "steps must be at least 1"),
+            (dict(smoothing="rest"), "smoothing must be one of 'all', 'others'"),
+        ],
+    )
+    def test_bad_numbers_and_words(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**options)
+
+
+def poisoned(small, count):
+    """Float images, `count` of which are NaN."""
+    images = small.train.images.astype(np.float32) / 255
+    dataset = data.from_arrays(
+        (images, small.train.labels),
+        (small.test.images.astype(np.float32) / 255, small.test.labels),
+        num_classes=3,
+        name="poisoned",
+    )
+    bad = dataset.train.images.copy()
+    bad[:count] = np.nan
+    return dataclasses.replace(dataset, train=data.Split(bad, dataset.train.labels))
+
+
+def test_non_finite_steps_are_skipped_and_counted(small):
+    """One NaN image: the step that meets it is skipped, training goes on."""
+    config = dataclasses.replace(TINY, epochs=8)
+    result = training.train(config, poisoned(small, 1), show_progress=False)
+    chex.assert_tree_all_finite(
+        (result.state.params, result.state.model_state, result.state.opt_state)
+    )
+    logged = sum(r["skipped_steps"] for r in result.history if r["split"] == "train")
+    assert 1 <= result.metrics["skipped_steps"] == logged <= 8
+    assert result.metrics["accuracy"] > 0.5
+
+
+def test_a_run_stops_after_too_many_non_finite_steps_in_a_row(small):
+    config = dataclasses.replace(TINY, max_skipped=4, epochs=10)
+    with pytest.raises(training.NonFiniteError, match="not finite in 4 steps in a row"):
+        training.train(config, poisoned(small, 160), show_progress=False)
+
+
+def test_every_example_counts_exactly_once_in_evaluation(small, straight):
+    """Pitfalls: the last batch is padded and masked, not dropped; any batch size."""
+    reference = None
+    for size in (1000, 64, 7):
+        config = dataclasses.replace(TINY, eval_batch_size=size)
+        values, log_probs = programs.evaluate(config, straight.state, small)
+        assert log_probs.shape == (small.test.num_examples, 3)
+        reference = log_probs if reference is None else reference
+        np.testing.assert_allclose(log_probs, reference, rtol=1e-4, atol=1e-6)
+    model = models.create("cnn_small", 3)
+    images = data.normalise(small.test.images, small.mean, small.std)
+    apply = jax.jit(model.apply, static_argnames="train")
+    params, model_state = straight.state.params, straight.state.model_state
+    logits, _ = apply(params, model_state, images, train=False)
+    right = np.argmax(logits, axis=1) == small.test.labels
+    np.testing.assert_allclose(values["accuracy"], np.mean(right))
+
+
+def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
+    traces = []
+    create = methods.create
+
+    def counting(*args, **kwargs):
+        method = create(*args, **kwargs)
+
+        def step(state, batch):
+            traces.append(1)
+            return method.step(state, batch)
+
+        return method._replace(step=step)
+
+    monkeypatch.setattr(methods, "create", counting)
+    config = dataclasses.replace(TINY, batch_size=32, epochs=2)
+    for seed in (0, 1):
+        training.train(
+            dataclasses.replace(config, seed=seed), small, show_progress=False
+        )
+    assert len(traces) == 1
+
+
+def test_sharpness_is_the_gap_of_one_ascent_step_on_the_training_set(small, straight):
+    """Against a NumPy norm and two plain evaluations."""
+    compiled = programs.compile_programs(TINY, small)
+    found = programs.sharpness(TINY, straight.state, small, compiled)
+    batch = (*small.train, np.ones(160, bool), straight.state.model_state)
+
+    def loss(params):
+        total, count = compiled.loss_sum(params, batch)
+        return total / count
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(straight.state.params)
+    length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
+    away = jax.tree.map(
+        lambda p, g: p + 0.05 * g / length, straight.state.params, grads
+    )
+    np.testing.assert_allclose(found["train_nll"], value, rtol=1e-4)
+    np.testing.assert_allclose(
+        found["sharpness"], jax.jit(loss)(away) - value, rtol=2e-2, atol=1e-5
+    )
+
+
+# -- methods and optimizers -----------------------------------------------------------
+
+
+def test_cross_entropy_spreads_the_smoothing_as_named():
+    logits = jnp.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
+    labels = jnp.array([1, 0])
+    log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    for smoothing, own, other in (
+        ("all", 0.9 + 0.1 / 3, 0.1 / 3),
+        ("others", 0.9, 0.05),
+    ):
+        target = np.full((2, 3), other)
+        target[[0, 1], [1, 0]] = own
+        expected = -np.mean(np.sum(target * log_probs, axis=1))
+        got = methods.cross_entropy(logits, labels, 0.1, smoothing)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    np.testing.assert_allclose(methods.cross_entropy(logits, labels), expected)
+
+
+def test_cosine_and_warmup_follow_their_formula():
+    config = TrainConfig(schedule="cosine", learning_rate=0.4, warmup_epochs=2)
+    rate = optimizers.schedule(config, total_steps=100, steps_per_epoch=5)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10)], [0, 0.2, 0.4], atol=1e-7)
+    for step in (10, 40, 99):
+        expected = 0.2 * (1 + np.cos(np.pi * (step - 10) / 90))
+        np.testing.assert_allclose(rate(step), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="shorten the warmup"):
+        optimizers.schedule(config, total_steps=10, steps_per_epoch=5)
+
+
+def test_plateau_lowers_the_rate_when_the_loss_stops_falling():
+    config = TrainConfig(
+        schedule="plateau", learning_rate=1.0, plateau_patience=2, weight_decay=0.0,
+        momentum=0.0,
+    )  # fmt: skip
+    tx = optimizers.create(config, total_steps=100, steps_per_epoch=3)
+    rate = optimizers.schedule(config, 100, 3)
+    params = jnp.ones(2)
+    state = tx.init(params)
+    rates = []
+    for step in range(15):
+        updates, state = tx.update(jnp.ones(2), state, params, value=jnp.array(1.0))
+        rates.append(float(optimizers.learning_rate(rate, step, state)))
+        np.testing.assert_allclose(updates, -rates[-1], rtol=1e-6)
+    # The first epoch sets the best loss; two more without a lower one are patience.
+    np.testing.assert_allclose(rates, [1.0] * 8 + [0.1] * 6 + [0.01], rtol=1e-5)
+
+
+def test_weight_decay_is_added_to_the_gradient_and_masked_on_request():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for decay_all, bias in ((True, -0.05), (False, 0.0)):
+        config = TrainConfig(
+            learning_rate=0.1, weight_decay=0.5, decay_all=decay_all,
+            schedule="constant",
+        )  # fmt: skip
+        tx = optimizers.create(config, 10, 5)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+        np.testing.assert_allclose(updates["bias"], bias, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_optimizers_are_optax_with_clipping_first(name):
+    config = TrainConfig(
+        optimizer=name, clip_norm=0.5, weight_decay=0.0, schedule="constant"
+    )
+    tx = optimizers.create(config, 10, 5)
+    base = {"sgd": optax.sgd(0.1, 0.9), "adam": optax.adam(0.1),
+            "adamw": optax.adamw(0.1, weight_decay=0.0)}[name]  # fmt: skip
+    params = jnp.array([1.0, -2.0])
+    grads = jnp.array([3.0, 4.0])
+    got, _ = tx.update(grads, tx.init(params), params)
+    want, _ = base.update(grads / 10, base.init(params), params)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+class Quadratic:
+    """A "model" of two parameters, so that a step can be followed by hand."""
+
+    def init(self, key, images):
+        del key, images
+        return {"w": jnp.array([1.0, 2.0])}, {"seen": jnp.zeros(())}
+
+    def apply(self, params, state, images, train):
+        logits = images @ jnp.stack([params["w"], -params["w"]], axis=1)
+        seen = state["seen"] + 1.0 if train else state["seen"]
+        return logits, {"seen": seen}
+
+
+def test_a_step_is_gradient_update_and_statistics_from_the_center(key):
+    images = jnp.array([[1.0, 0.5], [-0.3, 1.0], [0.2, 0.1], [1.0, 1.0]])
+    labels = jnp.array([0, 1, 1, 0])
+    method = methods.create("sam", Quadratic(), optax.sgd(0.5), rho=(0.2,))
+    state = method.init(key, images)
+    new, metrics = method.step(state, (images, labels))
+
+    def loss(w):
+        x = np.asarray(images, np.float64) @ w * 2  # the logit difference
+        sign = np.where(np.asarray(labels) == 0, 1.0, -1.0)
+        return np.mean(np.log1p(np.exp(-sign * x)))
+
+    def gradient(w, step=1e-6):
+        return np.array(
+            [(loss(w + step * e) - loss(w - step * e)) / (2 * step) for e in np.eye(2)]
+        )
+
+    w = np.array([1.0, 2.0])
+    worst = w + 0.2 * gradient(w) / np.linalg.norm(gradient(w))
+    np.testing.assert_allclose(new.params["w"], w - 0.5 * gradient(worst), rtol=1e-5)
+    assert new.model_state["seen"] == 1.0  # once, not once a pass
+    np.testing.assert_allclose(metrics["loss"], loss(worst), rtol=1e-5)
+    np.testing.assert_allclose(metrics["center_loss"], loss(w), rtol=1e-5)
+    np.testing.assert_allclose(metrics["distance"], 0.2, rtol=1e-5)
+    assert new.step == 1 and metrics["accuracy"] == np.mean(
+        [(np.asarray(images) @ w)[i] * (1 if y == 0 else -1) > 0
+         for i, y in enumerate(np.asarray(labels))]
+    )  # fmt: skip
+
+
+def test_summed_particles_are_k_times_the_mean(key):
+    images, labels = jnp.ones((6, 2)) * jnp.arange(6.0)[:, None], jnp.arange(6) % 2
+    updates = []
+    for sum_particles in (False, True):
+        method = methods.create(
+            "otmdr", Quadratic(), optax.sgd(1.0), num_particles=3,
+            sum_particles=sum_particles,
+        )  # fmt: skip
+        state = method.init(key, images)
+        new, _ = method.step(state, (images, labels))
+        updates.append(new.params["w"] - state.params["w"])
+    np.testing.assert_allclose(updates[1], 3 * updates[0], rtol=1e-5)
+
+
+def test_no_convolution_stands_inside_a_loop_on_cpu(small):
+    """Pitfalls: convolutions in lax.scan crawl on CPUs; auto never makes one."""
+
+    def loops_with_convolutions(particle_map):
+        config = dataclasses.replace(TINY, num_particles=2, particle_map=particle_map)
+        compiled = programs.compile_programs(config, small)
+        state = jax.eval_shape(compiled.init, jax.random.key(0))
+        jaxpr = jax.make_jaxpr(compiled.train_step)(
+            state, *small.train, jnp.arange(160), np.int32(0)
+        )
+        assert any(name == "conv_general_dilated" for name, _ in equations(jaxpr.jaxpr))
+        return [
+            name
+            for name, inside in equations(jaxpr.jaxpr)
+            if name == "conv_general_dilated" and inside
+        ]
+
+    assert not loops_with_convolutions("auto")
+    assert loops_with_convolutions("scan")  # the check can fail
+
+
+def equations(jaxpr, in_loop=False):
+    """(primitive's name, whether it is inside a loop), however deep."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        yield name, in_loop
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, in_loop or name in ("scan", "while"))
