@@ -290,7 +290,7 @@ def _cache_programs() -> None:
 
     from otmdr_jax.data import cache
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         folder = cache.default_directory() / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

@@ -117,7 +117,8 @@ class TrainConfig:
     log_every: int = 50
     """Write training metrics each so many steps."""
     checkpoint_every: int | None = None
-    """Save each so many steps. Default: after each epoch, and every ten minutes."""
+    """Save each so many steps. Default: after an epoch, but not twice in 15 seconds, at
+    each new best, and every ten minutes."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints to keep, beside the best one."""
     max_skipped: int = 10
@@ -183,7 +184,7 @@ def preset(name: str) -> TrainConfig:
         known = ", ".join(map(repr, PRESETS))
         raise ValueError(f"preset must be one of {known}; got {name!r}.")
     if name == "demo":
-        return TrainConfig(label_noise=0.2)
+        return TrainConfig(label_noise=0.2, epochs=28, eval_every=2)
     version, data = name.rsplit("-", 1)
     common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
     if version == "sam":

@@ -41,7 +41,7 @@ def run(
     Raises:
       FileExistsError: `output` holds something that is no report.
     """
-    report.check_folder(output)
+    report.check_folder(pathlib.Path(output))
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         for base in METHODS:
@@ -55,7 +55,7 @@ def run(
                 runs.append(report.read_run(folder))
     title = f"Digits with {BASE.label_noise:.0%} wrong training labels"
     report.print_table(report.summarise(runs), title=title)
-    path = report.write(output, runs, title, command="otmdr demo")
+    path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")
     print(f"Report: {path}")
     return runs
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from otmdr_jax.perturbation import ascend
 
@@ -61,22 +60,25 @@ def sam_gap(
     Reference: Foret et al., 2021, Eq. 1 with the solution of its first-order problem.
     """
     batches = list(batches)
-    gradient, loss_of = _compiled(loss_sum)
-    total, count, grads = jnp.zeros(()), 0, None
-    for batch in batches:
-        (loss, examples), more = gradient(params, batch)
-        total, count = total + loss, count + examples
-        grads = more if grads is None else jax.tree.map(jnp.add, grads, more)
-    if grads is None:
+    if not batches:
         raise ValueError("sam_gap needs at least one batch, got none.")
+    gradient, loss_of, step = _compiled(loss_sum)
+    sums = [gradient(params, batch) for batch in batches]
+    count = sum(float(examples) for (_, examples), _ in sums)
     # The norm takes care of the factor 1 / count.
-    away, _ = ascend(params, grads, rho)
-    worst = sum(loss_of(away, batch)[0] for batch in batches)
-    loss, worst = float(total / count), float(worst / count)
+    away = step(params, [grads for _, grads in sums], rho)
+    loss = sum(float(total) for (total, _), _ in sums) / count
+    worst = sum(float(loss_of(away, batch)[0]) for batch in batches) / count
     return Sharpness(worst - loss, loss, worst)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(loss_sum):
     """Compiled once for a loss, however many solutions are measured with it."""
-    return jax.jit(jax.value_and_grad(loss_sum, has_aux=True)), jax.jit(loss_sum)
+
+    @jax.jit
+    def step(params, gradients, rho):
+        return ascend(params, jax.tree.map(lambda *g: sum(g), *gradients), rho)[0]
+
+    gradient = jax.jit(jax.value_and_grad(loss_sum, has_aux=True))
+    return gradient, jax.jit(loss_sum), step

@@ -33,8 +33,8 @@ class Programs(NamedTuple):
       train_step: (state, images, labels, order, i) -> (state, metrics).
       predict: (state, images) -> (B, C) log-probabilities.
       epoch_order: key -> (N,) order of an epoch.
-      loss_sum: ((params, model_state), (images, labels, mask)) -> (sum, count).
-      rate: The learning-rate schedule.
+      loss_sum: (params, (images, labels, mask, model_state)) -> (sum, count).
+      rate: (step, opt_state) -> the learning rate.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
     """
@@ -44,7 +44,7 @@ class Programs(NamedTuple):
     predict: Callable[[TrainState, jax.Array], jax.Array]
     epoch_order: Callable[[jax.Array], jax.Array]
     loss_sum: Callable[..., tuple[jax.Array, jax.Array]]
-    rate: optax.Schedule
+    rate: Callable[..., jax.Array]
     steps_per_epoch: int
     total_steps: int
 
@@ -143,6 +143,28 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
         log_mean = jax.nn.logsumexp(samples, axis=0) - jnp.log(samples.shape[0])
         return jax.nn.log_softmax(log_mean)
 
+    example = jnp.zeros((1, *image_shape))
+    return Programs(
+        init=jax.jit(lambda key: method.init(key, example)),
+        train_step=jax.jit(train_step, donate_argnums=0),
+        predict=jax.jit(predict),
+        epoch_order=jax.jit(lambda key: data_lib.epoch_order(key, num_train)),
+        loss_sum=_loss_sum(model, mean, std),
+        rate=jax.jit(
+            functools.partial(
+                optimizers.learning_rate,
+                optimizers.schedule(config, total_steps, steps_per_epoch),
+            )
+        ),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _loss_sum(model, mean, std):
+    """One function object a model, whatever the method: it compiles once."""
+
     def loss_sum(params, batch):
         images, labels, mask, model_state = batch
         images = data_lib.normalise(images, mean, std)
@@ -150,17 +172,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses * mask), jnp.sum(mask)
 
-    example = jnp.zeros((1, *image_shape))
-    return Programs(
-        init=lambda key: method.init(key, example),
-        train_step=jax.jit(train_step, donate_argnums=0),
-        predict=jax.jit(predict),
-        epoch_order=jax.jit(lambda key: data_lib.epoch_order(key, num_train)),
-        loss_sum=loss_sum,
-        rate=optimizers.schedule(config, total_steps, steps_per_epoch),
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-    )
+    return loss_sum
 
 
 def method_options(config: TrainConfig) -> dict[str, Any]:

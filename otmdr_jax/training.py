@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from otmdr_jax import optimizers, progress, runs
+from otmdr_jax import progress, runs
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
 from otmdr_jax.methods import TrainState
@@ -33,8 +33,10 @@ from otmdr_jax.programs import (
     sharpness,
 )
 
-# Between checkpoints, where checkpoint_every is not set: what a kill may cost.
-SECONDS_A_CHECKPOINT = 600.0
+# Between checkpoints, where checkpoint_every is not set: within an epoch, what a kill
+# may cost; at the end of one, so that short epochs do not just write checkpoints.
+SECONDS_WITHIN_EPOCH = 600.0
+SECONDS_BETWEEN_EPOCHS = 15.0
 
 
 class Result(NamedTuple):
@@ -157,6 +159,7 @@ class Loop:
         self.data_key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.history: list[dict[str, Any]] = []
         self.speeds: list[float] = []
+        self.saved_at = time.perf_counter()
         self.meta: dict[str, Any] = {}
         self.signum = 0
 
@@ -187,7 +190,7 @@ class Loop:
         epoch, first = divmod(start, self.programs.steps_per_epoch)
         order = self.programs.epoch_order(jax.random.fold_in(self.data_key, epoch))
         window: list[dict[str, jax.Array]] = []
-        saved_at = began = time.perf_counter()
+        began = time.perf_counter()
         timed_from = start
         for i in range(first, first + end - start):
             state, numbers = self.programs.train_step(
@@ -206,9 +209,8 @@ class Loop:
                 break  # what is due at the end of an epoch comes after its evaluation
             if self.signum:
                 self._interrupted(state, window, step)
-            if self._save_due(step, saved_at):
+            if self._save_due(step, SECONDS_WITHIN_EPOCH):
                 self._save(state)
-                saved_at = time.perf_counter()
         jax.block_until_ready(state.params)
         if step > timed_from:
             self.speeds.append((time.perf_counter() - began) / (step - timed_from))
@@ -218,13 +220,13 @@ class Loop:
     def _end_of_epoch(self, state: TrainState, step: int) -> None:
         epoch = step // self.programs.steps_per_epoch
         last = step == self.programs.total_steps
-        score = None
-        if not last and epoch % self.config.eval_every == 0:
-            score = self._evaluate(state, step)
         if last:
             return
-        every = self.config.checkpoint_every or 1
-        if self.saved is not None and step % every == 0:
+        score = None
+        if epoch % self.config.eval_every == 0:
+            score = self._evaluate(state, step)
+        best = self.saved is not None and (self.meta["best"] or {}).get("step") == step
+        if best or self._save_due(step, SECONDS_BETWEEN_EPOCHS):
             self._save(state, score)
         if self.signum:
             self._interrupted(state, [], step)
@@ -281,7 +283,7 @@ class Loop:
             name: float(np.mean(column[in_row == 0])) if np.any(in_row == 0) else np.nan
             for name, column in values.items()
         }
-        rate = optimizers.learning_rate(self.programs.rate, step - 1, state.opt_state)
+        rate = self.programs.rate(np.int32(step - 1), state.opt_state)
         self._log(
             {
                 "step": step,
@@ -314,15 +316,16 @@ class Loop:
         if self.folder is not None:
             self.folder.log(record)
 
-    def _save_due(self, step: int, saved_at: float) -> bool:
+    def _save_due(self, step: int, seconds: float) -> bool:
         if self.saved is None:
             return False
         if self.config.checkpoint_every is not None:
             return step % self.config.checkpoint_every == 0
-        return time.perf_counter() - saved_at > SECONDS_A_CHECKPOINT
+        return time.perf_counter() - self.saved_at > seconds
 
     def _save(self, state: TrainState, score: float | None = None) -> None:
         self.saved.save(state, self.meta, score)
+        self.saved_at = time.perf_counter()
 
     def _stop(self, signum: int) -> None:
         self.signum = signum
