@@ -202,7 +202,8 @@ class Loop:
                 # The first step of a process compiles: the clock starts after it.
                 jax.block_until_ready(state.step)
                 began, timed_from = time.perf_counter(), step
-            if step % self.config.log_every == 0 or step == end:
+            # Windows start with the epoch: none is cut short but its last.
+            if (i + 1) % self.config.log_every == 0 or step == end:
                 self._log_training(state, window, step)
                 window = []
             if step == end:

@@ -1,0 +1,254 @@
+"""The command line, as a user runs it: one session from training to comparison."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
+
+import pytest
+
+from otmdr_jax import cli, config
+
+QUICK = ["--steps", "11", "--eval-every", "9", "--quiet", "--label-noise", "0.2"]
+
+
+def otmdr(*args, cwd=None, check=True, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "otmdr_jax", *args],
+        check=check,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **(env or {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """Two finished runs in a folder."""
+    folder = tmp_path_factory.mktemp("session")
+    otmdr("train", "--method", "sgd", *QUICK, cwd=folder)
+    otmdr(
+        "train", "--method", "otmdr", "--num-particles", "2", "--rho", "0.05", "0.1",
+        "--validation", "0.1", "--output", "robust", *QUICK, cwd=folder,
+    )  # fmt: skip
+    return folder
+
+
+def test_train_writes_a_run_with_its_options(session):
+    folder = session / "runs" / "digits-cnn_small-sgd-seed0"
+    stored = config.load(folder / "config.json")
+    assert stored.method == "sgd" and stored.steps == 11
+    robust = config.load(session / "robust" / "config.json")
+    assert robust.rho == (0.05, 0.1) and robust.num_particles == 2
+
+
+def test_a_second_run_into_the_same_folder_is_refused(session):
+    done = otmdr("train", "--method", "sgd", *QUICK, cwd=session, check=False)
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr and "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluate_prints_a_table_and_writes_files(session):
+    done = otmdr("evaluate", "robust", "--checkpoint", "best", cwd=session)
+    assert "Accuracy" in done.stdout and "OT-MDR (K = 2)" in done.stdout
+    evaluation = json.loads((session / "robust" / "evaluation.json").read_text())
+    result = json.loads((session / "robust" / "result.json").read_text())
+    assert evaluation["steps"] == result["best"]["step"]
+    assert (session / "robust" / "reliability.png").stat().st_size > 10_000
+    done = otmdr("evaluate", "robust", cwd=session)
+    evaluation = json.loads((session / "robust" / "evaluation.json").read_text())
+    assert evaluation["accuracy"] == result["accuracy"]
+    assert abs(evaluation["nll"] - result["nll"]) < 1e-6
+
+
+def test_compare_puts_runs_side_by_side(session):
+    done = otmdr(
+        "compare", "runs/digits-cnn_small-sgd-seed0", "robust", cwd=session
+    )  # fmt: skip
+    assert "SGD" in done.stdout and "OT-MDR (K = 2)" in done.stdout
+    page = (session / "comparison" / "report.md").read_text()
+    assert "learning_curves.png" in page
+    assert (session / "comparison" / "learning_curves.png").stat().st_size > 10_000
+    # A report may be replaced, anything else may not.
+    otmdr("compare", "robust", cwd=session)
+    (session / "mine").mkdir()
+    (session / "mine" / "notes.txt").write_text("precious")
+    done = otmdr("compare", "robust", "--output", "mine", cwd=session, check=False)
+    assert done.returncode == 2 and "mine" in done.stderr
+
+
+def test_configuration_files_go_in_and_out(session):
+    done = otmdr(
+        "train", "--config", "robust/config.json", "--seed", "5", "--output", "again",
+        "--quiet", cwd=session,
+    )  # fmt: skip
+    assert "Run: again" in done.stdout
+    again, robust = (
+        config.load(session / n / "config.json") for n in ("again", "robust")
+    )
+    assert again == dataclasses.replace(robust, seed=5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
+    args = [
+        "train",
+        "--method",
+        "sgd",
+        "--epochs",
+        "3000",
+        "--output",
+        "run",
+        "--quiet",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "otmdr_jax", *args],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, stderr
+    assert "otmdr train --resume run" in stderr and "Traceback" not in stderr
+    stopped_at = max(
+        int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()
+    )
+    assert stopped_at >= json.loads(log.read_text().splitlines()[0])["step"]
+    # The rest would take minutes: that it goes on from there is enough.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "otmdr_jax", "train", "--resume", "run", "--quiet"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while time.time() < deadline + 120:
+        last = json.loads(log.read_text().splitlines()[-1])["step"]
+        if last > stopped_at + 11:
+            break
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, stderr
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] > stopped_at
+    # What was interrupted can be evaluated, and then compared.
+    otmdr("evaluate", "run", cwd=tmp_path)
+    otmdr("compare", "run", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["trian"], "unknown command 'trian'; there are train, evaluate"),
+        (["train", "--preset", "paper"], "preset must be one of 'demo'"),
+        (["train", "--config", "nowhere.json"], "nowhere.json"),
+        (["train", "--preset", "demo", "--config", "x"], "give one of them"),
+        (["train", "--resume", "nowhere"], "no run folder"),
+        (["train", "--model", "resnet_19"], "resnet_18"),
+        (["train", "--data", "cifar11"], "cifar10"),
+        (["train", "--method", "sam", "--noise-std", "0.1"], "sam has no option noise"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["evaluate", "nowhere"], "no run folder"),
+        (["compare", "nowhere"], "nowhere"),
+        (["compare"], "at least one run"),
+    ],
+)
+def test_bad_input_is_one_line_without_a_traceback(args, message, capsys, tmp_path):
+    where = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(args)
+    finally:
+        os.chdir(where)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())  # refused before anything is written
+
+
+def test_help_documents_every_option(capsys):
+    for kind, name in ((cli.Train, "train"), (cli.Evaluate, "evaluate")):
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        text = capsys.readouterr().out
+        fields = list(dataclasses.fields(kind))
+        if kind is cli.Train:
+            fields = dataclasses.fields(config.TrainConfig)
+        for field in fields:
+            assert field.name.replace("_", "-") in text.lower(), field.name
+    assert "0.05 0.1" in otmdr("train", "--preset", "paper-cifar10", "--help").stdout
+
+
+def test_every_option_of_a_run_has_a_comment():
+    import inspect
+
+    source = inspect.getsource(config.TrainConfig)
+    for field in dataclasses.fields(config.TrainConfig):
+        after = source.split(f"\n    {field.name}:", 1)[1]
+        assert after.split("\n", 1)[1].lstrip().startswith('"""'), field.name
+
+
+@pytest.mark.parametrize("name", config.PRESETS)
+def test_presets_are_whole_configurations(name, tmp_path):
+    preset = config.preset(name)
+    config.save(preset, tmp_path / "config.json")
+    assert config.load(tmp_path / "config.json") == preset
+
+
+def test_presets_give_the_papers_and_the_released_codes_settings():
+    paper, released = (
+        config.preset(f"{version}-cifar10") for version in ("paper", "released")
+    )
+    for one in (paper, released):
+        assert (one.epochs, one.batch_size, one.learning_rate) == (200, 128, 0.1)
+        assert (one.momentum, one.nesterov, one.weight_decay) == (0.9, False, 5e-4)
+        assert one.schedule == "cosine" and one.rho == (0.05, 0.1)
+    assert paper.model == "wide_resnet_28_10" and paper.noise_std == 0.01
+    assert released.model == "wide_resnet_34_10" and released.noise_std == 0.0
+    assert released.label_smoothing == 0.1 and released.smoothing == "others"
+    assert released.merge == "sum" and released.sum_particles
+    assert config.preset("paper-cifar100").rho == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON file"),
+        ("[1]", "must hold a JSON object"),
+        ('{"lr": 0.1}', "unknown options lr"),
+        ('{"epochs": "many"}', "epochs must be an integer"),
+    ],
+)
+def test_bad_configuration_files_are_refused(text, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.load(path)
+
+
+def test_info_lists_versions_and_devices():
+    text = otmdr("info").stdout
+    for word in ("otmdr_jax", "backend cpu", "flax", "orbax-checkpoint"):
+        assert word in text
+
+
+def test_types_of_options_are_ones_that_the_command_line_can_parse():
+    simple = (int, float, str, bool, type(None))
+    for name, kind in typing.get_type_hints(config.TrainConfig).items():
+        parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        for part in parts:
+            origin = typing.get_origin(part)
+            assert part in simple or origin in (typing.Literal, tuple), name
