@@ -158,14 +158,19 @@ class Loop:
         # The state's key drives the steps; the order of the data has its own.
         self.data_key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self.history: list[dict[str, Any]] = []
-        self.speeds: list[float] = []
+        self.warm = False  # whether the step has been compiled in this process
         self.saved_at = time.perf_counter()
         self.meta: dict[str, Any] = {}
         self.signum = 0
 
     def run(self, state: TrainState, meta: dict[str, Any]) -> Result:
         """Runs from `state` to the end."""
-        self.meta = {"data": fingerprint(self.dataset), "best": None, **meta}
+        fresh: dict[str, Any] = {
+            "data": fingerprint(self.dataset),
+            "best": None,
+            "speeds": [],
+        }
+        self.meta = {**fresh, **meta}
         self.history = _read_history(self.folder)
         total = self.programs.total_steps
         title = f"{self.config.method} seed {self.config.seed}"
@@ -198,10 +203,10 @@ class Loop:
             )
             step += 1
             window.append(numbers)
-            if not self.speeds and step == start + 1:
+            if not self.warm:
                 # The first step of a process compiles: the clock starts after it.
                 jax.block_until_ready(state.step)
-                began, timed_from = time.perf_counter(), step
+                began, timed_from, self.warm = time.perf_counter(), step, True
             # Windows start with the epoch: none is cut short but its last.
             if (i + 1) % self.config.log_every == 0 or step == end:
                 self._log_training(state, window, step)
@@ -214,7 +219,8 @@ class Loop:
                 self._save(state)
         jax.block_until_ready(state.params)
         if step > timed_from:
-            self.speeds.append((time.perf_counter() - began) / (step - timed_from))
+            seconds = (time.perf_counter() - began) / (step - timed_from)
+            self.meta["speeds"].append(seconds)
         self._end_of_epoch(state, step)
         return state
 
@@ -239,7 +245,9 @@ class Loop:
             if getattr(self.dataset, split) is None:
                 continue
             values, _ = evaluate(self.config, state, self.dataset, split, self.programs)
-            self._log({"step": step, "split": split, **values})
+            done = ((old["split"], old["step"]) for old in self.history[-4:])
+            if (split, step) not in done:  # a finished run that is resumed
+                self._log({"step": step, "split": split, **values})
             if split == "validation":
                 score = -values["nll"]
                 best = self.meta["best"]
@@ -253,7 +261,8 @@ class Loop:
         values, log_probs = evaluate(
             self.config, state, self.dataset, "test", self.programs
         )
-        speed = statistics.median(self.speeds) if self.speeds else float("nan")
+        speeds = self.meta["speeds"]
+        speed = statistics.median(speeds) if speeds else float("nan")
         result = {
             **values,
             **sharpness(self.config, state, self.dataset, self.programs),
@@ -285,16 +294,16 @@ class Loop:
             for name, column in values.items()
         }
         rate = self.programs.rate(np.int32(step - 1), state.opt_state)
-        self._log(
-            {
-                "step": step,
-                "split": "train",
-                **means,
-                "learning_rate": float(rate),
-                "skipped_steps": int(np.sum(in_row > 0)),
-                **({"seconds_per_step": self.speeds[-1]} if self.speeds else {}),
-            }
-        )
+        record = {
+            "step": step,
+            "split": "train",
+            **means,
+            "learning_rate": float(rate),
+            "skipped_steps": int(np.sum(in_row > 0)),
+        }
+        if self.meta["speeds"]:  # known from the end of the first epoch on
+            record["seconds_per_step"] = self.meta["speeds"][-1]
+        self._log(record)
         self.progress.update(step, {k: means[k] for k in ("loss", "accuracy")})
         if np.max(in_row) >= self.config.max_skipped:
             self._diverged(state, step - len(window) + int(np.argmax(in_row)) + 1)

@@ -164,6 +164,17 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
     assert events == sorted(events)
 
 
+def test_resuming_a_finished_run_changes_nothing(straight, small):
+    log = (straight.folder / "metrics.jsonl").read_bytes()
+    result = json.loads((straight.folder / "result.json").read_text())
+    training.train(TINY, small, straight.folder, resume=True, show_progress=False)
+    assert (straight.folder / "metrics.jsonl").read_bytes() == log
+    again = json.loads((straight.folder / "result.json").read_text())
+    assert again.pop("seconds_per_step") > 0
+    assert result.pop("seconds_per_step") > 0
+    assert again == result
+
+
 def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
     """What a kill in the middle of a save leaves: a temporary folder, removed."""
     import shutil
