@@ -179,7 +179,7 @@ def evaluate(options: Evaluate) -> None:
             f"{folder} was trained without a {options.split} set: use --split test."
         )
     compiled = programs.compile_programs(config, dataset)
-    template = jax.eval_shape(compiled.init, jax.random.key(config.seed))
+    template = jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0])
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         restored = saved.restore(template, _step(options.checkpoint, saved))
     programs.check_same_data(restored.meta, dataset, folder)
@@ -262,16 +262,21 @@ def info(options: Info) -> None:
 def _train_default(argv: Sequence[str]) -> Train:
     """The options that --preset, --config or --resume stand for."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--preset", "--config", "--resume"):
-        parser.add_argument(flag)
+    flags = ("preset", "config", "resume")
+    for flag in flags:
+        parser.add_argument(f"--{flag}")
+    parser.add_argument("--num-particles", type=int, default=1)
     known, _ = parser.parse_known_args(argv)
-    sources = [flag for flag, value in vars(known).items() if value is not None]
+    sources = [flag for flag in flags if getattr(known, flag) is not None]
     if len(sources) > 1:
-        flags = " and ".join(f"--{source}" for source in sources)
-        raise ValueError(f"{flags} each name a whole configuration: give one of them.")
+        several = " and ".join(f"--{source}" for source in sources)
+        raise ValueError(
+            f"{several} each name a whole configuration: give one of them."
+        )
     config = TrainConfig()
     if known.preset is not None:
-        config = config_lib.preset(known.preset)
+        # The released code splits the batch differently for K > 1.
+        config = config_lib.preset(known.preset, known.num_particles)
     elif known.config is not None:
         config = config_lib.load(known.config)
     elif known.resume is not None:

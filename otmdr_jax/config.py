@@ -156,7 +156,7 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 
-def preset(name: str) -> TrainConfig:
+def preset(name: str, num_particles: int = 1) -> TrainConfig:
     """A named configuration.
 
     Args:
@@ -164,6 +164,7 @@ def preset(name: str) -> TrainConfig:
         "paper-cifar100", "released-cifar10", "released-cifar100",
         "released-mode1.1-cifar10", "released-mode1.1-cifar100", "sam-cifar10",
         "sam-cifar100".
+      num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
 
     Returns:
       A :class:`TrainConfig`.
@@ -191,7 +192,7 @@ def preset(name: str) -> TrainConfig:
         # The radii of Foret et al., which the paper takes over (section 5.1).
         rho = (0.05,) if data == "cifar10" else (0.1,)
         return TrainConfig(method="sam", rho=rho, **common)
-    options = presets.preset(name)
+    options = presets.preset(name, num_particles)
     if version.startswith("released"):
         common |= dict(
             model="wide_resnet_34_10", label_smoothing=0.1, smoothing="others"

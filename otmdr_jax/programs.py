@@ -198,6 +198,13 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
             f"{config.method} has no option {', '.join(foreign)}"
             + (f"; it has {', '.join(mine)}." if mine else "; it has none.")
         )
+    if config.num_particles > 1 and config.split in ("ordered", "shared"):
+        if not config.noise_std:
+            raise ValueError(
+                f"num_particles={config.num_particles} with split={config.split!r} and "
+                'no noise gives equal particles: use split="random", set noise_std, or '
+                "leave num_particles at 1."
+            )
     return {name: getattr(config, name) for name in set_}
 
 
@@ -230,6 +237,16 @@ def sharpness(
 
 def _batches(config: TrainConfig, split: Split):
     return data_lib.eval_batches(split, min(config.eval_batch_size, split.num_examples))
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """The two keys of a run: of its state, and of the order of its data.
+
+    Split, not folded: fold_in(key, 1) is split(key)[1], which the state's key is made
+    of already.
+    """
+    state_key, data_key = jax.random.split(jax.random.key(seed))
+    return state_key, data_key
 
 
 def environment() -> dict[str, str]:

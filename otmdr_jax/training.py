@@ -30,6 +30,7 @@ from otmdr_jax.programs import (
     evaluate,
     fingerprint,
     load_data,
+    run_keys,
     sharpness,
 )
 
@@ -119,7 +120,7 @@ def train(
         if resume:
             raise ValueError("resume=True needs output, the folder of the run.")
         loop = Loop(config, dataset, programs, None, None, show_progress)
-        return loop.run(programs.init(jax.random.key(config.seed)), {})
+        return loop.run(programs.init(run_keys(config.seed)[0]), {})
     from otmdr_jax import checkpoint  # needs Orbax
 
     output = pathlib.Path(output)
@@ -131,8 +132,7 @@ def train(
     with checkpoint.Checkpoints(
         output / "checkpoints", config.keep_checkpoints
     ) as saved:
-        # Under the seed's own key; replaced below where a checkpoint exists.
-        state = programs.init(jax.random.key(config.seed))
+        state = programs.init(run_keys(config.seed)[0])
         meta: dict[str, Any] = {}
         if resume and saved.steps():
             state, meta = saved.restore(state)
@@ -155,8 +155,7 @@ class Loop:
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
         self.images = jax.device_put(dataset.train.images)
         self.labels = jax.device_put(dataset.train.labels)
-        # The state's key drives the steps; the order of the data has its own.
-        self.data_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        _, self.data_key = run_keys(config.seed)
         self.history: list[dict[str, Any]] = []
         self.warm = False  # whether the step has been compiled in this process
         self.saved_at = time.perf_counter()
@@ -231,20 +230,26 @@ class Loop:
             return
         score = None
         if epoch % self.config.eval_every == 0:
-            score = self._evaluate(state, step)
+            score, _ = self._evaluate(state, step)
         best = self.saved is not None and (self.meta["best"] or {}).get("step") == step
         if best or self._save_due(step, SECONDS_BETWEEN_EPOCHS):
             self._save(state, score)
         if self.signum:
             self._interrupted(state, [], step)
 
-    def _evaluate(self, state: TrainState, step: int) -> float | None:
-        """Logs metrics of the test and validation set; returns the latter's score."""
+    def _evaluate(self, state: TrainState, step: int) -> tuple[float | None, Any]:
+        """Logs metrics of the validation and the test set.
+
+        Returns:
+          The score on the validation set, None without one, and what `evaluate` gives
+          for the test set.
+        """
         score = None
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
-            values, _ = evaluate(self.config, state, self.dataset, split, self.programs)
+            found = evaluate(self.config, state, self.dataset, split, self.programs)
+            values = found[0]
             done = ((old["split"], old["step"]) for old in self.history[-4:])
             if (split, step) not in done:  # a finished run that is resumed
                 self._log({"step": step, "split": split, **values})
@@ -253,14 +258,11 @@ class Loop:
                 best = self.meta["best"]
                 if best is None or score > best["score"]:
                     self.meta["best"] = {"step": step, "score": score, **values}
-        return score
+        return score, found
 
     def _finish(self, state: TrainState) -> Result:
         step = int(state.step)
-        score = self._evaluate(state, step)
-        values, log_probs = evaluate(
-            self.config, state, self.dataset, "test", self.programs
-        )
+        score, (values, log_probs) = self._evaluate(state, step)
         speeds = self.meta["speeds"]
         speed = statistics.median(speeds) if speeds else float("nan")
         result = {
@@ -310,8 +312,8 @@ class Loop:
 
     def _diverged(self, state: TrainState, step: int) -> None:
         where = ""
-        if self.saved is not None:
-            where = f" Checkpoints up to step {self.saved.steps()[-1:]} are kept."
+        if self.saved is not None and self.saved.steps():
+            where = f" The checkpoint of step {self.saved.steps()[-1]} is kept."
         raise NonFiniteError(
             f"the loss or its gradient was not finite in {self.config.max_skipped} "
             f"steps in a row, up to step {step}; they were skipped. Try a lower "

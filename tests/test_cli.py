@@ -159,6 +159,10 @@ def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
         (["train", "--model", "resnet_19"], "resnet_18"),
         (["train", "--data", "cifar11"], "cifar10"),
         (["train", "--method", "sam", "--noise-std", "0.1"], "sam has no option noise"),
+        (
+            ["train", "--num-particles", "2", "--split", "ordered"],
+            "gives equal particles",
+        ),
         (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["evaluate", "nowhere"], "no run folder"),
         (["compare", "nowhere"], "nowhere"),
@@ -221,6 +225,8 @@ def test_presets_give_the_papers_and_the_released_codes_settings():
     assert released.label_smoothing == 0.1 and released.smoothing == "others"
     assert released.merge == "sum" and released.sum_particles
     assert config.preset("paper-cifar100").rho == (0.1, 0.2)
+    assert released.split == "ordered"
+    assert config.preset("released-cifar10", num_particles=2).split == "random"
 
 
 @pytest.mark.parametrize(

@@ -291,6 +291,21 @@ def test_every_example_counts_exactly_once_in_evaluation(small, straight):
     np.testing.assert_allclose(values["accuracy"], np.mean(right))
 
 
+def test_no_key_of_a_run_is_used_twice(small):
+    """Keys of initialisation, data order, augmentation and steps are all different."""
+    state_key, data_key = programs.run_keys(3)
+    state = programs.compile_programs(TINY, small).init(state_key)
+    keys = [state_key, data_key, *jax.random.split(state_key)]
+    keys += [jax.random.fold_in(data_key, epoch) for epoch in range(50)]
+    key = state.key
+    for _ in range(50):  # as train_step and the method's step split it
+        key, augment_key = jax.random.split(key)
+        key, step_key = jax.random.split(key)
+        keys += [augment_key, step_key, *jax.random.split(step_key)]
+    data_of = {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}
+    assert len(data_of) == len(keys)
+
+
 def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
     traces = []
     create = methods.create

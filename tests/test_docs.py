@@ -1,0 +1,281 @@
+"""The documentation: its code runs, and what it names exists."""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import sys
+import types
+import typing
+
+import pytest
+import yaml
+
+import otmdr_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*DOCS, *([ROOT / "README.md"] if (ROOT / "README.md").exists() else [])]
+IDS = [page.name for page in PAGES]
+
+# A fence may be indented (in a list item); it ends at the same indentation.
+FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+|~~~+) *(?P<language>[\w+-]*)")
+SKIP = re.compile(r"<!-- skip:(?P<reason>.*)-->")
+
+
+class Block(typing.NamedTuple):
+    """A fenced block: its language, code, first line's number, the line before it."""
+
+    language: str
+    code: str
+    line: int
+    before: str
+
+
+def blocks(text):
+    lines = text.splitlines()
+    found, i = [], 0
+    while i < len(lines):
+        if not (match := FENCE.match(lines[i])):
+            i += 1
+            continue
+        width = len(match["indent"])
+        end = i + 1
+        while not lines[end].strip().startswith(match["ticks"]):
+            end += 1
+        code = "\n".join(line[width:] for line in lines[i + 1 : end]) + "\n"
+        before = lines[i - 1].strip() if i else ""
+        found.append(Block(match["language"], code, i + 2, before))
+        i = end + 1
+    return found
+
+
+def without_blocks(text):
+    """The prose of a page, fenced code left out."""
+    prose, ticks = [], None
+    for line in text.splitlines():
+        match = FENCE.match(line)
+        if ticks is None and match:
+            ticks = match["ticks"]
+        elif ticks is not None:
+            ticks = None if line.strip().startswith(ticks) else ticks
+        else:
+            prose.append(line)
+    return "\n".join(prose)
+
+
+def page_texts():
+    return [(page, page.read_text()) for page in PAGES]
+
+
+# -- code -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
+    """All blocks of a page share one namespace, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    name = f"_docs_{page.stem}".replace("-", "_")
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    for block in blocks(page.read_text()):
+        if block.language != "python" or SKIP.match(block.before):
+            continue
+        # Tracebacks show the page's own line.
+        source = "\n" * (block.line - 1) + block.code
+        exec(compile(source, str(page), "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_skipped_blocks_have_a_reason(page):
+    for block in blocks(page.read_text()):
+        if match := SKIP.match(block.before):
+            assert match["reason"].strip(), f"{page.name}:{block.line} gives no reason"
+
+
+def test_blocks_are_found_and_fail_where_they_are_wrong():
+    """The extraction itself: indentation, skipping, and an error that is not lost."""
+    text = "a\n```python\nx = 1\n```\n- b\n\n    ```python\n    y = x\n    ```\n"
+    text += "<!-- skip: too slow -->\n```python\n1 / 0\n```\n```sh\nls\n```\n"
+    found = blocks(text)
+    assert [block.code for block in found] == ["x = 1\n", "y = x\n", "1 / 0\n", "ls\n"]
+    assert [block.language for block in found] == ["python"] * 3 + ["sh"]
+    assert found[1].line == 8 and text.splitlines()[7].strip() == "y = x"
+    assert SKIP.match(found[2].before)["reason"].strip() == "too slow"
+
+
+# -- links and pages ------------------------------------------------------------------
+
+
+def anchors(page):
+    """The anchors of a page's headings, as mkdocs and GitHub make them."""
+    for line in page.read_text().splitlines():
+        if match := re.match(r"#+ +(.*)", line):
+            words = re.sub(r"[^\w\- ]", "", match[1].lower())
+            yield re.sub(r"[ ]", "-", words.strip())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_relative_links_point_to_files_and_headings(page):
+    prose = re.sub(r"`[^`]*`", "", without_blocks(page.read_text()))
+    links = re.findall(r"\]\(\s*<?([^)\s>]+)", prose)
+    links += re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
+    links += re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, re.MULTILINE)
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor and target.suffix == ".md":
+            assert anchor in set(anchors(target)), f"{page.name} links to {link}"
+
+
+def test_navigation_names_every_page_and_no_other():
+    def paths(entry):
+        if isinstance(entry, str):
+            return [entry]
+        children = entry.values() if isinstance(entry, dict) else entry
+        return [path for child in children for path in paths(child)]
+
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert sorted(paths(site["nav"])) == [page.name for page in DOCS]
+
+
+# -- names ----------------------------------------------------------------------------
+
+
+def known_tests():
+    """{"test_a.py::test_b", "test_a.py::TestC", "test_a.py::TestC::test_d", ...}."""
+    known = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                known.add(f"{path.name}::{node.name}")
+            if isinstance(node, ast.ClassDef):
+                known |= {
+                    f"{path.name}::{node.name}::{child.name}"
+                    for child in node.body
+                    if isinstance(child, ast.FunctionDef)
+                }
+    return known
+
+
+def test_every_test_that_is_named_exists():
+    known = known_tests()
+    functions = {name.split("::")[-1] for name in known}
+    files = {name.split("::")[0].removesuffix(".py") for name in known}
+    for page, text in page_texts():
+        for name in re.findall(r"\btest_\w+\.py(?:::\w+)+", text):
+            assert name in known, f"{page.name} names {name}"
+        for name in re.findall(r"\btest_\w+", text):
+            assert name in functions | files, f"{page.name} names {name}"
+
+
+def test_every_pitfall_and_limit_names_a_test():
+    rows = [
+        line
+        for line in (ROOT / "docs" / "pitfalls.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| what goes wrong")
+    ]
+    assert len(rows) >= 20
+    for row in rows:
+        assert "::test_" in row, row
+
+
+def test_every_preset_that_is_named_exists():
+    from otmdr_jax import config
+
+    known = {*otmdr_jax.PRESETS, *config.PRESETS}
+    pattern = r"\b(?:paper|released|a?sam)(?:-[\w.]+)*-cifar\d+\b"
+    named = r"--preset[ =]([a-z][\w.-]*)"
+    for page, text in page_texts():
+        for name in re.findall(pattern, text) + re.findall(named, text):
+            assert name in known, f"{page.name} names the preset {name}"
+        for name in re.findall(r"\botmdr_jax\.preset\(\"([^\"]+)\"", text):
+            assert name in otmdr_jax.PRESETS, f"{page.name} calls preset({name!r})"
+    assert re.findall(pattern, "released-mode1.1-cifar10 and asam-cifar10") == [
+        "released-mode1.1-cifar10",
+        "asam-cifar10",
+    ]
+
+
+def command_flags():
+    """{"train": {"--rho", ...}, ...}, from the dataclasses behind the commands."""
+    from otmdr_jax import cli, config
+
+    def flags(kind):
+        found = {"--help"}
+        for field in dataclasses.fields(kind):
+            if field.name == "config":
+                continue
+            word = {"config_file": "config"}.get(field.name, field.name)
+            word = word.replace("_", "-")
+            found.add(f"--{word}")
+            if isinstance(field.default, bool):
+                found.add(f"--no-{word}")
+        return found
+
+    commands = {
+        name: flags(getattr(cli, name.title()))
+        for name in ("train", "evaluate", "compare", "demo", "info")
+    }
+    commands["train"] |= flags(config.TrainConfig)
+    commands["evaluate"] -= {"--run"}  # positional
+    commands["compare"] -= {"--runs"}
+    return commands
+
+
+def joined_lines(text):
+    """Lines, with those that end in a backslash joined to the next."""
+    return re.sub(r"\\\n\s*", " ", text).splitlines()
+
+
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]")
+# Programs with flags of their own.
+OTHERS = re.compile(r"\b(pip|uv|mkdocs|pytest|make|ruff|mypy|git|docker|xprof)\b")
+
+
+def test_every_flag_that_is_named_exists():
+    commands = command_flags()
+    scripts = [*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    of_scripts = {
+        path.name: set(FLAG.findall(path.read_text())) | {"--help"} for path in scripts
+    }
+    anywhere = set().union(*commands.values(), *of_scripts.values(), {"--version"})
+    anywhere |= {"--merge_grad"}  # the released code's
+    for page, text in page_texts():
+        for line in joined_lines(text):
+            for command, rest in re.findall(r"\botmdr (\w+)([^`|#]*)", line):
+                if command in commands:
+                    missing = set(FLAG.findall(rest)) - commands[command]
+                    assert not missing, f"{page.name}: otmdr {command} has no {missing}"
+            for script, rest in re.findall(r"\bpython \S*?(\w+\.py)([^`|#]*)", line):
+                missing = set(FLAG.findall(rest)) - of_scripts[script]
+                assert not missing, f"{page.name}: {script} has no {missing}"
+            if not OTHERS.search(line):
+                missing = set(FLAG.findall(line)) - anywhere
+                assert not missing, f"{page.name} names {missing}"
+
+
+def test_the_flags_are_those_of_the_parser():
+    tyro = pytest.importorskip("tyro")
+    from otmdr_jax import cli
+
+    for command, flags in command_flags().items():
+        parser = tyro.extras.get_parser(getattr(cli, command.title()))
+        accepted = {o for a in parser._actions for o in a.option_strings}
+        accepted = {flag for flag in accepted if flag.startswith("--")}
+        assert accepted | {"--help"} == flags, command
+
+
+def test_every_module_that_is_named_exists():
+    package = pathlib.Path(otmdr_jax.__file__).parent
+    text = (ROOT / "docs" / "api.md").read_text()
+    for name in re.findall(r"^::: otmdr_jax\.(\S+)", text, re.MULTILINE):
+        path = package / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), name
+    layout = (ROOT / "docs" / "architecture.md").read_text().split("Planned")[0]
+    for path in package.rglob("*.py"):
+        name = path.relative_to(package).parts[0]
+        assert name in layout, f"docs/architecture.md leaves out {name}"
