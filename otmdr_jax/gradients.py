@@ -91,7 +91,9 @@ def value_and_grad(
         batch, a scalar, or to (loss, aux). It sees plain pytrees.
       rho: One radius :math:`\rho_s` for each ascent step, in the units of the weights:
         numbers or traced scalars. The paper's (0.05, 0.1) for CIFAR-10 by default.
-      num_particles: K. Cost: (K or 1 pass over the parts) + K passes over B.
+      num_particles: K. Cost in gradients of single examples: 2 K |B| for random parts.
+        Otherwise the first gradient is that of all particles, and without noise all
+        particles are one, so K is 1.
       noise_std: Standard deviation of :math:`\epsilon` per coordinate, after each
         ascent step. Without noise by default, as in the released code; 0.01 in the
         paper's appendix B.1.

@@ -24,7 +24,8 @@ class OtmdrState(NamedTuple):
     Attributes:
       count: Number of updates so far.
       key: The PRNG key of the next update, or None where nothing is random.
-      aux: The auxiliary output of the last update's center pass; `aux_init` at first.
+      aux: The auxiliary output of the center pass of the last update whose gradient was
+        finite; `aux_init` at first.
       diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; NaN at first.
     """
 
@@ -177,12 +178,15 @@ def otmdr(
             result.diagnostics,
             state.diagnostics,
         )
-        return result.grads, OtmdrState(
-            optax.safe_increment(state.count),
-            next_key,
+        # A step that apply_if_finite will skip leaves no NaN statistics behind either.
+        finite = jnp.isfinite(result.diagnostics.grad_norm)
+        aux = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
             _like(result.aux, state.aux),
-            diagnostics,
+            state.aux,
         )
+        count = optax.safe_increment(state.count)
+        return result.grads, OtmdrState(count, next_key, aux, diagnostics)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -1,7 +1,7 @@
 """What users of such optimizers complain of elsewhere: one test a row of docs/pitfalls.
 
-Rows on training runs (resume, evaluation, calibration, speed) are in test_training,
-test_metrics and test_methods, under the same names.
+Rows on training runs (resume, evaluation, speed) are in test_training, those on
+calibration in test_metrics.
 """
 
 import functools
@@ -83,6 +83,23 @@ def test_non_finite_gradient_in_any_pass_skips_the_whole_step(where, problem):
     updates, state = update(state, params, clean)
     chex.assert_tree_all_finite(updates)
     assert int(optax.tree.get(state, "notfinite_count")) == 0
+
+
+def test_non_finite_step_leaves_no_statistics_behind(problem):
+    params, data = problem
+
+    def loss(p, batch):
+        return toy.regression(p, batch), jnp.mean(batch["x"])
+
+    tx = optax.chain(
+        otmdr_jax.sam(loss, has_aux=True, aux_init=jnp.array(7.0)),
+        optax.apply_if_finite(optax.sgd(0.1), 5),
+    )
+    poison = {**data, "x": np.full_like(data["x"], np.nan)}
+    _, state = tx.update(params, tx.init(params), params, batch=poison)
+    assert optax.tree.get(state, "aux") == 7.0
+    _, state = tx.update(params, state, params, batch=data)
+    np.testing.assert_allclose(optax.tree.get(state, "aux"), data["x"].mean())
 
 
 def test_non_finite_ascent_gradient_shows_even_if_the_last_pass_hides_it():
