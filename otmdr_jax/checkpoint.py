@@ -16,6 +16,10 @@ except ImportError as error:
     ) from error
 
 
+# The score of a checkpoint between evaluations: never the best.
+UNSCORED = float("-inf")
+
+
 class Restored(NamedTuple):
     """What a checkpoint holds.
 
@@ -38,14 +42,21 @@ class Checkpoints:
     Args:
       folder: Where they are; made at the first save.
       keep: How many of the latest to keep, beside the best one.
+      scored: Whether there are scores at all: a validation set.
       read_only: For evaluation: nothing in the folder is touched.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, keep: int = 2, read_only: bool = False
+        self,
+        folder: str | os.PathLike,
+        keep: int = 2,
+        *,
+        scored: bool = True,
+        read_only: bool = False,
     ):
         """Opens the folder."""
         self.folder = pathlib.Path(folder).absolute()
+        self._scored = scored
         policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
@@ -60,6 +71,8 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
+                # Without it Orbax forgets the scores with the process.
+                best_fn=(lambda metrics: metrics["score"]) if scored else None,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
@@ -85,7 +98,9 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
             ),
-            metrics=None if score is None else {"score": score},
+            metrics={"score": UNSCORED if score is None else score}
+            if self._scored
+            else None,
         )
 
     def steps(self) -> list[int]:
@@ -97,7 +112,7 @@ class Checkpoints:
         scores = {}
         for step in self.steps():
             metrics = self._manager.metrics(step)
-            if metrics is not None:
+            if metrics is not None and metrics["score"] > UNSCORED:
                 scores[step] = metrics["score"]
         return max(scores, key=lambda step: scores[step]) if scores else None
 

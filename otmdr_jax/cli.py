@@ -145,6 +145,8 @@ def train(options: Train) -> None:
 
     config = options.config
     resume = options.resume is not None
+    if resume and options.output is not None:
+        raise ValueError("--resume goes on in the run's own folder: give no --output.")
     name = f"{pathlib.Path(config.data).stem}-{config.model}-{config.method}"
     output = options.resume or options.output or f"runs/{name}-seed{config.seed}"
     try:
@@ -179,7 +181,12 @@ def evaluate(options: Evaluate) -> None:
             f"{folder} was trained without a {options.split} set: use --split test."
         )
     compiled = programs.compile_programs(config, dataset)
-    template = jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0])
+    # Placed here, wherever the run was trained.
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
+    )
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         restored = saved.restore(template, _step(options.checkpoint, saved))
     programs.check_same_data(restored.meta, dataset, folder)
@@ -197,10 +204,10 @@ def evaluate(options: Evaluate) -> None:
     }
     labels = getattr(dataset, options.split).labels
     runs.write_json(folder / "evaluation.json", result)
-    complete = all(
-        (folder / name).exists() for name in ("result.json", "predictions.npz")
-    )
-    if options.split == "test" and not complete:
+    latest = options.split == "test" and options.checkpoint == "latest"
+    whole = runs.is_finished(folder) and (folder / "predictions.npz").exists()
+    if latest and not whole:
+        # The run's result until it is resumed and finished.
         runs.write_result(folder, result, log_probs, labels)
     label = report.label_of(dataclasses.asdict(config))
     run = report.Run(

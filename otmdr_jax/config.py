@@ -13,6 +13,7 @@ import typing
 from typing import Any, Literal
 
 from otmdr_jax import presets
+from otmdr_jax.options import check_rho
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,15 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks numbers; names are checked where they are looked up."""
+        for name in ("rho", "augment"):  # lists, as from JSON, would not hash
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.rho is not None:
+            check_rho(self.rho)
+        for field in dataclasses.fields(self):
+            value, is_number = getattr(self, field.name), field.type in (int, float)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _check(self, field.name, number or not is_number, "a number")
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
             "keep_checkpoints", "max_skipped", "num_particles", "plateau_patience",

@@ -9,6 +9,7 @@ For each of K particles (Nguyen et al., 2023, Eqs. 9-10; S = 2 radii in the pape
 With one radius, the whole batch and no noise this is SAM (Theorem 4.3).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,7 +122,8 @@ def value_and_grad(
       over particles of the loss of all of B at the particle; `aux` comes from the
       pass at the center, its floating leaves averaged over particles (BatchNorm
       statistics, say), others from the first particle. `key` may be left out where
-      nothing is random; `rho` overrides the radii for one call.
+      nothing is random; `rho` overrides the radii for one call. Both belong to
+      `grad_fn`: a loss that needs a key or a rho of its own takes it by position.
 
     Raises:
       ValueError, TypeError: An option that cannot work, here; at the call a batch
@@ -196,6 +198,12 @@ def robust_gradient(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     default_rho = check_rho(rho)
+    known = {field.name for field in dataclasses.fields(Options)}
+    if unknown := sorted(set(options) - known):
+        raise TypeError(
+            f"unknown options {', '.join(unknown)}; "
+            f"there are {', '.join(sorted(known))}."
+        )
     opts = Options(**options)
     gradient_of = jax.value_and_grad(_checked(loss_fn, opts.has_aux), has_aux=True)
 

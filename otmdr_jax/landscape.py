@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from otmdr_jax.perturbation import ascend
 
@@ -62,12 +63,14 @@ def sam_gap(
     batches = list(batches)
     if not batches:
         raise ValueError("sam_gap needs at least one batch, got none.")
-    gradient, loss_of, step = _compiled(loss_sum)
-    sums = [gradient(params, batch) for batch in batches]
-    count = sum(float(examples) for (_, examples), _ in sums)
+    accumulate, loss_of, step = _compiled(loss_sum)
+    total, count, grads = 0.0, 0.0, jax.tree.map(jnp.zeros_like, params)
+    for batch in batches:
+        (loss, examples), grads = accumulate(grads, params, batch)
+        total, count = total + float(loss), count + float(examples)
     # The norm takes care of the factor 1 / count.
-    away = step(params, [grads for _, grads in sums], rho)
-    loss = sum(float(total) for (total, _), _ in sums) / count
+    away = step(params, grads, rho)
+    loss = total / count
     worst = sum(float(loss_of(away, batch)[0]) for batch in batches) / count
     return Sharpness(worst - loss, loss, worst)
 
@@ -75,10 +78,15 @@ def sam_gap(
 @functools.lru_cache(maxsize=16)
 def _compiled(loss_sum):
     """Compiled once for a loss, however many solutions are measured with it."""
+    gradient = jax.value_and_grad(loss_sum, has_aux=True)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def accumulate(grads, params, batch):
+        loss_and_count, more = gradient(params, batch)
+        return loss_and_count, jax.tree.map(jnp.add, grads, more)
 
     @jax.jit
-    def step(params, gradients, rho):
-        return ascend(params, jax.tree.map(lambda *g: sum(g), *gradients), rho)[0]
+    def step(params, grads, rho):
+        return ascend(params, grads, rho)[0]
 
-    gradient = jax.jit(jax.value_and_grad(loss_sum, has_aux=True))
-    return gradient, jax.jit(loss_sum), step
+    return accumulate, jax.jit(loss_sum), step

@@ -14,6 +14,9 @@ Array = Any
 # Nguyen et al., 2023, appendix B.2, and the field's usual choice.
 NUM_BINS = 15
 
+# What `evaluate` gives.
+NAMES = ("accuracy", "nll", "brier", "ece")
+
 
 class Reliability(NamedTuple):
     """A reliability diagram: one entry for each bin of top confidence.

@@ -67,7 +67,7 @@ def evaluate(
 
     Returns:
       The metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
-      split, and the log-probabilities (N, C).
+      split, and the log-probabilities (N, C). Metrics are NaN if a prediction is.
     """
     programs = compile_programs(config, dataset) if programs is None else programs
     examples = getattr(dataset, split)
@@ -76,6 +76,8 @@ def evaluate(
         for images, _, mask in _batches(config, examples)
     ]
     log_probs = np.concatenate(chunks).astype(np.float64)
+    if np.isnan(log_probs).any():  # diverged: there is nothing to measure
+        return dict.fromkeys(metrics.NAMES, float("nan")), log_probs
     return metrics.evaluate(log_probs, examples.labels), log_probs
 
 
@@ -263,9 +265,11 @@ def environment() -> dict[str, str]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A checksum of the training set, to tell whether a run goes on with its data."""
-    crc = zlib.crc32(np.ascontiguousarray(dataset.train.images).tobytes())
-    crc = zlib.crc32(np.asarray(dataset.train.labels).tobytes(), crc)
+    """A checksum of all splits, to tell whether a run goes on with its data."""
+    crc = 0
+    for split in (dataset.train, dataset.validation, dataset.test):
+        for array in split or ():
+            crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
     return f"{dataset.name}-{dataset.train.num_examples}-{crc:08x}"
 
 

@@ -75,6 +75,12 @@ def is_run(path: str | os.PathLike) -> bool:
     return (pathlib.Path(path) / "config.json").is_file()
 
 
+def is_finished(path: str | os.PathLike) -> bool:
+    """Whether a run came to its end and wrote its result."""
+    result = pathlib.Path(path) / "result.json"
+    return result.is_file() and bool(json.loads(result.read_text()).get("finished"))
+
+
 def read_config(path: str | os.PathLike) -> TrainConfig:
     """The configuration of a run.
 
@@ -95,6 +101,9 @@ def reopen(path: str | os.PathLike, step: int) -> RunFolder:
     Events after that step are dropped: they will happen again.
     """
     path = pathlib.Path(path)
+    if not is_finished(path):
+        # An evaluation of the interrupted run, about to be out of date.
+        (path / "result.json").unlink(missing_ok=True)
     events = path / "metrics.jsonl"
     if events.exists():
         kept = [line for line in events.read_text().splitlines() if _until(line, step)]

@@ -130,7 +130,9 @@ def train(
     else:
         folder = runs.create(output, config)
     with checkpoint.Checkpoints(
-        output / "checkpoints", config.keep_checkpoints
+        output / "checkpoints",
+        config.keep_checkpoints,
+        scored=dataset.validation is not None,
     ) as saved:
         state = programs.init(run_keys(config.seed)[0])
         meta: dict[str, Any] = {}
@@ -181,7 +183,7 @@ class Loop:
         ):
             while (step := int(state.step)) < total:
                 state = self._segment(state, min(self._segment_end(step), total))
-        return self._finish(state)
+            return self._finish(state)
 
     def _segment_end(self, step: int) -> int:
         """The end of the epoch that `step` is in."""
@@ -225,8 +227,7 @@ class Loop:
 
     def _end_of_epoch(self, state: TrainState, step: int) -> None:
         epoch = step // self.programs.steps_per_epoch
-        last = step == self.programs.total_steps
-        if last:
+        if step == self.programs.total_steps:
             return
         score = None
         if epoch % self.config.eval_every == 0:
@@ -263,9 +264,14 @@ class Loop:
     def _finish(self, state: TrainState) -> Result:
         step = int(state.step)
         score, (values, log_probs) = self._evaluate(state, step)
+        if self.saved is not None:
+            self._save(state, score)
+        if self.signum:
+            self._interrupted(state, [], step)
         speeds = self.meta["speeds"]
         speed = statistics.median(speeds) if speeds else float("nan")
         result = {
+            "finished": True,
             **values,
             **sharpness(self.config, state, self.dataset, self.programs),
             "seconds_per_step": speed,
@@ -277,8 +283,7 @@ class Loop:
             **environment(),
         }
         labels = np.asarray(self.dataset.test.labels)
-        if self.saved is not None:
-            self._save(state, score)
+        if self.folder is not None:
             self.folder.finish(result, log_probs, labels)
         folder = None if self.folder is None else self.folder.path
         return Result(state, result, self.history, log_probs, labels, folder)

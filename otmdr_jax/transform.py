@@ -102,7 +102,7 @@ def otmdr(
       >>> w, batch = jnp.zeros(2), jnp.eye(2)
       >>> state = tx.init(w)
       >>> updates, state = tx.update(w, state, w, batch=batch)
-      >>> int(optax.tree.get(state, "count"))
+      >>> int(state[0].count)  # of the chain's first part
       1
       >>> float(optax.tree.get(state, "diagnostics").robust_loss)
       1.03...

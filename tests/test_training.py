@@ -175,6 +175,64 @@ def test_resuming_a_finished_run_changes_nothing(straight, small):
     assert again == result
 
 
+def test_the_best_checkpoint_and_the_latest_are_kept_over_processes(tmp_path):
+    """Scores survive a reopening, and with them the best step."""
+    from otmdr_jax.checkpoint import Checkpoints
+
+    def state(step):
+        empty = {"w": jnp.full(2, float(step))}
+        numbers = [jnp.asarray(n, jnp.int32) for n in (step, 0, 0)]
+        return methods.TrainState(empty, {}, {}, jax.random.key(step), *numbers)
+
+    scores = {1: -3.0, 2: -0.5, 3: -2.0, 4: None, 5: -1.0, 6: -4.0}
+    for steps in ((1, 2, 3), (4, 5), (6,)):
+        with Checkpoints(tmp_path / "c", keep=2) as saved:
+            for step in steps:
+                saved.save(state(step), {"at": step}, scores[step])
+    with Checkpoints(tmp_path / "c", read_only=True) as saved:
+        assert saved.steps() == [2, 5, 6] and saved.best_step() == 2
+        restored = saved.restore(state(0), 2)
+        assert restored.meta == {"at": 2} and restored.state.params["w"][0] == 2.0
+        with pytest.raises(
+            FileNotFoundError, match=r"of step 3: there are \[2, 5, 6\]"
+        ):
+            saved.restore(state(0), 3)
+
+
+def test_a_run_stopped_while_it_measures_its_result_is_saved(
+    small, tmp_path, monkeypatch
+):
+    """After the last step too: SIGTERM saves, and the run resumes to its result."""
+    measure, signals = training.evaluate, [signal.SIGTERM]
+
+    def interrupted(*args):
+        while signals:
+            os.kill(os.getpid(), signals.pop())
+        return measure(*args)
+
+    config = dataclasses.replace(TINY, epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupted)
+        with pytest.raises(training.Interrupted, match="after step 2 of 2"):
+            training.train(config, small, tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run" / "result.json").exists()
+    training.train(config, small, tmp_path / "run", resume=True, show_progress=False)
+    assert runs.is_finished(tmp_path / "run")
+
+
+def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path):
+    """Parameters may stay finite while evaluation overflows."""
+    config = dataclasses.replace(
+        TINY, method="sgd", noise_std=0.0, learning_rate=1e9, schedule="constant"
+    )
+    try:
+        training.train(config, small, tmp_path / "run", show_progress=False)
+    except training.NonFiniteError:
+        return  # caught earlier: fine as well
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["nll"] is None or result["nll"] > 1.0
+
+
 def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
     """What a kill in the middle of a save leaves: a temporary folder, removed."""
     import shutil
@@ -233,6 +291,9 @@ class TestRefusals:
             (dict(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),
             (dict(clip_norm=0.0), "clip_norm must be positive"),
             (dict(steps=0), "steps must be at least 1"),
+            (dict(rho=(-1.0,)), "rho must be finite and not negative"),
+            (dict(epochs=True), "epochs must be a number"),
+            (dict(learning_rate="0.1"), "learning_rate must be a number"),
             (dict(smoothing="rest"), "smoothing must be one of 'all', 'others'"),
         ],
     )
