@@ -192,7 +192,7 @@ def evaluate(options: Evaluate) -> None:
     programs.check_same_data(restored.meta, dataset, folder)
     state = restored.state
     values, log_probs = programs.evaluate(
-        config, state, dataset, options.split, compiled
+        config, state, dataset, options.split, compiled, show_progress=True
     )
     result = {
         "split": options.split,

@@ -18,7 +18,7 @@ from otmdr_jax.options import check_rho
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Options of a training run. The defaults are the digits job of `otmdr demo`."""
+    """Options of a training run; `--preset demo` is the job of `otmdr demo`."""
 
     # -- data --
     data: str = "digits"

@@ -7,6 +7,7 @@ mapped is a matter of speed alone: see `average`.
 Reference: Nguyen et al., 2023, section 4.2.1 and Algorithm 1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -95,9 +96,24 @@ def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[Py
         ]
     order = jax.random.permutation(key, size)
     return [
-        jax.tree.map(lambda x, i=order[a:b]: jnp.asarray(x)[i], batch)
+        jax.tree.map(lambda x, i=order[a:b]: _gather(jnp.asarray(x), i), batch)
         for a, b in zip(bounds, bounds[1:], strict=False)
     ]
+
+
+def _gather(x, index):
+    """x[index]; on a mesh with explicit axes the result is sharded as x is."""
+    sharding = jax.typeof(x).sharding
+    axes = sharding.spec[0] if sharding.spec else None
+    if axes is None:
+        return x[index]
+    mesh, rest = sharding.mesh, sharding.spec[1:]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    devices = math.prod(mesh.shape[name] for name in names)
+    # A part that the devices do not divide is on all of them.
+    first = None if len(index) % devices else axes
+    spec = jax.sharding.PartitionSpec(first, *rest)
+    return x.at[index].get(out_sharding=jax.NamedSharding(mesh, spec))
 
 
 def climb(

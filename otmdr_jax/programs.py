@@ -20,9 +20,10 @@ from otmdr_jax import data as data_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.methods import TrainState
+from otmdr_jax.progress import Progress
 
 # Sharpness is measured on at most so many training images, evenly spread.
-SHARPNESS_EXAMPLES = 10_000
+SHARPNESS_EXAMPLES = 2_000
 
 
 class Programs(NamedTuple):
@@ -55,6 +56,8 @@ def evaluate(
     dataset: Dataset,
     split: str = "test",
     programs: Programs | None = None,
+    *,
+    show_progress: bool = False,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Evaluates a state on a split, each example once.
 
@@ -64,6 +67,7 @@ def evaluate(
       dataset: The data.
       split: "train", "validation" or "test".
       programs: Compiled functions, where they exist already.
+      show_progress: Whether to show progress.
 
     Returns:
       The metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
@@ -71,10 +75,13 @@ def evaluate(
     """
     programs = compile_programs(config, dataset) if programs is None else programs
     examples = getattr(dataset, split)
-    chunks = [
-        np.asarray(programs.predict(state, images))[mask]
-        for images, _, mask in _batches(config, examples)
-    ]
+    chunks, done = [], 0
+    title = f"evaluating the {split} set"
+    with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
+        for images, _, mask in _batches(config, examples):
+            chunks.append(np.asarray(programs.predict(state, images))[mask])
+            done += len(chunks[-1])
+            bar.update(done, {})
     log_probs = np.concatenate(chunks).astype(np.float64)
     if np.isnan(log_probs).any():  # diverged: there is nothing to measure
         return dict.fromkeys(metrics.NAMES, float("nan")), log_probs

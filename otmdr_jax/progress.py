@@ -18,14 +18,22 @@ class Progress:
       done: Steps that were done before.
       title: What is going on.
       enabled: False for silence.
+      unit: What is counted.
     """
 
-    def __init__(self, total: int, done: int, title: str, enabled: bool = True):
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        title: str,
+        enabled: bool = True,
+        unit: str = "steps",
+    ):
         """Starts the clock."""
         self.total, self.start, self.title = total, done, title
-        self._enabled = enabled
+        self._enabled, self._unit = enabled, unit
         self._began = self._said = time.monotonic()
-        self._bar = _rich_bar(total, done, title) if enabled else None
+        self._bar = _rich_bar(total, done, title, unit) if enabled else None
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
         """Shows that `step` steps are done."""
@@ -37,17 +45,33 @@ class Progress:
             bar.update(task, completed=step, numbers=text)
             return
         now = time.monotonic()
-        if now - self._said < SECONDS_A_LINE and step < self.total:
+        last = step == self.total and self._unit == "steps"
+        if now - self._said < SECONDS_A_LINE and not last:
             return
         self._said = now
         rate = (step - self.start) / max(now - self._began, 1e-9)
         left = (self.total - step) / rate if rate > 0 else float("inf")
         print(
-            f"{self.title}: step {step}/{self.total}, {rate:.3g} steps/s, "
+            f"{self.title}: {step}/{self.total} {self._unit}, "
+            f"{rate:.3g} {self._unit}/s, "
             f"{_clock(left)} left  {text}",
             file=sys.stderr,
             flush=True,
         )
+
+    def say(self, text: str) -> None:
+        """Tells what is going on where no step is being counted."""
+        if self._bar is not None:
+            self._bar[0].console.print(f"{self.title}: {text}")
+        elif self._enabled:
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+
+    def restart(self, step: int) -> None:
+        """Starts the clock anew: what came before, compilation, is no rate."""
+        self.start, self._began = step, time.monotonic()
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.reset(task, completed=step)
 
     def __enter__(self) -> "Progress":
         """Returns itself."""
@@ -59,7 +83,7 @@ class Progress:
             self._bar[0].stop()
 
 
-def _rich_bar(total, done, title):
+def _rich_bar(total, done, title, unit):
     try:
         from rich import progress
     except ImportError:
@@ -72,7 +96,7 @@ def _rich_bar(total, done, title):
 
     class Rate(progress.ProgressColumn):
         def render(self, task):
-            return f"{task.speed:.3g} steps/s" if task.speed else ""
+            return f"{task.speed:.3g} {unit}/s" if task.speed else ""
 
     bar = progress.Progress(
         progress.TextColumn("{task.description}"),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from otmdr_jax import config as config_lib
 from otmdr_jax import progress, runs
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
@@ -127,6 +128,7 @@ def train(
     folder = None
     if resume:
         _check_same_run(runs.read_config(output), config, output)
+        config_lib.save(config, output / "config.json")
     else:
         folder = runs.create(output, config)
     with checkpoint.Checkpoints(
@@ -174,13 +176,19 @@ class Loop:
         self.meta = {**fresh, **meta}
         self.history = _read_history(self.folder)
         total = self.programs.total_steps
-        title = f"{self.config.method} seed {self.config.seed}"
+        particles = self.config.num_particles
+        many = f" K = {particles}" if particles > 1 else ""
+        title = f"{self.config.method}{many} seed {self.config.seed}"
         with (
             _signals(self._stop),
             progress.Progress(
                 total, int(state.step), title, self.show_progress
             ) as self.progress,
         ):
+            if int(state.step):
+                self.progress.say(f"goes on after step {int(state.step)}")
+            if int(state.step) < total:
+                self.progress.say("compiling")
             while (step := int(state.step)) < total:
                 state = self._segment(state, min(self._segment_end(step), total))
             return self._finish(state)
@@ -208,6 +216,11 @@ class Loop:
                 # The first step of a process compiles: the clock starts after it.
                 jax.block_until_ready(state.step)
                 began, timed_from, self.warm = time.perf_counter(), step, True
+                self.progress.restart(step)
+            elif len(window) > 2:
+                # At most two steps in flight: the device stays busy, a signal is
+                # acted on at once.
+                jax.block_until_ready(window[-3]["loss"])
             # Windows start with the epoch: none is cut short but its last.
             if (i + 1) % self.config.log_every == 0 or step == end:
                 self._log_training(state, window, step)
@@ -238,7 +251,9 @@ class Loop:
         if self.signum:
             self._interrupted(state, [], step)
 
-    def _evaluate(self, state: TrainState, step: int) -> tuple[float | None, Any]:
+    def _evaluate(
+        self, state: TrainState, step: int, final: bool = False
+    ) -> tuple[float | None, Any]:
         """Logs metrics of the validation and the test set.
 
         Returns:
@@ -249,7 +264,14 @@ class Loop:
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
-            found = evaluate(self.config, state, self.dataset, split, self.programs)
+            found = evaluate(
+                self.config,
+                state,
+                self.dataset,
+                split,
+                self.programs,
+                show_progress=final and self.show_progress,
+            )
             values = found[0]
             done = ((old["split"], old["step"]) for old in self.history[-4:])
             if (split, step) not in done:  # a finished run that is resumed
@@ -263,11 +285,14 @@ class Loop:
 
     def _finish(self, state: TrainState) -> Result:
         step = int(state.step)
-        score, (values, log_probs) = self._evaluate(state, step)
+        if self.saved is not None and self.dataset.validation is None:
+            self._save(state)  # no score to wait for: evaluation may take long
+        score, (values, log_probs) = self._evaluate(state, step, final=True)
         if self.saved is not None:
             self._save(state, score)
         if self.signum:
             self._interrupted(state, [], step)
+        self.progress.say("measuring sharpness")
         speeds = self.meta["speeds"]
         speed = statistics.median(speeds) if speeds else float("nan")
         result = {
@@ -346,6 +371,9 @@ class Loop:
 
     def _stop(self, signum: int) -> None:
         self.signum = signum
+        if self.show_progress:
+            # Not print: a handler may come in the middle of one.
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def _interrupted(self, state: TrainState, window, step: int) -> None:
         if self.folder is None:

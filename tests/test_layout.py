@@ -18,9 +18,9 @@ LAYERS = [
     {"gradients"},
     {"presets", "transform"},
     {"metrics", "landscape", "models", "data"},  # leaves: never each other
-    {"config", "methods"},
+    {"config", "methods", "progress"},
     {"optimizers"},
-    {"programs", "checkpoint", "runs", "progress"},
+    {"programs", "checkpoint", "runs"},
     {"training"},
     {"report"},
     {"demo"},

@@ -417,6 +417,18 @@ class TestDevices:
         sharded = jax.device_put(data, jax.NamedSharding(mesh, PartitionSpec("data")))
         assert_close(fn(params, sharded, key=key), want)
 
+    @pytest.mark.parametrize("rho", [(0.1,), RHO, (0.1, 0.1, 0.1)])
+    def test_plain_jit_on_a_mesh_with_explicit_axes_is_one_device(self, rho, key):
+        """The default of `jax.make_mesh`; parts of 16, 8, and 6 or 5 on 4 devices."""
+        params, data = toy.regression_problem(batch=16)
+        fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, rho, 2))
+        want = fn(params, data, key=key)
+        mesh = jax.make_mesh((self.devices,), ("data",))
+        with jax.set_mesh(mesh):
+            spec = jax.NamedSharding(mesh, PartitionSpec("data"))
+            got = fn(params, jax.device_put(data, spec), key=key)
+        assert_close(got, want)
+
 
 def test_unknown_extra_arguments_are_ignored_in_a_chain(problem):
     params, data = problem

@@ -20,7 +20,9 @@ from jax.typing import DTypeLike
 
 try:
     import flax  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "flax":  # Flax is there, but something that it needs is not
+        raise
     raise ImportError(
         "otmdr_jax.models builds its networks with Flax, which is not installed. "
         "Run: pip install otmdr-jax[models]"
