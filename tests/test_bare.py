@@ -7,7 +7,7 @@ import pytest
 
 # What the extras bring beyond those four. An import of any of them fails.
 ABSENT = (
-    "tensorflow", "tensorflow_datasets", "array_record", "grain", "tyro",
+    "tensorflow_datasets", "array_record", "grain", "tyro",
     "sklearn", "tensorboardX", "matplotlib", "PIL", "chex", "hypothesis", "equinox",
 )  # fmt: skip
 
