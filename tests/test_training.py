@@ -205,10 +205,10 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
     """After the last step too: SIGTERM saves, and the run resumes to its result."""
     measure, signals = training.evaluate, [signal.SIGTERM]
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         while signals:
             os.kill(os.getpid(), signals.pop())
-        return measure(*args)
+        return measure(*args, **kwargs)
 
     config = dataclasses.replace(TINY, epochs=1)
     with monkeypatch.context() as patch:
