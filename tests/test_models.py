@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+import otmdr_jax
 from otmdr_jax import models
 from otmdr_jax.models.base import Layers
 
@@ -289,7 +290,7 @@ def test_bfloat16_computes_convolutions_and_nothing_else(name, train):
     traced = jax.jit(model.apply, static_argnames="train").trace(
         params, state, jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32), train=train
     )
-    convolutions = list(equations(traced.jaxpr.jaxpr, "conv_general_dilated"))
+    convolutions = list(equations(traced.jaxpr.jaxpr, "convolve"))
     kernels = [x for x in jax.tree.leaves(params) if len(x.shape) == 4]
     assert len(convolutions) == len(kernels)
     for eqn in convolutions:
@@ -440,6 +441,128 @@ def test_small_cnn_learns_digits():
     assert (logits.argmax(-1) == labels[1400:]).mean() > 0.9
 
 
+# --- recomputation ------------------------------------------------------------------
+
+
+def classification_loss(model):
+    def loss(params, batch, state):
+        images, labels = batch
+        logits, state = model.apply(params, state, images, train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), state
+
+    return loss
+
+
+def kept_and_recomputed(name, dtype=jnp.float32, size=8):
+    """A loss without and one with remat; parameters, a batch and statistics."""
+    plain = models.create(name, 5, dtype=dtype)
+    lean = models.create(name, 5, dtype=dtype, remat=True)
+    assert plain != lean
+    assert shapes(plain, (2, 8, 8, 3)) == shapes(lean, (2, 8, 8, 3))
+    params, state, images = as_float32(draw(plain, (size, 8, 8, 3)))
+    batch = (images, jnp.arange(size) % 5)
+    return map(classification_loss, (plain, lean)), (params, batch, state)
+
+
+def assert_close(got, want, tolerance):
+    """Leaves differ by at most a share of the norm of the leaf."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        scale = np.linalg.norm(np.asarray(b, np.float64)) + 1e-3
+        assert np.linalg.norm(np.asarray(a - b, np.float64)) <= tolerance * scale
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tolerance"),
+    [
+        ("cnn_small", jnp.float32, 1e-4),
+        ("resnet_10", jnp.float32, 1e-4),
+        ("wide_resnet_10_1", jnp.float32, 1e-4),
+        # Programs round at different places: each is as far from float32's gradient.
+        ("cnn_small", jnp.bfloat16, 0.2),
+    ],
+)
+def test_remat_changes_no_result(name, dtype, tolerance):
+    losses, arguments = kept_and_recomputed(name, dtype)
+    want, got = (
+        jax.jit(jax.value_and_grad(loss, has_aux=True))(*arguments) for loss in losses
+    )
+    assert_close(got, want, tolerance)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), got[0][1], arguments[2])
+    assert all(jax.tree.leaves(moved))  # the running statistics
+
+
+@pytest.fixture
+def quick_compilation():
+    """Small networks compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_remat_under_a_robust_gradient(key):
+    """K particles in a loop of the compiled program, and batched."""
+    (plain, lean), arguments = kept_and_recomputed("cnn_small")
+
+    def gradient(loss, particle_map):
+        return jax.jit(
+            otmdr_jax.value_and_grad(
+                loss,
+                rho=0.05,
+                num_particles=2,
+                noise_std=0.01,
+                split="shared",
+                has_aux=True,
+                particle_map=particle_map,
+            )
+        )(*arguments, key=key)
+
+    want = gradient(plain, "unroll")
+    for particle_map in ("scan", "vmap"):
+        assert_close(gradient(lean, particle_map), want, 1e-3)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_remat_inside_shard_map():
+    """Each device climbs on its part, with BatchNorm's statistics of that part."""
+    losses, arguments = kept_and_recomputed("cnn_small")
+    mesh = jax.make_mesh(
+        (2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]
+    )
+
+    def gradient(loss):
+        grad_fn = otmdr_jax.value_and_grad(
+            loss, rho=0.05, split="shared", has_aux=True, axis_name="data"
+        )
+        return jax.jit(
+            jax.shard_map(
+                grad_fn,
+                mesh=mesh,
+                in_specs=(jax.P(), jax.P("data"), jax.P()),
+                out_specs=jax.P(),
+            )
+        )(*arguments)
+
+    want, got = map(gradient, losses)
+    assert_close(got, want, 1e-3)
+
+
+def test_remat_of_a_deep_network_takes_less_memory():
+    """With the barriers in place, as on accelerators: see `models.create`."""
+    losses, arguments = kept_and_recomputed("wide_resnet_16_1", size=256)
+    kept, recomputed = (
+        jax.jit(jax.grad(loss, has_aux=True))
+        .lower(*arguments)
+        .compile(compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"})
+        .memory_analysis()
+        .temp_size_in_bytes
+        for loss in losses
+    )
+    assert recomputed < 0.6 * kept
+
+
 # --- the registry and its errors ----------------------------------------------------
 
 
@@ -496,6 +619,7 @@ def test_illegal_names_and_classes(arguments, error, message):
         ("cnn_small", {"stem": "cifar"}, TypeError, "it takes no options"),
         ("cnn_small", {"dtype": jnp.int32}, TypeError, "dtype must be a floating"),
         ("cnn_small", {"param_dtype": "int8"}, TypeError, "param_dtype must be a fl"),
+        ("cnn_small", {"remat": 1}, TypeError, "remat must be True or False, got 1"),
     ],
 )
 def test_illegal_options(name, options, error, message):

@@ -69,6 +69,7 @@ def create(
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     batchnorm_axis_name: str | None = None,
+    remat: bool = False,
     **options: Any,
 ) -> Model:
     """Creates a model by name; allocates nothing until `Model.init`.
@@ -83,6 +84,14 @@ def create(
         thousandth of a weight is lost in bfloat16.
       batchnorm_axis_name: a mapped axis (of `pmap`, `shard_map` or `vmap`) to share
         BatchNorm's batch statistics over; None keeps them per device.
+      remat: recompute each block's activations in the backward pass instead of keeping
+        them: each residual block, or each convolution with its BatchNorm and ReLU in
+        `cnn_small`. Parameters, outputs, gradients and statistics are the same (to
+        rounding); a gradient takes about a third more operations and, in a deep
+        network, a fraction of the memory. XLA undoes it on CPUs, which have memory to
+        spare, unless `XLA_FLAGS` has `--xla_disable_hlo_passes=cse_barrier_expander`:
+        that pass removes the barriers that keep the second computation from being
+        merged with the first.
       **options: of the family: `stem="cifar"` (3x3, stride 1; the default) or
         `"imagenet"` (7x7, stride 2, max-pool) for `resnet_10` and `resnet_18`.
 
@@ -91,7 +100,8 @@ def create(
 
     Raises:
       ValueError: the name, `num_classes` or an option's value is not legal.
-      TypeError: the family has no such option, or a dtype is not floating.
+      TypeError: the family has no such option, a dtype is not floating, or `remat` is
+        no bool.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,8 +112,14 @@ def create(
       >>> logits, state = model.apply(params, state, images, train=True)
       >>> logits.shape
       (2, 10)
+      >>> lean = models.create("cnn_small", num_classes=10, remat=True)
+      >>> again, _ = lean.apply(params, state, images, train=True)
+      >>> again.shape
+      (2, 10)
 
     Reference:
+      Recomputation: Chen et al., `Training deep nets with sublinear memory cost
+      <https://arxiv.org/abs/1604.06174>`_, 2016.
       Each family's module cites its architecture's source.
     """
     family, fixed = _lookup(name)
@@ -117,6 +133,7 @@ def create(
         dtype=_check_floating("dtype", dtype),
         param_dtype=_check_floating("param_dtype", param_dtype),
         batchnorm_axis_name=batchnorm_axis_name,
+        remat=_check_bool("remat", remat),
     )
 
 
@@ -145,8 +162,8 @@ def _check_known(
         if option not in known:
             takes = f"the options: {', '.join(known)}" if known else "no options"
             raise TypeError(
-                f"Model {name!r} has no option {option!r}. Beside dtype, param_dtype "
-                f"and batchnorm_axis_name it takes {takes}."
+                f"Model {name!r} has no option {option!r}. Beside dtype, param_dtype, "
+                f"batchnorm_axis_name and remat it takes {takes}."
             )
 
 
@@ -159,6 +176,12 @@ def _check_num_classes(num_classes: int) -> int:
             "has two logits here."
         )
     return int(num_classes)
+
+
+def _check_bool(argument: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument} must be True or False, got {value!r}.")
+    return value
 
 
 def _check_floating(argument: str, dtype: DTypeLike) -> jnp.dtype:

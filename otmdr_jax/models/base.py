@@ -20,6 +20,8 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from otmdr_jax.models.convolution import convolve
+
 Params = dict[str, Any]
 State = dict[str, Any]
 
@@ -55,12 +57,14 @@ class Layers:
       dtype: of convolutions and activations.
       param_dtype: of the parameters.
       batchnorm_axis_name: the axis to share batch statistics over, or None.
+      remat: whether blocks are recomputed in the backward pass.
     """
 
     rngs: nnx.Rngs
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     batchnorm_axis_name: str | None
+    remat: bool = False
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
@@ -79,6 +83,7 @@ class Layers:
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             kernel_init=_conv_init,
+            conv_general_dilated=convolve,
             rngs=self.rngs,
         )
 
@@ -133,6 +138,7 @@ class Model:
       dtype: of convolutions and activations.
       param_dtype: of the parameters.
       batchnorm_axis_name: the axis to share batch statistics over, or None.
+      remat: whether blocks are recomputed in the backward pass.
     """
 
     name: str
@@ -142,6 +148,7 @@ class Model:
     dtype: jnp.dtype = jnp.dtype(jnp.float32)
     param_dtype: jnp.dtype = jnp.dtype(jnp.float32)
     batchnorm_axis_name: str | None = None
+    remat: bool = False
 
     def module_fn(self, in_channels: int, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the NNX module itself, for users of Flax.
@@ -161,7 +168,9 @@ class Model:
           >>> module.head.kernel.shape
           (32, 10)
         """
-        layers = Layers(rngs, self.dtype, self.param_dtype, self.batchnorm_axis_name)
+        layers = Layers(
+            rngs, self.dtype, self.param_dtype, self.batchnorm_axis_name, self.remat
+        )
         family: Any = self.family
         return family(layers, in_channels, self.num_classes, **dict(self.options))
 

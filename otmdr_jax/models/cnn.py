@@ -23,6 +23,7 @@ class SmallCNN(nnx.Module):
         self.conv3 = layers.conv(32, 32, 3)
         self.norm3 = layers.batch_norm(32)
         self.head = layers.dense(32, num_classes)
+        self.remat = layers.remat
 
     @staticmethod
     def check() -> None:
@@ -30,7 +31,13 @@ class SmallCNN(nnx.Module):
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
-        x = nnx.relu(self.norm1(self.conv1(images), train=train))
-        x = nnx.relu(self.norm2(self.conv2(x), train=train))
-        x = nnx.relu(self.norm3(self.conv3(x), train=train))
+
+        def call(conv, norm, x):
+            return nnx.relu(norm(conv(x), train=train))
+
+        if self.remat:  # only the input of each layer is kept for the backward pass
+            call = nnx.remat(call)
+        x = call(self.conv1, self.norm1, images)
+        x = call(self.conv2, self.norm2, x)
+        x = call(self.conv3, self.norm3, x)
         return self.head(global_average_pool(x))

@@ -69,6 +69,7 @@ class ResNet(nnx.Module):
                 channels = out_channels
         # The order of the calls; string keys survive a checkpoint.
         self.blocks = tuple(blocks)
+        self.remat = layers.remat
         self.head = layers.dense(channels, num_classes)
 
     @staticmethod
@@ -83,6 +84,12 @@ class ResNet(nnx.Module):
         x = nnx.relu(self.stem_norm(self.stem(images), train=train))
         if self.downsamples:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+        def call(block, x):
+            return block(x, train=train)
+
+        if self.remat:  # only the input of each block is kept for the backward pass
+            call = nnx.remat(call)
         for name in self.blocks:
-            x = getattr(self, name)(x, train=train)
+            x = call(getattr(self, name), x)
         return self.head(global_average_pool(x))

@@ -66,6 +66,7 @@ class WideResNet(nnx.Module):
         # The order of the calls. Names, not an nnx.List: integer keys in `params`
         # would come back from a checkpoint as strings.
         self.blocks = tuple(blocks)
+        self.remat = layers.remat
         self.norm = layers.batch_norm(channels)
         self.head = layers.dense(channels, num_classes)
 
@@ -88,7 +89,13 @@ class WideResNet(nnx.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = self.stem(images)
+
+        def call(block, x):
+            return block(x, train=train)
+
+        if self.remat:  # only the input of each block is kept for the backward pass
+            call = nnx.remat(call)
         for name in self.blocks:
-            x = getattr(self, name)(x, train=train)
+            x = call(getattr(self, name), x)
         x = nnx.relu(self.norm(x, train=train))
         return self.head(global_average_pool(x))

@@ -1,0 +1,29 @@
+"""What the benchmarks write down; imports neither JAX nor PyTorch."""
+
+import json
+import os
+import subprocess
+
+
+def write_json(path, record):
+    """Replaces the file in one go, so that a kill leaves the last whole one."""
+    if path:
+        with open(f"{path}.part", "w") as file:
+            json.dump(record, file, indent=1)
+        os.replace(f"{path}.part", path)
+
+
+def markdown(header, rows):
+    """A table: `header` names columns, `rows` are lists of their cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def nvidia_smi():
+    query = "name,driver_version,memory.total,clocks.max.sm,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
