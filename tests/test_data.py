@@ -7,12 +7,7 @@ small TFDS copy of the real images without network; elsewhere they are skipped.
 import io
 import json
 import os
-import pathlib
-import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 
 import chex
 import jax
@@ -22,27 +17,13 @@ import pytest
 
 from otmdr_jax import data
 from otmdr_jax.data import cache, dataset, device, prepared
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared"
-PER_CLASS = 20
+from tests.sets import PER_CLASS, SHARED, gray_examples, gray_features, run_python
 
 
 def random_split(seed=0, num=60, shape=(6, 5, 3), num_classes=4):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (num, *shape), dtype=np.uint8)
     return images, rng.permutation(np.arange(num) % num_classes)
-
-
-def run_python(code, *args, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
 
 
 # -- arrays ---------------------------------------------------------------------------
@@ -428,14 +409,20 @@ def test_augment_crops_and_flips_each_image_by_its_own_draw():
     assert np.abs(correlation).max() < 4.5 / np.sqrt(num)
 
 
-def test_augment_uses_one_key_for_each_op(key):
+def test_augment_uses_one_key_for_each_op_and_position(key):
     images = jnp.asarray(GOOD[0])
-    crop_key, flip_key = jax.random.split(key)
-    want = device.random_flip(flip_key, device.random_crop(crop_key, images))
+    crop_keys, flip_keys = (
+        jnp.stack([jax.random.fold_in(op_key, i) for i in range(len(images))])
+        for op_key in jax.random.split(key)
+    )
+    want = device.random_flip(flip_keys, device.random_crop(crop_keys, images))
     np.testing.assert_array_equal(data.augment(key, images, ("crop", "flip")), want)
     again = data.augment(key, images, ["crop", "flip"])
     np.testing.assert_array_equal(again, want)
     assert (data.augment(jax.random.key(1), images, ("crop", "flip")) != want).any()
+    half = len(images) // 2  # a device's part is augmented as in the whole batch
+    part = data.augment(key, images[half:], ("crop", "flip"), first=half)
+    np.testing.assert_array_equal(part, want[half:])
 
 
 def test_augment_with_nothing_and_with_an_unknown_name(key):
@@ -640,33 +627,6 @@ def test_a_changed_folder_has_a_new_fingerprint(tmp_path):
 # -- TFDS: the real CIFAR-10 ----------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def cifar_dir(tmp_path_factory):
-    tool = SHARED / "tools" / "make_cifar10_tfds.py"
-    if not tool.exists():
-        pytest.skip(f"no {tool}: it prepares CIFAR-10 from a local file")
-    folder = tmp_path_factory.mktemp("tfds")
-    subprocess.run(
-        [sys.executable, tool, folder, "--limit-per-class", str(PER_CLASS)],
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    return folder
-
-
-@pytest.fixture
-def own_copy(cifar_dir, tmp_path):
-    """A copy that a test may damage, and the folder of its files."""
-    shutil.copytree(cifar_dir, tmp_path / "tfds")
-    return tmp_path / "tfds", tmp_path / "tfds" / "cifar10" / "3.0.2"
-
-
-@pytest.fixture
-def cache_dir(tmp_path):
-    return tmp_path / "cache"
-
-
 def no_decoding(monkeypatch):
     def fail(*args):
         raise AssertionError("decoded again")
@@ -830,72 +790,6 @@ def test_unreadable_metadata_are_an_error(own_copy, cache_dir):
 
 
 # -- TFDS: other sets -----------------------------------------------------------------
-
-
-def encoded(value):
-    """A gray image as a PNG file, which TFDS stores without TensorFlow."""
-    from PIL import Image
-
-    if not isinstance(value, np.ndarray):
-        return value
-    file = io.BytesIO()
-    Image.fromarray(value[..., 0]).save(file, "PNG")
-    file.seek(0)
-    return file
-
-
-@pytest.fixture
-def prepare(tmp_path):
-    """Prepares a set of the given features and examples as TFDS's own writer does."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    registered = pytest.importorskip("tensorflow_datasets.core.registered")
-
-    def make(name, features, splits, supervised=None):
-        def generate(self, examples):
-            for index, example in enumerate(examples):
-                yield index, {k: encoded(v) for k, v in example.items()}
-
-        body = {
-            "__module__": "__main__",  # or TFDS looks for files beside the module
-            "VERSION": tfds.core.Version("1.2.3"),
-            "_info": lambda self: tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features(tfds.features)),
-                supervised_keys=supervised,
-            ),
-            "_split_generators": lambda self, manager: {
-                split: self._generate_examples(examples)
-                for split, examples in splits.items()
-            },
-            "_generate_examples": generate,
-        }
-        with registered.skip_registration():
-            builder = type(name, (tfds.core.GeneratorBasedBuilder,), body)
-        folder = tmp_path / "own"
-        builder(data_dir=folder, file_format="array_record").download_and_prepare()
-        return {"data_dir": folder, "cache_dir": tmp_path / "cache"}
-
-    return make
-
-
-def gray_features(features):
-    return {
-        "picture": features.Image(shape=(None, None, 1)),
-        "kind": features.ClassLabel(num_classes=7),
-        "note": features.Text(),
-    }
-
-
-def gray_examples(num, side=6):
-    rng = np.random.default_rng(num)
-    return [
-        {
-            "picture": rng.integers(0, 256, (side, side, 1), dtype=np.uint8),
-            "kind": int(rng.integers(3)),
-            "note": "unused",
-        }
-        for _ in range(num)
-    ]
 
 
 def test_any_set_loads_by_its_supervised_keys(prepare, caplog):

@@ -11,8 +11,11 @@ each batch inside the jitted step.
     images = augment(step_key, images, dataset.augment)
     images = normalise(images, dataset.mean, dataset.std)
 
-Importing this needs NumPy and JAX alone; TFDS, scikit-learn and rich are loaded when
-something asks for them, TensorFlow never.
+Sets that do not fit there are streamed: `load(..., in_memory=False)` leaves the images
+in their files, and `stream_batches` reads the same batches ahead of training.
+
+Importing this needs NumPy and JAX alone; TFDS, Grain, scikit-learn and rich are loaded
+when something asks for them, TensorFlow never.
 """
 
 from otmdr_jax.data.dataset import Dataset, Split, from_arrays
@@ -23,16 +26,21 @@ from otmdr_jax.data.device import (
     normalise,
     take,
 )
+from otmdr_jax.data.lazy import LazyImages
 from otmdr_jax.data.sources import load
+from otmdr_jax.data.stream import fits_on_device, stream_batches
 
 __all__ = [
     "Dataset",
+    "LazyImages",
     "Split",
     "augment",
     "epoch_order",
     "eval_batches",
+    "fits_on_device",
     "from_arrays",
     "load",
     "normalise",
+    "stream_batches",
     "take",
 ]

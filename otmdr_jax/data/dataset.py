@@ -13,21 +13,28 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from otmdr_jax.data.lazy import LazyImages
+
 AUGMENTATIONS = ("crop", "flip")
 
 # Streams of the one seed: independent, and stable when another one is added.
 _VALIDATION_STREAM, _NOISE_STREAM = 0, 1
+
+# Statistics of images that are not in memory: of so many, and of so many bytes at most.
+_STATISTICS_IMAGES, _STATISTICS_BYTES = 10_000, 2**30
 
 
 class Split(NamedTuple):
     """Images and labels of one split; a pytree, so `jax.device_put` takes it whole.
 
     Attributes:
-      images: (N, H, W, C), uint8 in 0..255 or float32.
+      images: (N, H, W, C), uint8 in 0..255 or float32; `LazyImages` where they do not
+        fit in memory, which no device takes.
       labels: (N,) int32 in 0..num_classes-1.
     """
 
-    images: np.ndarray | jax.Array
+    # Any is for LazyImages: a batch is a Split too, and its images are an array.
+    images: np.ndarray | jax.Array | Any
     labels: np.ndarray | jax.Array
 
     @property
@@ -92,12 +99,12 @@ def from_arrays(
     std: Sequence[float] | None = None,
     augment: Sequence[str] = (),
 ) -> Dataset:
-    """Makes a dataset of arrays in memory, after checking them.
+    """Makes a dataset of arrays, after checking them.
 
     Args:
       train: (images, labels). Images are (N, H, W, C), or (N, H, W) for one channel,
         of dtype uint8 (0..255) or a float dtype (any finite scale; kept as float32).
-        Labels are integers 0..C-1 of shape (N,) or (N, 1).
+        `LazyImages` stay lazy. Labels are integers 0..C-1 of shape (N,) or (N, 1).
       test: the same, with the image shape and dtype of `train`.
       num_classes: C; None takes the largest label of both splits plus one.
       name: what to call the dataset.
@@ -108,7 +115,8 @@ def from_arrays(
         uniformly. Test and validation labels stay as they are. Default 0.
       seed: of the validation split and the label noise, through separate streams.
       mean: per channel, on the [0, 1] scale for uint8 images. None computes it in
-        float64 over the training images that remain after `validation`.
+        float64 over the training images that remain after `validation`; of lazy
+        images over at most 10,000 or 1 GiB of them, evenly spread.
       std: likewise; a constant channel gets 1, so that it normalises to 0.
       augment: names of augmentations for training, of "crop" and "flip". Default
         none, since whether a flip keeps the label depends on the data.
@@ -210,8 +218,9 @@ def _checked(pair: tuple[Any, Any], split: str) -> Split:
     return Split(images, labels)
 
 
-def _check_images(images: Any, split: str) -> np.ndarray:
-    images = np.asarray(images)
+def _check_images(images: Any, split: str) -> np.ndarray | LazyImages:
+    if not isinstance(images, LazyImages):
+        images = np.asarray(images)
     if images.ndim == 3:
         images = images[..., None]  # (N, H, W) -> (N, H, W, 1)
     if images.ndim != 4:
@@ -352,7 +361,7 @@ def _check_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The given channel statistics, checked, or those of the images."""
     if mean is None or std is None:
-        computed = channel_statistics(images)
+        computed = channel_statistics(_sample(images))
         mean = computed[0] if mean is None else mean
         std = computed[1] if std is None else std
     channels = images.shape[-1]
@@ -370,6 +379,15 @@ def _check_statistics(
             f"std must be positive, got {std!r}. For a constant channel pass 1."
         )
     return result[0], result[1]
+
+
+def _sample(images) -> np.ndarray:
+    """The images; of lazy ones as many as can be read at every start, evenly spread."""
+    if not isinstance(images, LazyImages):
+        return images
+    affordable = _STATISTICS_BYTES * len(images) // images.nbytes
+    count = min(len(images), _STATISTICS_IMAGES, max(1, affordable))
+    return images[np.linspace(0, len(images) - 1, count).astype(int)]
 
 
 def channel_statistics(images) -> tuple[tuple[float, ...], tuple[float, ...]]:

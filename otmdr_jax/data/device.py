@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from otmdr_jax.data.dataset import Split, check_augmentations
+from otmdr_jax.data.lazy import LazyImages
 
 # Zero pixels on each side before a random crop: the released code's RandomCrop(32, 4).
 CROP_PADDING = 4
@@ -68,7 +69,9 @@ def normalise(
     return x.astype(dtype)
 
 
-def augment(key: jax.Array, images: ArrayLike, ops: Sequence[str]) -> jax.Array:
+def augment(
+    key: jax.Array, images: ArrayLike, ops: Sequence[str], first: ArrayLike = 0
+) -> jax.Array:
     """Augments each image of a batch by its own random draw.
 
     "crop" pads 4 black pixels on each side and cuts the original size at a uniformly
@@ -80,6 +83,8 @@ def augment(key: jax.Array, images: ArrayLike, ops: Sequence[str]) -> jax.Array:
       images: (B, H, W, C) of any dtype.
       ops: names out of "crop" and "flip", applied in this order; static under jit.
         `Dataset.augment` holds the standard ones of a set. () returns the images.
+      first: the position of images[0] in the whole batch, where these images are one
+        device's part of it: an image's draw depends on its position alone.
 
     Returns:
       (B, H, W, C), of the same dtype.
@@ -99,14 +104,18 @@ def augment(key: jax.Array, images: ArrayLike, ops: Sequence[str]) -> jax.Array:
     names = check_augmentations(ops)
     if not names:
         return images
+    positions = jnp.asarray(first) + jnp.arange(images.shape[0])
     for name, op_key in zip(names, jax.random.split(key, len(names)), strict=True):
-        images = _OPS[name](op_key, images)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(op_key, positions)
+        images = _OPS[name](keys, images)
     return images
 
 
-def random_crop(key: jax.Array, images: jax.Array) -> jax.Array:
+def random_crop(keys: jax.Array, images: jax.Array) -> jax.Array:
     """Shifts each image by up to `CROP_PADDING` pixels, black where nothing is left."""
-    offsets = jax.random.randint(key, (images.shape[0], 2), 0, 2 * CROP_PADDING + 1)
+    offsets = jax.vmap(
+        lambda key: jax.random.randint(key, (2,), 0, 2 * CROP_PADDING + 1)
+    )(keys)
     return crop_at(images, offsets)
 
 
@@ -130,9 +139,9 @@ def crop_at(images: jax.Array, offsets: jax.Array) -> jax.Array:
     return jax.vmap(cut)(padded, offsets)
 
 
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
     """Mirrors each image left and right with probability 1/2."""
-    flip = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+    flip = jax.vmap(jax.random.bernoulli)(keys)[:, None, None, None]
     return jnp.where(flip, images[:, :, ::-1], images)
 
 
@@ -196,7 +205,7 @@ def eval_batches(
     sums weighted by the mask count every example exactly once.
 
     Args:
-      split: images (N, H, W, C) and labels (N,).
+      split: images (N, H, W, C), lazy ones are decoded batch by batch, and labels (N,).
       batch_size: B, at least 1; also the size of the last batch.
 
     Yields:
@@ -216,7 +225,10 @@ def eval_batches(
             f"batch_size must be at least 1, got {batch_size=}. Evaluation fits "
             "larger batches than training; 512 is a fair start."
         )
-    return _eval_batches(np.asarray(split.images), np.asarray(split.labels), batch_size)
+    images = split.images
+    if not isinstance(images, LazyImages):
+        images = np.asarray(images)
+    return _eval_batches(images, np.asarray(split.labels), batch_size)
 
 
 def _eval_batches(images, labels, batch_size):

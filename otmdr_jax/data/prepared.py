@@ -1,24 +1,29 @@
 """TFDS image sets from prepared array_record files, without TensorFlow.
 
 TFDS resolves names, versions and features; the records are read and decoded once, and
-the decoded arrays are kept by `cache`. Every count is checked against the dataset's own
-metadata, and array_record verifies a checksum of every record: a damaged folder gives
-an error, never fewer or other images.
+the decoded arrays are kept by `cache`. Of a set that does not fit in memory the labels
+are read and kept in the same way, and images are decoded when they are asked for. Every
+count is checked against the dataset's own metadata, and array_record verifies a
+checksum of every record: a damaged folder gives an error, never fewer or other images.
 """
 
+import dataclasses
 import difflib
 import logging
+import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from otmdr_jax.data import cache
 from otmdr_jax.data.dataset import Split
+from otmdr_jax.data.lazy import LazyImages, fits_in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,7 @@ def read(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     download: bool = False,
+    in_memory: bool | None = True,
 ) -> tuple[Split, Split, int]:
     """Reads a prepared TFDS set, from the cache where it was decoded before.
 
@@ -40,12 +46,14 @@ def read(
       data_dir: the folder of prepared data; None for TFDS's default.
       cache_dir: the folder of decoded arrays; None for `cache.default_directory()`.
       download: whether TFDS may download and prepare what is missing.
+      in_memory: whether to decode all images now; False gives `LazyImages`, with all
+        labels in memory; None decodes what takes at most a quarter of the memory.
 
     Returns:
       (train, test, num_classes).
 
     Raises:
-      ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
+      ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
     """
     tfds = _import_tfds()
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
@@ -62,6 +70,8 @@ def read(
     _check_format(builder, name, data_dir)
     image_key, label_key = _keys(tfds, builder, name)
     splits = _split_names(builder, name)
+    if in_memory is None:
+        in_memory = fits_in_memory(_nbytes(builder, splits, image_key))
     folder = pathlib.Path(builder.data_path)
     identity = {
         "name": "/".join(
@@ -72,16 +82,37 @@ def read(
         "contents": " ".join((*splits, image_key, label_key)),
     }
     directory = pathlib.Path(cache_dir or cache.default_directory()).expanduser()
+    columns, read_split = ("images", "labels"), _decode
+    if not in_memory:
+        columns, read_split = ("checksums", "labels"), _index
+        identity["name"] += "-labels"  # beside the file of decoded images
     path = cache.file_path(directory, identity)
     arrays = cache.read(path, identity)
     if arrays is None:
         arrays = {}
         for split in splits:
-            images, labels = _decode(tfds, builder, split, image_key, label_key)
-            arrays[f"{split}_images"], arrays[f"{split}_labels"] = images, labels
+            found = read_split(tfds, builder, split, image_key, label_key)
+            arrays |= {
+                f"{split}_{column}": array
+                for column, array in zip(columns, found, strict=True)
+            }
         cache.write(path, identity, arrays)
-    train, test = (Split(arrays[f"{s}_images"], arrays[f"{s}_labels"]) for s in splits)
+
+    def made(split: str) -> Split:
+        first, labels = (arrays[f"{split}_{column}"] for column in columns)
+        if not in_memory:
+            first = _lazy(tfds, builder, split, image_key, first)
+        return Split(first, labels)
+
+    train, test = map(made, splits)
     return train, test, builder.info.features[label_key].num_classes
+
+
+def _nbytes(builder, splits: Sequence[str], image_key: str) -> int:
+    """Bytes of all images, decoded; 0 where their shape is not known beforehand."""
+    shape = builder.info.features[image_key].shape
+    count = sum(builder.info.splits[split].num_examples for split in splits)
+    return count * math.prod(size or 0 for size in shape)
 
 
 def _import_tfds():
@@ -194,49 +225,127 @@ def _decode(
     tfds, builder, split: str, image_key: str, label_key: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of one split, in the order of the records."""
-    _check_records(builder, split)
+    records = _open(tfds, builder, split)
     # Other features (ids, boxes) are not parsed: a quarter of the time for CIFAR-10.
     # One thread: parsing holds the interpreter's lock, and two were slower than one.
-    features = tfds.features.FeaturesDict(
-        {key: builder.info.features[key] for key in (image_key, label_key)}
-    )
+    parse = _parser(tfds, builder, image_key, label_key)
+    images, labels = None, np.empty(len(records), np.int32)
+    for index, record in records.all(f"decoding {builder.name} {split}"):
+        example = parse(record)
+        image = np.asarray(example[image_key])
+        if images is None:
+            images = np.empty((len(records), *image.shape), image.dtype)
+        records.check_shape(image, index, images.shape[1:])
+        images[index], labels[index] = image, example[label_key]
+    assert images is not None  # an empty split is not opened
+    return images, labels
+
+
+def _index(
+    tfds, builder, split: str, image_key: str, label_key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A checksum of each record of one split, and the labels; decodes no image."""
+    records = _open(tfds, builder, split)
+    parse = _parser(tfds, builder, label_key)
+    checksums = np.empty(len(records), np.uint32)
+    labels = np.empty(len(records), np.int32)
+    for index, record in records.all(f"reading labels of {builder.name} {split}"):
+        checksums[index], labels[index] = zlib.crc32(record), parse(record)[label_key]
+    return checksums, labels
+
+
+def _lazy(
+    tfds, builder, split: str, image_key: str, checksums: np.ndarray
+) -> LazyImages:
+    """The images of one split, to be decoded later."""
+    records = _open(tfds, builder, split)
+    parse = _parser(tfds, builder, image_key)
+    first = parse(records.read([0])[0])[image_key]
+    if first.dtype != np.uint8:
+        raise TypeError(
+            f"images that are not held in memory must be uint8, and those of "
+            f"{builder.name!r} are {first.dtype}. Load them with in_memory=True."
+        )
+    read = _ReadImages(records, parse, image_key, first.shape)
+    return LazyImages(read, (len(records), *first.shape), checksums=checksums)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadImages:
+    """What `LazyImages` reads with; threads may share it, and it can be pickled."""
+
+    records: "_Records"
+    parse: Callable[[bytes], dict[str, Any]]
+    image_key: str
+    shape: tuple[int, int, int]
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        images = np.empty((len(rows), *self.shape), np.uint8)
+        for i, record in enumerate(self.records.read(rows.tolist())):
+            image = self.parse(record)[self.image_key]
+            self.records.check_shape(image, rows[i], self.shape)
+            images[i] = image
+        return images
+
+
+def _parser(tfds, builder, *keys: str) -> Callable[[bytes], dict[str, Any]]:
+    """Parses the features `keys` of a record and no other."""
+    features = {key: builder.info.features[key] for key in keys}
+    return tfds.features.FeaturesDict(features).deserialize_example_np
+
+
+def _open(tfds, builder, split: str) -> "_Records":
+    """The records of one split, once their number is known to be right."""
+    _check_records(builder, split)
     source = builder.as_data_source(
         split,
         deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
         file_format="array_record",
     )
-    total = len(source)
-    images, labels = None, np.empty(total, np.int32)
-    chunks = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
-    for chunk in _progress(chunks, f"decoding {builder.name} {split}"):
-        for index, record in zip(chunk, _records(source, chunk, builder), strict=True):
-            example = features.deserialize_example_np(record)
-            image = np.asarray(example[image_key])
-            if images is None:
-                images = np.empty((total, *image.shape), image.dtype)
-            if image.shape != images.shape[1:]:
-                raise ValueError(
-                    f"all images of {builder.name!r} must have one shape, and {split} "
-                    f"image {index} has {image.shape} after {images.shape[1:]}. Choose "
-                    'a resized config (as "imagenet_resized/32x32"), or resize them '
-                    "and save an .npz file."
-                )
-            images[index], labels[index] = image, example[label_key]
-    if images is None:
+    if not len(source):
         raise ValueError(
             f"{builder.name!r} {split} must not be empty. {_again(builder)}"
         )
-    return images, labels
+    # The reader below TFDS's, which drags the whole builder along when pickled.
+    return _Records(source.data_source, builder.name, split, _again(builder))
 
 
-def _records(source, chunk: range, builder) -> list[bytes]:
-    try:
-        return source.__getitems__(list(chunk))
-    except (RuntimeError, IndexError) as error:
-        raise ValueError(
-            f"the records of {builder.name!r} must be intact, and reading records "
-            f"{chunk.start}..{chunk.stop - 1} failed with: {error}. {_again(builder)}"
-        ) from error
+@dataclasses.dataclass(frozen=True)
+class _Records:
+    """The records of one split, as bytes, with errors that say what to do."""
+
+    source: Any
+    name: str
+    split: str
+    again: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def all(self, text: str) -> Iterator[tuple[int, bytes]]:
+        """Every record with its index, in order, with progress under `text`."""
+        total = len(self)
+        chunks = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
+        for chunk in _progress(chunks, text):
+            yield from zip(chunk, self.read(chunk), strict=True)
+
+    def read(self, rows: Sequence[int]) -> Sequence[bytes]:
+        try:
+            return self.source.__getitems__(list(rows))
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"the records of {self.name!r} must be intact, and reading records "
+                f"{min(rows)}..{max(rows)} failed with: {error}. {self.again}"
+            ) from error
+
+    def check_shape(self, image: np.ndarray, index: int, shape: tuple) -> None:
+        if image.shape != shape:
+            raise ValueError(
+                f"all images of {self.name!r} must have one shape, and {self.split} "
+                f"image {index} has {image.shape} after {shape}. Choose a resized "
+                'config (as "imagenet_resized/32x32"), or resize them and save an '
+                ".npz file."
+            )
 
 
 def _check_records(builder, split: str) -> None:

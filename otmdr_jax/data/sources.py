@@ -33,11 +33,12 @@ def load(
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     download: bool = False,
+    in_memory: bool | None = True,
     validation: int | float = 0,
     label_noise: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    """Loads an image classification set into memory.
+    """Loads an image classification set.
 
     Args:
       name: one of
@@ -57,6 +58,11 @@ def load(
         $XDG_CACHE_HOME/otmdr_jax, else ~/.cache/otmdr_jax. Safe to delete.
       download: let TFDS download and prepare a set that is not there. Most sets then
         need TensorFlow, once. Default False: nothing reaches for the network unasked.
+      in_memory: whether to decode all images now. False leaves those of TFDS sets in
+        their files, as `LazyImages` to train on with `stream_batches`, and reads and
+        caches the labels alone: the splits and labels are the same. "digits" and .npz
+        files are read whatever it says. None: where they take at most a quarter of
+        the host's memory. Default True.
       validation: training examples to hold out, a count or a fraction, stratified.
         Default 0: none.
       label_noise: the fraction of training labels to replace by other classes.
@@ -65,8 +71,8 @@ def load(
 
     Returns:
       A `Dataset`. CIFAR's mean and std are the released code's; others are computed
-      over the training images in use. CIFAR's `augment` is ("crop", "flip"), others'
-      is ().
+      over the training images in use (a sample of them, see `from_arrays`, where they
+      are not in memory). CIFAR's `augment` is ("crop", "flip"), others' is ().
 
     Raises:
       ImportError: where a package is missing; says what to install.
@@ -74,7 +80,8 @@ def load(
         prepares them, or where the .npz file does not exist.
       ValueError: for an unknown name, with close matches, for damaged files, and for
         data that are not images with one class each.
-      TypeError: for arrays of an unfit dtype.
+      TypeError: for arrays of an unfit dtype, and for images other than uint8 that
+        are not to be in memory.
 
     Example:
       >>> load("digits", validation=0.1)
@@ -96,7 +103,11 @@ def load(
         train, test = _digits()
         return from_arrays(train, test, num_classes=10, name="digits", **options)
     train, test, num_classes = prepared.read(
-        text, data_dir=data_dir, cache_dir=cache_dir, download=download
+        text,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        download=download,
+        in_memory=in_memory,
     )
     family = text.split(":")[0].split("/")[0]
     mean, std = _STATISTICS.get(family, (None, None))

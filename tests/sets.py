@@ -1,0 +1,120 @@
+"""Image sets on disk for tests: a small real CIFAR-10 and sets of our own, by TFDS."""
+
+import io
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+PER_CLASS = 20
+
+
+def run_python(code, *args, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="session")
+def cifar_dir(tmp_path_factory):
+    tool = SHARED / "tools" / "make_cifar10_tfds.py"
+    if not tool.exists():
+        pytest.skip(f"no {tool}: it prepares CIFAR-10 from a local file")
+    folder = tmp_path_factory.mktemp("tfds")
+    subprocess.run(
+        [sys.executable, tool, folder, "--limit-per-class", str(PER_CLASS)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return folder
+
+
+@pytest.fixture
+def own_copy(cifar_dir, tmp_path):
+    """A copy that a test may damage, and the folder of its files."""
+    shutil.copytree(cifar_dir, tmp_path / "tfds")
+    return tmp_path / "tfds", tmp_path / "tfds" / "cifar10" / "3.0.2"
+
+
+@pytest.fixture
+def cache_dir(tmp_path):
+    return tmp_path / "cache"
+
+
+def encoded(value):
+    """A gray image as a PNG file, which TFDS stores without TensorFlow."""
+    from PIL import Image
+
+    if not isinstance(value, np.ndarray):
+        return value
+    file = io.BytesIO()
+    Image.fromarray(value[..., 0]).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Prepares a set of the given features and examples as TFDS's own writer does."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    registered = pytest.importorskip("tensorflow_datasets.core.registered")
+
+    def make(name, features, splits, supervised=None):
+        def generate(self, examples):
+            for index, example in enumerate(examples):
+                yield index, {k: encoded(v) for k, v in example.items()}
+
+        body = {
+            "__module__": "__main__",  # or TFDS looks for files beside the module
+            "VERSION": tfds.core.Version("1.2.3"),
+            "_info": lambda self: tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features(tfds.features)),
+                supervised_keys=supervised,
+            ),
+            "_split_generators": lambda self, manager: {
+                split: self._generate_examples(examples)
+                for split, examples in splits.items()
+            },
+            "_generate_examples": generate,
+        }
+        with registered.skip_registration():
+            builder = type(name, (tfds.core.GeneratorBasedBuilder,), body)
+        folder = tmp_path / "own"
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
+        return {"data_dir": folder, "cache_dir": tmp_path / "cache"}
+
+    return make
+
+
+def gray_features(features):
+    return {
+        "picture": features.Image(shape=(None, None, 1)),
+        "kind": features.ClassLabel(num_classes=7),
+        "note": features.Text(),
+    }
+
+
+def gray_examples(num, side=6):
+    rng = np.random.default_rng(num)
+    return [
+        {
+            "picture": rng.integers(0, 256, (side, side, 1), dtype=np.uint8),
+            "kind": int(rng.integers(3)),
+            "note": "unused",
+        }
+        for _ in range(num)
+    ]
