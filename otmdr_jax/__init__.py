@@ -37,6 +37,8 @@ _MODULES = (
     "methods",
     "metrics",
     "models",
+    "parallel",
+    "precision",
     "report",
     "training",
 )

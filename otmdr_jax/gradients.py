@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import tree
+from otmdr_jax import collectives, mapping, tree
+from otmdr_jax.batches import accumulate, batch_size, split_batch
 from otmdr_jax.options import Options, check_rho
-from otmdr_jax.particles import average, batch_size, climb, split_batch
+from otmdr_jax.particles import climb
 from otmdr_jax.perturbation import resolve_mask
 
 PyTree = Any
@@ -78,6 +79,8 @@ def value_and_grad(
     axis_name: Any = None,
     sync_perturbation: bool = True,
     particle_map: str = "auto",
+    particle_axis_name: Any = None,
+    microbatch_size: int | None = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The OT-MDR counterpart of `jax.value_and_grad`.
 
@@ -115,6 +118,13 @@ def value_and_grad(
         all-reduce a step.
       particle_map: How K particles are mapped: "unroll", "scan", "vmap", or "auto".
         A matter of speed and memory only; see `docs/performance.md`.
+      particle_axis_name: Name of a device axis that the K particles are spread over,
+        K / devices on each; the same K particles as on one device. Averaged together
+        with `axis_name`, in one reduction at the end.
+      microbatch_size: Examples that a pass differentiates at a time; None for all. The
+        objective stays that of the whole batch: gradients are accumulated inside each
+        pass, before a norm is taken. With `axis_name` it counts a device's examples.
+        BatchNorm sees micro-batches; aux is averaged over them.
 
     Returns:
       `grad_fn(params, batch, *args, key=None, rho=None, **kwargs)`, which returns
@@ -159,6 +169,8 @@ def value_and_grad(
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
         particle_map=particle_map,
+        particle_axis_name=particle_axis_name,
+        microbatch_size=microbatch_size,
     )
 
     def grad_fn(params, batch, *args, key=None, rho=None, **kwargs):
@@ -207,6 +219,10 @@ def robust_gradient(
     opts = Options(**options)
     gradient_of = jax.value_and_grad(_checked(loss_fn, opts.has_aux), has_aux=True)
 
+    data_axes = collectives.axes_of(opts.axis_name)
+    particle_axes = collectives.axes_of(opts.particle_axis_name)
+    all_axes = data_axes + particle_axes
+
     def compute(params, batch, *args, key=None, rho=None, **kwargs):
         radii = default_rho if rho is None else check_rho(rho)
         mask = resolve_mask(opts.mask, params)
@@ -216,19 +232,27 @@ def robust_gradient(
                 "randomness: pass key=jax.random.key(...), a fresh one each step, or "
                 'use split="ordered" or "shared" with noise_std=0.'
             )
-        sync = opts.axis_name is not None and opts.sync_perturbation
-        split_key, noise_keys = _particle_keys(key, opts)
+        keys, here = _particle_keys(key, opts, data_axes, particle_axes)
+        # The gradient of a replicated value is summed over devices behind our back
+        # (shard_map with check_vma); of a value marked as varying it is not.
+        center = collectives.vary(params, all_axes)
+        differs = collectives.varying_axes((center, batch, args, kwargs, keys))
+
+        def vary(fresh):
+            return collectives.vary(fresh, differs)
 
         def gradient(w, part):
-            return gradient_of(w, part, *args, **kwargs)
+            def of(piece):
+                return gradient_of(w, piece, *args, **kwargs)
+
+            return accumulate(of, part, opts.microbatch_size, vary)
 
         def ascent_gradient(w, part):
             loss_aux, grads = gradient(w, part)
-            return loss_aux, (_pmean(grads, opts.axis_name) if sync else grads)
+            if opts.sync_perturbation:
+                grads = collectives.pmean(grads, data_axes)
+            return loss_aux, grads
 
-        # The gradient of a replicated value is summed over devices behind our back
-        # (shard_map with check_vma); of a value marked as varying it is not.
-        center = _varying(params, opts.axis_name)
         parts = first = None
         if opts.split != "random":
             parts = _parts(batch, len(radii), opts.split)
@@ -255,25 +279,17 @@ def robust_gradient(
             means = (value, path.aux, grads, path.center_loss, path.norms)
             return means, _distance(path.particle, center)
 
-        # Without randomness all particles are the same one.
-        copies = 1 if opts.random else opts.num_particles
-        means, distances = average(
-            particle,
-            (split_key, noise_keys),
-            opts.num_particles if opts.random else 1,
-            opts.particle_map,
-            lambda x: _varying(x, opts.axis_name),
+        means, distances = mapping.average(
+            particle, keys, here, opts.particle_map, vary
         )
-        if opts.axis_name is not None:
-            means, distances = _pmean((means, distances), opts.axis_name)
+        if opts.random:
+            distances = collectives.slots(distances, particle_axes)
+        else:  # all particles are the same one
+            distances = jnp.tile(distances, opts.num_particles)
+        means, distances = collectives.pmean((means, distances), all_axes)
         value, aux, grads, center_loss, norms = means
         diagnostics = Diagnostics(
-            center_loss,
-            value,
-            value - center_loss,
-            norms,
-            tree.norm(grads),
-            jnp.tile(distances, copies),
+            center_loss, value, value - center_loss, norms, tree.norm(grads), distances
         )
         return RobustGradient(value, aux, grads, diagnostics)
 
@@ -287,26 +303,41 @@ def _parts(batch, num_parts, split):
     return [batch] * num_parts
 
 
-def _particle_keys(key, opts):
-    """A pair of keys for each particle, (K,) each; one pair, without axis, for K = 1.
+def _particle_keys(key, opts, data_axes, particle_axes):
+    """The keys of this device's particles, and how many there are.
 
-    Devices split their parts of the batch independently of each other. Noise belongs
-    to the perturbation: it is the same everywhere if that is.
+    A pair of keys for each, (k,) of each kind; one pair, without axis, for k = 1.
+    Devices of a data axis split their parts of the batch independently of each other.
+    Noise belongs to the perturbation: it is the same everywhere if that is. Particles
+    have the keys that they would have on one device.
     """
     if not opts.random:
-        return None, None
+        return (None, None), 1
+    devices = jax.lax.axis_size(particle_axes) if particle_axes else 1
+    here, over = divmod(opts.num_particles, devices)
+    if over:
+        raise ValueError(
+            f"num_particles must be a multiple of the {devices} devices of axis "
+            f"{opts.particle_axis_name!r}, got {opts.num_particles}."
+        )
     split_key, noise_key = jax.random.split(key)
-    if opts.axis_name is not None:
-        device = jax.lax.axis_index(opts.axis_name)
+    if data_axes and jax.lax.axis_size(data_axes) > 1:
+        device = jax.lax.axis_index(data_axes)
         split_key = jax.random.fold_in(split_key, device)
         if not opts.sync_perturbation:
             noise_key = jax.random.fold_in(noise_key, device)
+    keys = split_key, noise_key
     if opts.num_particles == 1:
-        return split_key, noise_key
-    return (
-        jax.random.split(split_key, opts.num_particles),
-        jax.random.split(noise_key, opts.num_particles),
-    )
+        return keys, 1
+    keys = jax.tree.map(lambda k: jax.random.split(k, opts.num_particles), keys)
+    if not particle_axes:
+        return keys, here
+    start = here * jax.lax.axis_index(particle_axes)
+    if here == 1:
+        return jax.tree.map(lambda k: k[start], keys), 1
+    return jax.tree.map(
+        lambda k: jax.lax.dynamic_slice_in_dim(k, start, here), keys
+    ), here
 
 
 def _distance(particle, center):
@@ -342,24 +373,3 @@ def _checked(loss_fn, has_aux):
         return loss, aux
 
     return checked
-
-
-def _pmean(values, axis_name):
-    """Averages floating leaves over devices; leaves others as each device has them."""
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, axis_name) if tree.is_floating(x) else x, values
-    )
-
-
-def _varying(values, axis_name):
-    """Marks arrays as differing between devices, inside shard_map."""
-    if axis_name is None:
-        return values
-
-    def mark(x):
-        try:
-            return jax.lax.pcast(x, axis_name, to="varying")
-        except ValueError:  # it varies already
-            return x
-
-    return jax.tree.map(mark, values)

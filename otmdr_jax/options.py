@@ -34,10 +34,14 @@ class Options:
     axis_name: Any = None
     sync_perturbation: bool = True
     particle_map: str = "auto"
+    particle_axis_name: Any = None
+    microbatch_size: int | None = None
 
     def __post_init__(self):
         """Checks every field."""
         _check_count("num_particles", self.num_particles)
+        if self.microbatch_size is not None:
+            _check_count("microbatch_size", self.microbatch_size)
         _check_nonnegative("noise_std", self.noise_std)
         _check_word("split", self.split, SPLITS)
         _check_word("norm", self.norm, NORMS)

@@ -52,6 +52,8 @@ def otmdr(
     axis_name: Any = None,
     sync_perturbation: bool = True,
     particle_map: str = "auto",
+    particle_axis_name: Any = None,
+    microbatch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """OT-MDR as an Optax transformation: replaces updates by the robust gradient.
 
@@ -80,6 +82,8 @@ def otmdr(
       axis_name: Device axis inside pmap or shard_map.
       sync_perturbation: One global perturbation, or one for each device.
       particle_map: How the K particles are mapped.
+      particle_axis_name: Device axis that the K particles are spread over.
+      microbatch_size: Examples that a pass differentiates at a time.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. To accumulate over micro-batches put
@@ -124,6 +128,8 @@ def otmdr(
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
         particle_map=particle_map,
+        particle_axis_name=particle_axis_name,
+        microbatch_size=microbatch_size,
     )
     compute = robust_gradient(loss_fn, (0.0,) * num_radii, **options)
     if has_aux and aux_init is None:

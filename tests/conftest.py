@@ -6,6 +6,8 @@ import tempfile
 import jax
 import pytest
 
+from tests.sets import cache_dir, cifar_dir, own_copy, prepare  # noqa: F401
+
 # Programs compile once for all workers and for the processes that tests start. The
 # first process makes the folder, the others inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="otmdr-"))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import otmdr_jax
-from otmdr_jax import particles
+from otmdr_jax import mapping
 from tests import toy
 
 RTOL = 2e-5
@@ -191,7 +191,7 @@ def test_limit_particles_with_equal_randomness_are_one_particle(particle_map, ke
         return grads, value
 
     one, _ = particle(key)
-    mean, values = particles.average(particle, jnp.stack([key] * 4), 4, particle_map)
+    mean, values = mapping.average(particle, jnp.stack([key] * 4), 4, particle_map)
     assert values.shape == (4,)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mean, one)
 
@@ -217,8 +217,8 @@ def test_limit_permuting_the_particles_changes_nothing(particle_map, key):
         value, grads = otmdr_jax.value_and_grad(toy.regression)(params, data, key=key)
         return grads, value
 
-    forth, values = particles.average(particle, keys, 4, particle_map)
-    back, seulav = particles.average(particle, keys[::-1], 4, particle_map)
+    forth, values = mapping.average(particle, keys, 4, particle_map)
+    back, seulav = mapping.average(particle, keys[::-1], 4, particle_map)
     np.testing.assert_allclose(values, seulav[::-1], rtol=1e-6)
     assert len(np.unique(values)) == 4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), forth, back)

@@ -13,11 +13,19 @@ PACKAGE = pathlib.Path(otmdr_jax.__file__).parent
 LAYERS = [
     {"_version"},
     {"tree", "options"},
-    {"perturbation"},
+    {"collectives", "mapping", "perturbation"},
+    {"batches"},
     {"particles"},
     {"gradients"},
     {"presets", "transform"},
-    {"metrics", "landscape", "models", "data"},  # leaves: never each other
+    {
+        "metrics",
+        "landscape",
+        "models",
+        "data",
+        "parallel",
+        "precision",
+    },  # leaves: never each other
     {"config", "methods", "progress"},
     {"optimizers"},
     {"programs", "checkpoint", "runs"},
@@ -27,7 +35,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = {name for layer in LAYERS[:6] for name in layer}
+CORE = {name for layer in LAYERS[:7] for name in layer}
 
 
 def module_name(path):

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import otmdr_jax
-from otmdr_jax import particles, tree
+from otmdr_jax import batches, tree
 
 # Every example traces anew, which takes a while; the seed is fixed.
 settings = hypothesis.settings(
@@ -108,7 +108,7 @@ def test_a_split_drops_nothing_and_is_balanced(size, parts, random):
     hypothesis.assume(size >= parts)
     key = jax.random.key(size) if random else None
     batch = {"x": jnp.arange(size), "y": jnp.arange(2 * size).reshape(size, 2)}
-    pieces = particles.split_batch(batch, parts, key)
+    pieces = batches.split_batch(batch, parts, key)
     sizes = [len(piece["x"]) for piece in pieces]
     assert len(pieces) == parts and max(sizes) - min(sizes) <= 1
     seen = np.concatenate([piece["x"] for piece in pieces])

@@ -1,0 +1,144 @@
+"""Cutting a batch: into the parts of the ascent steps, and into micro-batches."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otmdr_jax import mapping, tree
+
+PyTree = Any
+
+
+def batch_size(batch: PyTree) -> int:
+    """The leading axis that all leaves of a batch share.
+
+    Raises:
+      ValueError: The batch has no leaves, a leaf without axes, leaves that disagree,
+        or no examples.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if not shapes or any(not shape for shape in shapes):
+        raise ValueError(
+            "batch must be a pytree of arrays with a leading example axis, got "
+            f"leaves of shapes {shapes}. Pass what has no such axis as a further "
+            "argument of the loss, after batch."
+        )
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        raise ValueError(
+            "all leaves of batch must share their leading axis, got leaves of "
+            f"shapes {shapes}."
+        )
+    if sizes == {0}:
+        raise ValueError(f"batch is empty: its leaves have shapes {shapes}.")
+    return sizes.pop()
+
+
+def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[PyTree]:
+    """Cuts a batch into parts whose sizes differ by at most one; drops nothing.
+
+    Args:
+      batch: A pytree with a leading example axis of B >= num_parts.
+      num_parts: S, the number of parts; the first B mod S have one example more.
+      key: A PRNG key for a random split, or None for consecutive parts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.batches import split_batch
+      >>> [part.tolist() for part in split_batch(jnp.arange(5), 2, key=None)]
+      [[0, 1, 2], [3, 4]]
+    """
+    size = batch_size(batch)
+    if size < num_parts:
+        raise ValueError(
+            f"a batch of {size} cannot be cut into {num_parts} parts, one for each "
+            'radius in rho: use a larger batch, fewer radii, or split="shared".'
+        )
+    each, longer = divmod(size, num_parts)
+    bounds = [i * each + min(i, longer) for i in range(num_parts + 1)]
+    if key is None:
+        return [
+            jax.tree.map(lambda x, a=a, b=b: x[a:b], batch)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+    order = jax.random.permutation(key, size)
+    return [
+        jax.tree.map(lambda x, i=order[a:b]: _gather(jnp.asarray(x), i), batch)
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def _gather(x, index):
+    """x[index]; on a mesh with explicit axes the result is sharded as x is."""
+    sharding = jax.typeof(x).sharding
+    axes = sharding.spec[0] if sharding.spec else None
+    if axes is None:
+        return x[index]
+    mesh, rest = sharding.mesh, sharding.spec[1:]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    devices = math.prod(mesh.shape[name] for name in names)
+    # A part that the devices do not divide is on all of them.
+    first = None if len(index) % devices else axes
+    spec = jax.sharding.PartitionSpec(first, *rest)
+    return x.at[index].get(out_sharding=jax.NamedSharding(mesh, spec))
+
+
+def accumulate(
+    function: Callable[[PyTree], PyTree],
+    batch: PyTree,
+    microbatch_size: int | None,
+    varying: Callable[[PyTree], PyTree] = lambda x: x,
+) -> PyTree:
+    """The mean of a function over a batch, computed micro-batch by micro-batch.
+
+    Args:
+      function: batch -> pytree of means over its examples: loss, aux, gradient.
+      batch: A pytree with a leading example axis B.
+      microbatch_size: Examples at a time; None for all of them. Where it does not
+        divide B, the last micro-batch is smaller and weighs less. Micro-batches take
+        every n-th example, so that each device of a sharded batch keeps its own.
+      varying: See :func:`otmdr_jax.mapping.average`.
+
+    Returns:
+      What `function(batch)` returns if it is a mean over examples. Floating leaves are
+      averaged by the number of examples, in float32 or wider; others are the first
+      micro-batch's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.batches import accumulate
+      >>> float(accumulate(jnp.mean, jnp.arange(5.0), 2))
+      2.0
+    """
+    size = batch_size(batch)
+    if microbatch_size is None or microbatch_size >= size:
+        return function(batch)
+    count, rest = divmod(size, microbatch_size)
+    whole = size - rest
+    pieces = optax.microbatching.reshape_batch_axis(
+        jax.tree.map(lambda x: jnp.asarray(x)[:whole], batch), microbatch_size
+    )
+    if count == 1:
+        pieces = jax.tree.map(lambda x: x[0], pieces)
+    mean, _ = mapping.average(
+        lambda piece: (function(piece), ()), pieces, count, "sequential", varying
+    )
+    if not rest:
+        return mean
+    # A shape of its own: one more copy of the pass in the program, no padding.
+    last = function(
+        mapping.after(mean, jax.tree.map(lambda x: jnp.asarray(x)[whole:], batch))
+    )
+
+    def weigh(x, y):
+        if not tree.is_floating(x):
+            return x
+        wide = tree.accumulation_dtype(x)
+        total = whole * x.astype(wide) + rest * y.astype(wide)
+        return (total / size).astype(x.dtype)
+
+    return jax.tree.map(weigh, mean, last)

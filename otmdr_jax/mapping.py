@@ -1,0 +1,151 @@
+"""The mean of a function over particles or micro-batches: vmap, unrolled or scanned.
+
+How they are mapped is a matter of speed and memory alone: see docs/performance.md.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import tree
+
+PyTree = Any
+
+# With more than this, `auto` scans on an accelerator: an unrolled program is as fast
+# there, but takes as many times as long to compile.
+MAX_UNROLLED = 8
+
+
+def average(
+    function: Callable[[Any], tuple[PyTree, PyTree]],
+    xs: PyTree,
+    count: int,
+    how: str = "auto",
+    varying: Callable[[PyTree], PyTree] = lambda x: x,
+) -> tuple[PyTree, PyTree]:
+    """Runs a function on every x and averages what it returns.
+
+    Args:
+      function: x -> (to_average, to_stack).
+      xs: A pytree with a leading axis of `count`: keys, examples; for a count of 1 one
+        x, without that axis.
+      count: How many.
+      how: "unroll" (a loop in the program: one after the other, the memory of one),
+        "scan" (the same, compiled once), "vmap" (all at once, `count` times the
+        activations), "auto" (for particles) or "sequential" (for micro-batches: never
+        all at once, and one copy in the program wherever a loop is fast).
+      varying: Marks fresh arrays as differing between devices, for a scan's carry
+        inside shard_map.
+
+    Returns:
+      The mean of `to_average`, summed in float32 or wider (of leaves that are not
+      floating, the first x's), and `to_stack` with a leading axis of `count`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.mapping import average
+      >>> mean, each = average(lambda x: (x, 2 * x), jnp.arange(3.0), 3, "scan")
+      >>> float(mean), each.tolist()
+      (1.0, [0.0, 2.0, 4.0])
+    """
+    if count == 1:
+        mean, stacked = function(xs)
+        return mean, jax.tree.map(lambda x: jnp.asarray(x)[None], stacked)
+
+    def parted(x):
+        mean, stacked = function(x)
+        floats = jax.tree.map(lambda x: x if tree.is_floating(x) else None, mean)
+        others = jax.tree.map(lambda x: None if tree.is_floating(x) else x, mean)
+        return floats, (others, stacked)
+
+    how = _fastest(how, count)
+    if how == "vmap":
+        floats, (others, stacked) = jax.vmap(parted)(xs)
+        floats = jax.tree.map(lambda x: jnp.mean(x, axis=0).astype(x.dtype), floats)
+    elif how == "scan":
+        floats, (others, stacked) = _scan(parted, xs, count, varying)
+    else:
+        floats, (others, stacked) = _unroll(parted, xs, count)
+    mean = jax.tree.map(
+        lambda x, other: x if other is None else other[0],
+        floats,
+        others,
+        is_leaf=lambda x: x is None,
+    )
+    return mean, stacked
+
+
+def after(floats: PyTree, xs: PyTree) -> PyTree:
+    """`xs`, but available only once `floats` is.
+
+    Makes one evaluation wait for the one before it, so that only one holds activations
+    at a time. An optimization barrier does not: XLA removes it before it schedules, and
+    on CPUs it schedules for concurrency. x * 0 may be NaN, so that no compiler drops
+    it; as an integer it is 0 either way.
+    """
+    leaves = [x for x in map(jnp.asarray, jax.tree.leaves(floats)) if x.size]
+    seen = sum(jnp.real(jnp.ravel(x)[0]) for x in leaves if tree.is_floating(x))
+    zero = jnp.nan_to_num(seen * 0).astype(jnp.uint32)
+
+    def wait(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = jax.random.key_data(x) + zero
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        if x.dtype == jnp.bool_:
+            return x ^ zero.astype(x.dtype)
+        return x + zero.astype(x.dtype)
+
+    return jax.tree.map(wait, xs)
+
+
+def _fastest(how: str, count: int) -> str:
+    """What `auto` and `sequential` stand for on the default backend.
+
+    On CPUs XLA runs a convolution inside a loop, or one batched over kernels, many
+    times slower than the same convolution standing alone.
+    """
+    if how not in ("auto", "sequential"):
+        return how
+    on_cpu, few = jax.default_backend() == "cpu", count <= MAX_UNROLLED
+    if how == "sequential":  # dozens of copies would take minutes to compile
+        return "unroll" if on_cpu and few else "scan"
+    return "unroll" if on_cpu or few else "scan"
+
+
+def _unroll(function, xs, count):
+    floats, others = function(_take(xs, 0))
+    total, stacks = _widen(floats), [others]
+    for i in range(1, count):
+        more, others = function(after(total, _take(xs, i)))
+        total = jax.tree.map(jnp.add, total, more)
+        stacks.append(others)
+    return _divide(total, floats, count), tree.stack(stacks)
+
+
+def _scan(function, xs, count, varying):
+    shapes, _ = jax.eval_shape(function, _take(xs, 0))
+
+    def body(total, x):
+        floats, others = function(x)
+        return jax.tree.map(jnp.add, total, floats), others
+
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, others = jax.lax.scan(body, varying(_widen(zeros)), xs)
+    return _divide(total, shapes, count), others
+
+
+def _take(xs, index):
+    return jax.tree.map(lambda x: x[index], xs)
+
+
+def _widen(floats):
+    """Sums of bfloat16 gradients are kept in float32."""
+    return jax.tree.map(
+        lambda x: jnp.asarray(x).astype(tree.accumulation_dtype(x)), floats
+    )
+
+
+def _divide(total, like, count):
+    return jax.tree.map(lambda t, x: (t / count).astype(x.dtype), total, like)

@@ -1,0 +1,477 @@
+"""Many devices give what one gives: data, particle and member axes, micro-batches."""
+
+import re
+
+import hypothesis
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import otmdr_jax
+from otmdr_jax import batches, mapping, methods, models, parallel
+from tests import toy
+
+RHO = (0.05, 0.1)
+
+
+def assert_close(a, b, rtol=2e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+
+
+def all_reduces(step, *args):
+    """How many all-reduces the compiled program has; there are no other collectives."""
+    text = step.lower(*args).compile().as_text()
+    others = re.findall(r" (all-gather|all-to-all|collective-permute)\w*\(", text)
+    assert not others, others
+    return len(re.findall(r" all-reduce(?:-start)?\(", text))
+
+
+def on_mesh(shape, loss, params, data, key, **options):
+    """The robust gradient of a loss on a mesh, told the names of its axes."""
+    mesh = parallel.make_mesh(shape)
+    for axis, name in (("data", "axis_name"), ("particle", "particle_axis_name")):
+        if axis in mesh.shape:
+            options[name] = axis
+    grad_fn = otmdr_jax.value_and_grad(loss, RHO, **options)
+    batch_spec = P("data") if "data" in mesh.shape else P()
+    mapped = jax.shard_map(
+        lambda p, b, k: grad_fn(p, b, key=k),
+        mesh=mesh,
+        in_specs=(P(), batch_spec, P()),
+        out_specs=P(),
+    )
+    return jax.jit(mapped), (params, data, key)
+
+
+def on_one(loss, params, data, key=None, **options):
+    grad_fn = otmdr_jax.value_and_grad(loss, RHO, **options)
+    return jax.jit(grad_fn)(params, data, key=key)
+
+
+def joined(data, devices):
+    """The batch whose ordered halves are the devices' ordered halves, joined."""
+    size = len(jax.tree.leaves(data)[0])
+    order = np.arange(size).reshape(devices, 2, -1).swapaxes(0, 1).ravel()
+    return jax.tree.map(lambda x: x[order], data)
+
+
+@pytest.fixture
+def quick_compilation():
+    """Networks this small compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def network(quick_compilation):
+    """A network with BatchNorm shared by the data axis, and a batch for eight."""
+    options = {"num_classes": 10}
+    model = models.create("cnn_small", batchnorm_axis_name="data", **options)
+    alone = models.create("cnn_small", **options)
+    images = jax.random.normal(jax.random.key(1), (32, 8, 8, 1))
+    batch = images, jnp.arange(32) % 10
+    params, state = alone.init(jax.random.key(2), images)
+
+    def loss(model):
+        def loss_fn(params, batch, state):
+            logits, state = model.apply(params, state, batch[0], train=True)
+            return methods.cross_entropy(logits, batch[1]), state
+
+        return loss_fn
+
+    return loss(model), loss(alone), params, state, batch
+
+
+class TestData:
+    @pytest.mark.parametrize("devices", [2, 4, 8])
+    @pytest.mark.parametrize("entry", ["shard_map", "pmap"])
+    def test_a_network_on_many_devices_is_the_one_on_one(self, devices, entry, network):
+        """Value, gradient and BatchNorm's running statistics, on the joined batch."""
+        loss, alone, params, state, batch = network
+        options = {"split": "ordered", "has_aux": True}
+        grad_fn = otmdr_jax.value_and_grad(loss, RHO, axis_name="data", **options)
+
+        def step(params, batch, state):
+            (value, state), grads = grad_fn(params, batch, state)
+            return grads, (value, state)
+
+        if entry == "pmap":
+            step = parallel.pmap_step(step, devices=jax.local_devices()[:devices])
+        else:
+            mesh = parallel.make_mesh(f"data={devices}")
+            step = parallel.shard_map_step(step, mesh, donate=False)
+        grads, (value, new_state) = step(params, batch, state)
+        want = jax.jit(otmdr_jax.value_and_grad(alone, RHO, **options))(
+            params, joined(batch, devices), state
+        )
+        assert_close(((value, new_state), grads), want, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("devices", [2, 4, 8])
+    def test_plain_jit_on_a_mesh_is_one_device(self, devices, network, key):
+        """BatchNorm included, with no axis name: the program is that of one device."""
+        _, alone, params, state, batch = network
+        grad_fn = jax.jit(otmdr_jax.value_and_grad(alone, RHO, 2, has_aux=True))
+        mesh = parallel.make_mesh(f"data={devices}")
+        got = grad_fn(params, parallel.place(batch, mesh, P("data")), state, key=key)
+        want = grad_fn(params, batch, state, key=key)
+        assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "sync, options, count",
+        [
+            (True, {}, 3),  # two ascent steps and the result
+            (True, {"num_particles": 2, "particle_map": "unroll"}, 5),
+            (True, {"split": "shared", "num_particles": 2, "noise_std": 0.1}, 4),
+            (False, {}, 1),
+            (False, {"num_particles": 2, "particle_map": "unroll"}, 1),
+            (False, {"num_particles": 2, "particle_map": "scan"}, 1),
+            (False, {"split": "ordered", "microbatch_size": 1}, 1),
+        ],
+    )
+    def test_the_collectives_are_those_that_are_documented(
+        self, sync, options, count, key
+    ):
+        params, data = toy.regression_problem(batch=32)
+        options = {"sync_perturbation": sync, **options}
+        fn, args = on_mesh("data=8", toy.regression, params, data, key, **options)
+        assert all_reduces(fn, *args) == count
+
+    def test_replicas_are_the_same_bits_after_fifty_steps(self, network):
+        loss, _, params, state, batch = network
+        del loss  # statistics of each device's own part differ, and are averaged
+        model = models.create("cnn_small", num_classes=10)
+        method = methods.create(
+            "otmdr", model, optax.adam(1e-2), axis_name="data", noise_std=0.01
+        )
+        start = method.init(jax.random.key(3), batch[0])
+        # Not proven at compile time, so that it is measured.
+        step = parallel.shard_map_step(
+            method.step, parallel.make_mesh(), donate=False, check_vma=False
+        )
+        now = start
+        for _ in range(50):
+            now, metrics = step(now, batch)
+        assert float(metrics["loss"]) < 1.0
+        for leaf in jax.tree.leaves((now.params, now.model_state, now.opt_state)):
+            shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+            assert len(shards) == 8
+            for shard in shards[1:]:
+                np.testing.assert_array_equal(shard, shards[0])
+
+    def test_a_counter_in_aux_stays_the_same_on_all_devices(self, key):
+        """shard_map would refuse an integer that was marked as differing."""
+
+        def loss(w, batch, count):
+            return jnp.mean((batch - w) ** 2), {
+                "count": count + 1,
+                "x": jnp.mean(batch),
+            }
+
+        grad_fn = otmdr_jax.value_and_grad(loss, RHO, has_aux=True, axis_name="data")
+
+        def step(w, batch, count, key):
+            (value, aux), grads = grad_fn(w, batch, count, key=key)
+            return w - 0.1 * grads, aux
+
+        train = parallel.shard_map_step(step, parallel.make_mesh())
+        _, aux = train(jnp.ones(()), jnp.arange(16.0), jnp.int32(4), key)
+        assert aux["count"] == 5 and aux["count"].dtype == jnp.int32
+
+    @pytest.mark.parametrize("entry", ["shard_map", "pmap"])
+    def test_a_second_call_compiles_nothing(self, entry):
+        """Wherever the state and the batch were before the first."""
+        traces = []
+
+        def step(w, batch):
+            traces.append(1)
+            loss = jax.lax.pmean(jnp.mean(batch @ w), "data")
+            return w - jax.lax.pmean(jnp.mean(batch, axis=0), "data"), loss
+
+        if entry == "pmap":
+            step = parallel.pmap_step(step)
+        else:
+            step = parallel.shard_map_step(step, parallel.make_mesh())
+        compiled = []
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, *_, **__: (
+                compiled.append(event) if "backend_compile" in event else None
+            )
+        )
+        w, batch = np.ones(3, np.float32), np.ones((16, 3), np.float32)
+        w, _ = step(w, batch)
+        before = len(compiled), len(traces)
+        assert before[0]  # the listener hears
+        for _ in range(2):
+            w, _ = step(w, batch)
+        assert (len(compiled), len(traces)) == before
+        step(w, jnp.asarray(batch))  # JAX compiles how to cut it; not the step
+        assert len(traces) == before[1]
+
+    @pytest.mark.parametrize("entry", ["shard_map", "pmap"])
+    def test_a_batch_that_the_devices_do_not_divide_is_refused(self, entry):
+        def step(w, batch):
+            return w, jnp.mean(batch)
+
+        if entry == "pmap":
+            step = parallel.pmap_step(step)
+        else:
+            step = parallel.shard_map_step(step, parallel.make_mesh())
+        with pytest.raises(ValueError, match="batch of 12 .* 8 devices: use 8"):
+            step(jnp.ones(2), jnp.ones((12, 2)))
+
+
+class TestParticles:
+    @pytest.mark.parametrize(
+        "shape, split, particle_map",
+        [
+            ("particle=2", "random", "scan"),
+            ("particle=2", "shared", "unroll"),
+            ("particle=4", "shared", "scan"),
+            ("particle=4", "random", "vmap"),
+            ("particle=8", "random", "auto"),
+        ],
+    )
+    def test_particles_on_their_own_devices_are_those_of_one(
+        self, shape, split, particle_map, key
+    ):
+        params, data = toy.regression_problem(batch=16)
+        options = dict(num_particles=8, noise_std=0.05, split=split)
+        fn, args = on_mesh(
+            shape,
+            toy.regression,
+            params,
+            data,
+            key,
+            particle_map=particle_map,
+            **options,
+        )
+        want = on_one(toy.regression, params, data, key, particle_map="vmap", **options)
+        assert_close(fn(*args), want)
+        assert all_reduces(fn, *args) == 1
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("sync", [True, False])
+    @pytest.mark.parametrize("shape", ["data=2,particle=4", "particle=2,data=4"])
+    def test_two_axes_are_the_data_axis_alone(self, sync, shape, key):
+        params, data = toy.regression_problem(batch=32)
+        options = dict(num_particles=4, noise_std=0.05, sync_perturbation=sync)
+        data_only = next(part for part in shape.split(",") if "data" in part)
+        got, args = on_mesh(shape, toy.regression, params, data, key, **options)
+        want, _ = on_mesh(data_only, toy.regression, params, data, key, **options)
+        assert_close(got(*args), want(*args))
+
+    def test_diagnostics_hold_every_particle_in_its_order(self, key):
+        params, data = toy.regression_problem(batch=16)
+        options = dict(num_particles=4, noise_std=0.05)
+        gradient = otmdr_jax.robust_gradient(
+            toy.regression, RHO, particle_axis_name="particle", **options
+        )
+        got = jax.jit(
+            jax.shard_map(
+                lambda p, b, k: gradient(p, b, key=k).diagnostics,
+                mesh=parallel.make_mesh("particle=2"),
+                in_specs=P(),
+                out_specs=P(),
+            )
+        )(params, data, key)
+        want = jax.jit(otmdr_jax.robust_gradient(toy.regression, RHO, **options))
+        assert_close(got, want(params, data, key=key).diagnostics)
+
+    def test_particles_that_the_devices_do_not_divide_are_refused(self, key):
+        params, data = toy.regression_problem(batch=16)
+        fn, args = on_mesh(
+            "particle=4", toy.regression, params, data, key, num_particles=6
+        )
+        with pytest.raises(ValueError, match="multiple of the 4 devices .* got 6"):
+            fn(*args)
+
+
+class TestMembers:
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("particle_map", ["unroll", "scan"])
+    @pytest.mark.parametrize(
+        "shape", ["member=4", "member=2,data=2", "member=2,data=2,particle=2"]
+    )
+    def test_members_on_their_own_devices_are_those_of_vmap(
+        self, shape, particle_map, key
+    ):
+        """Stacked members, each with its key and momentum; two steps."""
+        mesh = parallel.make_mesh(shape)
+        _, data = toy.regression_problem(batch=16)
+        members = [toy.regression_problem(seed, batch=16)[0] for seed in range(4)]
+        params = jax.tree.map(lambda *x: jnp.stack(x), *members)
+        keys = jax.random.split(key, 4)
+        optimizer = optax.sgd(0.1, momentum=0.9)
+        options = dict(num_particles=2, noise_std=0.01, split="ordered")
+
+        def steps(**axes):
+            grad_fn = otmdr_jax.value_and_grad(
+                toy.regression, RHO, particle_map=particle_map, **options, **axes
+            )
+
+            def member(state, batch):
+                params, opt_state, key = state
+                key, step_key = jax.random.split(key)
+                value, grads = grad_fn(params, batch, key=step_key)
+                updates, opt_state = optimizer.update(grads, opt_state, params)
+                return (optax.apply_updates(params, updates), opt_state, key), value
+
+            return jax.vmap(member, in_axes=(0, None))
+
+        axes = {}
+        if "data" in mesh.shape:
+            axes["axis_name"] = "data"
+        if "particle" in mesh.shape:
+            axes["particle_axis_name"] = "particle"
+        got_step = parallel.shard_map_step(
+            steps(**axes),
+            mesh,
+            batch_spec=P("data") if "data" in mesh.shape else P(),
+            state_spec=P("member"),
+            donate=False,
+        )
+        got = want = (params, jax.vmap(optimizer.init)(params), keys)
+        want_step = jax.jit(steps())
+        batch = joined(data, parallel.axis_size(mesh, "data"))
+        for _ in range(2):
+            got, values = got_step(got, data)
+            want, want_values = want_step(want, batch)
+            assert_close((got[:2], values), (want[:2], want_values))
+
+
+class TestMicrobatches:
+    @hypothesis.given(
+        size=st.integers(2, 13),
+        micro=st.integers(1, 14),
+        how=st.sampled_from(["unroll", "scan"]),
+    )
+    @hypothesis.settings(max_examples=40, deadline=None)
+    def test_the_mean_is_that_of_the_whole_batch(self, size, micro, how):
+        params, data = toy.regression_problem(batch=size, dtype=np.float32)
+
+        def fn(batch):
+            (loss, count), grads = jax.value_and_grad(
+                lambda p: (toy.regression(p, batch), jnp.int32(7)), has_aux=True
+            )(params)
+            return loss, count, grads
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mapping, "_fastest", lambda *_: how)
+            got = batches.accumulate(fn, data, micro)
+        assert_close(got, fn(data), rtol=1e-4, atol=1e-5)
+        assert got[1].dtype == jnp.int32
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("micro", [3, 4, 8, 100])
+    @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"merge": "sum"}])
+    def test_the_objective_stays_that_of_the_whole_batch(self, micro, options, key):
+        """Also where it does not divide the parts of 8 and the batch of 16."""
+        params, data = toy.regression_problem(batch=16)
+        options = dict(num_particles=2, noise_std=0.1, **options)
+        want = on_one(toy.regression, params, data, key, **options)
+        options["microbatch_size"] = micro
+        assert_close(on_one(toy.regression, params, data, key, **options), want)
+        fn, args = on_mesh(
+            "data=2", toy.regression, params, data, key, microbatch_size=micro
+        )
+        want, _ = on_mesh("data=2", toy.regression, params, data, key)
+        assert_close(fn(*args), want(*args))
+
+    def test_a_sharded_batch_stays_on_its_devices(self):
+        """Micro-batches take every n-th example: nothing moves between devices."""
+        params, data = toy.regression_problem(batch=32)
+        data = parallel.place(data, parallel.make_mesh(), P("data"))
+        want = on_one(toy.regression, params, data, split="shared")
+        fn = otmdr_jax.value_and_grad(
+            toy.regression, RHO, split="shared", microbatch_size=16
+        )
+        assert_close(jax.jit(fn)(params, data), want)
+        all_reduces(jax.jit(fn), params, data)  # refuses gathers
+
+    def test_memory_falls_with_the_micro_batch(self):
+        """Activations of a perceptron, layer after layer, of 1024 examples or 128."""
+
+        def loss(weights, x):
+            for w in weights:
+                x = jnp.tanh(x @ w)
+            return jnp.mean(x**2)
+
+        weights = [jnp.ones((128, 128)) / 128] * 8
+        x = jnp.ones((1024, 128))
+
+        def temporaries(**options):
+            fn = otmdr_jax.value_and_grad(loss, RHO, split="ordered", **options)
+            program = jax.jit(fn).lower(weights, x).compile()
+            return program.memory_analysis().temp_size_in_bytes
+
+        assert temporaries(microbatch_size=128) < 0.5 * temporaries()
+
+    @pytest.mark.parametrize("size", [0, -1, 2.0, True])
+    def test_a_size_that_cannot_be_is_refused(self, size):
+        with pytest.raises((TypeError, ValueError), match="microbatch_size must be"):
+            otmdr_jax.value_and_grad(toy.regression, RHO, microbatch_size=size)
+
+
+class TestMesh:
+    def test_shapes(self):
+        assert dict(parallel.make_mesh().shape) == {"data": 8}
+        assert dict(parallel.make_mesh("data=2,particle=-1").shape) == {
+            "data": 2,
+            "particle": 4,
+        }
+        assert parallel.make_mesh({"member": 2}).devices.size == 2
+        assert parallel.axis_size(parallel.make_mesh("data=4"), "member") == 1
+        assert parallel.axis_size(None, "data") == 1
+
+    @pytest.mark.parametrize(
+        "shape, message",
+        [
+            ("rows=2", "each of the axes data, particle, member"),
+            ("data=two", "each of the axes"),
+            ("data=0", "each of the axes"),
+            ("data=2,data=2", "at most once"),
+            ("", "at least one axis"),
+            ("data=-1,particle=-1", "-1 at most once"),
+            ("data=16", "needs 16 devices, and there are 8"),
+            ("data=16,particle=-1", "needs more devices"),
+        ],
+    )
+    def test_a_mesh_that_cannot_be_is_refused(self, shape, message):
+        with pytest.raises(ValueError, match=message):
+            parallel.make_mesh(shape)
+
+    def test_rows_of_a_host_that_is_alone(self):
+        assert parallel.host_rows(None, 10) == (0, 10)
+        assert parallel.host_rows(parallel.make_mesh("data=4"), 12) == (0, 12)
+        assert parallel.host_rows(parallel.make_mesh("particle=2"), 3) == (0, 3)
+        with pytest.raises(ValueError, match="batch of 10"):
+            parallel.host_rows(parallel.make_mesh("data=4"), 10)
+
+    def test_place_divides_and_copies(self):
+        mesh = parallel.make_mesh("data=4,particle=2")
+        x = np.arange(8.0)
+        assert {s.data.shape for s in parallel.place(x, mesh).addressable_shards} == {
+            (8,)
+        }
+        divided = parallel.place(x, mesh, P("data"))
+        assert {s.data.shape for s in divided.addressable_shards} == {(2,)}
+        np.testing.assert_array_equal(parallel.place_local(x, mesh), x)
+        with pytest.raises(ValueError, match="batch of 6"):
+            parallel.place(np.arange(6.0), mesh, P("data"))
+
+    def test_one_host_agrees_with_itself(self):
+        assert parallel.agree(1, 0.0) == (1, 0.0)
+        assert parallel.is_main()
+        assert parallel.on_main(lambda: 3) == 3
+        with pytest.raises(KeyError):
+            parallel.on_main(lambda: {}["missing"])
+
+    def test_half_of_an_address_is_refused(self):
+        with pytest.raises(ValueError, match="together, or none"):
+            parallel.initialize(coordinator="localhost:1234")
