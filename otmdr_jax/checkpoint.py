@@ -55,6 +55,7 @@ class Checkpoints:
         read_only: bool = False,
     ):
         """Opens the folder."""
+        self.run = pathlib.Path(folder).parent  # as the user calls it
         self.folder = pathlib.Path(folder).absolute()
         self._scored = scored
         policy = policies.AnyPreservationPolicy(

@@ -1,10 +1,14 @@
 """The command line: `otmdr train | evaluate | compare | demo | info`."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import pathlib
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -31,6 +35,10 @@ class Train:
     otmdr train --preset paper-cifar10 --data-dir ~/tensorflow_datasets
 
     otmdr train --resume runs/digits-cnn_small-otmdr-seed0
+
+    otmdr train --mesh data=4,particle=2 --num-particles 2
+
+    srun otmdr train --distributed --output /shared/run
     """
 
     config: tyro.conf.OmitArgPrefixes[TrainConfig]
@@ -47,6 +55,16 @@ class Train:
     """Go on with an interrupted run, given its folder; its options hold."""
     quiet: bool = False
     """Show no progress."""
+    distributed: bool = False
+    """Join a run on many hosts: start the same command on each. On SLURM, Open MPI,
+    Kubernetes and Cloud TPU nothing else is needed; --output must be on a file system
+    that all hosts share."""
+    coordinator: str | None = None
+    """host:port of process 0, on clusters that JAX does not know."""
+    num_processes: int | None = None
+    """How many processes there are, with --coordinator."""
+    process_id: int | None = None
+    """Which one this is, from 0, with --coordinator."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +159,38 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(options: Train) -> None:
     """`otmdr train`."""
-    from otmdr_jax import report, training
+    from otmdr_jax import parallel
+
+    address = options.coordinator, options.num_processes, options.process_id
+    if options.distributed or any(part is not None for part in address):
+        parallel.initialize(*address)
+        with _leaving_at_once():
+            return _train(options)
+    return _train(options)
+
+
+@contextlib.contextmanager
+def _leaving_at_once():
+    """On many hosts, ends a process that failed without waiting for the others.
+
+    JAX would wait at its exit for hosts that wait for this one, five minutes long. Once
+    it is gone, they notice.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, EXPECTED):
+            print(f"otmdr: error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        time.sleep(2)  # for what the others have to say
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def _train(options: Train) -> None:
+    from otmdr_jax import parallel, report, training
 
     config = options.config
     resume = options.resume is not None
@@ -159,6 +208,8 @@ def train(options: Train) -> None:
     except training.NonFiniteError as error:
         print(f"otmdr: error: {error}", file=sys.stderr)
         sys.exit(1)
+    if not parallel.is_main():
+        return
     report.print_table(report.summarise([report.read_run(output)]), title=output)
     if result.metrics["skipped_steps"]:
         print(f"Skipped, not finite: {result.metrics['skipped_steps']} steps.")

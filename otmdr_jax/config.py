@@ -45,8 +45,12 @@ class TrainConfig:
     """Model: cnn_small, resnet_10, resnet_18 or wide_resnet_<depth>_<width>."""
     stem: Literal["cifar", "imagenet"] | None = None
     """Stem of a ResNet: cifar (3x3) or imagenet (7x7 and pooling)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the computation. Parameters, norms and statistics stay float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the computation. Parameters, norms and statistics stay float32. float16
+    comes with dynamic loss scaling."""
+    remat: bool = False
+    """Compute each block's activations again in the backward pass: less memory, about a
+    third more time. No use on CPUs, where XLA undoes it."""
 
     # -- method --
     method: Literal["sgd", "sam", "asam", "otmdr"] = "otmdr"
@@ -69,6 +73,13 @@ class TrainConfig:
     """Add the particles' gradients up instead of averaging (released code, mode 1)."""
     particle_map: Literal["auto", "vmap", "unroll", "scan"] = "auto"
     """How particles are computed: a matter of speed and memory alone."""
+    sync_perturbation: bool = True
+    """On many devices: one perturbation for all, from the whole batch. With
+    --no-sync-perturbation each device has its own (m-sharpness), and gradients are
+    exchanged once a step instead of once a pass."""
+    microbatch_size: int | None = None
+    """Examples that a device differentiates at a time, to save memory. The objective
+    stays that of the whole batch, but BatchNorm sees micro-batches. Default: all."""
 
     # -- loss and optimizer --
     label_smoothing: float = 0.0
@@ -101,6 +112,19 @@ class TrainConfig:
     """Epochs without a lower loss before plateau acts (PyTorch's default)."""
     plateau_factor: float = 0.1
     """What plateau multiplies the learning rate by (PyTorch's default)."""
+
+    # -- devices --
+    mesh: str | None = None
+    """How devices are arranged: data=4,particle=2 divides the batch by 4 and the
+    particles by 2; -1 is what is left. Default: all devices, on all hosts, on data."""
+    sync_batchnorm: bool = False
+    """Share BatchNorm's batch statistics over the devices of data. By default each
+    device has those of its own part, as is usual; running statistics are averaged."""
+    input: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the training images are: in the memory of each device; in the host's, from
+    where batches are sent ahead; or on disk, decoded as they are needed (TFDS sets).
+    auto takes the first of which they fill at most a quarter. The numbers are the
+    same, but for sets without published mean and deviation, which disk samples."""
 
     # -- run --
     epochs: int = 40
@@ -142,7 +166,7 @@ class TrainConfig:
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "checkpoint_every"):
+        for name in ("steps", "checkpoint_every", "microbatch_size"):
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "at least 1, or left out")
         for name in ("learning_rate", "weight_decay", "warmup_epochs", "noise_std"):
@@ -157,11 +181,13 @@ class TrainConfig:
             _check_literal(self, name, type_)
 
 
-# Options that may differ between a run and its resumption: they change no number.
+# Options that may differ between a run and its resumption: they change no number (the
+# mesh: none but by rounding, by which examples share a split and BatchNorm's batch).
 RESUMABLE = frozenset(
     {
         "data_dir", "cache_dir", "download", "eval_batch_size", "eval_every",
-        "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped",
+        "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "mesh",
+        "input", "remat",
     }
 )  # fmt: skip
 
@@ -195,7 +221,8 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         known = ", ".join(map(repr, PRESETS))
         raise ValueError(f"preset must be one of {known}; got {name!r}.")
     if name == "demo":
-        return TrainConfig(label_noise=0.2, epochs=28, eval_every=2)
+        # One device: the batch need not suit the machine; there is little to divide.
+        return TrainConfig(label_noise=0.2, epochs=28, eval_every=2, mesh="data=1")
     version, data = name.rsplit("-", 1)
     common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
     if version == "sam":

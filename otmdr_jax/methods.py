@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import tree
+from otmdr_jax import batches, collectives, precision, tree
 from otmdr_jax.gradients import PAPER_RHO, Diagnostics, RobustGradient, robust_gradient
 
 PyTree = Any
@@ -30,6 +30,7 @@ class TrainState(NamedTuple):
       step: Number of steps taken, skipped ones included.
       skipped: How many steps were skipped because they were not finite.
       skipped_in_row: How many of them since the last good one.
+      loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
     """
 
     params: PyTree
@@ -39,16 +40,17 @@ class TrainState(NamedTuple):
     step: jax.Array
     skipped: jax.Array
     skipped_in_row: jax.Array
+    loss_scale: precision.LossScale | None = None
 
 
 class Method(NamedTuple):
     """A training method as pure functions.
 
     Attributes:
-      init: (key, example_images) -> TrainState.
+      init: (key, example_images) -> TrainState; of the images the shape is read alone.
       step: (state, (images, labels)) -> (state, metrics); compile it with `jax.jit`
         and donate the state. Metrics are scalars: loss, center_loss, gap, accuracy,
-        grad_norm, distance, skipped_in_row.
+        grad_norm, distance, skipped_in_row, and loss_scale where there is one.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples; one here.
     """
 
@@ -75,6 +77,7 @@ def create(
     label_smoothing: float = 0.0,
     smoothing: str = "all",
     sum_particles: bool = False,
+    loss_scaling: bool = False,
     **options: Any,
 ) -> Method:
     """Builds a method from a model and an optimizer.
@@ -88,7 +91,12 @@ def create(
       smoothing: See :func:`cross_entropy`.
       sum_particles: Add the K particles' gradients up instead of averaging them, as
         mode 1 of the released code.
-      **options: Those of :func:`otmdr_jax.value_and_grad`, over the method's own.
+      loss_scaling: Scale losses dynamically, as float16 needs: see
+        :mod:`otmdr_jax.precision`.
+      **options: Those of :func:`otmdr_jax.value_and_grad`, over the method's own. With
+        `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
+        `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
+        `microbatch_size`.
 
     Returns:
       A :class:`Method`.
@@ -110,8 +118,6 @@ def create(
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
     own = METHODS[name]
-    if own is None and options:
-        raise TypeError(f"{name} has no options, got {', '.join(options)}.")
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_fn(params, batch, model_state):
@@ -121,8 +127,10 @@ def create(
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return loss, (model_state, accuracy)
 
+    if loss_scaling:
+        loss_fn = precision.scale_loss(loss_fn, has_aux=True)
     if own is None:
-        gradient, copies = _plain_gradient(loss_fn), 1
+        gradient, copies = _plain_gradient(loss_fn, **options), 1
     else:
         gradient = robust_gradient(loss_fn, has_aux=True, **{**own, **options})
         copies = options.get("num_particles", 1) if sum_particles else 1
@@ -133,11 +141,17 @@ def create(
         # Three arrays, not one three times: the state is made to be donated.
         step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         opt_state = optimizer.init(params)
-        return TrainState(params, model_state, opt_state, key, step, skipped, in_row)
+        scale = precision.init() if loss_scaling else None
+        return TrainState(
+            params, model_state, opt_state, key, step, skipped, in_row, scale
+        )
 
     def step(state, batch):
         key, step_key = jax.random.split(state.key)
-        result = gradient(state.params, batch, state.model_state, key=step_key)
+        scaled = {"loss_scale": state.loss_scale.scale} if loss_scaling else {}
+        result = gradient(
+            state.params, batch, state.model_state, key=step_key, **scaled
+        )
         model_state, accuracy = result.aux
         grads = jax.tree.map(lambda g: copies * g, result.grads)
         updates, opt_state = optimizer.update(
@@ -145,7 +159,9 @@ def create(
         )
         params = optax.apply_updates(state.params, updates)
         info = result.diagnostics
-        finite = jnp.isfinite(result.value) & jnp.isfinite(info.grad_norm)
+        # Of every pass: a particle that went astray may still have a finite gradient.
+        seen = (result.value, info.center_loss, info.grad_norm, info.ascent_norms)
+        finite = jnp.all(jnp.isfinite(jnp.hstack(seen)))
         params, model_state, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, model_state, opt_state),
@@ -162,8 +178,12 @@ def create(
             "distance": jnp.mean(info.distances),
             "skipped_in_row": in_row,
         }
+        scale = state.loss_scale
+        if loss_scaling:
+            metrics["loss_scale"] = scale.scale
+            scale = precision.adjust(scale, finite)
         return TrainState(
-            params, model_state, opt_state, key, state.step + 1, skipped, in_row
+            params, model_state, opt_state, key, state.step + 1, skipped, in_row, scale
         ), metrics
 
     def predict(state, images):
@@ -210,13 +230,24 @@ def cross_entropy(
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
 
-def _plain_gradient(loss_fn):
+def _plain_gradient(
+    loss_fn, *, axis_name=None, particle_axis_name=None, microbatch_size=None
+):
     """`jax.value_and_grad` in the form of a robust gradient."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    axes = collectives.axes_of(axis_name, particle_axis_name)
 
-    def gradient(params, batch, model_state, *, key):
+    def gradient(params, batch, model_state, *, key, **kwargs):
         del key
-        (value, aux), grads = value_and_grad(params, batch, model_state)
+        center = collectives.vary(params, axes)
+        differs = collectives.varying_axes((center, batch, model_state))
+        found = batches.accumulate(
+            lambda piece: value_and_grad(center, piece, model_state, **kwargs),
+            batch,
+            microbatch_size,
+            lambda fresh: collectives.vary(fresh, differs),
+        )
+        (value, aux), grads = collectives.pmean(found, axes)
         zero, none = jnp.zeros_like(value), jnp.zeros(0)
         diagnostics = Diagnostics(
             value, value, zero, none, tree.norm(grads), jnp.zeros(1)

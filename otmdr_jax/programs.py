@@ -4,6 +4,7 @@ Everything a step does (gather, augment, normalise, differentiate, update) is on
 program. Runs that differ in their seed alone share programs, so they compile once.
 """
 
+import dataclasses
 import functools
 import platform
 import zlib
@@ -14,11 +15,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from otmdr_jax import _version, landscape, methods, metrics, models, optimizers
+from otmdr_jax import (
+    _version,
+    landscape,
+    methods,
+    metrics,
+    models,
+    optimizers,
+    parallel,
+)
 from otmdr_jax import data as data_lib
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.data import Dataset, Split
+from otmdr_jax.data import Dataset, LazyImages, Split
+from otmdr_jax.gradients import PAPER_RHO
 from otmdr_jax.methods import TrainState
 from otmdr_jax.progress import Progress
 
@@ -30,24 +42,30 @@ class Programs(NamedTuple):
     """The compiled functions of a configuration, whatever its seed.
 
     Attributes:
-      init: key -> TrainState.
-      train_step: (state, images, labels, order, i) -> (state, metrics).
-      predict: (state, images) -> (B, C) log-probabilities.
+      init: key -> TrainState, on every device of the mesh.
+      train_step: (state, (images, labels), order, i) -> (state, metrics): step i of an
+        epoch, on the training set that lives on the devices.
+      stream_step: (state, (images, labels)) -> (state, metrics): on one batch, divided
+        over the mesh.
+      predict: (state, images) -> (B, C) log-probabilities, on every device.
       epoch_order: key -> (N,) order of an epoch.
       loss_sum: (params, (images, labels, mask, model_state)) -> (sum, count).
       rate: (step, opt_state) -> the learning rate.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
+      mesh: The devices; None for one.
     """
 
     init: Callable[[jax.Array], TrainState]
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    stream_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     predict: Callable[[TrainState, jax.Array], jax.Array]
     epoch_order: Callable[[jax.Array], jax.Array]
     loss_sum: Callable[..., tuple[jax.Array, jax.Array]]
     rate: Callable[..., jax.Array]
     steps_per_epoch: int
     total_steps: int
+    mesh: Mesh | None
 
 
 def evaluate(
@@ -77,8 +95,10 @@ def evaluate(
     examples = getattr(dataset, split)
     chunks, done = [], 0
     title = f"evaluating the {split} set"
+    mesh = programs.mesh
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
-        for images, _, mask in _batches(config, examples):
+        for images, _, mask in _batches(config, examples, mesh):
+            images = parallel.place(images, mesh, _rows(mesh))
             chunks.append(np.asarray(programs.predict(state, images))[mask])
             done += len(chunks[-1])
             bar.update(done, {})
@@ -96,15 +116,60 @@ def load_data(config: TrainConfig) -> Dataset:
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
         download=config.download,
+        in_memory={"auto": None, "disk": False}.get(config.input, True),
         validation=count if count < 1 else int(count),
         label_noise=config.label_noise,
         seed=config.data_seed,
     )
 
 
-def compile_programs(config: TrainConfig, dataset: Dataset) -> Programs:
-    """The compiled functions of a configuration: shared by runs of several seeds."""
-    key = TrainConfig(**{**vars(config), "seed": 0, "data_dir": None})
+def make_mesh(config: TrainConfig) -> Mesh | None:
+    """The devices that a configuration names; None for a single one.
+
+    Raises:
+      ValueError: They do not divide the batch, or it names a "member" axis.
+    """
+    mesh = parallel.make_mesh(config.mesh)
+    if "member" in mesh.shape:
+        raise ValueError(
+            f"mesh={config.mesh!r}: a run trains one model; members of an ensemble on "
+            "their own devices are for loops of your own (otmdr_jax.parallel)."
+        )
+    data, particle = (parallel.axis_size(mesh, a) for a in ("data", "particle"))
+    if particle > 1 and config.method != "otmdr":
+        raise ValueError(
+            f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
+            "particle axis needs --method otmdr and --num-particles."
+        )
+    for name, devices in (("batch_size", data), ("num_particles", particle)):
+        if getattr(config, name) % devices:
+            raise ValueError(
+                f"{name}={getattr(config, name)} cannot be divided evenly over the "
+                f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
+                "fewer devices, as --mesh data=1."
+            )
+    radii = len(config.rho or PAPER_RHO)
+    if config.method == "otmdr" and config.split != "shared":
+        if config.batch_size // data < radii:
+            raise ValueError(
+                f"batch_size={config.batch_size} over {data} devices leaves each fewer "
+                f"examples than the {radii} radii in rho, each of which needs a part: "
+                "use a larger batch or fewer devices on data."
+            )
+    return mesh if mesh.size > 1 else None
+
+
+def compile_programs(
+    config: TrainConfig, dataset: Dataset, mesh: Mesh | None = None
+) -> Programs:
+    """The compiled functions of a configuration: shared by runs of several seeds.
+
+    Args:
+      config: What to compile; its mesh is not looked at.
+      dataset: For the shapes, and for how images are augmented and normalised.
+      mesh: From :func:`make_mesh`; None for the default device.
+    """
+    key = dataclasses.replace(config, seed=0, data_dir=None, mesh=None)
     augment = dataset.augment if config.augment is None else config.augment
     return _programs(
         key,
@@ -114,11 +179,12 @@ def compile_programs(config: TrainConfig, dataset: Dataset) -> Programs:
         tuple(augment),
         dataset.mean,
         dataset.std,
+        mesh,
     )
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
+def _programs(config, num_classes, image_shape, num_train, augment, mean, std, mesh):
     batch_size = config.batch_size
     steps_per_epoch = num_train // batch_size
     if not steps_per_epoch:
@@ -126,9 +192,13 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
             f"batch_size={batch_size} is larger than the training set of {num_train}."
         )
     total_steps = config.steps or config.epochs * steps_per_epoch
-    options = {} if config.stem is None else {"stem": config.stem}
+    on_data = mesh is not None and "data" in mesh.shape
     model = models.create(
-        config.model, num_classes, dtype=jnp.dtype(config.dtype), **options
+        config.model,
+        num_classes,
+        dtype=jnp.dtype(config.dtype),
+        batchnorm_axis_name="data" if on_data and config.sync_batchnorm else None,
+        **_model_options(config),
     )
     method = methods.create(
         config.method,
@@ -136,15 +206,31 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
         optimizers.create(config, total_steps, steps_per_epoch),
         label_smoothing=config.label_smoothing,
         smoothing=config.smoothing,
+        loss_scaling=config.dtype == "float16",
         **method_options(config),
+        **_axis_names(mesh),
     )
+    parts = parallel.axis_size(mesh, "data")
+    size = batch_size // parts  # of a device's part
 
-    def train_step(state, images, labels, order, i):
+    def part():
+        return jax.lax.axis_index("data") if on_data else 0
+
+    def stream_step(state, batch):
         key, augment_key = jax.random.split(state.key)
-        batch = data_lib.take(Split(images, labels), order, i, batch_size)
-        images = data_lib.augment(augment_key, batch.images, augment)
+        images, labels = batch
+        images = data_lib.augment(augment_key, images, augment, part() * size)
         images = data_lib.normalise(images, mean, std)
-        return method.step(state._replace(key=key), (images, jnp.asarray(batch.labels)))
+        return method.step(state._replace(key=key), (images, labels))
+
+    def train_step(state, examples, order, i):
+        batch = data_lib.take(Split(*examples), order, i * parts + part(), size)
+        return stream_step(state, batch)
+
+    def compiled(step, batch_spec):
+        if mesh is None:
+            return jax.jit(step, donate_argnums=0)
+        return parallel.shard_map_step(step, mesh, batch_spec=batch_spec)
 
     def predict(state, images):
         samples = method.predict(state, data_lib.normalise(images, mean, std))
@@ -153,11 +239,15 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
         return jax.nn.log_softmax(log_mean)
 
     example = jnp.zeros((1, *image_shape))
+    everywhere = parallel.replicated(mesh)
     return Programs(
-        init=jax.jit(lambda key: method.init(key, example)),
-        train_step=jax.jit(train_step, donate_argnums=0),
-        predict=jax.jit(predict),
-        epoch_order=jax.jit(lambda key: data_lib.epoch_order(key, num_train)),
+        init=jax.jit(lambda key: method.init(key, example), out_shardings=everywhere),
+        train_step=compiled(train_step, P()),
+        stream_step=compiled(stream_step, _rows(mesh)),
+        predict=jax.jit(predict, out_shardings=everywhere),
+        epoch_order=jax.jit(
+            lambda key: data_lib.epoch_order(key, num_train), out_shardings=everywhere
+        ),
         loss_sum=_loss_sum(model, mean, std),
         rate=jax.jit(
             functools.partial(
@@ -167,7 +257,24 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std):
         ),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
+        mesh=mesh,
     )
+
+
+def _model_options(config):
+    options = {"stem": config.stem, "remat": config.remat or None}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _axis_names(mesh):
+    """The axes of a mesh, as the options of a method."""
+    names = {"data": "axis_name", "particle": "particle_axis_name"}
+    return {names[axis]: axis for axis in (() if mesh is None else mesh.shape)}
+
+
+def _rows(mesh):
+    """How a batch is divided over a mesh."""
+    return P("data") if parallel.axis_size(mesh, "data") > 1 else P()
 
 
 @functools.lru_cache(maxsize=16)
@@ -192,12 +299,12 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     """
     defaults = TrainConfig(method=config.method)
     names = {
-        "sgd": (),
-        "sam": ("rho", "norm"),
-        "asam": ("rho", "norm"),
+        "sgd": ("microbatch_size",),
+        "sam": ("rho", "norm", "sync_perturbation", "microbatch_size"),
+        "asam": ("rho", "norm", "sync_perturbation", "microbatch_size"),
         "otmdr": (
             "rho", "num_particles", "noise_std", "split", "norm", "merge",
-            "sum_particles", "particle_map",
+            "sum_particles", "particle_map", "sync_perturbation", "microbatch_size",
         ),
     }  # fmt: skip
     every, mine = names["otmdr"], names[config.method]
@@ -205,7 +312,7 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     if foreign := [name for name in set_ if name not in mine]:
         raise ValueError(
             f"{config.method} has no option {', '.join(foreign)}"
-            + (f"; it has {', '.join(mine)}." if mine else "; it has none.")
+            + f"; it has {', '.join(mine)}."
         )
     if config.num_particles > 1 and config.split in ("ordered", "shared"):
         if not config.noise_std:
@@ -236,16 +343,20 @@ def sharpness(
         0, train.num_examples - 1, min(train.num_examples, SHARPNESS_EXAMPLES)
     ).astype(int)
     part = Split(train.images[chosen], train.labels[chosen])
+    mesh = programs.mesh
     batches = [
-        (images, labels, mask, state.model_state)
-        for images, labels, mask in _batches(config, part)
+        (*parallel.place(batch, mesh, _rows(mesh)), state.model_state)
+        for batch in _batches(config, part, mesh)
     ]
     found = landscape.sam_gap(programs.loss_sum, state.params, batches)
     return {"sharpness": found.gap, "train_nll": found.loss}
 
 
-def _batches(config: TrainConfig, split: Split):
-    return data_lib.eval_batches(split, min(config.eval_batch_size, split.num_examples))
+def _batches(config: TrainConfig, split: Split, mesh: Mesh | None):
+    """Batches for evaluation, of a size that the devices divide."""
+    devices = parallel.axis_size(mesh, "data")
+    size = min(config.eval_batch_size, split.num_examples)
+    return data_lib.eval_batches(split, -(-size // devices) * devices)
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
@@ -272,23 +383,40 @@ def environment() -> dict[str, str]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A checksum of all splits, to tell whether a run goes on with its data."""
-    crc = 0
-    for split in (dataset.train, dataset.validation, dataset.test):
-        for array in split or ():
-            crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
-    return f"{dataset.name}-{dataset.train.num_examples}-{crc:08x}"
+    """Checksums of all splits, to tell whether a run goes on with its data.
+
+    Two of them: of the labels, of a thousand images of each split and of the mean and
+    deviation that normalise them; and of all images
+    ("p"), or of their records where they are not in memory ("r").
+    """
+    sampled = whole = 0
+    splits = [s for s in (dataset.train, dataset.validation, dataset.test) if s]
+    kind = "r" if isinstance(dataset.train.images, LazyImages) else "p"
+    # Of a set without published statistics these may be of a sample of the images.
+    sampled = zlib.crc32(np.asarray((dataset.mean, dataset.std)).tobytes(), sampled)
+    for images, labels in splits:
+        rows = np.linspace(0, len(labels) - 1, min(len(labels), 1_000)).astype(int)
+        for array in (labels, images[rows]):
+            sampled = zlib.crc32(np.ascontiguousarray(array).tobytes(), sampled)
+        if isinstance(images, LazyImages):
+            whole = zlib.crc32(str(images.checksum()).encode(), whole)
+        else:
+            whole = zlib.crc32(np.ascontiguousarray(images).tobytes(), whole)
+    count = dataset.train.num_examples
+    return f"{dataset.name}-{count}-{sampled:08x}-{kind}{whole:08x}"
 
 
 def check_same_data(meta: dict[str, Any], dataset: Dataset, output: Any) -> None:
     """Refuses data other than those that a run was trained on.
 
     Raises:
-      ValueError: The checksum in the checkpoint's `meta` is another one.
+      ValueError: The checksums in the checkpoint's `meta` are others. Those of all
+        images are compared where both are of pixels, or both of records.
     """
-    if meta["data"] != fingerprint(dataset):
+    was, now = meta["data"], fingerprint(dataset)
+    same_kind = was.rpartition("-")[2][0] == now.rpartition("-")[2][0]
+    if was != now and (same_kind or was.rpartition("-")[0] != now.rpartition("-")[0]):
         raise ValueError(
-            f"{output} was trained on {meta['data']}, but the data are now "
-            f"{fingerprint(dataset)} (name, examples, checksum). Restore the data, or "
-            "start a new run."
+            f"{output} was trained on {was}, but the data are now {now} (name, "
+            "examples, checksums). Restore the data, or start a new run."
         )

@@ -1,11 +1,14 @@
 """The training loop: one compiled step, evaluation, logs, checkpoints, resumption.
 
-The data live on the device. A step gathers, augments and normalises its batch inside
-the compiled program and donates the state, so that the host only counts. Everything
-random follows from the seed and the step: a run that is stopped and resumed ends with
-the same bits as one that is not.
+The data live on the devices, or stream to them. A step gathers, augments and normalises
+its batch inside the compiled program and donates the state, so that the host only
+counts; what it logs it reads two steps later, when it is there. Everything random
+follows from the seed and the step: a run that is stopped and resumed ends with the same
+bits as one that is not. On many hosts each runs this same loop, and one of them writes.
 """
 
+import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +23,8 @@ import jax
 import numpy as np
 
 from otmdr_jax import config as config_lib
-from otmdr_jax import progress, runs
+from otmdr_jax import data as data_lib
+from otmdr_jax import parallel, progress, runs
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
 from otmdr_jax.methods import TrainState
@@ -31,6 +35,8 @@ from otmdr_jax.programs import (
     evaluate,
     fingerprint,
     load_data,
+    make_mesh,
+    method_options,
     run_keys,
     sharpness,
 )
@@ -39,6 +45,10 @@ from otmdr_jax.programs import (
 # may cost; at the end of one, so that short epochs do not just write checkpoints.
 SECONDS_WITHIN_EPOCH = 600.0
 SECONDS_BETWEEN_EPOCHS = 15.0
+
+# Enough that a device never waits for the host, few enough that a signal is acted on
+# at once.
+STEPS_IN_FLIGHT = 2
 
 
 class Result(NamedTuple):
@@ -115,8 +125,15 @@ def train(
       >>> result.metrics["steps"], result.log_probs.shape
       (11, (360, 10))
     """
+    mesh = make_mesh(config)
+    method_options(config)  # what cannot work is refused before the data are read
     dataset = load_data(config) if dataset is None else dataset
-    programs = compile_programs(config, dataset)
+    if jax.process_count() > 1:
+        same = dataclasses.replace(config, data_dir=None, cache_dir=None)
+        parallel.check_agreement(repr(same), "the configuration")
+        parallel.check_agreement(fingerprint(dataset), "the data")
+    programs = compile_programs(config, dataset, mesh)
+    show_progress = show_progress and parallel.is_main()
     if output is None:
         if resume:
             raise ValueError("resume=True needs output, the folder of the run.")
@@ -128,9 +145,9 @@ def train(
     folder = None
     if resume:
         _check_same_run(runs.read_config(output), config, output)
-        config_lib.save(config, output / "config.json")
+        parallel.on_main(lambda: config_lib.save(config, output / "config.json"))
     else:
-        folder = runs.create(output, config)
+        folder = parallel.on_main(lambda: runs.create(output, config))
     with checkpoint.Checkpoints(
         output / "checkpoints",
         config.keep_checkpoints,
@@ -138,42 +155,56 @@ def train(
     ) as saved:
         state = programs.init(run_keys(config.seed)[0])
         meta: dict[str, Any] = {}
-        if resume and saved.steps():
-            state, meta = saved.restore(state)
+        # Directory listings of a shared file system may be of different age.
+        (latest,) = parallel.agree(-max(saved.steps(), default=-1))
+        if resume and latest <= 0:
+            state, meta = saved.restore(state, -int(latest))
             check_same_data(meta, dataset, output)
-        if folder is None:
-            folder = runs.reopen(output, int(state.step))
+        if resume:
+            folder = parallel.on_main(lambda: runs.reopen(output, int(state.step)))
         try:
             loop = Loop(config, dataset, programs, folder, saved, show_progress)
             return loop.run(state, meta)
         finally:
-            folder.close()
+            if folder is not None:
+                folder.close()
 
 
 class Loop:
     """One run of the loop: where it is, what it logs and when it saves."""
 
     def __init__(self, config, dataset, programs, folder, saved, show_progress):
-        """Puts the training set on the device."""
+        """Puts the training set on the devices, unless it is to be streamed."""
         self.config, self.dataset, self.programs = config, dataset, programs
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
-        self.images = jax.device_put(dataset.train.images)
-        self.labels = jax.device_put(dataset.train.labels)
         _, self.data_key = run_keys(config.seed)
+        streamed = config.input in ("host", "disk") or (
+            config.input == "auto" and not data_lib.fits_on_device(dataset)
+        )
+        self.examples = self.stream = None
+        if not any(parallel.agree(streamed)):
+            self.examples = parallel.place(tuple(dataset.train), programs.mesh)
+        # Windows of steps that are dispatched, but whose numbers are not fetched yet.
+        self.unlogged: collections.deque[tuple[int, list, jax.Array]]
+        self.unlogged = collections.deque()
         self.history: list[dict[str, Any]] = []
         self.warm = False  # whether the step has been compiled in this process
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.saved_step = time.perf_counter(), 0
         self.meta: dict[str, Any] = {}
         self.signum = 0
 
     def run(self, state: TrainState, meta: dict[str, Any]) -> Result:
         """Runs from `state` to the end."""
+        mesh = "one device"
+        if self.programs.mesh is not None:
+            mesh = ",".join(f"{a}={n}" for a, n in self.programs.mesh.shape.items())
         fresh: dict[str, Any] = {
             "data": fingerprint(self.dataset),
             "best": None,
             "speeds": [],
         }
-        self.meta = {**fresh, **meta}
+        self.meta = {**fresh, **meta, "mesh": mesh}
+        self.saved_step = int(state.step)
         self.history = _read_history(self.folder)
         total = self.programs.total_steps
         particles = self.config.num_particles
@@ -187,54 +218,91 @@ class Loop:
         ):
             if int(state.step):
                 self.progress.say(f"goes on after step {int(state.step)}")
+            if meta.get("mesh", mesh) != mesh and int(state.step) < total:
+                self.progress.say(
+                    f"the mesh was {meta['mesh']} and is {mesh}: the rest of the run "
+                    "will not be the same bits"
+                )
             if int(state.step) < total:
                 self.progress.say("compiling")
-            while (step := int(state.step)) < total:
-                state = self._segment(state, min(self._segment_end(step), total))
+            self._open_stream(int(state.step))
+            try:
+                while (step := int(state.step)) < total:
+                    state = self._epoch(state, min(self._end_of(step), total))
+            finally:
+                if self.stream is not None:
+                    self.stream.close()
             return self._finish(state)
 
-    def _segment_end(self, step: int) -> int:
+    def _open_stream(self, step: int) -> None:
+        """Starts to read this host's rows of the batches from `step` on."""
+        if self.examples is not None:
+            return
+        size = self.config.batch_size
+        first, last = parallel.host_rows(self.programs.mesh, size)
+        self.stream = data_lib.stream_batches(
+            self.dataset.train,
+            size,
+            self.data_key,
+            self.programs.total_steps,
+            start_step=step,
+            shard_index=first // (last - first),
+            shard_count=size // (last - first),
+        )
+
+    def _step(self, state: TrainState, order: jax.Array, i: int):
+        """Dispatches step i of an epoch."""
+        if self.stream is None:
+            return self.programs.train_step(state, self.examples, order, np.int32(i))
+        batch = parallel.place_local(tuple(next(self.stream)), self.programs.mesh)
+        return self.programs.stream_step(state, batch)
+
+    def _end_of(self, step: int) -> int:
         """The end of the epoch that `step` is in."""
         per_epoch = self.programs.steps_per_epoch
         return (step // per_epoch + 1) * per_epoch
 
-    def _segment(self, state: TrainState, end: int) -> TrainState:
+    def _epoch(self, state: TrainState, end: int) -> TrainState:
         """Trains to the end of an epoch, then evaluates and saves if they are due."""
         step = start = int(state.step)
         epoch, first = divmod(start, self.programs.steps_per_epoch)
         order = self.programs.epoch_order(jax.random.fold_in(self.data_key, epoch))
         window: list[dict[str, jax.Array]] = []
+        in_flight: collections.deque[jax.Array] = collections.deque()
         began = time.perf_counter()
         timed_from = start
         for i in range(first, first + end - start):
-            state, numbers = self.programs.train_step(
-                state, self.images, self.labels, order, np.int32(i)
-            )
+            state, numbers = self._step(state, order, i)
             step += 1
             window.append(numbers)
+            in_flight.append(numbers["loss"])
             if not self.warm:
                 # The first step of a process compiles: the clock starts after it.
-                jax.block_until_ready(state.step)
+                jax.block_until_ready(in_flight.popleft())
                 began, timed_from, self.warm = time.perf_counter(), step, True
                 self.progress.restart(step)
-            elif len(window) > 2:
-                # At most two steps in flight: the device stays busy, a signal is
-                # acted on at once.
-                jax.block_until_ready(window[-3]["loss"])
+            if len(in_flight) > STEPS_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+                self._log_windows(step - STEPS_IN_FLIGHT)
             # Windows start with the epoch: none is cut short but its last.
-            if (i + 1) % self.config.log_every == 0 or step == end:
-                self._log_training(state, window, step)
-                window = []
+            whole = (i + 1) % self.config.log_every == 0 or step == end
+            if whole:
+                window = self._close_window(state, window, step)
             if step == end:
                 break  # what is due at the end of an epoch comes after its evaluation
-            if self.signum:
-                self._interrupted(state, window, step)
-            if self._save_due(step, SECONDS_WITHIN_EPOCH):
-                self._save(state)
+            # Hosts decide together, and seldom: asking the others waits for them.
+            if whole or jax.process_count() == 1:
+                stop, save = self._decide(step, SECONDS_WITHIN_EPOCH)
+                if stop:
+                    self._close_window(state, window, step)
+                    self._interrupted(state, step, stop)
+                if save:
+                    self._save(state)
         jax.block_until_ready(state.params)
         if step > timed_from:
             seconds = (time.perf_counter() - began) / (step - timed_from)
             self.meta["speeds"].append(seconds)
+        self._log_windows(step)
         self._end_of_epoch(state, step)
         return state
 
@@ -246,10 +314,11 @@ class Loop:
         if epoch % self.config.eval_every == 0:
             score, _ = self._evaluate(state, step)
         best = self.saved is not None and (self.meta["best"] or {}).get("step") == step
-        if best or self._save_due(step, SECONDS_BETWEEN_EPOCHS):
+        stop, save = self._decide(step, SECONDS_BETWEEN_EPOCHS)
+        if best or save:
             self._save(state, score)
-        if self.signum:
-            self._interrupted(state, [], step)
+        if stop:
+            self._interrupted(state, step, stop)
 
     def _evaluate(
         self, state: TrainState, step: int, final: bool = False
@@ -290,8 +359,9 @@ class Loop:
         score, (values, log_probs) = self._evaluate(state, step, final=True)
         if self.saved is not None:
             self._save(state, score)
-        if self.signum:
-            self._interrupted(state, [], step)
+        stop, _ = self._decide(step, SECONDS_BETWEEN_EPOCHS)
+        if stop:
+            self._interrupted(state, step, stop)
         self.progress.say("measuring sharpness")
         speeds = self.meta["speeds"]
         speed = statistics.median(speeds) if speeds else float("nan")
@@ -305,6 +375,7 @@ class Loop:
             "skipped_steps": int(state.skipped),
             "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
             "best": self.meta["best"],
+            "mesh": self.meta["mesh"],
             **environment(),
         }
         labels = np.asarray(self.dataset.test.labels)
@@ -313,7 +384,20 @@ class Loop:
         folder = None if self.folder is None else self.folder.path
         return Result(state, result, self.history, log_probs, labels, folder)
 
-    def _log_training(self, state, window, step: int) -> None:
+    def _close_window(self, state: TrainState, window: list, step: int) -> list:
+        """Leaves a window that ends with `step` to be logged; returns the next one."""
+        if window:
+            # Dispatched before the next step takes the optimizer's state.
+            rate = self.programs.rate(np.int32(step - 1), state.opt_state)
+            self.unlogged.append((step, window, rate))
+        return []
+
+    def _log_windows(self, step: int) -> None:
+        """Logs the windows that have ended by `step`."""
+        while self.unlogged and self.unlogged[0][0] <= step:
+            self._log_training(*self.unlogged.popleft())
+
+    def _log_training(self, step: int, window: list, rate: jax.Array) -> None:
         """Logs the means over a window of steps; stops a run that has diverged."""
         values = {
             name: np.asarray(jax.device_get([numbers[name] for numbers in window]))
@@ -325,7 +409,6 @@ class Loop:
             name: float(np.mean(column[in_row == 0])) if np.any(in_row == 0) else np.nan
             for name, column in values.items()
         }
-        rate = self.programs.rate(np.int32(step - 1), state.opt_state)
         record = {
             "step": step,
             "split": "train",
@@ -338,9 +421,9 @@ class Loop:
         self._log(record)
         self.progress.update(step, {k: means[k] for k in ("loss", "accuracy")})
         if np.max(in_row) >= self.config.max_skipped:
-            self._diverged(state, step - len(window) + int(np.argmax(in_row)) + 1)
+            self._diverged(step - len(window) + int(np.argmax(in_row)) + 1)
 
-    def _diverged(self, state: TrainState, step: int) -> None:
+    def _diverged(self, step: int) -> None:
         where = ""
         if self.saved is not None and self.saved.steps():
             where = f" The checkpoint of step {self.saved.steps()[-1]} is kept."
@@ -358,16 +441,18 @@ class Loop:
         if self.folder is not None:
             self.folder.log(record)
 
-    def _save_due(self, step: int, seconds: float) -> bool:
-        if self.saved is None:
-            return False
+    def _decide(self, step: int, seconds: float) -> tuple[int, bool]:
+        """The signal to stop on, 0 for none, and whether to save: as all hosts say."""
+        due = time.perf_counter() - self.saved_at > seconds
         if self.config.checkpoint_every is not None:
-            return step % self.config.checkpoint_every == 0
-        return time.perf_counter() - self.saved_at > seconds
+            every = self.config.checkpoint_every
+            due = step // every > self.saved_step // every
+        stop, save = parallel.agree(self.signum, due and self.saved is not None)
+        return int(stop), bool(save)
 
     def _save(self, state: TrainState, score: float | None = None) -> None:
         self.saved.save(state, self.meta, score)
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.saved_step = time.perf_counter(), int(state.step)
 
     def _stop(self, signum: int) -> None:
         self.signum = signum
@@ -375,18 +460,16 @@ class Loop:
             # Not print: a handler may come in the middle of one.
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def _interrupted(self, state: TrainState, window, step: int) -> None:
-        if self.folder is None:
-            raise Interrupted(
-                "stopped; nothing was saved, there is no output.", self.signum
-            )
-        if window:
-            self._log_training(state, window, step)
+    def _interrupted(self, state: TrainState, step: int, signum: int) -> None:
+        self._log_windows(step)
+        if self.saved is None:
+            raise Interrupted("stopped; nothing was saved, there is no output.", signum)
         self._save(state)
         raise Interrupted(
             f"stopped after step {step} of {self.programs.total_steps}; the state is "
-            f"saved. Go on with: otmdr train --resume {self.folder.path}",
-            self.signum,
+            f"saved. Go on with: otmdr train --resume {self.saved.run}"
+            + (" (on every host)" if jax.process_count() > 1 else ""),
+            signum,
         )
 
 

@@ -1,0 +1,324 @@
+"""Training on a mesh and on two hosts: real processes, real sockets, a real kill."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from otmdr_jax import data, programs, training
+from otmdr_jax.config import TrainConfig
+
+# BatchNorm and the ordered split see the same examples whatever the number of devices.
+SAME = TrainConfig(
+    method="otmdr", split="shared", noise_std=0.01, batch_size=64, steps=12,
+    sync_batchnorm=True, log_every=4, learning_rate=0.05, augment=("crop", "flip"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def alone(digits):
+    config = dataclasses.replace(SAME, mesh="data=1", num_particles=2)
+    return training.train(config, digits, show_progress=False)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,particle=2", "particle=2"])
+def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, digits, alone):
+    """Augmentation, order, particles and BatchNorm do not depend on the devices."""
+    config = dataclasses.replace(SAME, mesh=mesh, num_particles=2)
+    got = training.train(config, digits, show_progress=False)
+    assert got.metrics["mesh"] == mesh
+    np.testing.assert_allclose(got.log_probs, alone.log_probs, atol=2e-3)
+    for name in ("nll", "sharpness", "train_nll"):
+        np.testing.assert_allclose(got.metrics[name], alone.metrics[name], rtol=2e-3)
+    logs = [[r["loss"] for r in run.history if "loss" in r] for run in (got, alone)]
+    np.testing.assert_allclose(*logs, rtol=1e-3)
+
+
+def test_all_devices_are_used_unless_told_otherwise(digits):
+    mesh = programs.make_mesh(TrainConfig())
+    assert dict(mesh.shape) == {"data": jax.device_count()}
+    assert programs.make_mesh(TrainConfig(mesh="data=1")) is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 100}, "batch_size=100 .* 8 devices"),
+        ({"mesh": "particle=2", "num_particles": 3}, "num_particles=3 .* 2 devices"),
+        ({"mesh": "member=2"}, "trains one model"),
+        ({"mesh": "particle=2", "method": "sgd"}, "sgd has no particles"),
+        ({"batch_size": 8}, "fewer examples than the 2 radii"),
+        ({"mesh": "rows=2"}, "mesh must name"),
+        ({"microbatch_size": 0}, "microbatch_size must be"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
+    options, message, monkeypatch
+):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("read the data"))
+    with pytest.raises(ValueError, match=message):
+        training.train(TrainConfig(**options), show_progress=False)
+
+
+def test_a_run_goes_on_on_other_devices(digits, tmp_path, capsys):
+    """And says that the rest will not be the same bits."""
+    short = dataclasses.replace(SAME, mesh="data=4", steps=8, checkpoint_every=4)
+    training.train(short, digits, tmp_path / "run", show_progress=False)
+    (tmp_path / "run" / "result.json").unlink()
+    longer = dataclasses.replace(short, mesh="data=2")
+    training.train(longer, digits, tmp_path / "run", resume=True)
+    assert "mesh was data=4 and is data=2" in capsys.readouterr().err
+
+
+def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
+    """Two epochs after the first: no program is built again."""
+    events = []
+    config = dataclasses.replace(
+        SAME, mesh="data=2", batch_size=256, steps=None, epochs=3, seed=11
+    )
+    counted = {}
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            events.append(event)
+
+    log = training.Loop._log
+
+    def spy(loop, record):
+        counted.setdefault((record["split"], record["step"]), len(events))
+        log(loop, record)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Loop, "_log", spy)
+        training.train(config, digits, show_progress=False)
+    first_evaluation = counted["test", 5]
+    assert first_evaluation > 0  # the listener hears
+    assert counted["train", 15] == counted["test", 10] == first_evaluation
+
+
+# -- two hosts --
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(folder, process, port, *options):
+    """One of two processes with two CPU devices each, as a user would start them."""
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable, "-m", "otmdr_jax", "train", "--quiet",
+        "--coordinator", f"localhost:{port}", "--num-processes", "2",
+        "--process-id", str(process), *options,
+    ]  # fmt: skip
+    with open(folder / f"log{process}.txt", "a") as log:
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+
+def wait_for(condition, processes, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        assert all(process.poll() is None for process in processes), "one is gone"
+        time.sleep(0.05)
+
+
+def options_of(config):
+    flags = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if value != field.default and field.name != "mesh":
+            if value is True:
+                flags.append(f"--{name}")
+            else:
+                values = value if isinstance(value, tuple) else (value,)
+                flags += [f"--{name}", *map(str, values)]
+    return flags
+
+
+@pytest.fixture
+def two_hosts(tmp_path):
+    running = []
+
+    def both(*options):
+        port = free_port()
+        pair = [start(tmp_path, process, port, *options) for process in (0, 1)]
+        running.extend(pair)
+        return pair
+
+    yield both
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
+    """One process is killed; both start again from the checkpoint; as one process."""
+    run = tmp_path / "run"
+    config = dataclasses.replace(
+        SAME, steps=60, checkpoint_every=5, log_every=5, input="host"
+    )
+    pair = two_hosts("--output", str(run), *options_of(config))
+
+    def saved():
+        return [
+            int(p.name) for p in (run / "checkpoints").glob("*") if p.name.isdigit()
+        ]
+
+    wait_for(lambda: saved() and max(saved()) >= 10, pair)
+    pair[1].send_signal(signal.SIGKILL)
+    pair[1].wait()
+    assert not (run / "result.json").exists(), "it was too fast to be interrupted"
+    pair[0].kill()  # alone, it would find out by itself, a minute later
+    pair[0].wait()
+
+    again = two_hosts("--resume", str(run))
+    logs = [(tmp_path / f"log{i}.txt") for i in (0, 1)]
+    for process, log in zip(again, logs, strict=True):
+        assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+
+    result = json.loads((run / "result.json").read_text())
+    assert result["finished"] and result["steps"] == 60
+    assert result["mesh"] == "data=4"
+    records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in records if r["split"] == "train"]
+    assert steps == sorted(set(steps)), "logged twice, or by both"
+    assert "Run:" in logs[0].read_text() and "Run:" not in logs[1].read_text()
+
+    one = dataclasses.replace(
+        config, mesh="data=4", checkpoint_every=None, input="device"
+    )
+    want = training.train(one, digits, show_progress=False)
+    logs = [
+        {r["step"]: r["loss"] for r in history if "loss" in r}
+        for history in (records, want.history)
+    ]
+    for step, loss in logs[1].items():
+        # Rounding grows from step to step.
+        np.testing.assert_allclose(
+            logs[0][step], loss, rtol=1e-5 if step < 20 else 1e-3
+        )
+    with np.load(run / "predictions.npz") as found:
+        np.testing.assert_allclose(found["log_probs"], want.log_probs, atol=2e-2)
+    np.testing.assert_allclose(result["nll"], want.metrics["nll"], rtol=1e-3)
+
+
+def test_hosts_stop_together_on_a_signal_to_one(two_hosts, tmp_path):
+    run = tmp_path / "run"
+    config = dataclasses.replace(SAME, steps=4000, checkpoint_every=5, log_every=5)
+    pair = two_hosts("--output", str(run), *options_of(config))
+    wait_for(lambda: any((run / "checkpoints").glob("[1-9]*")), pair)
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert "--resume" in (tmp_path / "log0.txt").read_text()
+
+
+OWN_LOOP = """
+import sys
+import jax, jax.numpy as jnp, optax, otmdr_jax
+from otmdr_jax import parallel
+
+parallel.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
+
+def loss_fn(params, batch):
+    return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+
+grad_fn = otmdr_jax.value_and_grad(loss_fn, num_particles=2, axis_name="data")
+
+def step(state, batch):
+    params, key = state
+    key, step_key = jax.random.split(key)
+    value, grads = grad_fn(params, batch, key=step_key)
+    return (jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), key), value
+
+batch = {"x": jax.random.normal(jax.random.key(1), (32, 3)), "y": jnp.ones(32)}
+start, mesh = ({"w": jnp.zeros(3)}, jax.random.key(0)), parallel.make_mesh()
+train = parallel.shard_map_step(step, mesh)
+first, last = parallel.host_rows(mesh, 32)
+own = parallel.place_local(jax.tree.map(lambda x: x[first:last], batch), mesh)
+for state, data in ((start, batch), (parallel.place(start, mesh), own)):
+    for _ in range(3):
+        state, value = train(state, data)
+    print("found", float(value), state[0]["w"].tolist(), last - first)
+try:
+    parallel.pmap_step(step)
+except ValueError as error:
+    print("refused", error)
+"""
+
+
+def test_a_loop_of_ones_own_on_two_hosts():
+    """The whole batch on each host, or each host its rows: the same on both."""
+    port = str(free_port())
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", OWN_LOOP, process, port],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in ("0", "1")
+    ]
+    texts = [process.communicate(timeout=200)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    found = [x for text in texts for x in text.splitlines() if x.startswith("found")]
+    assert len(found) == 4 and len(set(found)) == 1 and found[0].endswith(" 16")
+    assert all("refused pmap_step is for the devices of one host" in t for t in texts)
+
+
+def test_a_signal_before_training_ends_a_host(tmp_path):
+    """JAX's own handler would take it and say nothing."""
+    code = """
+import os, signal, sys
+from otmdr_jax import parallel
+parallel.initialize(sys.argv[1], 1, 0)
+os.kill(os.getpid(), signal.SIGTERM)
+print("still here")
+"""
+    address = f"localhost:{free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGTERM and "still here" not in done.stdout
+
+
+def test_hosts_that_were_started_differently_are_refused(two_hosts, tmp_path):
+    """They would wait for each other for ever."""
+    port = free_port()
+    pair = [
+        start(tmp_path, process, port, "--output", str(tmp_path / "run"), "--steps", n)
+        for process, n in ((0, "4"), (1, "5"))
+    ]
+    assert [process.wait(timeout=200) for process in pair] == [2, 2]
+    for process in (0, 1):
+        log = (tmp_path / f"log{process}.txt").read_text()
+        assert "configuration must be the same on all hosts" in log
+
+
+def test_a_folder_in_use_is_refused_by_both(two_hosts, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    pair = two_hosts("--output", str(tmp_path / "run"), "--steps", "2")
+    codes = [process.wait(timeout=200) for process in pair]
+    assert codes[0] == 2 and codes[1] != 0
+    assert "is not empty" in (tmp_path / "log0.txt").read_text()
+    assert "process 0 failed" in (tmp_path / "log1.txt").read_text()
