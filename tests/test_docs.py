@@ -242,7 +242,9 @@ def joined_lines(text):
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]")
 # Programs with flags of their own.
-OTHERS = re.compile(r"\b(pip|uv|mkdocs|pytest|make|ruff|mypy|git|docker|xprof)\b")
+OTHERS = re.compile(
+    r"\b(pip|uv|mkdocs|pytest|make|ruff|mypy|git|docker|xprof|SBATCH|gcloud)\b"
+)
 
 
 def test_every_flag_that_is_named_exists():
@@ -308,3 +310,36 @@ def test_performance_page_shows_the_committed_measurement():
         assert cells[1] == f"{values['milliseconds']:.0f}"
         assert cells[2] == f"{values['ratio_to_optax_sam']:.2f}"
         assert cells[7] == str(values["n"])
+
+
+def test_scaling_page_shows_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import scaling
+
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    file = ROOT / "benchmarks" / "results" / "scaling_cpu.json"
+    record = json.loads(file.read_text())
+    tables = scaling.tables(record)
+    for name, table in zip(
+        ("collectives", "weak scaling", "prediction"), tables, strict=True
+    ):
+        shown = page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+        assert table in shown
+    assert record["prediction"] == json.loads(json.dumps(scaling.predict()))
+
+
+def test_performance_page_shows_the_committed_memory():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    shown = page.split("<!-- memory -->")[1].split("<!-- /memory -->")[0]
+    rows = {
+        cells[0]: cells[1:]
+        for line in shown.splitlines()
+        if line.startswith("| ")
+        for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
+    }
+    file = ROOT / "benchmarks" / "results" / "memory_cpu.json"
+    results = json.loads(file.read_text())["results"]
+    for step in results["plain"]:
+        costs = [column.get(step) for column in results.values()]
+        of_step = ["-" if c is None else f"{c['peak_mib']:.1f}" for c in costs]
+        assert rows[step] == of_step

@@ -1,0 +1,189 @@
+"""The benchmarks as a user runs them, shrunk, and what they say they count."""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from otmdr_jax import models
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def run(name, *args):
+    # Small networks compile for longer than they run.
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *args],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=quick,
+    ).stdout
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    return importlib.import_module("accelerator")
+
+
+def session(accelerator, tmp_path, minutes=1.0):
+    options = argparse.Namespace(
+        minutes=minutes, json=str(tmp_path / "a.json"), smoke=True, rounds=1, threads=2
+    )
+    return accelerator.Session(options)
+
+
+def test_accelerator_in_its_smoke_form(tmp_path):
+    file = tmp_path / "a.json"
+    options = ["--smoke", "--only", "peak", "steps", "--particles"]
+    out = run("accelerator.py", *options, "--json", str(file))
+    record = json.loads(file.read_text())
+    assert not record["errors"] and not record["skipped"]
+    assert {"device", "nvidia_smi", "jax", "flax", "optax", "date"} <= set(record)
+    assert {"bfloat16", "float32", "float32 highest", "copy"} == set(record["peak"])
+    assert "not measured" in out and len(record["targets"]) == 6
+
+    group = record["steps"]["wide_resnet_10_1 float32 8"]
+    assert list(group["results"]) == ["SGD", "SAM (optax.contrib)", "SAM", "OT-MDR K=1"]
+    peak = record["peak"]["float32"]["tflops"]
+    for name, result in group["results"].items():
+        seconds = result["milliseconds"] / 1e3
+        assert result["images_per_second"] == pytest.approx(8 / seconds)
+        assert result["passes"] == (1 if name == "SGD" else 2)
+        tflops = 3 * result["passes"] * group["forward_gflop"] / 1e3 / seconds
+        assert result["mfu"] == pytest.approx(tflops / peak)
+        assert result["peak_mib"] > 0 and result["n"] == 1
+    for name in ("SGD", "OT-MDR K=1"):
+        gap = group["results"][name]["gap"]
+        assert all(math.isfinite(value) for value in gap.values())
+
+
+def test_memory_in_its_smoke_form(tmp_path):
+    file = tmp_path / "m.json"
+    out = run("memory.py", "--smoke", "--variants", "remat", "--json", str(file))
+    results = json.loads(file.read_text())["results"]
+    assert list(results) == ["remat"] and "| step | remat, MiB |" in out
+    assert all(result["peak_mib"] > 0 for result in results["remat"].values())
+
+
+def test_pytorch_counts_the_same_parameters(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("pytorch_step").WideResNet(28, 10)
+    count = models.parameter_count(models.create("wide_resnet_28_10", 10), (32, 32, 3))
+    assert sum(p.numel() for p in module.parameters()) == count
+
+
+def test_no_backend_starts_before_pytorch_has_run():
+    """Else JAX would hold most of the device's memory by then."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import accelerator; "
+        "from jax._src import xla_bridge; "
+        "assert not xla_bridge.backends_are_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_model_flops_of_a_wide_resnet(accelerator):
+    def convolution(pixels, inputs, outputs, size=3):
+        return 2 * pixels * size**2 * inputs * outputs
+
+    expected = convolution(1024, 3, 16) + 2 * 64 * 10  # stem and classifier
+    channels = 16
+    for pixels, width in ((1024, 32), (256, 64), (64, 128)):
+        expected += convolution(pixels, channels, width)
+        expected += convolution(pixels, width, width)
+        expected += convolution(pixels, channels, width, size=1)
+        channels = width
+    expected += 2 * (128 - 64) * 10
+    images = jax.ShapeDtypeStruct((3, 32, 32, 3), jnp.float32)
+    for remat in (False, True):
+        model = models.create("wide_resnet_10_2", 10, remat=remat)
+        assert accelerator.forward_flops(model, images) == 3 * expected
+
+
+def test_a_failure_and_a_lack_of_time_are_recorded(accelerator, tmp_path):
+    short = session(accelerator, tmp_path)
+    assert short.attempt("works", 0, lambda: 3) == 3
+    assert short.attempt("fails", 0, lambda: 1 / 0) is None
+    assert short.attempt("is long", 3600, lambda: 3) is None
+    ready = accelerator.compile_all(
+        short, "group", {"bad": (1, lambda: 1 / 0), "long": (1e6, lambda: 3)}
+    )
+    assert ready == {}
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert set(record["errors"]) == {"fails", "group: bad"}
+    assert [line.split(":")[0] for line in record["skipped"]] == ["is long", "group"]
+
+
+def test_what_runs_is_timed_beside_what_fails(accelerator, tmp_path):
+    def out_of_memory(times=1):
+        raise MemoryError(f"for {times}")
+
+    short = session(accelerator, tmp_path)
+    ready = {"good": (lambda times=1: None, {}), "bad": (out_of_memory, {})}
+    assert list(accelerator.time_all(short, "group", ready)) == ["good"]
+    assert "MemoryError" in short.record["errors"]["group: bad, run"]
+
+
+@pytest.mark.parametrize(("four", "passed"), [(29.0, True), (31.0, False)])
+def test_targets_pass_and_fail(accelerator, four, passed):
+    results = {
+        "OT-MDR K=1": {"milliseconds": 10.0, "ratio_to_optax_sam": 1.04},
+        "OT-MDR K=4 vmap": {"milliseconds": four},
+    }
+    results["OT-MDR K=1"]["images_per_second"] = 12_800
+    record = {
+        "steps": {"wide_resnet_28_10 bfloat16 128": {"results": results}},
+        "pytorch": {
+            "results": {
+                "bfloat16 128 eager": {"images_per_second": 10_000},
+                "bfloat16 128 compiled": {"error": "no compiler"},
+            }
+        },
+    }
+    rows = {row["target"]: row for row in accelerator.targets(record)}
+    at_128 = {name: row for name, row in rows.items() if " 128:" in name}
+    assert [row["passed"] for row in at_128.values()] == [True, True, passed]
+    assert {row["passed"] for name, row in rows.items() if " 512:" in name} == {None}
+
+
+def test_scaling_counts_what_a_program_exchanges(monkeypatch):
+    """Two reductions, of 3 and 5 + 1 floats."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scaling
+
+    from otmdr_jax import parallel
+
+    def step(w, batch):
+        first = jax.lax.pmean(w * jnp.sum(batch), "data")
+        second = jax.lax.pmean((jnp.ones(5) * jnp.sum(first * batch[0]), w[0]), "data")
+        return first, second
+
+    mesh = parallel.make_mesh("data=4")
+    run = parallel.shard_map_step(step, mesh, donate=False, check_vma=False)
+    program = run.lower(jnp.ones(3), jnp.ones((8, 3))).compile()
+    assert scaling.collectives(program) == (2, 4 * (3 + 5 + 1))
+
+
+def test_scaling_predicts_by_the_rings_formula(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import scaling
+
+    row = scaling.predict()["OT-MDR K=1"]
+    seconds = 3 * 4 * 36_479_194 * 2 * (7 / 8) / 400e9
+    np.testing.assert_allclose(row["all_reduce_ms_8"], 1e3 * seconds)
+    assert row["efficiency_256"] < row["efficiency_8"] < 1
