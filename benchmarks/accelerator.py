@@ -189,15 +189,18 @@ def forward_flops(model, images):
 def _flops(jaxpr):
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name in ("conv_general_dilated", "dot_general"):
+        # "convolve" is the zoo's own convolution, which it uses on CPUs.
+        if eqn.primitive.name in ("conv_general_dilated", "dot_general", "convolve"):
             out = math.prod(eqn.outvars[0].aval.shape)
             left, right = (v.aval.shape for v in eqn.invars)
             if eqn.primitive.name == "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]
                 depth = math.prod(left[axis] for axis in contracted)
             else:  # a kernel's entries are used once for each output of its channel
-                channels = right[eqn.params["dimension_numbers"].rhs_spec[0]]
-                depth = math.prod(right) // channels
+                axis = 3  # of (height, width, in, out)
+                if eqn.primitive.name == "conv_general_dilated":
+                    axis = eqn.params["dimension_numbers"].rhs_spec[0]
+                depth = math.prod(right) // right[axis]
             total += 2 * out * depth
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")

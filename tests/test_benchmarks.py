@@ -97,7 +97,11 @@ def test_no_backend_starts_before_pytorch_has_run():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_model_flops_of_a_wide_resnet(accelerator):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_model_flops_of_a_wide_resnet(backend, accelerator, monkeypatch):
+    """Of the zoo's own convolution on CPUs, and of XLA's elsewhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
     def convolution(pixels, inputs, outputs, size=3):
         return 2 * pixels * size**2 * inputs * outputs
 
