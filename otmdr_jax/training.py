@@ -451,6 +451,8 @@ class Loop:
         return int(stop), bool(save)
 
     def _save(self, state: TrainState, score: float | None = None) -> None:
+        # A run that goes on from here never logs again what came before.
+        self._log_windows(int(state.step))
         self.saved.save(state, self.meta, score)
         self.saved_at, self.saved_step = time.perf_counter(), int(state.step)
 
@@ -461,8 +463,8 @@ class Loop:
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def _interrupted(self, state: TrainState, step: int, signum: int) -> None:
-        self._log_windows(step)
         if self.saved is None:
+            self._log_windows(step)
             raise Interrupted("stopped; nothing was saved, there is no output.", signum)
         self._save(state)
         raise Interrupted(

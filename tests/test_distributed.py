@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,12 +77,15 @@ def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
 
 def test_a_run_goes_on_on_other_devices(digits, tmp_path, capsys):
     """And says that the rest will not be the same bits."""
+    run = tmp_path / "run"
     short = dataclasses.replace(SAME, mesh="data=4", steps=8, checkpoint_every=4)
-    training.train(short, digits, tmp_path / "run", show_progress=False)
-    (tmp_path / "run" / "result.json").unlink()
-    longer = dataclasses.replace(short, mesh="data=2")
-    training.train(longer, digits, tmp_path / "run", resume=True)
+    training.train(short, digits, run, show_progress=False)
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "8")  # as if it had been killed after step 4
+    other = dataclasses.replace(short, mesh="data=2")
+    got = training.train(other, digits, run, resume=True)
     assert "mesh was data=4 and is data=2" in capsys.readouterr().err
+    assert got.metrics["mesh"] == "data=2" and got.metrics["steps"] == 8
 
 
 def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
