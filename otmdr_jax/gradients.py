@@ -245,7 +245,12 @@ def robust_gradient(
             def of(piece):
                 return gradient_of(w, piece, *args, **kwargs)
 
-            return accumulate(of, part, opts.microbatch_size, vary)
+            def fresh(zeros):
+                # Sums start at zeros that wait for w: else XLA may lay out those of
+                # all passes at once, each of the size of the parameters.
+                return vary(mapping.after(w, zeros))
+
+            return accumulate(of, part, opts.microbatch_size, fresh)
 
         def ascent_gradient(w, part):
             loss_aux, grads = gradient(w, part)
