@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from otmdr_jax.members import steps_taken
 from otmdr_jax.methods import TrainState
 
 try:
@@ -16,6 +17,8 @@ except ImportError as error:
     ) from error
 
 
+PyTree = Any
+
 # The score of a checkpoint between evaluations: never the best.
 UNSCORED = float("-inf")
 
@@ -24,11 +27,11 @@ class Restored(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
-      state: The training state.
+      state: The training state, of one model or of members.
       meta: What was saved beside it: the data's fingerprint, the best score so far.
     """
 
-    state: TrainState
+    state: PyTree
     meta: dict[str, Any]
 
 
@@ -82,7 +85,7 @@ class Checkpoints:
         )
 
     def save(
-        self, state: TrainState, meta: dict[str, Any], score: float | None = None
+        self, state: PyTree, meta: dict[str, Any], score: float | None = None
     ) -> None:
         """Starts to save a state under its step.
 
@@ -91,13 +94,14 @@ class Checkpoints:
           meta: Anything that JSON holds.
           score: What "best" means, higher is better; None where it was not measured.
         """
-        step = int(state.step)
+        step = steps_taken(state)
         if step in self._manager.all_steps():
             return  # an interrupt right after a save
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                state=ocp.args.StandardSave(_stored(state)),
+                meta=ocp.args.JsonSave(meta),
             ),
             metrics={"score": UNSCORED if score is None else score}
             if self._scored
@@ -117,7 +121,7 @@ class Checkpoints:
                 scores[step] = metrics["score"]
         return max(scores, key=lambda step: scores[step]) if scores else None
 
-    def restore(self, template: TrainState, step: int | None = None) -> Restored:
+    def restore(self, template: PyTree, step: int | None = None) -> Restored:
         """Reads a checkpoint.
 
         Args:
@@ -136,10 +140,16 @@ class Checkpoints:
         items = self._manager.restore(
             known[-1] if step is None else step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(template), meta=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(_stored(template)),
+                meta=ocp.args.JsonRestore(),
             ),
         )
-        return Restored(items["state"], items["meta"])
+        state: Any = items["state"]
+        if isinstance(template, TrainState):
+            state = TrainState(**state)
+        else:
+            state = tuple(TrainState(**member) for member in state)
+        return Restored(state, items["meta"])
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""
@@ -148,3 +158,14 @@ class Checkpoints:
     def __exit__(self, *exc_info: Any) -> None:
         """Waits until the last save is whole."""
         self._manager.close()
+
+
+def _stored(state: PyTree) -> PyTree:
+    """What is written: fields by name, without those that a run has not.
+
+    A field that is added to `TrainState` later, None by default, then makes no older
+    checkpoint unreadable.
+    """
+    if isinstance(state, TrainState):
+        return {k: v for k, v in state._asdict().items() if v is not None}
+    return tuple(_stored(member) for member in state)

@@ -19,6 +19,19 @@ def axes_of(*names: Any) -> Axes:
     return flat
 
 
+def check_bound(axes: Axes) -> None:
+    """Raises ValueError unless the axes are those of a shard_map or pmap around."""
+    for axis in axes:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError as error:
+            raise ValueError(
+                f"there is no device axis {axis!r} here: call this inside "
+                "jax.shard_map (on a mesh that has it) or jax.pmap, or leave axis_name "
+                "out."
+            ) from error
+
+
 def pmean(values: PyTree, axes: Axes) -> PyTree:
     """Averages floating leaves over devices; leaves others as each device has them."""
     if not axes:

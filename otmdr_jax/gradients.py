@@ -232,6 +232,7 @@ def robust_gradient(
                 "randomness: pass key=jax.random.key(...), a fresh one each step, or "
                 'use split="ordered" or "shared" with noise_std=0.'
             )
+        collectives.check_bound(all_axes)
         keys, here = _particle_keys(key, opts, data_axes, particle_axes)
         # The gradient of a replicated value is summed over devices behind our back
         # (shard_map with check_vma); of a value marked as varying it is not.

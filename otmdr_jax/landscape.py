@@ -64,14 +64,17 @@ def sam_gap(
     if not batches:
         raise ValueError("sam_gap needs at least one batch, got none.")
     accumulate, loss_of, step = _compiled(loss_sum)
-    total, count, grads = 0.0, 0.0, jax.tree.map(jnp.zeros_like, params)
+    grads, sums = jax.tree.map(jnp.zeros_like, params), []
     for batch in batches:
-        (loss, examples), grads = accumulate(grads, params, batch)
-        total, count = total + float(loss), count + float(examples)
+        loss_and_count, grads = accumulate(grads, params, batch)
+        sums.append(loss_and_count)
     # The norm takes care of the factor 1 / count.
     away = step(params, grads, rho)
-    loss = total / count
-    worst = sum(float(loss_of(away, batch)[0]) for batch in batches) / count
+    worsts = [loss_of(away, batch)[0] for batch in batches]
+    # Fetched when all is dispatched; added up in float64.
+    count = sum(float(examples) for _, examples in sums)
+    loss = sum(float(loss) for loss, _ in sums) / count
+    worst = sum(float(loss) for loss in worsts) / count
     return Sharpness(worst - loss, loss, worst)
 
 

@@ -29,7 +29,8 @@ class TrainState(NamedTuple):
       key: PRNG key of the next step.
       step: Number of steps taken, skipped ones included.
       skipped: How many steps were skipped because they were not finite.
-      skipped_in_row: How many of them since the last good one.
+      skipped_in_row: How many of them since the last good one, but for those that
+        looked for a loss scale.
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
     """
 
@@ -50,7 +51,7 @@ class Method(NamedTuple):
       init: (key, example_images) -> TrainState; of the images the shape is read alone.
       step: (state, (images, labels)) -> (state, metrics); compile it with `jax.jit`
         and donate the state. Metrics are scalars: loss, center_loss, gap, accuracy,
-        grad_norm, distance, skipped_in_row, and loss_scale where there is one.
+        grad_norm, distance, skipped, skipped_in_row, and loss_scale where there is one.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples; one here.
     """
 
@@ -167,7 +168,13 @@ def create(
             (params, model_state, opt_state),
             (state.params, state.model_state, state.opt_state),
         )
-        in_row = jnp.where(finite, 0, state.skipped_in_row + 1)
+        # While a loss scale comes down from where gradients overflow, the loss at the
+        # center is finite: such a step is skipped, but it is no sign of divergence.
+        searching = jnp.zeros((), bool)
+        if loss_scaling:
+            can_fall = state.loss_scale.scale > precision.SMALLEST_SCALE
+            searching = jnp.isfinite(info.center_loss) & can_fall
+        in_row = jnp.where(finite, 0, state.skipped_in_row + jnp.where(searching, 0, 1))
         skipped = state.skipped + jnp.where(finite, 0, 1)
         metrics = {
             "loss": result.value,
@@ -176,6 +183,7 @@ def create(
             "accuracy": accuracy,
             "grad_norm": info.grad_norm,
             "distance": jnp.mean(info.distances),
+            "skipped": jnp.where(finite, 0, 1),
             "skipped_in_row": in_row,
         }
         scale = state.loss_scale
@@ -239,6 +247,7 @@ def _plain_gradient(
 
     def gradient(params, batch, model_state, *, key, **kwargs):
         del key
+        collectives.check_bound(axes)
         center = collectives.vary(params, axes)
         differs = collectives.varying_axes((center, batch, model_state))
         found = batches.accumulate(

@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from otmdr_jax import collectives
 from otmdr_jax.batches import batch_size
 
 PyTree = Any
@@ -60,7 +61,10 @@ def make_mesh(
       >>> parallel.make_mesh("data=1,particle=1").axis_names
       ('data', 'particle')
     """
-    found = jax.devices() if devices is None else list(devices)
+    # By host: on TPU pods the devices of one are not consecutive, and parts of a batch
+    # must be.
+    by_host = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    found = by_host if devices is None else list(devices)
     sizes = {"data": -1} if shape is None else _sizes(shape)
     given = math.prod(size for size in sizes.values() if size != -1)
     for axis in [axis for axis, size in sizes.items() if size == -1]:
@@ -76,7 +80,6 @@ def make_mesh(
             f"mesh {shape!r} has {given} devices, and the hosts have {len(found)}: "
             "on many hosts each device must have its place. Use -1 for what is left."
         )
-    # Devices in their order: hosts keep contiguous parts of the data.
     grid = np.asarray(found[:given], dtype=object).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -85,6 +88,11 @@ def _sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
     pairs: list[tuple[str, Any]]
     if isinstance(shape, Mapping):
         pairs = list(shape.items())
+    elif not isinstance(shape, str):
+        raise TypeError(
+            'mesh must be named axes, as "data=4,particle=2" or {"data": 4}, got '
+            f"{shape!r}."
+        )
     else:
         parts = [part.partition("=") for part in shape.split(",") if part.strip()]
         pairs = [(axis.strip(), size.strip()) for axis, _, size in parts]
@@ -106,6 +114,11 @@ def _sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
             f"mesh must name at least one axis, and -1 at most once, got {shape!r}."
         )
     return sizes
+
+
+def data_spec(mesh: Mesh | None) -> P:
+    """How a batch lies on a mesh: divided over "data", where there is that axis."""
+    return P("data") if mesh is not None and "data" in mesh.shape else P()
 
 
 def axis_size(mesh: Mesh | None, axis: str) -> int:
@@ -160,17 +173,22 @@ def shard_map_step(
       (3,)
     """
     metrics_spec = state_spec if metrics_spec is None else metrics_spec
-    if batch_spec is None:
-        batch_spec = P("data") if "data" in mesh.shape else P()
-    for spec in (batch_spec, state_spec, metrics_spec):
+    spec_of_batch = data_spec(mesh) if batch_spec is None else batch_spec
+    for spec in (spec_of_batch, state_spec, metrics_spec):
         if not isinstance(spec, P):
             raise TypeError(f"specs must each be one PartitionSpec, got {spec!r}.")
+        named = collectives.axes_of(*spec)
+        if unknown := [axis for axis in named if axis not in mesh.shape]:
+            raise ValueError(
+                f"{spec} names the axes {unknown}, which mesh {dict(mesh.shape)} has "
+                "not."
+            )
 
     def call(state, batch, *args):
         mapped = jax.shard_map(
             step,
             mesh=mesh,
-            in_specs=(state_spec, batch_spec, *(P() for _ in args)),
+            in_specs=(state_spec, spec_of_batch, *(P() for _ in args)),
             out_specs=(state_spec, metrics_spec),
             check_vma=check_vma,
         )
@@ -180,11 +198,11 @@ def shard_map_step(
 
     @functools.wraps(step)
     def run(state, batch, *args):
-        _check_parts(batch, mesh, batch_spec)
+        _check_parts(batch, mesh, spec_of_batch)
         # The state where the result will be: a second call must not compile again. The
         # batch in parts: not the whole of it to every device.
         state = _settle(state, NamedSharding(mesh, state_spec))
-        batch = _settle(batch, NamedSharding(mesh, batch_spec))
+        batch = _settle(batch, NamedSharding(mesh, spec_of_batch))
         return compiled(state, batch, *args)
 
     run.lower = compiled.lower  # type: ignore[attr-defined]
@@ -203,7 +221,13 @@ def _settle(values: PyTree, home: NamedSharding) -> PyTree:
     if home.is_fully_addressable:
         return jax.device_put(values, home)
     # On many hosts: from the whole arrays, which every host has.
-    return jax.jit(lambda x: x, out_shardings=home)(values)
+    return _mover(home)(values)
+
+
+@functools.lru_cache(maxsize=64)
+def _mover(home: NamedSharding) -> Callable[[PyTree], PyTree]:
+    """One function object for a place: what it compiles is kept."""
+    return jax.jit(lambda values: values, out_shardings=home)
 
 
 def pmap_step(
@@ -309,7 +333,7 @@ def place_local(values: PyTree, mesh: Mesh | None) -> PyTree:
     """
     if mesh is None:
         return jax.device_put(values)
-    sharding = NamedSharding(mesh, P("data") if "data" in mesh.shape else P())
+    sharding = NamedSharding(mesh, data_spec(mesh))
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
         values,

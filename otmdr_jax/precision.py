@@ -19,7 +19,7 @@ PyTree = Any
 
 # 2^15 and 2000 steps as in NVIDIA's Apex and PyTorch's GradScaler (2^16 there).
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**15, 2_000
-_SMALLEST, _LARGEST = 1.0, 2.0**24
+SMALLEST_SCALE, LARGEST_SCALE = 1.0, 2.0**24
 
 
 class LossScale(NamedTuple):
@@ -63,7 +63,9 @@ def adjust(
     """
     grows = state.good_steps + 1 >= growth_interval
     up = jnp.where(grows, 2 * state.scale, state.scale)
-    scale = jnp.clip(jnp.where(finite, up, state.scale / 2), _SMALLEST, _LARGEST)
+    scale = jnp.clip(
+        jnp.where(finite, up, state.scale / 2), SMALLEST_SCALE, LARGEST_SCALE
+    )
     return LossScale(scale, jnp.where(finite & ~grows, state.good_steps + 1, 0))
 
 

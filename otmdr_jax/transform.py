@@ -208,6 +208,7 @@ def sam(
     aux_init: PyTree = None,
     axis_name: Any = None,
     sync_perturbation: bool = True,
+    microbatch_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-Aware Minimization: OT-MDR with one step on the whole batch.
 
@@ -222,6 +223,7 @@ def sam(
       aux_init: See :func:`otmdr`.
       axis_name: Device axis inside pmap or shard_map.
       sync_perturbation: False is m-sharpness, each device its own perturbation.
+      microbatch_size: See :func:`otmdr`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, used like :func:`otmdr`.
@@ -250,6 +252,7 @@ def sam(
         aux_init=aux_init,
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
+        microbatch_size=microbatch_size,
     )
 
 

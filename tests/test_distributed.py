@@ -88,6 +88,23 @@ def test_a_run_goes_on_on_other_devices(digits, tmp_path, capsys):
     assert got.metrics["mesh"] == "data=2" and got.metrics["steps"] == 8
 
 
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        ({"batch_size": 64}, 4),
+        ({"batch_size": 256}, None),
+        ({"batch_size": 64, "split": "shared"}, 8),
+        ({"batch_size": 64, "sync_batchnorm": True}, None),
+        ({"batch_size": 64, "mesh": "data=1"}, None),
+    ],
+)
+def test_few_images_a_device_are_named(options, images):
+    config = TrainConfig(method="otmdr", **options)
+    found = programs.few_images(config, programs.make_mesh(config))
+    assert (found is None) == (images is None)
+    assert images is None or f"only {images} images a pass on each of 8" in found
+
+
 def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
     """Two epochs after the first: no program is built again."""
     events = []
@@ -237,8 +254,13 @@ def test_hosts_stop_together_on_a_signal_to_one(two_hosts, tmp_path):
 
 OWN_LOOP = """
 import sys
-import jax, jax.numpy as jnp, optax, otmdr_jax
+import jax, jax.monitoring, jax.numpy as jnp, optax, otmdr_jax
 from otmdr_jax import parallel
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(1) if "backend_compile" in event else None
+)
 
 parallel.initialize("localhost:" + sys.argv[2], 2, int(sys.argv[1]))
 
@@ -259,8 +281,11 @@ train = parallel.shard_map_step(step, mesh)
 first, last = parallel.host_rows(mesh, 32)
 own = parallel.place_local(jax.tree.map(lambda x: x[first:last], batch), mesh)
 for state, data in ((start, batch), (parallel.place(start, mesh), own)):
+    counts = []
     for _ in range(3):
         state, value = train(state, data)
+        counts.append(len(compiled))
+    assert counts[0] and counts[1] == counts[2], counts  # moving a batch is kept too
     print("found", float(value), state[0]["w"].tolist(), last - first)
 try:
     parallel.pmap_step(step)

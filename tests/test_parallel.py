@@ -213,6 +213,24 @@ class TestData:
         step(w, jnp.asarray(batch))  # JAX compiles how to cut it; not the step
         assert len(traces) == before[1]
 
+    def test_axes_that_are_not_there_are_refused(self, key):
+        params, data = toy.regression_problem(batch=16)
+        grad_fn = otmdr_jax.value_and_grad(toy.regression, RHO, axis_name="data")
+
+        def step(w, batch):
+            value, grads = grad_fn(w, batch, key=key)
+            return grads, value
+
+        mesh = parallel.make_mesh("particle=2")
+        with pytest.raises(ValueError, match="no device axis 'data' here"):
+            parallel.shard_map_step(step, mesh)(params, data)
+        with pytest.raises(ValueError, match="no device axis 'data' here"):
+            step(params, data)
+        with pytest.raises(ValueError, match="names the axes .'rows'., which mesh"):
+            parallel.shard_map_step(step, mesh, batch_spec=P("rows"))
+        with pytest.raises(TypeError, match="mesh must be named axes"):
+            parallel.make_mesh(4)
+
     @pytest.mark.parametrize("entry", ["shard_map", "pmap"])
     def test_a_batch_that_the_devices_do_not_divide_is_refused(self, entry):
         def step(w, batch):
@@ -383,6 +401,28 @@ class TestMicrobatches:
         want, _ = on_mesh("data=2", toy.regression, params, data, key)
         assert_close(fn(*args), want(*args))
 
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("shape", ["data=2", "data=2,particle=2"])
+    def test_scanned_on_a_mesh_as_on_accelerators(self, shape, key, monkeypatch):
+        """With a network, whose statistics are aux; the last micro-batch is smaller."""
+        model = models.create("cnn_small", num_classes=10)
+        images = jax.random.normal(jax.random.key(1), (20, 8, 8, 1))
+        params, state = model.init(jax.random.key(2), images)
+
+        def loss_fn(params, batch):
+            logits, after = model.apply(params, state, batch[0], train=True)
+            return methods.cross_entropy(logits, batch[1]), after
+
+        found = []
+        for how in ("unroll", "scan"):
+            monkeypatch.setattr(mapping, "_fastest", lambda *_, how=how: how)
+            fn, args = on_mesh(
+                shape, loss_fn, params, (images, jnp.arange(20) % 10), key,
+                num_particles=2, microbatch_size=3, has_aux=True,
+            )  # fmt: skip
+            found.append(fn(*args))
+        assert_close(*found, rtol=1e-3, atol=1e-5)
+
     def test_a_sharded_batch_stays_on_its_devices(self):
         """Micro-batches take every n-th example: nothing moves between devices."""
         params, data = toy.regression_problem(batch=32)
@@ -411,6 +451,8 @@ class TestMicrobatches:
             return program.memory_analysis().temp_size_in_bytes
 
         assert temporaries(microbatch_size=128) < 0.5 * temporaries()
+        # An odd last one, of 512 - 400 in a part, waits for the others.
+        assert temporaries(microbatch_size=400) < 0.65 * temporaries()
 
     @pytest.mark.parametrize("size", [0, -1, 2.0, True])
     def test_a_size_that_cannot_be_is_refused(self, size):
@@ -445,6 +487,13 @@ class TestMesh:
     def test_a_mesh_that_cannot_be_is_refused(self, shape, message):
         with pytest.raises(ValueError, match=message):
             parallel.make_mesh(shape)
+
+    def test_devices_are_in_the_order_of_their_hosts(self, monkeypatch):
+        """On TPU pods `jax.devices()` is not."""
+        devices = jax.devices()
+        monkeypatch.setattr(jax, "devices", lambda: devices[1::2] + devices[::2])
+        assert list(parallel.make_mesh().devices) == devices
+        assert list(parallel.make_mesh(devices=devices[::-1]).devices) == devices[::-1]
 
     def test_rows_of_a_host_that_is_alone(self):
         assert parallel.host_rows(None, 10) == (0, 10)

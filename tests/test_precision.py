@@ -183,17 +183,60 @@ def test_a_step_is_skipped_as_a_whole_if_one_pass_overflows(bad_pass, problem):
     )
     before = method.init(jax.random.key(0), problem[0])
     after, metrics = jax.jit(method.step)(before, problem)
-    assert int(after.skipped) == int(metrics["skipped_in_row"]) == 1
+    assert int(after.skipped) == int(metrics["skipped"]) == 1
+    assert int(metrics["skipped_in_row"]) == 0  # it looks for a scale
     for part in ("params", "model_state", "opt_state"):
         chex.assert_trees_all_equal(getattr(after, part), getattr(before, part))
     assert float(after.loss_scale.scale) == float(before.loss_scale.scale) / 2
 
 
+def test_the_scale_grows_in_training(problem):
+    """After 2000 finite steps, which the state counts."""
+
+    class Model:
+        def init(self, key, images):
+            return {"w": jnp.zeros(4)}, {}
+
+        def apply(self, params, state, images, train):
+            return images.reshape(len(images), -1)[:, :4] * params["w"][None], state
+
+    method = methods.create("sgd", Model(), optax.sgd(0.1), loss_scaling=True)
+    step = jax.jit(method.step)
+    state, _ = step(method.init(jax.random.key(0), problem[0]), problem)
+    assert int(state.loss_scale.good_steps) == 1
+    almost = state.loss_scale._replace(good_steps=jnp.int32(1999))
+    state, _ = step(state._replace(loss_scale=almost), problem)
+    assert float(state.loss_scale.scale) == 2.0**16
+    assert int(state.loss_scale.good_steps) == 0
+
+
+def test_only_a_scale_that_cannot_fall_any_more_is_divergence(problem):
+    class Model:
+        """Its gradient overflows at any scale."""
+
+        def init(self, key, images):
+            return {"w": jnp.ones(4)}, {}
+
+        def apply(self, params, state, images, train):
+            steep = jnp.sqrt(params["w"] - params["w"])  # 0, of infinite slope
+            return jnp.zeros((len(images), 4)) + steep[None], state
+
+    method = methods.create("sgd", Model(), optax.sgd(0.1), loss_scaling=True)
+    state = method.init(jax.random.key(0), problem[0])
+    step, in_row = jax.jit(method.step), []
+    for _ in range(18):
+        state, metrics = step(state, problem)
+        in_row.append(int(metrics["skipped_in_row"]))
+    assert in_row == [0] * 15 + [1, 2, 3]  # 2^15 halves fifteen times
+    assert int(state.skipped) == 18
+
+
 def test_float16_trains_from_the_configuration():
     """From a scale that overflows at first: some steps are skipped, the rest learn."""
     config = TrainConfig(
-        dtype="float16", steps=40, mesh="data=1", log_every=10, learning_rate=0.1
-    )
+        dtype="float16", steps=40, mesh="data=1", log_every=10, learning_rate=0.1,
+        max_skipped=1,
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "INITIAL_SCALE", 2.0**24)
         patch.setattr(precision.init, "__defaults__", (2.0**24,))
