@@ -34,6 +34,9 @@ __all__ = [
 # Loaded at first use: `otmdr_jax.models` costs an import of Flax, the core does not.
 _MODULES = (
     "data",
+    "diversity",
+    "ensemble",
+    "members",
     "methods",
     "metrics",
     "models",

@@ -1,4 +1,4 @@
-"""The command line: `otmdr train | evaluate | compare | demo | info`."""
+"""The command line: `otmdr train | evaluate | compare | ensemble | demo | info`."""
 
 import argparse
 import contextlib
@@ -36,6 +36,8 @@ class Train:
 
     otmdr train --resume runs/digits-cnn_small-otmdr-seed0
 
+    otmdr train --members 5 --model resnet_10 --data cifar10
+
     otmdr train --mesh data=4,particle=2 --num-particles 2
 
     srun otmdr train --distributed --output /shared/run
@@ -45,7 +47,8 @@ class Train:
     preset: str | None = None
     """Start from a named configuration: demo, paper-cifar10, paper-cifar100,
     released-cifar10, released-cifar100, released-mode1.1-cifar10,
-    released-mode1.1-cifar100, sam-cifar10, sam-cifar100. Options given beside it win.
+    released-mode1.1-cifar100, released-ensemble-cifar10, released-ensemble-cifar100,
+    sam-cifar10, sam-cifar100. Options given beside it win.
     """
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
     """Start from a configuration file, such as a run's config.json."""
@@ -100,6 +103,27 @@ class Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Make an ensemble of finished runs: add members, drop members, train none.
+
+    Examples:
+    otmdr ensemble runs/a runs/b --output runs/ab
+
+    otmdr ensemble runs/five --keep 0 2 3 --output runs/three
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of finished runs, of single models or ensembles: same data and options,
+    but for model and seed."""
+    output: str
+    """Folder of the new run. The others stay as they are."""
+    keep: tuple[int, ...] | None = None
+    """Members to take, counted from 0 over all runs in their order. Default: all."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the runs found it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
     """Train SGD, SAM and OT-MDR (K = 1, 2) on digits with noisy labels: two minutes."""
 
@@ -133,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train": (Train, train),
         "evaluate": (Evaluate, evaluate),
         "compare": (Compare, compare),
+        "ensemble": (Ensemble, ensemble),
         "demo": (Demo, demo),
         "info": (Info, info),
     }
@@ -196,7 +221,11 @@ def _train(options: Train) -> None:
     resume = options.resume is not None
     if resume and options.output is not None:
         raise ValueError("--resume goes on in the run's own folder: give no --output.")
-    name = f"{pathlib.Path(config.data).stem}-{config.model}-{config.method}"
+    model = config.model
+    if config.members is not None:
+        names = config.member_names
+        model = f"{len(names)}x{model}" if config.stacked else "-".join(names)
+    name = f"{pathlib.Path(config.data).stem}-{model}-{config.method}"
     output = options.resume or options.output or f"runs/{name}-seed{config.seed}"
     try:
         result = training.train(
@@ -210,7 +239,7 @@ def _train(options: Train) -> None:
         sys.exit(1)
     if not parallel.is_main():
         return
-    report.print_table(report.summarise([report.read_run(output)]), title=output)
+    _print_tables(report.read_run(output), output)
     if result.metrics["skipped_steps"]:
         print(f"Skipped, not finite: {result.metrics['skipped_steps']} steps.")
     print(f"Run: {output}")
@@ -218,9 +247,8 @@ def _train(options: Train) -> None:
 
 def evaluate(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
-    import jax
-
-    from otmdr_jax import checkpoint, programs, report, runs
+    from otmdr_jax import checkpoint, combine, evaluation, programs, report, runs
+    from otmdr_jax.members import steps_taken
 
     folder = pathlib.Path(options.run)
     config = runs.read_config(folder)
@@ -232,40 +260,50 @@ def evaluate(options: Evaluate) -> None:
             f"{folder} was trained without a {options.split} set: use --split test."
         )
     compiled = programs.compile_programs(config, dataset)
-    # Placed here, wherever the run was trained.
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
-    )
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        restored = saved.restore(template, _step(options.checkpoint, saved))
-    programs.check_same_data(restored.meta, dataset, folder)
+        step = _step(options.checkpoint, saved)
+    restored = combine.restore(config, compiled, folder, step)
+    data = programs.fingerprint(dataset)
+    programs.check_same_data(restored.meta["data"], data, folder)
     state = restored.state
-    values, log_probs = programs.evaluate(
-        config, state, dataset, options.split, compiled, show_progress=True
+    found = evaluation.evaluate(
+        config,
+        state,
+        dataset,
+        options.split,
+        compiled,
+        without=tuple(restored.meta.get("diverged", ())),
+        show_progress=True,
     )
+    sharp = evaluation.sharpness(config, state, dataset, compiled)
     result = {
         "split": options.split,
-        "steps": int(state.step),
-        **values,
-        **programs.sharpness(config, state, dataset, compiled),
+        "steps": steps_taken(state),
+        **found.metrics,
+        "sharpness": sharp["sharpness"],
+        "train_nll": sharp["train_nll"],
         "seconds_per_step": None,
         **programs.environment(),
     }
+    if found.members is not None:
+        result["members"] = evaluation.member_rows(
+            config, state, found, sharp, restored.meta
+        )
     labels = getattr(dataset, options.split).labels
     runs.write_json(folder / "evaluation.json", result)
     latest = options.split == "test" and options.checkpoint == "latest"
     whole = runs.is_finished(folder) and (folder / "predictions.npz").exists()
     if latest and not whole:
         # The run's result until it is resumed and finished.
-        runs.write_result(folder, result, log_probs, labels)
+        runs.write_result(
+            folder, result, found.log_probs, labels, found.member_log_probs
+        )
     label = report.label_of(dataclasses.asdict(config))
     run = report.Run(
-        folder, label, dataclasses.asdict(config), result, [], log_probs, labels
+        folder, label, dataclasses.asdict(config), result, [], found.log_probs, labels
     )
     title = f"{folder}, step {result['steps']}, {options.split} set"
-    report.print_table(report.summarise([run]), title=title)
+    _print_tables(run, title)
     report.plot_reliability([run], folder / "reliability.png")
     print(f"Written: {folder / 'evaluation.json'}, {folder / 'reliability.png'}")
 
@@ -282,6 +320,19 @@ def compare(options: Compare) -> None:
     command = "otmdr compare " + " ".join(options.runs)
     path = report.write(options.output, found, options.title, command=command)
     print(f"Report: {path}")
+
+
+def ensemble(options: Ensemble) -> None:
+    """`otmdr ensemble RUN RUN ...`."""
+    from otmdr_jax import combine, report
+
+    if not options.runs:
+        raise ValueError("name the folders of at least one run.")
+    combine.combine(
+        options.runs, options.output, options.keep, data_dir=options.data_dir
+    )
+    _print_tables(report.read_run(options.output), options.output)
+    print(f"Run: {options.output}")
 
 
 def demo(options: Demo) -> None:
@@ -315,6 +366,19 @@ def info(options: Info) -> None:
         print(f"{extra}:")
         for name in names:
             print(f"  {name:<22}{_installed(name, extra)}")
+
+
+def _print_tables(run: Any, title: str) -> None:
+    """A run's metrics and, of an ensemble, its members'."""
+    from otmdr_jax import diversity, report
+
+    report.print_table(report.summarise([run]), title=title)
+    if of_members := report.member_runs(run):
+        columns = [c for c in report.DEFAULT_COLUMNS if c.name != "seconds_per_step"]
+        rows = report.summarise(of_members, columns)
+        report.print_table(rows, title=f"{title}: members")
+        found = [f"{n} {run.result[n]:.4g}" for n in diversity.NAMES if n in run.result]
+        print(f"Diversity: {', '.join(found) or 'not defined'}")
 
 
 def _train_default(argv: Sequence[str]) -> Train:

@@ -52,6 +52,19 @@ class TrainConfig:
     """Compute each block's activations again in the backward pass: less memory, about a
     third more time. No use on CPUs, where XLA undoes it."""
 
+    # -- ensemble --
+    members: str | None = None
+    """Train an ensemble: a number of members of --model, or their models by name,
+    resnet_18,mobilenet,efficientnet_b0. Default: a single model."""
+    ensemble: Literal["independent", "joint"] = "independent"
+    """Members with a loss each (the paper), or one loss on their mean probability and
+    one gradient norm over all of them (the released code)."""
+    member_data: Literal["shared", "own"] = "shared"
+    """Whether members see the same batches, each with its own augmentation, or each has
+    an order of the data of its own."""
+    member_map: Literal["auto", "vmap", "unroll", "scan"] = "auto"
+    """How members of one model are computed: a matter of speed and memory alone."""
+
     # -- method --
     method: Literal["sgd", "sam", "asam", "otmdr"] = "otmdr"
     """What to minimise: the loss, or its worst value nearby."""
@@ -142,8 +155,9 @@ class TrainConfig:
     log_every: int = 50
     """Write training metrics each so many steps."""
     checkpoint_every: int | None = None
-    """Save each so many steps. Default: after an epoch, but not twice in 15 seconds, at
-    each new best, and every ten minutes."""
+    """Save each so many steps; on many hosts at the next multiple of log_every.
+    Default: after an epoch, but not twice in 15 seconds, at each new best, and every
+    ten minutes."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints to keep, beside the best one."""
     max_skipped: int = 10
@@ -160,6 +174,8 @@ class TrainConfig:
             value, is_number = getattr(self, field.name), field.type in (int, float)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             _check(self, field.name, number or not is_number, "a number")
+            is_flag = field.type is bool
+            _check(self, field.name, not is_flag or value in (True, False), "a flag")
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
             "keep_checkpoints", "max_skipped", "num_particles", "plateau_patience",
@@ -168,7 +184,9 @@ class TrainConfig:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("steps", "checkpoint_every", "microbatch_size"):
             value = getattr(self, name)
-            _check(self, name, value is None or value >= 1, "at least 1, or left out")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            good = value is None or (whole and value >= 1)
+            _check(self, name, good, "an integer of at least 1, or left out")
         for name in ("learning_rate", "weight_decay", "warmup_epochs", "noise_std"):
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         for name in ("momentum", "label_smoothing", "label_noise"):
@@ -179,6 +197,21 @@ class TrainConfig:
         _check(self, "clip_norm", clip is None or clip > 0, "positive, or left out")
         for name, type_ in typing.get_type_hints(TrainConfig).items():
             _check_literal(self, name, type_)
+        _check_members(self)
+
+    @property
+    def member_names(self) -> tuple[str, ...]:
+        """The model of each member; of a single model its own."""
+        if self.members is None:
+            return (self.model,)
+        if self.members.isdigit():
+            return (self.model,) * int(self.members)
+        return tuple(name.strip() for name in self.members.split(","))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all members are of one architecture."""
+        return len(set(self.member_names)) == 1
 
 
 # Options that may differ between a run and its resumption: they change no number (the
@@ -187,7 +220,7 @@ RESUMABLE = frozenset(
     {
         "data_dir", "cache_dir", "download", "eval_batch_size", "eval_every",
         "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "mesh",
-        "input", "remat",
+        "input", "remat", "member_map",
     }
 )  # fmt: skip
 
@@ -198,8 +231,9 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
     Args:
       name: "demo" (digits), or a paper's experiment: "paper-cifar10",
         "paper-cifar100", "released-cifar10", "released-cifar100",
-        "released-mode1.1-cifar10", "released-mode1.1-cifar100", "sam-cifar10",
-        "sam-cifar100".
+        "released-mode1.1-cifar10", "released-mode1.1-cifar100",
+        "released-ensemble-cifar10", "released-ensemble-cifar100" (five ResNet-10),
+        "sam-cifar10", "sam-cifar100".
       num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
 
     Returns:
@@ -234,7 +268,10 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         common |= dict(
             model="wide_resnet_34_10", label_smoothing=0.1, smoothing="others"
         )
-        common["sum_particles"] = version == "released"
+        common["sum_particles"] = version in ("released", "released-ensemble")
+    if version == "released-ensemble":
+        # The first of the paper's Table 3, on one loss of the mean probability.
+        common |= dict(model="resnet_10", members="5", ensemble="joint")
     return TrainConfig(method="otmdr", **common, **options)
 
 
@@ -293,6 +330,30 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
         for name in before
         if before[name] != after[name] and name not in RESUMABLE
     }
+
+
+def _check_members(config: TrainConfig) -> None:
+    if config.members is None:
+        for name in ("ensemble", "member_data", "member_map"):
+            default = TrainConfig.__dataclass_fields__[name].default
+            _check(config, name, getattr(config, name) == default, "left out without "
+                   "members")  # fmt: skip
+        return
+    names = config.member_names
+    _check(
+        config,
+        "members",
+        len(names) >= 2 and all(names),
+        "a number of at least 2, or the names of as many models with commas between "
+        "them",
+    )
+    if not config.members.isdigit():
+        default = TrainConfig.__dataclass_fields__["model"].default
+        _check(config, "model", config.model in (default, *names), "left out where "
+               "members names the models")  # fmt: skip
+    if config.ensemble == "joint":
+        _check(config, "member_data", config.member_data == "shared", "'shared' for a "
+               "joint loss, which is of one batch")  # fmt: skip
 
 
 def _check(config: TrainConfig, name: str, holds: bool, must: str) -> None:

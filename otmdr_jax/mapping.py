@@ -1,9 +1,10 @@
-"""The mean of a function over particles or micro-batches: vmap, unrolled or scanned.
+"""Mapping over particles, micro-batches and members: vmap, unrolled or scanned.
 
 How they are mapped is a matter of speed and memory alone: see docs/performance.md.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +76,68 @@ def average(
         is_leaf=lambda x: x is None,
     )
     return mean, stacked
+
+
+def each(
+    functions: Callable[..., PyTree] | Sequence[Callable[..., PyTree]],
+    columns: Sequence[Any],
+    how: str = "auto",
+) -> PyTree:
+    """Runs a function for each member of an ensemble.
+
+    Args:
+      functions: (wait, *row) -> pytree of arrays: one function for members that are
+        alike, or M for members that differ. An unrolled call holds activations while
+        the one before does, unless it hands `wait` something that all its work depends
+        on (its key, its batch, an index): see :func:`after`.
+      columns: The arguments. For one function each is a pytree with a leading axis of M
+        on every leaf, or None; for M functions a sequence of M pytrees, or None.
+      how: "unroll", "scan", "vmap" or "auto". Members that differ are unrolled.
+
+    Returns:
+      What the function returns with a leading axis of M on every leaf; for M functions
+      a tuple of what each returns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.mapping import each
+      >>> double = lambda wait, x: 2 * wait(x)
+      >>> each(double, [jnp.arange(3.0)], "unroll").tolist()
+      [0.0, 2.0, 4.0]
+      >>> [x.shape for x in each([double, double], [(jnp.ones(2), jnp.ones(3))])]
+      [(2,), (3,)]
+    """
+
+    def unrolled(functions, rows):
+        outs: list[PyTree] = []
+        for function, row in zip(functions, rows, strict=True):
+            wait = functools.partial(after, outs[-1] if outs else None)
+            outs.append(function(wait, *row))
+        return outs
+
+    if not callable(functions):
+        rows = [
+            [None if column is None else column[i] for column in columns]
+            for i in range(len(functions))
+        ]
+        return tuple(unrolled(functions, rows))
+    count = jnp.shape(jax.tree.leaves(list(columns))[0])[0]
+    how = member_map(how)
+    if how == "unroll":
+        rows = [_take(list(columns), i) for i in range(count)]
+        return tree.stack(unrolled([functions] * count, rows))
+
+    def together(row):
+        return functions(lambda values: values, *row)
+
+    if how == "scan":
+        return jax.lax.map(together, list(columns))
+    return jax.vmap(together)(list(columns))
+
+
+def member_map(how: str) -> str:
+    """What `auto` stands for with members; measured by benchmarks/ensemble.py."""
+    return "vmap" if how == "auto" else how
 
 
 def after(floats: PyTree, xs: PyTree) -> PyTree:

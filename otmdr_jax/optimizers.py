@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from otmdr_jax.config import TrainConfig
@@ -99,12 +100,14 @@ def create(
 
 
 def learning_rate(rate: optax.Schedule, step: int, opt_state: Any) -> jax.Array:
-    """The learning rate at a step, the plateau's factor included."""
+    """The learning rate at a step, the plateau's factor included: members' mean."""
     # By type: a parameter of a norm may be called "scale" too.
     kind = optax.contrib.ReduceLROnPlateauState
     parts = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     factors = [part.scale for part in parts if isinstance(part, kind)]
-    return rate(step) * (factors[0] if factors else 1.0)
+    if not factors:
+        return rate(step)
+    return rate(step) * jnp.mean(jnp.stack(factors))
 
 
 def _matrices(params):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 SPLITS = ("random", "ordered", "shared")
 NORMS = ("global", "per_leaf")
 MERGES = (None, "sum", "mean")
-PARTICLE_MAPS = ("auto", "vmap", "unroll", "scan")
+PARTICLE_MAPS = MEMBER_MAPS = ("auto", "vmap", "unroll", "scan")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class Options:
         if self.microbatch_size is not None:
             _check_count("microbatch_size", self.microbatch_size)
         _check_nonnegative("noise_std", self.noise_std)
-        _check_word("split", self.split, SPLITS)
-        _check_word("norm", self.norm, NORMS)
-        _check_word("merge", self.merge, MERGES)
-        _check_word("particle_map", self.particle_map, PARTICLE_MAPS)
+        check_word("split", self.split, SPLITS)
+        check_word("norm", self.norm, NORMS)
+        check_word("merge", self.merge, MERGES)
+        check_word("particle_map", self.particle_map, PARTICLE_MAPS)
         for name in ("adaptive", "has_aux", "sync_perturbation"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(
@@ -110,7 +110,8 @@ def _check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value!r}.")
 
 
-def _check_word(name: str, value: Any, known: Sequence[str | None]) -> None:
+def check_word(name: str, value: Any, known: Sequence[str | None]) -> None:
+    """Raises ValueError unless an option's value is one of the known words."""
     if value not in known:
         words = ", ".join(repr(word) for word in known)
         raise ValueError(f"{name} must be one of {words}; got {value!r}.")

@@ -10,7 +10,7 @@ from typing import Any
 # experiments"; Eq. 9 has a variance of rho). The released code's flag for noise is
 # parsed and never used.
 _RHO = {"cifar10": (0.05, 0.1), "cifar100": (0.1, 0.2)}
-_NAMES = ("paper", "released", "released-mode1.1")
+_NAMES = ("paper", "released", "released-mode1.1", "released-ensemble")
 
 # Names in the order in which they are listed to users.
 PRESETS = ("sam", "asam", *(f"{name}-{data}" for name in _NAMES for data in _RHO))
@@ -22,8 +22,10 @@ def preset(name: str, num_particles: int = 1) -> dict[str, Any]:
     Args:
       name: "paper-cifar10", "paper-cifar100", "released-cifar10",
         "released-cifar100" (mode 1 of the released code, in all its published
-        commands), "released-mode1.1-cifar10", "released-mode1.1-cifar100", "sam"
-        (Foret et al., 2021) or "asam" (Kwon et al., 2021).
+        commands), "released-mode1.1-cifar10", "released-mode1.1-cifar100",
+        "released-ensemble-cifar10", "released-ensemble-cifar100" (the released code's
+        joint variant: mode 1 with :func:`otmdr_jax.ensemble.joint_loss`), "sam" (Foret
+        et al., 2021) or "asam" (Kwon et al., 2021).
       num_particles: K. The released code cuts the batch in loader order for K = 1 and
         at random for more. Its mode 1 adds up the K gradients where the paper averages
         them: chain `optax.scale(K)` after the transformation for that.

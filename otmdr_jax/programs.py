@@ -15,97 +15,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otmdr_jax import (
-    _version,
-    landscape,
-    methods,
-    metrics,
-    models,
-    optimizers,
-    parallel,
-)
+from otmdr_jax import _version, members, methods, models, optimizers, parallel
 from otmdr_jax import data as data_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, LazyImages, Split
 from otmdr_jax.gradients import PAPER_RHO
-from otmdr_jax.methods import TrainState
-from otmdr_jax.progress import Progress
 
-# Sharpness is measured on at most so many training images, evenly spread.
-SHARPNESS_EXAMPLES = 2_000
+PyTree = Any
+
+# With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
+# He, 2018 ("Group Normalization", figure 1) errors rise below 16.
+FEW_IMAGES = 16
 
 
 class Programs(NamedTuple):
     """The compiled functions of a configuration, whatever its seed.
 
     Attributes:
-      init: key -> TrainState, on every device of the mesh.
+      init: key -> a state, on every device of the mesh.
       train_step: (state, (images, labels), order, i) -> (state, metrics): step i of an
         epoch, on the training set that lives on the devices.
       stream_step: (state, (images, labels)) -> (state, metrics): on one batch, divided
         over the mesh.
-      predict: (state, images) -> (B, C) log-probabilities, on every device.
-      epoch_order: key -> (N,) order of an epoch.
-      loss_sum: (params, (images, labels, mask, model_state)) -> (sum, count).
+      predict: (state, images) -> (S, B, C) log-probabilities of all samples or members,
+        on every device.
+      epoch_order: key -> (N,) order of an epoch, (M, N) where members have their own.
+      loss_sums: (params, (images, labels, mask, model_state)) -> (sum, count): one, or
+        one for each member of another architecture.
       rate: (step, opt_state) -> the learning rate.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
       mesh: The devices; None for one.
     """
 
-    init: Callable[[jax.Array], TrainState]
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    stream_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    predict: Callable[[TrainState, jax.Array], jax.Array]
+    init: Callable[[jax.Array], PyTree]
+    train_step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+    stream_step: Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+    predict: Callable[[PyTree, jax.Array], jax.Array]
     epoch_order: Callable[[jax.Array], jax.Array]
-    loss_sum: Callable[..., tuple[jax.Array, jax.Array]]
+    loss_sums: tuple[Callable[..., tuple[jax.Array, jax.Array]], ...]
     rate: Callable[..., jax.Array]
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
-
-
-def evaluate(
-    config: TrainConfig,
-    state: TrainState,
-    dataset: Dataset,
-    split: str = "test",
-    programs: Programs | None = None,
-    *,
-    show_progress: bool = False,
-) -> tuple[dict[str, float], np.ndarray]:
-    """Evaluates a state on a split, each example once.
-
-    Args:
-      config: The run's configuration.
-      state: Its state.
-      dataset: The data.
-      split: "train", "validation" or "test".
-      programs: Compiled functions, where they exist already.
-      show_progress: Whether to show progress.
-
-    Returns:
-      The metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
-      split, and the log-probabilities (N, C). Metrics are NaN if a prediction is.
-    """
-    programs = compile_programs(config, dataset) if programs is None else programs
-    examples = getattr(dataset, split)
-    chunks, done = [], 0
-    title = f"evaluating the {split} set"
-    mesh = programs.mesh
-    with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
-        for images, _, mask in _batches(config, examples, mesh):
-            images = parallel.place(images, mesh, _rows(mesh))
-            chunks.append(np.asarray(programs.predict(state, images))[mask])
-            done += len(chunks[-1])
-            bar.update(done, {})
-    log_probs = np.concatenate(chunks).astype(np.float64)
-    if np.isnan(log_probs).any():  # diverged: there is nothing to measure
-        return dict.fromkeys(metrics.NAMES, float("nan")), log_probs
-    return metrics.evaluate(log_probs, examples.labels), log_probs
 
 
 def load_data(config: TrainConfig) -> Dataset:
@@ -130,21 +85,32 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
       ValueError: They do not divide the batch, or it names a "member" axis.
     """
     mesh = parallel.make_mesh(config.mesh)
-    if "member" in mesh.shape:
+    axes = ("data", "particle", "member")
+    data, particle, member = (parallel.axis_size(mesh, axis) for axis in axes)
+    if member > 1 and not (config.members and config.stacked):
         raise ValueError(
-            f"mesh={config.mesh!r}: a run trains one model; members of an ensemble on "
-            "their own devices are for loops of your own (otmdr_jax.parallel)."
+            f"mesh={config.mesh!r}: a member axis needs members of one architecture, "
+            f"as --members 4; members={config.members!r}."
         )
-    data, particle = (parallel.axis_size(mesh, a) for a in ("data", "particle"))
+    if member > 1 and config.ensemble == "joint":
+        raise ValueError(
+            f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
+            "every pass; spread the data, or use --ensemble independent."
+        )
     if particle > 1 and config.method != "otmdr":
         raise ValueError(
             f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
             "particle axis needs --method otmdr and --num-particles."
         )
-    for name, devices in (("batch_size", data), ("num_particles", particle)):
-        if getattr(config, name) % devices:
+    of_members = len(config.member_names)
+    for name, value, devices in (
+        ("batch_size", config.batch_size, data),
+        ("num_particles", config.num_particles, particle),
+        ("members", of_members, member),
+    ):
+        if value % devices:
             raise ValueError(
-                f"{name}={getattr(config, name)} cannot be divided evenly over the "
+                f"{name}={value} cannot be divided evenly over the "
                 f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
                 "fewer devices, as --mesh data=1."
             )
@@ -157,6 +123,27 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
                 "use a larger batch or fewer devices on data."
             )
     return mesh if mesh.size > 1 else None
+
+
+def check_models(config: TrainConfig) -> None:
+    """Raises ValueError or TypeError unless the zoo has a configuration's models."""
+    _networks(config, 10, None)
+
+
+def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
+    """A warning where BatchNorm's statistics are of very few images a device."""
+    data = parallel.axis_size(mesh, "data")
+    parts = 1
+    if config.method == "otmdr" and config.split != "shared":
+        parts = len(config.rho or PAPER_RHO)
+    images = config.batch_size // data // parts
+    if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
+        return None
+    return (
+        f"BatchNorm sees only {images} images a pass on each of {data} devices, which "
+        "makes for poor statistics: use --sync-batchnorm, a larger --batch-size, or "
+        "fewer devices (--mesh data=1)"
+    )
 
 
 def compile_programs(
@@ -193,62 +180,92 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         )
     total_steps = config.steps or config.epochs * steps_per_epoch
     on_data = mesh is not None and "data" in mesh.shape
-    model = models.create(
-        config.model,
-        num_classes,
-        dtype=jnp.dtype(config.dtype),
-        batchnorm_axis_name="data" if on_data and config.sync_batchnorm else None,
-        **_model_options(config),
-    )
-    method = methods.create(
-        config.method,
-        model,
-        optimizers.create(config, total_steps, steps_per_epoch),
-        label_smoothing=config.label_smoothing,
-        smoothing=config.smoothing,
-        loss_scaling=config.dtype == "float16",
-        **method_options(config),
-        **_axis_names(mesh),
-    )
     parts = parallel.axis_size(mesh, "data")
     size = batch_size // parts  # of a device's part
+    methods_ = _methods(config, num_classes, total_steps, steps_per_epoch, mesh)
+    lifted = config.members is not None and config.ensemble == "independent"
+    spread = lifted and parallel.axis_size(mesh, "member") > 1
+    count = len(config.member_names) if lifted and config.stacked else None
 
     def part():
         return jax.lax.axis_index("data") if on_data else 0
 
+    def of_method(method):
+        def stream_step(state, own, batch):
+            del own
+            key, augment_key = jax.random.split(state.key)
+            images, labels = batch
+            images = data_lib.augment(augment_key, images, augment, part() * size)
+            images = data_lib.normalise(images, mean, std)
+            return method.step(state._replace(key=key), (images, labels))
+
+        def train_step(state, own_order, i, examples, order):
+            order = order if own_order is None else own_order
+            batch = data_lib.take(Split(*examples), order, i * parts + part(), size)
+            return stream_step(state, None, batch)
+
+        return stream_step, train_step
+
+    pairs = [of_method(method) for method in methods_]
+    stream, train = pairs[0]
+    if lifted:
+        axis = "member" if spread else None
+        stream, train = (
+            members.lift_step(steps, config.member_map, axis)
+            for steps in zip(*pairs, strict=True)
+        )
+    own_data = lifted and config.member_data == "own"
+
     def stream_step(state, batch):
-        key, augment_key = jax.random.split(state.key)
-        images, labels = batch
-        images = data_lib.augment(augment_key, images, augment, part() * size)
-        images = data_lib.normalise(images, mean, std)
-        return method.step(state._replace(key=key), (images, labels))
+        return stream(state, None, batch)
 
     def train_step(state, examples, order, i):
-        batch = data_lib.take(Split(*examples), order, i * parts + part(), size)
-        return stream_step(state, batch)
+        return train(state, order if own_data else None, i, examples, order)
+
+    state_spec = P("member") if spread else P()
 
     def compiled(step, batch_spec):
         if mesh is None:
             return jax.jit(step, donate_argnums=0)
-        return parallel.shard_map_step(step, mesh, batch_spec=batch_spec)
+        return parallel.shard_map_step(
+            step,
+            mesh,
+            batch_spec=batch_spec,
+            state_spec=state_spec,
+            metrics_spec=P(),
+        )
+
+    def init(key):
+        if lifted:
+            return members.init([m.init for m in methods_], count, key, example)
+        return methods_[0].init(key, example)
 
     def predict(state, images):
-        samples = method.predict(state, data_lib.normalise(images, mean, std))
-        # The mean of S probabilities, in log space. # (S, B, C) -> (B, C)
-        log_mean = jax.nn.logsumexp(samples, axis=0) - jnp.log(samples.shape[0])
-        return jax.nn.log_softmax(log_mean)
+        images = data_lib.normalise(images, mean, std)
+        if lifted:
+            predicts = [m.predict for m in methods_]
+            return members.predict(predicts, state, images, config.member_map)
+        return methods_[0].predict(state, images)
+
+    def epoch_order(key):
+        if not own_data:
+            return data_lib.epoch_order(key, num_train)
+        keys = jax.random.split(key, len(config.member_names))
+        return jnp.stack([data_lib.epoch_order(k, num_train) for k in keys])
 
     example = jnp.zeros((1, *image_shape))
     everywhere = parallel.replicated(mesh)
+    home = NamedSharding(mesh, state_spec) if mesh is not None else None
     return Programs(
-        init=jax.jit(lambda key: method.init(key, example), out_shardings=everywhere),
+        init=jax.jit(init, out_shardings=home),
         train_step=compiled(train_step, P()),
-        stream_step=compiled(stream_step, _rows(mesh)),
+        stream_step=compiled(stream_step, parallel.data_spec(mesh)),
         predict=jax.jit(predict, out_shardings=everywhere),
-        epoch_order=jax.jit(
-            lambda key: data_lib.epoch_order(key, num_train), out_shardings=everywhere
+        epoch_order=jax.jit(epoch_order, out_shardings=everywhere),
+        loss_sums=tuple(
+            _loss_sum(network, mean, std)
+            for network in _networks(config, num_classes, None)
         ),
-        loss_sum=_loss_sum(model, mean, std),
         rate=jax.jit(
             functools.partial(
                 optimizers.learning_rate,
@@ -261,6 +278,47 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     )
 
 
+def _methods(config, num_classes, total_steps, steps_per_epoch, mesh):
+    """One method, or one for each member of another architecture."""
+    on_data = mesh is not None and "data" in mesh.shape
+    axis = "data" if on_data and config.sync_batchnorm else None
+    found = []
+    for network in _networks(config, num_classes, axis):
+        method = methods.create(
+            config.method,
+            network,
+            optimizers.create(config, total_steps, steps_per_epoch),
+            label_smoothing=config.label_smoothing,
+            smoothing=config.smoothing,
+            loss_scaling=config.dtype == "float16",
+            **method_options(config),
+            **_axis_names(mesh),
+        )
+        if isinstance(network, members.JointModel):
+            method = members.joint(method, network)
+        found.append(method)
+    return found
+
+
+def _networks(config, num_classes, batchnorm_axis_name):
+    """One network, one for each member of another architecture, or a joint one."""
+    names = config.member_names[:1] if config.stacked else config.member_names
+    networks = tuple(
+        models.create(
+            name,
+            num_classes,
+            dtype=jnp.dtype(config.dtype),
+            batchnorm_axis_name=batchnorm_axis_name,
+            **_model_options(config),
+        )
+        for name in names
+    )
+    if config.members is not None and config.ensemble == "joint":
+        count = len(config.member_names)
+        return (members.JointModel(networks, count, config.member_map),)
+    return networks
+
+
 def _model_options(config):
     options = {"stem": config.stem, "remat": config.remat or None}
     return {name: value for name, value in options.items() if value is not None}
@@ -269,12 +327,8 @@ def _model_options(config):
 def _axis_names(mesh):
     """The axes of a mesh, as the options of a method."""
     names = {"data": "axis_name", "particle": "particle_axis_name"}
-    return {names[axis]: axis for axis in (() if mesh is None else mesh.shape)}
-
-
-def _rows(mesh):
-    """How a batch is divided over a mesh."""
-    return P("data") if parallel.axis_size(mesh, "data") > 1 else P()
+    found = () if mesh is None else mesh.shape
+    return {names[axis]: axis for axis in found if axis in names}
 
 
 @functools.lru_cache(maxsize=16)
@@ -324,41 +378,6 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in set_}
 
 
-def sharpness(
-    config: TrainConfig, state: TrainState, dataset: Dataset, programs: Programs
-) -> dict[str, float]:
-    """The SAM gap on the training set, BatchNorm with its running statistics.
-
-    Args:
-      config: The run's configuration.
-      state: Its state.
-      dataset: The data.
-      programs: Compiled functions.
-
-    Returns:
-      sharpness (the gap at rho = 0.05) and train_nll, both in nats.
-    """
-    train = dataset.train
-    chosen = np.linspace(
-        0, train.num_examples - 1, min(train.num_examples, SHARPNESS_EXAMPLES)
-    ).astype(int)
-    part = Split(train.images[chosen], train.labels[chosen])
-    mesh = programs.mesh
-    batches = [
-        (*parallel.place(batch, mesh, _rows(mesh)), state.model_state)
-        for batch in _batches(config, part, mesh)
-    ]
-    found = landscape.sam_gap(programs.loss_sum, state.params, batches)
-    return {"sharpness": found.gap, "train_nll": found.loss}
-
-
-def _batches(config: TrainConfig, split: Split, mesh: Mesh | None):
-    """Batches for evaluation, of a size that the devices divide."""
-    devices = parallel.axis_size(mesh, "data")
-    size = min(config.eval_batch_size, split.num_examples)
-    return data_lib.eval_batches(split, -(-size // devices) * devices)
-
-
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """The two keys of a run: of its state, and of the order of its data.
 
@@ -406,14 +425,18 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{dataset.name}-{count}-{sampled:08x}-{kind}{whole:08x}"
 
 
-def check_same_data(meta: dict[str, Any], dataset: Dataset, output: Any) -> None:
+def check_same_data(was: str, now: str, output: Any) -> None:
     """Refuses data other than those that a run was trained on.
 
+    Args:
+      was: :func:`fingerprint` of the run's data, from its checkpoint.
+      now: That of the data at hand.
+      output: The run's folder, for the error.
+
     Raises:
-      ValueError: The checksums in the checkpoint's `meta` are others. Those of all
-        images are compared where both are of pixels, or both of records.
+      ValueError: The checksums are others. Those of all images are compared where both
+        are of pixels, or both of records.
     """
-    was, now = meta["data"], fingerprint(dataset)
     same_kind = was.rpartition("-")[2][0] == now.rpartition("-")[2][0]
     if was != now and (same_kind or was.rpartition("-")[0] != now.rpartition("-")[0]):
         raise ValueError(

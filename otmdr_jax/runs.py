@@ -34,14 +34,23 @@ class RunFolder:
         self._lines.write(json.dumps(_strict(record)) + "\n")
         self._lines.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if name not in ("step", "epoch", "split"):
+            numbers = {f"{name}/member{i}": value for name, values
+                       in record.get("members", {}).items()
+                       for i, value in enumerate(values)}  # fmt: skip
+            for name, value in {**record, **numbers}.items():
+                if name not in ("step", "epoch", "split", "members"):
                     tag = f"{record['split']}/{name}"
                     self._board.add_scalar(tag, value, record["step"])
 
-    def finish(self, result: dict[str, Any], log_probs: Any, labels: Any) -> None:
+    def finish(
+        self,
+        result: dict[str, Any],
+        log_probs: Any,
+        labels: Any,
+        member_log_probs: Any = None,
+    ) -> None:
         """Writes the result and the predictions behind it."""
-        write_result(self.path, result, log_probs, labels)
+        write_result(self.path, result, log_probs, labels, member_log_probs)
 
     def close(self) -> None:
         """Closes the logs."""
@@ -112,17 +121,23 @@ def reopen(path: str | os.PathLike, step: int) -> RunFolder:
 
 
 def write_result(
-    path: str | os.PathLike, result: dict[str, Any], log_probs: Any, labels: Any
+    path: str | os.PathLike,
+    result: dict[str, Any],
+    log_probs: Any,
+    labels: Any,
+    member_log_probs: Any = None,
 ) -> None:
     """Writes result.json and predictions.npz, each atomically."""
     path = pathlib.Path(path)
     scratch = path / "predictions.npz.tmp"
+    arrays: dict[str, Any] = {
+        "log_probs": np.asarray(log_probs, np.float32),
+        "labels": np.asarray(labels, np.int32),
+    }
+    if member_log_probs is not None:  # (M, N, C)
+        arrays["member_log_probs"] = np.asarray(member_log_probs, np.float32)
     with open(scratch, "wb") as file:
-        np.savez(
-            file,
-            log_probs=np.asarray(log_probs, np.float32),
-            labels=np.asarray(labels, np.int32),
-        )
+        np.savez(file, **arrays)
     os.replace(scratch, path / "predictions.npz")
     write_json(path / "result.json", result)
 
@@ -145,12 +160,13 @@ def _replace(path: pathlib.Path, content: bytes) -> None:
     os.replace(scratch, path)
 
 
-def _strict(record: dict[str, Any]) -> dict[str, Any]:
+def _strict(value: Any) -> Any:
     """JSON has no NaN: null stands for it."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
+    if isinstance(value, dict):
+        return {name: _strict(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(path, step):

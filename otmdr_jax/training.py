@@ -24,22 +24,25 @@ import numpy as np
 
 from otmdr_jax import config as config_lib
 from otmdr_jax import data as data_lib
-from otmdr_jax import parallel, progress, runs
+from otmdr_jax import members, parallel, progress, runs, windows
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
-from otmdr_jax.methods import TrainState
+from otmdr_jax.evaluation import Evaluation, evaluate, member_rows, sharpness
+from otmdr_jax.members import steps_taken
 from otmdr_jax.programs import (
+    check_models,
     check_same_data,
     compile_programs,
     environment,
-    evaluate,
+    few_images,
     fingerprint,
     load_data,
     make_mesh,
     method_options,
     run_keys,
-    sharpness,
 )
+
+PyTree = Any
 
 # Between checkpoints, where checkpoint_every is not set: within an epoch, what a kill
 # may cost; at the end of one, so that short epochs do not just write checkpoints.
@@ -55,15 +58,15 @@ class Result(NamedTuple):
     """What a run gives.
 
     Attributes:
-      state: The final training state.
+      state: The final training state: of an ensemble see :mod:`otmdr_jax.members`.
       metrics: Final metrics on the test set, sharpness, speed: see result.json.
       history: The logged events, as in metrics.jsonl.
-      log_probs: (N, C) on the test set.
+      log_probs: (N, C) on the test set; of an ensemble, of its mean probability.
       labels: (N,) of the test set.
       folder: Where everything is, or None.
     """
 
-    state: TrainState
+    state: PyTree
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
     log_probs: np.ndarray
@@ -126,18 +129,21 @@ def train(
       (11, (360, 10))
     """
     mesh = make_mesh(config)
-    method_options(config)  # what cannot work is refused before the data are read
+    # What cannot work is refused before the data are read.
+    method_options(config)
+    check_models(config)
     dataset = load_data(config) if dataset is None else dataset
+    data = fingerprint(dataset)
     if jax.process_count() > 1:
         same = dataclasses.replace(config, data_dir=None, cache_dir=None)
         parallel.check_agreement(repr(same), "the configuration")
-        parallel.check_agreement(fingerprint(dataset), "the data")
+        parallel.check_agreement(data, "the data")
     programs = compile_programs(config, dataset, mesh)
     show_progress = show_progress and parallel.is_main()
     if output is None:
         if resume:
             raise ValueError("resume=True needs output, the folder of the run.")
-        loop = Loop(config, dataset, programs, None, None, show_progress)
+        loop = Loop(config, dataset, programs, data, show_progress)
         return loop.run(programs.init(run_keys(config.seed)[0]), {})
     from otmdr_jax import checkpoint  # needs Orbax
 
@@ -159,11 +165,11 @@ def train(
         (latest,) = parallel.agree(-max(saved.steps(), default=-1))
         if resume and latest <= 0:
             state, meta = saved.restore(state, -int(latest))
-            check_same_data(meta, dataset, output)
+            check_same_data(meta["data"], data, output)
         if resume:
-            folder = parallel.on_main(lambda: runs.reopen(output, int(state.step)))
+            folder = parallel.on_main(lambda: runs.reopen(output, steps_taken(state)))
         try:
-            loop = Loop(config, dataset, programs, folder, saved, show_progress)
+            loop = Loop(config, dataset, programs, data, show_progress, folder, saved)
             return loop.run(state, meta)
         finally:
             if folder is not None:
@@ -173,16 +179,25 @@ def train(
 class Loop:
     """One run of the loop: where it is, what it logs and when it saves."""
 
-    def __init__(self, config, dataset, programs, folder, saved, show_progress):
+    def __init__(
+        self, config, dataset, programs, data, show_progress, folder=None, saved=None
+    ):
         """Puts the training set on the devices, unless it is to be streamed."""
         self.config, self.dataset, self.programs = config, dataset, programs
+        self.data = data  # its checksums
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
         _, self.data_key = run_keys(config.seed)
         streamed = config.input in ("host", "disk") or (
             config.input == "auto" and not data_lib.fits_on_device(dataset)
         )
         self.examples = self.stream = None
-        if not any(parallel.agree(streamed)):
+        streamed = any(parallel.agree(streamed))
+        if streamed and config.member_data == "own":
+            raise ValueError(
+                "member_data='own' needs the training set on the device, where members "
+                "can read it in any order: use --input device, or member_data='shared'."
+            )
+        if not streamed:
             self.examples = parallel.place(tuple(dataset.train), programs.mesh)
         # Windows of steps that are dispatched, but whose numbers are not fetched yet.
         self.unlogged: collections.deque[tuple[int, list, jax.Array]]
@@ -193,41 +208,46 @@ class Loop:
         self.meta: dict[str, Any] = {}
         self.signum = 0
 
-    def run(self, state: TrainState, meta: dict[str, Any]) -> Result:
+    def run(self, state: PyTree, meta: dict[str, Any]) -> Result:
         """Runs from `state` to the end."""
         mesh = "one device"
         if self.programs.mesh is not None:
             mesh = ",".join(f"{a}={n}" for a, n in self.programs.mesh.shape.items())
         fresh: dict[str, Any] = {
-            "data": fingerprint(self.dataset),
+            "data": self.data,
             "best": None,
             "speeds": [],
+            "diverged": [],
         }
         self.meta = {**fresh, **meta, "mesh": mesh}
-        self.saved_step = int(state.step)
+        self.saved_step = steps_taken(state)
         self.history = _read_history(self.folder)
         total = self.programs.total_steps
         particles = self.config.num_particles
         many = f" K = {particles}" if particles > 1 else ""
+        if self.config.members is not None:
+            many += f" x {len(self.config.member_names)}"
         title = f"{self.config.method}{many} seed {self.config.seed}"
         with (
             _signals(self._stop),
             progress.Progress(
-                total, int(state.step), title, self.show_progress
+                total, steps_taken(state), title, self.show_progress
             ) as self.progress,
         ):
-            if int(state.step):
-                self.progress.say(f"goes on after step {int(state.step)}")
-            if meta.get("mesh", mesh) != mesh and int(state.step) < total:
+            if steps_taken(state):
+                self.progress.say(f"goes on after step {steps_taken(state)}")
+            if meta.get("mesh", mesh) != mesh and steps_taken(state) < total:
                 self.progress.say(
                     f"the mesh was {meta['mesh']} and is {mesh}: the rest of the run "
                     "will not be the same bits"
                 )
-            if int(state.step) < total:
+            if steps_taken(state) < total:
+                if warning := few_images(self.config, self.programs.mesh):
+                    self.progress.say(warning)
                 self.progress.say("compiling")
-            self._open_stream(int(state.step))
+            self._open_stream(steps_taken(state))
             try:
-                while (step := int(state.step)) < total:
+                while (step := steps_taken(state)) < total:
                     state = self._epoch(state, min(self._end_of(step), total))
             finally:
                 if self.stream is not None:
@@ -250,7 +270,7 @@ class Loop:
             shard_count=size // (last - first),
         )
 
-    def _step(self, state: TrainState, order: jax.Array, i: int):
+    def _step(self, state: PyTree, order: jax.Array, i: int):
         """Dispatches step i of an epoch."""
         if self.stream is None:
             return self.programs.train_step(state, self.examples, order, np.int32(i))
@@ -262,9 +282,9 @@ class Loop:
         per_epoch = self.programs.steps_per_epoch
         return (step // per_epoch + 1) * per_epoch
 
-    def _epoch(self, state: TrainState, end: int) -> TrainState:
+    def _epoch(self, state: PyTree, end: int) -> PyTree:
         """Trains to the end of an epoch, then evaluates and saves if they are due."""
-        step = start = int(state.step)
+        step = start = steps_taken(state)
         epoch, first = divmod(start, self.programs.steps_per_epoch)
         order = self.programs.epoch_order(jax.random.fold_in(self.data_key, epoch))
         window: list[dict[str, jax.Array]] = []
@@ -297,8 +317,11 @@ class Loop:
                     self._close_window(state, window, step)
                     self._interrupted(state, step, stop)
                 if save:
+                    # Its window ends here: a run that goes on from the checkpoint
+                    # never sees the numbers of steps before it.
+                    window = self._close_window(state, window, step)
                     self._save(state)
-        jax.block_until_ready(state.params)
+        jax.block_until_ready(state)
         if step > timed_from:
             seconds = (time.perf_counter() - began) / (step - timed_from)
             self.meta["speeds"].append(seconds)
@@ -306,7 +329,7 @@ class Loop:
         self._end_of_epoch(state, step)
         return state
 
-    def _end_of_epoch(self, state: TrainState, step: int) -> None:
+    def _end_of_epoch(self, state: PyTree, step: int) -> None:
         epoch = step // self.programs.steps_per_epoch
         if step == self.programs.total_steps:
             return
@@ -321,8 +344,8 @@ class Loop:
             self._interrupted(state, step, stop)
 
     def _evaluate(
-        self, state: TrainState, step: int, final: bool = False
-    ) -> tuple[float | None, Any]:
+        self, state: PyTree, step: int, final: bool = False
+    ) -> tuple[float | None, Evaluation]:
         """Logs metrics of the validation and the test set.
 
         Returns:
@@ -339,12 +362,19 @@ class Loop:
                 self.dataset,
                 split,
                 self.programs,
+                without=tuple(self.meta["diverged"]),
                 show_progress=final and self.show_progress,
             )
-            values = found[0]
+            values = found.metrics
             done = ((old["split"], old["step"]) for old in self.history[-4:])
             if (split, step) not in done:  # a finished run that is resumed
-                self._log({"step": step, "split": split, **values})
+                record: dict[str, Any] = {"step": step, "split": split, **values}
+                if found.members is not None:
+                    record["members"] = {
+                        name: [member[name] for member in found.members]
+                        for name in found.members[0]
+                    }
+                self._log(record)
             if split == "validation":
                 score = -values["nll"]
                 best = self.meta["best"]
@@ -352,11 +382,11 @@ class Loop:
                     self.meta["best"] = {"step": step, "score": score, **values}
         return score, found
 
-    def _finish(self, state: TrainState) -> Result:
-        step = int(state.step)
+    def _finish(self, state: PyTree) -> Result:
+        step = steps_taken(state)
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
-        score, (values, log_probs) = self._evaluate(state, step, final=True)
+        score, found = self._evaluate(state, step, final=True)
         if self.saved is not None:
             self._save(state, score)
         stop, _ = self._decide(step, SECONDS_BETWEEN_EPOCHS)
@@ -364,31 +394,28 @@ class Loop:
             self._interrupted(state, step, stop)
         self.progress.say("measuring sharpness")
         speeds = self.meta["speeds"]
-        speed = statistics.median(speeds) if speeds else float("nan")
-        result = {
-            "finished": True,
-            **values,
-            **sharpness(self.config, state, self.dataset, self.programs),
-            "seconds_per_step": speed,
-            "steps": step,
-            "epochs": step / self.programs.steps_per_epoch,
-            "skipped_steps": int(state.skipped),
-            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-            "best": self.meta["best"],
-            "mesh": self.meta["mesh"],
-            **environment(),
-        }
+        result = final_result(
+            self.config,
+            state,
+            self.programs,
+            found,
+            sharpness(self.config, state, self.dataset, self.programs),
+            self.meta,
+        )
+        result["seconds_per_step"] = (
+            statistics.median(speeds) if speeds else float("nan")
+        )
         labels = np.asarray(self.dataset.test.labels)
         if self.folder is not None:
-            self.folder.finish(result, log_probs, labels)
+            self.folder.finish(result, found.log_probs, labels, found.member_log_probs)
         folder = None if self.folder is None else self.folder.path
-        return Result(state, result, self.history, log_probs, labels, folder)
+        return Result(state, result, self.history, found.log_probs, labels, folder)
 
-    def _close_window(self, state: TrainState, window: list, step: int) -> list:
+    def _close_window(self, state: PyTree, window: list, step: int) -> list:
         """Leaves a window that ends with `step` to be logged; returns the next one."""
         if window:
             # Dispatched before the next step takes the optimizer's state.
-            rate = self.programs.rate(np.int32(step - 1), state.opt_state)
+            rate = self.programs.rate(np.int32(step - 1), members.opt_states(state))
             self.unlogged.append((step, window, rate))
         return []
 
@@ -397,31 +424,35 @@ class Loop:
         while self.unlogged and self.unlogged[0][0] <= step:
             self._log_training(*self.unlogged.popleft())
 
-    def _log_training(self, step: int, window: list, rate: jax.Array) -> None:
+    def _log_training(self, step: int, steps: list, rate: jax.Array) -> None:
         """Logs the means over a window of steps; stops a run that has diverged."""
-        values = {
-            name: np.asarray(jax.device_get([numbers[name] for numbers in window]))
-            for name in window[0]
-        }
-        in_row = values.pop("skipped_in_row")
-        means = {
-            # Skipped steps are counted below; their NaN would hide the others.
-            name: float(np.mean(column[in_row == 0])) if np.any(in_row == 0) else np.nan
-            for name, column in values.items()
-        }
-        record = {
+        window = windows.summarise(steps, self.config.max_skipped)
+        record: dict[str, Any] = {
             "step": step,
             "split": "train",
-            **means,
+            **window.means,
             "learning_rate": float(rate),
-            "skipped_steps": int(np.sum(in_row > 0)),
+            "skipped_steps": window.skipped,
         }
+        if window.member_means:
+            record["members"] = window.member_means
         if self.meta["speeds"]:  # known from the end of the first epoch on
             record["seconds_per_step"] = self.meta["speeds"][-1]
         self._log(record)
-        self.progress.update(step, {k: means[k] for k in ("loss", "accuracy")})
-        if np.max(in_row) >= self.config.max_skipped:
-            self._diverged(step - len(window) + int(np.argmax(in_row)) + 1)
+        self.progress.update(step, {k: window.means[k] for k in ("loss", "accuracy")})
+        first = step - len(steps) + 1
+        count = len(next(iter(window.member_means.values()), [0]))
+        for member, index in window.stalled.items():
+            if member in self.meta["diverged"]:
+                continue
+            if len(self.meta["diverged"]) == count - 1:  # the last one
+                self._diverged(first + index)
+            self.meta["diverged"] = sorted([*self.meta["diverged"], member])
+            self.progress.say(
+                f"member {member} diverged: its loss or gradient was not finite in "
+                f"{self.config.max_skipped} steps in a row, up to step {first + index}."
+                " It no longer counts in the ensemble's prediction; the others go on"
+            )
 
     def _diverged(self, step: int) -> None:
         where = ""
@@ -450,11 +481,10 @@ class Loop:
         stop, save = parallel.agree(self.signum, due and self.saved is not None)
         return int(stop), bool(save)
 
-    def _save(self, state: TrainState, score: float | None = None) -> None:
-        # A run that goes on from here never logs again what came before.
-        self._log_windows(int(state.step))
+    def _save(self, state: PyTree, score: float | None = None) -> None:
+        self._log_windows(steps_taken(state))
         self.saved.save(state, self.meta, score)
-        self.saved_at, self.saved_step = time.perf_counter(), int(state.step)
+        self.saved_at, self.saved_step = time.perf_counter(), steps_taken(state)
 
     def _stop(self, signum: int) -> None:
         self.signum = signum
@@ -462,7 +492,7 @@ class Loop:
             # Not print: a handler may come in the middle of one.
             os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def _interrupted(self, state: TrainState, step: int, signum: int) -> None:
+    def _interrupted(self, state: PyTree, step: int, signum: int) -> None:
         if self.saved is None:
             self._log_windows(step)
             raise Interrupted("stopped; nothing was saved, there is no output.", signum)
@@ -473,6 +503,44 @@ class Loop:
             + (" (on every host)" if jax.process_count() > 1 else ""),
             signum,
         )
+
+
+def final_result(
+    config: TrainConfig,
+    state: PyTree,
+    programs: Any,
+    found: Evaluation,
+    sharp: dict[str, Any],
+    meta: dict[str, Any],
+) -> dict[str, Any]:
+    """What result.json holds of a finished run, but for its speed.
+
+    Args:
+      config: The run's configuration.
+      state: Its final state.
+      programs: Its compiled functions.
+      found: Its evaluation on the test set.
+      sharp: What :func:`otmdr_jax.evaluation.sharpness` gave.
+      meta: What is saved beside the state.
+    """
+    each = members.separate(state)
+    step = steps_taken(state)
+    result = {
+        "finished": True,
+        **found.metrics,
+        "sharpness": sharp["sharpness"],
+        "train_nll": sharp["train_nll"],
+        "steps": step,
+        "epochs": step / programs.steps_per_epoch,
+        "skipped_steps": sum(int(member.skipped) for member in each),
+        "parameters": sum(x.size for m in each for x in jax.tree.leaves(m.params)),
+        "best": meta["best"],
+        "mesh": meta["mesh"],
+        **environment(),
+    }
+    if found.members is not None:
+        result["members"] = member_rows(config, state, found, sharp, meta)
+    return result
 
 
 def _check_same_run(old: TrainConfig, new: TrainConfig, output: pathlib.Path) -> None:

@@ -35,7 +35,7 @@ def run(code, check=True, cwd=None):
 def test_zoo_training_and_evaluation_run_on_arrays(tmp_path):
     code = """
 import numpy as np, jax
-from otmdr_jax import data, models, programs, training
+from otmdr_jax import data, models, evaluation, training
 from otmdr_jax.config import TrainConfig
 rng = np.random.default_rng(0)
 labels = rng.integers(0, 3, 96)
@@ -48,7 +48,7 @@ config = TrainConfig(
 result = training.train(config, dataset, "run")
 resumed = training.train(config, dataset, "run", resume=True)
 assert resumed.metrics["nll"] == result.metrics["nll"]
-values, _ = programs.evaluate(config, result.state, dataset)
+values = evaluation.evaluate(config, result.state, dataset).metrics
 assert values["accuracy"] == result.metrics["accuracy"]
 wide = models.create("wide_resnet_28_10", 10)
 assert models.parameter_count(wide, (32, 32, 3)) == 36_479_194

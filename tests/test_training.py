@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -15,7 +18,16 @@ import numpy as np
 import optax
 import pytest
 
-from otmdr_jax import data, methods, models, optimizers, programs, runs, training
+from otmdr_jax import (
+    data,
+    evaluation,
+    methods,
+    models,
+    optimizers,
+    programs,
+    runs,
+    training,
+)
 from otmdr_jax.config import TrainConfig
 
 TINY = TrainConfig(
@@ -205,6 +217,81 @@ def test_the_best_checkpoint_and_the_latest_are_kept_over_processes(tmp_path):
             saved.restore(state(0), 3)
 
 
+def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
+    """Written field by field, before there were loss scales."""
+    import orbax.checkpoint as ocp
+
+    from otmdr_jax.checkpoint import Checkpoints
+
+    state = methods.TrainState(
+        {"w": jnp.ones(2)}, {}, {}, jax.random.key(4), *map(jnp.int32, (3, 1, 0))
+    )
+
+    class Old(NamedTuple):
+        params: Any
+        model_state: Any
+        opt_state: Any
+        key: Any
+        step: Any
+        skipped: Any
+        skipped_in_row: Any
+
+    with ocp.CheckpointManager(
+        tmp_path / "c", item_names=("state", "meta"), options=None
+    ) as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(Old(*state[:-1])), meta=ocp.args.JsonSave({})
+        )
+        manager.save(3, args=items)
+    with Checkpoints(tmp_path / "c", scored=False, read_only=True) as saved:
+        assert_same_bits(saved.restore(state).state, state)
+
+
+def test_logs_of_a_resumed_run_are_those_of_a_whole_one(small, tmp_path):
+    """Windows end at checkpoints, whatever the intervals: no step is lost."""
+    config = dataclasses.replace(
+        TINY,
+        epochs=2,
+        batch_size=16,
+        log_every=5,
+        checkpoint_every=4,
+        keep_checkpoints=9,
+    )
+    folder = tmp_path / "run"
+    training.train(config, small, folder, show_progress=False)
+
+    def losses():
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        records = [r for r in map(json.loads, lines) if r["split"] == "train"]
+        return [(r["step"], r["loss"], r["skipped_steps"]) for r in records]
+
+    whole = losses()
+    assert [step for step, *_ in whole] == [4, 5, 8, 10, 12, 15, 16, 20]
+    for name in ("result.json", "predictions.npz"):
+        (folder / name).unlink()
+    for step in (folder / "checkpoints").glob("[0-9]*"):
+        if int(step.name) > 8:
+            shutil.rmtree(step)
+    training.train(config, small, folder, resume=True, show_progress=False)
+    assert losses() == whole
+
+
+@pytest.mark.parametrize(
+    ("saved", "step", "due"),
+    [(4, 7, False), (4, 8, True), (4, 10, True), (8, 10, False)],
+)
+def test_a_save_is_due_once_a_multiple_has_passed(saved, step, due):
+    """On many hosts it is asked at the ends of windows alone, not at each step."""
+    loop = types.SimpleNamespace(
+        config=dataclasses.replace(TINY, checkpoint_every=4),
+        saved_at=time.perf_counter(),
+        saved_step=saved,
+        saved=object(),
+        signum=0,
+    )
+    assert training.Loop._decide(loop, step, 600.0) == (0, due)
+
+
 def test_a_run_stopped_while_it_measures_its_result_is_saved(
     small, tmp_path, monkeypatch
 ):
@@ -241,8 +328,6 @@ def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path)
 
 def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
     """What a kill in the middle of a save leaves: a temporary folder, removed."""
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(straight.folder, folder)
     latest = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name))
@@ -300,6 +385,8 @@ class TestRefusals:
             (dict(rho=(-1.0,)), "rho must be finite and not negative"),
             (dict(epochs=True), "epochs must be a number"),
             (dict(learning_rate="0.1"), "learning_rate must be a number"),
+            (dict(microbatch_size=2.5), "microbatch_size must be an integer"),
+            (dict(remat="yes"), "remat must be a flag"),
             (dict(smoothing="rest"), "smoothing must be one of 'all', 'others'"),
         ],
     )
@@ -345,7 +432,7 @@ def test_every_example_counts_exactly_once_in_evaluation(small, straight):
     reference = None
     for size in (1000, 64, 7):
         config = dataclasses.replace(TINY, eval_batch_size=size)
-        values, log_probs = programs.evaluate(config, straight.state, small)
+        values, log_probs, *_ = evaluation.evaluate(config, straight.state, small)
         assert log_probs.shape == (small.test.num_examples, 3)
         reference = log_probs if reference is None else reference
         np.testing.assert_allclose(log_probs, reference, rtol=1e-4, atol=1e-6)
@@ -420,11 +507,11 @@ def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch
 def test_sharpness_is_the_gap_of_one_ascent_step_on_the_training_set(small, straight):
     """Against a NumPy norm and two plain evaluations."""
     compiled = programs.compile_programs(TINY, small)
-    found = programs.sharpness(TINY, straight.state, small, compiled)
+    found = evaluation.sharpness(TINY, straight.state, small, compiled)
     batch = (*small.train, np.ones(160, bool), straight.state.model_state)
 
     def loss(params):
-        total, count = compiled.loss_sum(params, batch)
+        total, count = compiled.loss_sums[0](params, batch)
         return total / count
 
     value, grads = jax.jit(jax.value_and_grad(loss))(straight.state.params)

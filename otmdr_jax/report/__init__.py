@@ -16,7 +16,13 @@ from otmdr_jax.report.plots import (
     plot_reliability,
     reliability_figure,
 )
-from otmdr_jax.report.reading import Run, label_of, read_run, with_distinct_labels
+from otmdr_jax.report.reading import (
+    Run,
+    label_of,
+    member_runs,
+    read_run,
+    with_distinct_labels,
+)
 from otmdr_jax.report.tables import (
     DEFAULT_COLUMNS,
     Cell,
@@ -37,6 +43,7 @@ __all__ = [
     "label_of",
     "learning_curves_figure",
     "markdown_table",
+    "member_runs",
     "plot_learning_curves",
     "plot_reliability",
     "print_table",

@@ -42,7 +42,8 @@ def label_of(config: Mapping[str, Any]) -> str:
     """A short label of a run's method, for humans.
 
     Args:
-      config: The run's options; "method", "num_particles" and "optimizer" are used.
+      config: The run's options; "method", "num_particles", "optimizer", "members" and
+        "ensemble" are used.
 
     Returns:
       The method's written name, with K for OT-MDR; the method itself where no other
@@ -54,8 +55,8 @@ def label_of(config: Mapping[str, Any]) -> str:
     Example:
       >>> label_of({"method": "otmdr", "num_particles": 2})
       'OT-MDR (K = 2)'
-      >>> label_of({"method": "sam"}), label_of({"method": "snapshot"})
-      ('SAM', 'snapshot')
+      >>> label_of({"method": "sam"}), label_of({"method": "sam", "members": "5"})
+      ('SAM', 'SAM, 5 members')
     """
     if not config.get("method"):
         raise ValueError(
@@ -63,11 +64,42 @@ def label_of(config: Mapping[str, Any]) -> str:
             "label=... ."
         )
     method = str(config["method"])
+    label = _NAMES.get(method, method)
     if method == "otmdr" and "num_particles" in config:
-        return f"OT-MDR (K = {config['num_particles']})"
+        label = f"OT-MDR (K = {config['num_particles']})"
     if method == "sgd" and config.get("optimizer") in _OPTIMIZERS:
-        return _OPTIMIZERS[config["optimizer"]]
-    return _NAMES.get(method, method)
+        label = _OPTIMIZERS[config["optimizer"]]
+    if members := config.get("members"):
+        count = int(members) if members.isdigit() else len(members.split(","))
+        label += f", {count} members"
+        if config.get("ensemble") == "joint":
+            label += ", joint"
+    return label
+
+
+def member_runs(run: Run) -> list[Run]:
+    """The members of an ensemble's run, each as a run of its own to be tabulated.
+
+    Args:
+      run: A run.
+
+    Returns:
+      A run for each member, with its number and model as label; none for the run of a
+      single model. Predictions are those of the ensemble.
+
+    Example:
+      >>> result = {"members": [{"model": "cnn_small", "nll": 0.5}]}
+      >>> [r.label for r in member_runs(Run(None, "SGD", {}, result, [], None, None))]
+      ['0: cnn_small']
+    """
+    return [
+        run._replace(
+            label=f"{i}: {member['model']}"
+            + (" (diverged)" if member.get("diverged") else ""),
+            result=member,
+        )
+        for i, member in enumerate(run.result.get("members", []))
+    ]
 
 
 def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:

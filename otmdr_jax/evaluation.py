@@ -1,0 +1,187 @@
+"""What a training state is worth: predictions, metrics, sharpness, over whole sets.
+
+Of an ensemble these are the metrics of its mean probability; its members' own and how
+much they differ stand beside them.
+"""
+
+import collections
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from otmdr_jax import data as data_lib
+from otmdr_jax import diversity, landscape, metrics, parallel
+from otmdr_jax import members as members_lib
+from otmdr_jax.config import TrainConfig
+from otmdr_jax.data import Dataset, Split
+from otmdr_jax.programs import Programs, compile_programs
+from otmdr_jax.progress import Progress
+
+PyTree = Any
+
+# Sharpness is measured on at most so many training images, evenly spread.
+SHARPNESS_EXAMPLES = 2_000
+
+
+class Evaluation(NamedTuple):
+    """What :func:`evaluate` gives.
+
+    Attributes:
+      metrics: Metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
+        split; NaN if a prediction is. Of an ensemble also those of
+        :func:`otmdr_jax.diversity.evaluate`.
+      log_probs: (N, C) log-probabilities: the mean over samples, in log space.
+      member_log_probs: (M, N, C) of an ensemble's members, None of a single model.
+      members: Metrics of each member, None of a single model.
+    """
+
+    metrics: dict[str, float]
+    log_probs: np.ndarray
+    member_log_probs: np.ndarray | None = None
+    members: list[dict[str, float]] | None = None
+
+
+def evaluate(
+    config: TrainConfig,
+    state: PyTree,
+    dataset: Dataset,
+    split: str = "test",
+    programs: Programs | None = None,
+    *,
+    without: tuple[int, ...] = (),
+    show_progress: bool = False,
+) -> Evaluation:
+    """Evaluates a state on a split, each example once.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      dataset: The data.
+      split: "train", "validation" or "test".
+      programs: Compiled functions, where they exist already.
+      without: Members that do not count in the ensemble's prediction, as they diverged.
+      show_progress: Whether to show progress.
+
+    Returns:
+      An :class:`Evaluation`.
+    """
+    programs = compile_programs(config, dataset) if programs is None else programs
+    examples = getattr(dataset, split)
+    chunks: list[np.ndarray] = []
+    title = f"evaluating the {split} set"
+    mesh = programs.mesh
+    with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
+
+        def fetch(log_probs, mask):
+            chunks.append(np.asarray(log_probs)[:, mask])  # (S, B, C)
+            bar.update(sum(chunk.shape[1] for chunk in chunks), {})
+
+        # Fetched one batch behind: the device has work while the host sends the next.
+        ahead: collections.deque[Any] = collections.deque()
+        for images, _, mask in _batches(config, examples, mesh):
+            images = parallel.place(images, mesh, parallel.data_spec(mesh))
+            ahead.append((programs.predict(state, images), mask))
+            if len(ahead) > 1:
+                fetch(*ahead.popleft())
+        fetch(*ahead.popleft())
+    samples = np.concatenate(chunks, axis=1).astype(np.float64)  # (S, N, C)
+    if config.members is None:
+        log_probs = _mean(samples)
+        return Evaluation(_metrics(log_probs, examples.labels), log_probs)
+    kept = [m for m in range(len(samples)) if m not in without] or list(
+        range(len(samples))
+    )
+    log_probs = _mean(samples[kept])
+    found = _metrics(log_probs, examples.labels)
+    of_all = samples[kept]
+    if len(kept) > 1 and not np.isnan(of_all).any():
+        found |= diversity.evaluate(of_all, examples.labels)
+    each = [_metrics(_mean(x[None]), examples.labels) for x in samples]
+    return Evaluation(found, log_probs, samples, each)
+
+
+def sharpness(
+    config: TrainConfig, state: PyTree, dataset: Dataset, programs: Programs
+) -> dict[str, Any]:
+    """The SAM gap on the training set, BatchNorm with its running statistics.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      dataset: The data.
+      programs: Compiled functions.
+
+    Returns:
+      sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
+      independent members their means, and `member_sharpness`.
+    """
+    train = dataset.train
+    chosen = np.linspace(
+        0, train.num_examples - 1, min(train.num_examples, SHARPNESS_EXAMPLES)
+    ).astype(int)
+    part = Split(train.images[chosen], train.labels[chosen])
+    mesh = programs.mesh
+    batches = [
+        parallel.place(batch, mesh, parallel.data_spec(mesh))
+        for batch in _batches(config, part, mesh)
+    ]
+    found = []
+    for i, member in enumerate(members_lib.separate(state)):
+        loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
+        with_state = [(*batch, member.model_state) for batch in batches]
+        found.append(landscape.sam_gap(loss_sum, member.params, with_state))
+    result: dict[str, Any] = {
+        "sharpness": float(np.mean([x.gap for x in found])),
+        "train_nll": float(np.mean([x.loss for x in found])),
+    }
+    if len(found) > 1:
+        result["member_sharpness"] = [x.gap for x in found]
+    return result
+
+
+def member_rows(
+    config: TrainConfig,
+    state: PyTree,
+    found: Evaluation,
+    sharp: dict[str, Any],
+    meta: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """What results hold of each member of an ensemble: model, metrics, divergence.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      found: Its evaluation.
+      sharp: What :func:`sharpness` gave; members with a joint loss have none.
+      meta: What is saved beside the state.
+    """
+    rows = [
+        {"model": name, **values, "diverged": i in meta.get("diverged", ())}
+        for i, (name, values) in enumerate(
+            zip(config.member_names, found.members or (), strict=True)
+        )
+    ]
+    gaps = sharp.get("member_sharpness", ())
+    states = members_lib.separate(state) if gaps else ()
+    for row, gap, member in zip(rows, gaps, states, strict=False):
+        row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
+    return rows
+
+
+def _metrics(log_probs, labels):
+    if np.isnan(log_probs).any():  # diverged: there is nothing to measure
+        return dict.fromkeys(metrics.NAMES, float("nan"))
+    return metrics.evaluate(log_probs, labels)
+
+
+def _mean(samples):
+    """The mean of S probabilities in log space, normalised. # (S, N, C) -> (N, C)."""
+    total = np.logaddexp.reduce(samples, axis=0)
+    return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
+
+
+def _batches(config, split, mesh):
+    """Batches for evaluation, of a size that the devices divide."""
+    devices = parallel.axis_size(mesh, "data")
+    size = min(config.eval_batch_size, split.num_examples)
+    return data_lib.eval_batches(split, -(-size // devices) * devices)

@@ -1,0 +1,356 @@
+"""Ensembles through the loop, the checkpoints and the command line."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from otmdr_jax import (
+    cli,
+    combine,
+    data,
+    diversity,
+    ensemble,
+    evaluation,
+    members,
+    methods,
+    metrics,
+    programs,
+    report,
+    runs,
+    training,
+)
+from otmdr_jax.config import TrainConfig
+
+TINY = TrainConfig(
+    members="3", mesh="data=1", method="otmdr", noise_std=0.01, epochs=2, batch_size=64,
+    log_every=4, eval_every=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def small(digits):
+    """320 digits: five steps an epoch."""
+    train = digits.train.images[:320], digits.train.labels[:320]
+    test = digits.test.images[:150], digits.test.labels[:150]
+    return data.from_arrays(train, test, num_classes=10, name="small")
+
+
+@pytest.fixture(scope="module")
+def trio(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trio") / "run"
+    return training.train(TINY, small, folder, show_progress=False)
+
+
+@pytest.fixture(scope="module")
+def mixed(small, tmp_path_factory):
+    """Two architectures."""
+    config = dataclasses.replace(
+        TINY, members="cnn_small,wide_resnet_10_1", method="sgd", noise_std=0.0
+    )
+    folder = tmp_path_factory.mktemp("mixed") / "run"
+    return training.train(config, small, folder, show_progress=False)
+
+
+def assert_same_bits(got, want):
+    def same(a, b):
+        if jax.numpy.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+    jax.tree.map(same, got, want)
+
+
+def losses(result):
+    return [r["loss"] for r in result.history if r["split"] == "train"]
+
+
+class TestRun:
+    def test_a_member_is_a_run_of_its_own(self, small, trio):
+        """The loop of one model, from each member's key, gives its losses."""
+        keys = jax.random.split(programs.run_keys(TINY.seed)[0], 3)
+        config = dataclasses.replace(TINY, members=None)
+        for m in range(3):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    training,
+                    "run_keys",
+                    lambda seed, m=m: (keys[m], programs.run_keys(seed)[1]),
+                )
+                alone = training.train(config, small, show_progress=False)
+            mine = [
+                r["members"]["loss"][m] for r in trio.history if r["split"] == "train"
+            ]
+            np.testing.assert_allclose(mine, losses(alone), rtol=1e-3)
+            np.testing.assert_allclose(
+                trio.metrics["members"][m]["nll"], alone.metrics["nll"], rtol=2e-3
+            )
+
+    def test_the_prediction_is_the_mean_of_probabilities(self, small, trio):
+        with np.load(trio.folder / "predictions.npz") as saved:
+            each, mean = np.exp(saved["member_log_probs"]), np.exp(saved["log_probs"])
+        np.testing.assert_allclose(each.mean(axis=0), mean, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            trio.metrics["nll"], metrics.nll(trio.log_probs, small.test.labels)
+        )
+        result = json.loads((trio.folder / "result.json").read_text())
+        for m, row in enumerate(result["members"]):
+            log_probs = np.log(each[m].astype(np.float64))
+            want = metrics.evaluate(log_probs, small.test.labels)
+            np.testing.assert_allclose(row["nll"], want["nll"], rtol=1e-4)
+            assert row["model"] == "cnn_small" and not row["diverged"]
+        want = diversity.evaluate(np.log(each.astype(np.float64)), small.test.labels)
+        for name in diversity.NAMES:
+            np.testing.assert_allclose(result[name], want[name], rtol=1e-3)
+        own = [row["nll"] for row in result["members"]]
+        gain = np.mean(own) - result["nll"]
+        np.testing.assert_allclose(result["nll_ambiguity"], gain, rtol=1e-6)
+
+    @pytest.mark.parametrize("case", ["trio", "mixed"])
+    def test_resumption_is_exact(self, case, small, tmp_path, request):
+        want = request.getfixturevalue(case)
+        config = runs.read_config(want.folder)
+        folder = tmp_path / "run"
+        half = dataclasses.replace(config, checkpoint_every=5)
+        with pytest.MonkeyPatch.context() as patch:
+
+            def killed(*args, **kwargs):
+                raise KeyboardInterrupt
+
+            patch.setattr(training.Loop, "_finish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                training.train(half, small, folder, show_progress=False)
+        got = training.train(half, small, folder, resume=True, show_progress=False)
+        assert_same_bits(got.state, want.state)
+        assert got.metrics["nll"] == want.metrics["nll"]
+
+    def test_evaluation_of_a_checkpoint(self, small, mixed):
+        config = runs.read_config(mixed.folder)
+        compiled = programs.compile_programs(config, small)
+        restored = combine.restore(config, compiled, mixed.folder)
+        found = evaluation.evaluate(config, restored.state, small, "test", compiled)
+        np.testing.assert_array_equal(found.log_probs, mixed.log_probs)
+        assert [row["model"] for row in mixed.metrics["members"]] == [
+            "cnn_small",
+            "wide_resnet_10_1",
+        ]
+
+    @pytest.mark.parametrize("mesh", ["member=3", "member=3,data=2"])
+    def test_members_on_their_own_devices(self, mesh, small, trio):
+        """With the split of one device: BatchNorm and halves see the same examples."""
+        config = dataclasses.replace(TINY, mesh=mesh, split="shared", epochs=1,
+                                     sync_batchnorm="data" in mesh)  # fmt: skip
+        got = training.train(config, small, show_progress=False)
+        one = dataclasses.replace(config, mesh="data=1", sync_batchnorm=False)
+        want = training.train(one, small, show_progress=False)
+        np.testing.assert_allclose(losses(got), losses(want), rtol=1e-3)
+        np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
+        assert got.metrics["mesh"] == mesh
+
+    def test_orders_of_their_own(self, small):
+        shared = dataclasses.replace(TINY, epochs=1, method="sgd", noise_std=0.0,
+                                     augment=(), learning_rate=0.0)  # fmt: skip
+        config = dataclasses.replace(shared, member_data="own")
+        order = programs.compile_programs(config, small).epoch_order(jax.random.key(0))
+        assert order.shape == (3, 320)
+        assert all(sorted(row) == list(range(320)) for row in order.tolist())
+        assert len({tuple(row) for row in order.tolist()}) == 3
+        found = training.train(config, small, show_progress=False)
+        assert found.metrics["steps"] == 5
+        with pytest.raises(ValueError, match="member_data='own' .* on the device"):
+            training.train(
+                dataclasses.replace(config, input="host"), small, show_progress=False
+            )
+
+    def test_streamed_members_are_resident_ones(self, small, trio):
+        config = dataclasses.replace(TINY, input="host")
+        got = training.train(config, small, show_progress=False)
+        assert_same_bits(got.state.params, trio.state.params)
+
+    def test_a_member_that_diverges_is_named_and_does_not_stop_the_rest(
+        self, small, capsys, monkeypatch, tmp_path
+    ):
+        init = members.init
+
+        def poisoned(*args):
+            state = init(*args)
+            bad = jax.tree.map(lambda x: x.at[1].set(np.nan), state.params)
+            return state._replace(params=bad)
+
+        monkeypatch.setattr(members, "init", poisoned)
+        config = dataclasses.replace(TINY, max_skipped=4, clip_norm=1.0, epochs=3)
+        result = training.train(config, small, tmp_path / "run")
+        said = capsys.readouterr().err
+        assert said.count("member 1 diverged") == 1 and "up to step 4" in said
+        rows = result.metrics["members"]
+        assert [row["diverged"] for row in rows] == [False, True, False]
+        assert [row["skipped_steps"] for row in rows] == [0, 15, 0]
+        assert np.isfinite(result.log_probs).all() and np.isfinite(
+            result.metrics["nll"]
+        )
+        with np.load(tmp_path / "run" / "predictions.npz") as saved:
+            each = saved["member_log_probs"]
+        want = ensemble.log_mean_probs(each[[0, 2]])
+        np.testing.assert_allclose(result.log_probs, want, rtol=1e-4, atol=1e-5)
+        written = json.loads((tmp_path / "run" / "result.json").read_text())
+        assert written["members"][1]["nll"] is None
+
+    def test_a_run_ends_when_all_have_diverged(self, small):
+        config = dataclasses.replace(
+            TINY, method="sgd", noise_std=0.0, learning_rate=1e20, schedule="constant",
+            max_skipped=2, epochs=9,
+        )  # fmt: skip
+        with pytest.raises(training.NonFiniteError, match="not finite in 2 steps"):
+            training.train(config, small, show_progress=False)
+
+    def test_joint(self, small, tmp_path):
+        config = dataclasses.replace(TINY, ensemble="joint", epochs=1, members="2")
+        result = training.train(config, small, tmp_path / "run", show_progress=False)
+        assert isinstance(result.state, methods.TrainState)
+        assert result.state.params["head"]["kernel"].shape[0] == 2
+        assert len(result.metrics["members"]) == 2
+        label = report.read_run(tmp_path / "run").label
+        assert label == "OT-MDR (K = 1), 2 members, joint"
+        with pytest.raises(ValueError, match="trained for each other"):
+            combine.combine([tmp_path / "run"], tmp_path / "new", [0, 1])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """From the command line, on digits: three members, two of another seed, a model."""
+    root = tmp_path_factory.mktemp("cli")
+    common = [
+        "train",
+        "--steps",
+        "22",
+        "--quiet",
+        "--mesh",
+        "data=1",
+        "--method",
+        "sam",
+    ]
+    for name, options in {
+        "three": ["--members", "3"],
+        "two": ["--members", "2", "--seed", "1"],
+        "one": ["--model", "wide_resnet_10_1", "--seed", "2"],
+    }.items():
+        cli.main([*common, *options, "--output", str(root / name)])
+    return root
+
+
+def predictions(folder):
+    with np.load(folder / "predictions.npz") as saved:
+        return saved["member_log_probs"]
+
+
+class TestCombine:
+    def test_members_are_added(self, folders, capsys):
+        before = (folders / "three" / "result.json").read_bytes()
+        out = folders / "five"
+        cli.main(["ensemble", str(folders / "three"), str(folders / "two"),
+                  "--output", str(out)])  # fmt: skip
+        shown = capsys.readouterr().out
+        assert "SAM, 5 members" in shown and "4: cnn_small" in shown
+        assert "Diversity: disagreement" in shown
+        want = np.concatenate([predictions(folders / n) for n in ("three", "two")])
+        np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
+        assert (folders / "three" / "result.json").read_bytes() == before
+        # It is a run like any other.
+        cli.main(["evaluate", str(out)])
+        assert "5 members" in capsys.readouterr().out
+
+    def test_members_are_dropped(self, folders):
+        out = folders / "pair"
+        cli.main(["ensemble", str(folders / "three"), "--keep", "2", "0",
+                  "--output", str(out)])  # fmt: skip
+        want = predictions(folders / "three")[[2, 0]]
+        np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
+        assert runs.read_config(out).members == "2"
+
+    def test_single_models_join(self, folders):
+        out = folders / "mixed"
+        combine.combine(
+            [folders / "three", folders / "one"], out, [1, 3], show_progress=False
+        )
+        assert runs.read_config(out).members == "cnn_small,wide_resnet_10_1"
+        assert len(predictions(out)) == 2
+
+    @pytest.mark.parametrize(
+        ("names", "options", "message"),
+        [
+            (["three"], ["--keep", "0", "3"], r"out of 0\.\.2"),
+            (["three"], ["--keep", "1", "1"], "once each"),
+            (["one"], [], "at least two members"),
+            (["three", "nowhere"], [], "no run folder"),
+            (["three", "other"], [], "rho: None and .0.1,."),
+        ],
+    )
+    def test_refusals(self, names, options, message, folders, capsys):
+        if "other" in names and not (folders / "other").exists():
+            cli.main(["train", "--steps", "22", "--quiet", "--mesh", "data=1",
+                      "--method", "sam", "--rho", "0.1",
+                      "--output", str(folders / "other")])  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["ensemble", *(str(folders / n) for n in names),
+                      "--output", str(folders / "new"), *options])  # fmt: skip
+        assert stop.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+        assert not (folders / "new").exists()
+
+    def test_nothing_is_overwritten(self, folders, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["ensemble", str(folders / "three"),
+                      "--output", str(folders / "two")])  # fmt: skip
+        assert "is not empty" in capsys.readouterr().err
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(members="1"), "members must be a number of at least 2"),
+            (dict(members="cnn_small,"), "members must be"),
+            (dict(members="resnet_10"), "members must be"),
+            (dict(ensemble="joint"), "ensemble must be left out without members"),
+            (dict(members="a,b", model="resnet_18"), "model must be left out"),
+            (
+                dict(members="2", ensemble="joint", member_data="own"),
+                "'shared' for a joint loss",
+            ),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(mesh="member=2"), "needs members of one architecture"),
+            (dict(mesh="member=2", members="cnn_small,resnet_10"), "one architecture"),
+            (dict(mesh="member=2", members="3"), "members=3 cannot be divided"),
+            (dict(mesh="member=2", members="2", ensemble="joint"), "joint loss depend"),
+        ],
+    )
+    def test_meshes(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            programs.make_mesh(TrainConfig(**options))
+
+    def test_names(self):
+        assert TrainConfig(members="2", model="resnet_10").member_names == (
+            "resnet_10",
+            "resnet_10",
+        )
+        config = TrainConfig(members="resnet_18, cnn_small")
+        assert config.member_names == ("resnet_18", "cnn_small")
+        assert not config.stacked and TrainConfig(members="4").stacked
+        with pytest.raises(ValueError, match="Unknown model 'resnet_8'"):
+            training.train(TrainConfig(members="resnet_18,resnet_8", mesh="data=1"))
