@@ -176,8 +176,9 @@ def _metrics(log_probs, labels):
 
 def _mean(samples):
     """The mean of S probabilities in log space, normalised. # (S, N, C) -> (N, C)."""
-    total = np.logaddexp.reduce(samples, axis=0)
-    return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN: see _metrics
+        total = np.logaddexp.reduce(samples, axis=0)
+        return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
 def _batches(config, split, mesh):

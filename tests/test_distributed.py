@@ -60,7 +60,7 @@ def test_all_devices_are_used_unless_told_otherwise(digits):
     [
         ({"batch_size": 100}, "batch_size=100 .* 8 devices"),
         ({"mesh": "particle=2", "num_particles": 3}, "num_particles=3 .* 2 devices"),
-        ({"mesh": "member=2"}, "trains one model"),
+        ({"mesh": "member=2"}, "needs members of one"),
         ({"mesh": "particle=2", "method": "sgd"}, "sgd has no particles"),
         ({"batch_size": 8}, "fewer examples than the 2 radii"),
         ({"mesh": "rows=2"}, "mesh must name"),

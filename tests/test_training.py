@@ -381,7 +381,7 @@ class TestRefusals:
             (dict(learning_rate=-1.0), "learning_rate must be at least 0"),
             (dict(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),
             (dict(clip_norm=0.0), "clip_norm must be positive"),
-            (dict(steps=0), "steps must be at least 1"),
+            (dict(steps=0), "steps must be an integer of at least 1"),
             (dict(rho=(-1.0,)), "rho must be finite and not negative"),
             (dict(epochs=True), "epochs must be a number"),
             (dict(learning_rate="0.1"), "learning_rate must be a number"),
