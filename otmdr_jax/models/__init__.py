@@ -35,9 +35,10 @@ from otmdr_jax.models.efficientnet import EfficientNet
 from otmdr_jax.models.mobilenet import MobileNet
 from otmdr_jax.models.pyramidnet import PyramidNet
 from otmdr_jax.models.resnet import ResNet
+from otmdr_jax.models.torchvision import from_torchvision
 from otmdr_jax.models.wide_resnet import WideResNet
 
-__all__ = ["Model", "create", "names", "parameter_count"]
+__all__ = ["Model", "create", "from_torchvision", "names", "parameter_count"]
 
 # A name -> its family, and the options that the name fixes.
 _REGISTRY: dict[str, tuple[Any, dict[str, Any]]] = {
