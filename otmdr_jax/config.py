@@ -42,9 +42,13 @@ class TrainConfig:
 
     # -- model --
     model: str = "cnn_small"
-    """Model: cnn_small, resnet_10, resnet_18 or wide_resnet_<depth>_<width>."""
+    """Model: cnn_small, resnet_10, resnet_18, wide_resnet_<depth>_<width>,
+    pyramidnet_101, pyramidnet_<depth>_a<alpha>, densenet_121, mobilenet or
+    efficientnet_b0."""
     stem: Literal["cifar", "imagenet"] | None = None
-    """Stem of a ResNet: cifar (3x3) or imagenet (7x7 and pooling)."""
+    """Stem: cifar (3x3, stride 1), the default of resnet_10, resnet_18 and
+    efficientnet_b0, or imagenet (stride 2, and pooling but in efficientnet_b0), that of
+    densenet_121. The others have no choice."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation. Parameters, norms and statistics stay float32. float16
     comes with dynamic loss scaling."""

@@ -79,6 +79,17 @@ def test_memory_in_its_smoke_form(tmp_path):
     assert all(result["peak_mib"] > 0 for result in results["remat"].values())
 
 
+def test_models_in_its_smoke_form(tmp_path):
+    file = tmp_path / "m.json"
+    out = run("models.py", "--smoke", "--json", str(file))
+    result = json.loads(file.read_text())["results"]["cnn_small"]
+    assert "| cnn_small | 14,746 | 17,716 |" in out
+    # 2 x multiply-adds, padding left out: XLA counts no products with it.
+    padded = 2 * 9 * (64 * 3 * 16 + 16 * 16 * 32 + 16 * 32 * 32) + 2 * 320
+    assert 0.6 * padded < 1e6 * result["forward_mflop"] < 1.1 * padded
+    assert result["forward_images_per_second"] > 0 and result["n"] == 1
+
+
 def test_pytorch_counts_the_same_parameters(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(BENCHMARKS))

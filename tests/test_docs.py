@@ -343,3 +343,28 @@ def test_performance_page_shows_the_committed_memory():
         costs = [column.get(step) for column in results.values()]
         of_step = ["-" if c is None else f"{c['peak_mib']:.1f}" for c in costs]
         assert rows[step] == of_step
+
+
+def test_models_page_shows_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import models as benchmark
+
+    page = (ROOT / "docs" / "models.md").read_text()
+    shown = page.split("<!-- models -->")[1].split("<!-- /models -->")[0]
+    file = ROOT / "benchmarks" / "results" / "models_cpu.json"
+    record = json.loads(file.read_text())
+    assert benchmark.table(record["results"]) in shown
+    assert f"batch {record['batch_size']}, " in shown and record["jax"] in shown
+    labels = [
+        " ".join([name, *(f"{k}={v}" for k, v in options.items())])
+        for name, options in benchmark.MODELS
+    ]
+    assert list(record["results"]) == labels
+
+
+def test_models_page_names_every_model():
+    from otmdr_jax import models
+
+    page = (ROOT / "docs" / "models.md").read_text()
+    for name in models.names():
+        assert re.search(rf"`{name}`|\| {name} ", page), f"models.md leaves out {name}"

@@ -13,46 +13,24 @@ from flax import nnx
 import otmdr_jax
 from otmdr_jax import models
 from otmdr_jax.models.base import Layers
+from tests.zoo import (
+    apply,
+    as_float32,
+    assert_close,
+    draw,
+    dtypes,
+    equations,
+    kept_and_recomputed,
+    np_conv,
+    np_head,
+    np_max_pool,
+    np_norm,
+    np_relu,
+    quick_compilation,  # noqa: F401
+    shapes,
+)
 
-# --- NumPy reference: float64, explicit padding, no code of the package -------------
-
-
-def np_conv(x, kernel, stride=1):
-    size = kernel.shape[0]
-    pad = (size - 1) // 2
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))
-    windows = windows[:, ::stride, ::stride]  # (B, H', W', C, k, k)
-    return np.tensordot(windows, kernel, axes=((3, 4, 5), (2, 0, 1)))
-
-
-def np_max_pool(x):
-    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
-    return windows[:, ::2, ::2].max(axis=(-2, -1))
-
-
-def np_norm(x, params, state, train):
-    """Returns the normalised x and the running statistics afterwards."""
-    mean, var = state["mean"], state["var"]
-    if train:
-        mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
-    y = (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
-    if not train:
-        return y, state
-    moved = {
-        "mean": 0.9 * state["mean"] + 0.1 * mean,
-        "var": 0.9 * state["var"] + 0.1 * var,
-    }
-    return y, moved
-
-
-def np_relu(x):
-    return np.maximum(x, 0)
-
-
-def np_head(x, params):
-    return x.mean(axis=(1, 2)) @ params["kernel"] + params["bias"]
+# --- NumPy reference: see tests/zoo.py ----------------------------------------------
 
 
 def np_cnn_small(params, state, x, train):
@@ -102,54 +80,6 @@ def np_resnet_imagenet(params, state, x, train):
         x = np_relu(x + y)
     return np_head(x, params["head"]), moved
 
-
-# --- helpers ------------------------------------------------------------------------
-
-
-def shapes(model, image_shape):
-    return jax.eval_shape(
-        model.init, jax.random.key(0), jax.ShapeDtypeStruct(image_shape, jnp.float32)
-    )
-
-
-def draw(model, image_shape, seed=0):
-    """Parameters, statistics and images that leave nothing at 0 or 1."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, like):
-        if path[-1].key == "kernel":
-            scale = np.sqrt(2 / np.prod(like.shape[:-1]))
-            return rng.normal(0, scale, like.shape)
-        if path[-1].key == "var":
-            return rng.uniform(0.5, 2.0, like.shape)
-        shift = 1.0 if path[-1].key == "scale" else 0.0
-        return shift + rng.normal(0, 0.2, like.shape)
-
-    trees = jax.tree.map_with_path(leaf, shapes(model, image_shape))
-    return *trees, rng.normal(size=image_shape)
-
-
-def as_float32(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-
-
-def dtypes(tree):
-    return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
-
-
-def equations(jaxpr, primitive):
-    """All equations of a primitive, those of inner functions included."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == primitive:
-            yield eqn
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from equations(inner, primitive)
-
-
-apply = jax.jit(models.Model.apply, static_argnums=0, static_argnames="train")
 
 # --- architecture -------------------------------------------------------------------
 
@@ -444,35 +374,6 @@ def test_small_cnn_learns_digits():
 # --- recomputation ------------------------------------------------------------------
 
 
-def classification_loss(model):
-    def loss(params, batch, state):
-        images, labels = batch
-        logits, state = model.apply(params, state, images, train=True)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), state
-
-    return loss
-
-
-def kept_and_recomputed(name, dtype=jnp.float32, size=8):
-    """A loss without and one with remat; parameters, a batch and statistics."""
-    plain = models.create(name, 5, dtype=dtype)
-    lean = models.create(name, 5, dtype=dtype, remat=True)
-    assert plain != lean
-    assert shapes(plain, (2, 8, 8, 3)) == shapes(lean, (2, 8, 8, 3))
-    params, state, images = as_float32(draw(plain, (size, 8, 8, 3)))
-    batch = (images, jnp.arange(size) % 5)
-    return map(classification_loss, (plain, lean)), (params, batch, state)
-
-
-def assert_close(got, want, tolerance):
-    """Leaves differ by at most a share of the norm of the leaf."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        scale = np.linalg.norm(np.asarray(b, np.float64)) + 1e-3
-        assert np.linalg.norm(np.asarray(a - b, np.float64)) <= tolerance * scale
-
-
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [
@@ -491,14 +392,6 @@ def test_remat_changes_no_result(name, dtype, tolerance):
     assert_close(got, want, tolerance)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), got[0][1], arguments[2])
     assert all(jax.tree.leaves(moved))  # the running statistics
-
-
-@pytest.fixture
-def quick_compilation():
-    """Small networks compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -569,6 +462,10 @@ def test_remat_of_a_deep_network_takes_less_memory():
 def test_every_listed_name_can_be_created():
     assert set(models.names()) >= {
         "cnn_small",
+        "densenet_121",
+        "efficientnet_b0",
+        "mobilenet",
+        "pyramidnet_101",
         "resnet_10",
         "resnet_18",
         "wide_resnet_28_10",
@@ -594,8 +491,12 @@ def test_models_created_alike_are_one_static_argument():
         (("wide_resnet_29_10", 10), ValueError, r"6n \+ 4.*Try depth 28 or 34"),
         (("wide_resnet_4_1", 10), ValueError, "Try depth 10 or 16"),
         (("wide_resnet_28_0", 10), ValueError, "width must be at least 1.*width=0"),
+        (("pyramidnet_100_a64", 10), ValueError, r"9n \+ 2.*Try depth 92 or 101"),
+        (("pyramidnet_2_a64", 10), ValueError, "Try depth 11 or 20"),
+        (("pyramidnet_11_a0", 10), ValueError, "at least 1, got alpha=0"),
+        (("pyramidnet_101", 1), ValueError, "at least 2, got 1"),
         (("resnet18", 10), ValueError, "Did you mean 'resnet_18'.*cnn_small"),
-        (("vit", 10), ValueError, "Known models: .*wide_resnet_<depth>_<width>"),
+        (("vit", 10), ValueError, "Known models: .*wide_resnet_<d.*pyramidnet_<d"),
         (("resnet_18", 1), ValueError, "at least 2, got 1"),
         (("resnet_18", 10.0), TypeError, "must be an integer, got 10.0"),
     ],
@@ -609,6 +510,9 @@ def test_illegal_names_and_classes(arguments, error, message):
     ("name", "options", "error", "message"),
     [
         ("resnet_18", {"stem": "mnist"}, ValueError, "one of .*'imagenet'.*'mnist'"),
+        ("densenet_121", {"stem": 3}, ValueError, "one of .*'imagenet'.*stem=3"),
+        ("efficientnet_b0", {"stem": ""}, ValueError, "one of .*'imagenet'.*stem=''"),
+        ("mobilenet", {"stem": "cifar"}, TypeError, "it takes no options"),
         (
             "resnet_18",
             {"steam": "cifar"},

@@ -30,26 +30,40 @@ except ModuleNotFoundError as error:
 
 from otmdr_jax.models.base import Model, parameter_count
 from otmdr_jax.models.cnn import SmallCNN
+from otmdr_jax.models.densenet import DenseNet
+from otmdr_jax.models.efficientnet import EfficientNet
+from otmdr_jax.models.mobilenet import MobileNet
+from otmdr_jax.models.pyramidnet import PyramidNet
 from otmdr_jax.models.resnet import ResNet
+from otmdr_jax.models.torchvision import from_torchvision
 from otmdr_jax.models.wide_resnet import WideResNet
 
-__all__ = ["Model", "create", "names", "parameter_count"]
+__all__ = ["Model", "create", "from_torchvision", "names", "parameter_count"]
 
 # A name -> its family, and the options that the name fixes.
 _REGISTRY: dict[str, tuple[Any, dict[str, Any]]] = {
     "cnn_small": (SmallCNN, {}),
+    "densenet_121": (DenseNet, {"stage_sizes": (6, 12, 24, 16), "growth": 32}),
+    "efficientnet_b0": (EfficientNet, {"stage_sizes": (1, 2, 2, 3, 3, 4, 1)}),
+    "mobilenet": (MobileNet, {}),
+    "pyramidnet_101": (PyramidNet, {"depth": 101, "alpha": 64}),
     "resnet_10": (ResNet, {"stage_sizes": (1, 1, 1, 1)}),
     "resnet_18": (ResNet, {"stage_sizes": (2, 2, 2, 2)}),
     "wide_resnet_28_10": (WideResNet, {"depth": 28, "width": 10}),
     "wide_resnet_34_10": (WideResNet, {"depth": 34, "width": 10}),
 }
-_WIDE_RESNET = re.compile(r"wide_resnet_(\d+)_(\d+)")
+# Names with numbers in them -> the family, and what the numbers are.
+_PATTERNS: tuple[tuple[re.Pattern[str], Any, tuple[str, str]], ...] = (
+    (re.compile(r"wide_resnet_(\d+)_(\d+)"), WideResNet, ("depth", "width")),
+    (re.compile(r"pyramidnet_(\d+)_a(\d+)"), PyramidNet, ("depth", "alpha")),
+)
 
 
 def names() -> tuple[str, ...]:
     """Lists the registered models.
 
-    Any other `wide_resnet_<depth>_<width>` with depth = 6n + 4 can be created too.
+    Any other `wide_resnet_<depth>_<width>` with depth = 6n + 4 and
+    `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2 can be created too.
 
     Returns:
       The names, sorted; `create` takes each of them.
@@ -75,7 +89,8 @@ def create(
     """Creates a model by name; allocates nothing until `Model.init`.
 
     Args:
-      name: one of `names()`, or `wide_resnet_<depth>_<width>` with depth = 6n + 4.
+      name: one of `names()`, `wide_resnet_<depth>_<width>` with depth = 6n + 4, or
+        `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2.
       num_classes: the number of logits, at least 2.
       dtype: of convolutions and activations. `jnp.bfloat16` halves their memory and
         uses the matrix units of GPUs and TPUs; BatchNorm, the pooled features and the
@@ -85,15 +100,17 @@ def create(
       batchnorm_axis_name: a mapped axis (of `pmap`, `shard_map` or `vmap`) to share
         BatchNorm's batch statistics over; None keeps them per device.
       remat: recompute each block's activations in the backward pass instead of keeping
-        them: each residual block, or each convolution with its BatchNorm and ReLU in
-        `cnn_small`. Parameters, outputs, gradients and statistics are the same (to
-        rounding); a gradient takes about a third more operations and, in a deep
-        network, a fraction of the memory. XLA undoes it on CPUs, which have memory to
-        spare, unless `XLA_FLAGS` has `--xla_disable_hlo_passes=cse_barrier_expander`:
-        that pass removes the barriers that keep the second computation from being
-        merged with the first.
-      **options: of the family: `stem="cifar"` (3x3, stride 1; the default) or
-        `"imagenet"` (7x7, stride 2, max-pool) for `resnet_10` and `resnet_18`.
+        them: each block, each layer of a dense network, or each convolution with its
+        BatchNorm and ReLU in `cnn_small`. Parameters, outputs, gradients and statistics
+        are the same (to rounding); a gradient takes about a third more operations and,
+        in a deep network, a fraction of the memory. XLA undoes it on CPUs, which have
+        memory to spare, unless `XLA_FLAGS` has
+        `--xla_disable_hlo_passes=cse_barrier_expander`: that pass removes the barriers
+        that keep the second computation from being merged with the first.
+      **options: of the family. `stem` is "cifar" (3x3, stride 1) or "imagenet" (stride
+        2; 7x7 and a max-pool, but in `efficientnet_b0` 3x3 and 1280 features before
+        the classifier). `resnet_10`, `resnet_18` and `efficientnet_b0` default to
+        "cifar", `densenet_121` to "imagenet", which is what the paper's table has.
 
     Returns:
       A frozen, hashable `Model`.
@@ -141,14 +158,15 @@ def _lookup(name: str) -> tuple[Any, dict[str, Any]]:
     """Returns the family and the options that a name stands for."""
     if name in _REGISTRY:
         return _REGISTRY[name]
-    if match := _WIDE_RESNET.fullmatch(name):
-        depth, width = map(int, match.groups())
-        return WideResNet, {"depth": depth, "width": width}
+    for pattern, family, options in _PATTERNS:
+        if match := pattern.fullmatch(name):
+            return family, dict(zip(options, map(int, match.groups()), strict=True))
     close = difflib.get_close_matches(name, names(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
         f"Unknown model {name!r}.{hint} Known models: {', '.join(names())}, and any "
-        "wide_resnet_<depth>_<width> with depth = 6n + 4."
+        "wide_resnet_<depth>_<width> with depth = 6n + 4 or "
+        "pyramidnet_<depth>_a<alpha> with depth = 9n + 2."
     )
 
 

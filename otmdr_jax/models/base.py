@@ -21,6 +21,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from otmdr_jax.models.convolution import convolve
+from otmdr_jax.models.depthwise import convolve_depthwise
 
 Params = dict[str, Any]
 State = dict[str, Any]
@@ -84,6 +85,41 @@ class Layers:
             param_dtype=self.param_dtype,
             kernel_init=_conv_init,
             conv_general_dilated=convolve,
+            rngs=self.rngs,
+        )
+
+    def depthwise_conv(
+        self, channels: int, kernel_size: int, stride: int = 1
+    ) -> nnx.Conv:
+        """A square convolution of each channel with a kernel of its own, no bias."""
+        pad = (kernel_size - 1) // 2
+        return nnx.Conv(
+            channels,
+            channels,
+            kernel_size=(kernel_size, kernel_size),
+            strides=(stride, stride),
+            padding=((pad, pad), (pad, pad)),
+            feature_group_count=channels,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            # An input reaches kernel_size^2 outputs, those of its channel, which is
+            # fan_out in He's derivation. Torchvision's counts all channels' outputs,
+            # and starts sqrt(channels) times smaller.
+            kernel_init=nnx.initializers.normal(math.sqrt(2.0) / kernel_size),
+            conv_general_dilated=convolve_depthwise,
+            rngs=self.rngs,
+        )
+
+    def linear(self, in_features: int, out_features: int) -> nnx.Linear:
+        """A linear layer of pooled features, in float32: a 1x1 convolution of one."""
+        return nnx.Linear(
+            in_features,
+            out_features,
+            dtype=_at_least_float32(self.dtype),
+            param_dtype=self.param_dtype,
+            kernel_init=_conv_init,
+            bias_init=nnx.initializers.zeros_init(),
             rngs=self.rngs,
         )
 

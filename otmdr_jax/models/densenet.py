@@ -1,0 +1,121 @@
+"""Densely connected networks: a layer sees the features of all layers before it.
+
+`densenet_121` has stages of 6, 12, 24 and 16 layers, each of which adds 32 channels
+(growth), and halves channels and sides between stages.
+
+Its default is the ImageNet stem (7x7, stride 2, max-pool), unlike the other families':
+the paper's Table 2 and the count of its parameters, 6,964,106 for 10 classes, are of
+that network. The CIFAR stem (3x3, stride 1, no pooling) is the usual one for 32x32
+images, as in https://github.com/kuangliu/pytorch-cifar.
+
+Reference: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017;
+torchvision's `densenet121`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from otmdr_jax.models.base import Layers, global_average_pool
+
+_STEMS = ("cifar", "imagenet")
+
+
+class DenseLayer(nnx.Module):
+    """BN - ReLU - 1x1 - BN - ReLU - 3x3 of all features so far: `growth` new ones."""
+
+    def __init__(self, layers: Layers, in_channels: int, growth: int):
+        """Builds the layer; the 1x1 convolution has 4 growth channels."""
+        self.norm1 = layers.batch_norm(in_channels)
+        self.conv1 = layers.conv(in_channels, 4 * growth, 1)
+        self.norm2 = layers.batch_norm(4 * growth)
+        self.conv2 = layers.conv(4 * growth, growth, 3)
+
+    def __call__(self, features: tuple[jax.Array, ...], *, train: bool) -> jax.Array:
+        """Maps arrays of in_channels in all to (B, H, W, growth)."""
+        # Joined here, so that recomputation keeps the parts, which layers share, and
+        # not a copy of all features a layer.
+        x = jnp.concatenate(features, axis=-1)
+        y = self.conv1(nnx.relu(self.norm1(x, train=train)))
+        return self.conv2(nnx.relu(self.norm2(y, train=train)))
+
+
+class Transition(nnx.Module):
+    """BN - ReLU - 1x1 to half the channels - 2x2 average."""
+
+    def __init__(self, layers: Layers, in_channels: int):
+        """Builds the layer."""
+        self.norm = layers.batch_norm(in_channels)
+        self.conv = layers.conv(in_channels, in_channels // 2, 1)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps (B, H, W, in_channels) to (B, H // 2, W // 2, in_channels // 2)."""
+        x = self.conv(nnx.relu(self.norm(x, train=train)))
+        return nnx.avg_pool(x, (2, 2), strides=(2, 2))
+
+
+class DenseNet(nnx.Module):
+    """The network: stem of 2 growth, stages and transitions, BN - ReLU, pool, dense."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        num_classes: int,
+        *,
+        stage_sizes: tuple[int, ...],
+        growth: int,
+        stem: str = "imagenet",
+    ):
+        """Builds the network of `stage_sizes` layers a stage."""
+        self.downsamples = stem == "imagenet"
+        channels = 2 * growth
+        self.stem = (
+            layers.conv(in_channels, channels, 7, stride=2)
+            if self.downsamples
+            else layers.conv(in_channels, channels, 3)
+        )
+        self.stem_norm = layers.batch_norm(channels)
+        for stage, size in enumerate(stage_sizes, start=1):
+            for index in range(1, size + 1):
+                layer = DenseLayer(layers, channels, growth)
+                setattr(self, f"stage{stage}_layer{index}", layer)
+                channels += growth
+            if stage < len(stage_sizes):
+                setattr(self, f"transition{stage}", Transition(layers, channels))
+                channels //= 2
+        self.stage_sizes = stage_sizes
+        self.remat = layers.remat
+        self.norm = layers.batch_norm(channels)
+        self.head = layers.dense(channels, num_classes)
+
+    @staticmethod
+    def check(
+        stage_sizes: tuple[int, ...], growth: int, stem: str = "imagenet"
+    ) -> None:
+        """Raises ValueError unless the stem is known."""
+        del stage_sizes, growth  # the registry's
+        if stem not in _STEMS:
+            raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images (B, H, W, C) to logits (B, num_classes)."""
+        x = nnx.relu(self.stem_norm(self.stem(images), train=train))
+        if self.downsamples:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+        def call(layer, features):
+            return layer(features, train=train)
+
+        if self.remat:  # only the new features of each layer are kept
+            call = nnx.remat(call)
+        for stage, size in enumerate(self.stage_sizes, start=1):
+            features: tuple[jax.Array, ...] = (x,)
+            for index in range(1, size + 1):
+                layer = getattr(self, f"stage{stage}_layer{index}")
+                features = (*features, call(layer, features))
+            x = jnp.concatenate(features, axis=-1)
+            if stage < len(self.stage_sizes):
+                x = call(getattr(self, f"transition{stage}"), x)
+        x = nnx.relu(self.norm(x, train=train))
+        return self.head(global_average_pool(x))

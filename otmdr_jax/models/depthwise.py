@@ -1,0 +1,130 @@
+"""A depthwise convolution that is fast on CPUs, and XLA's own everywhere else.
+
+Each channel has a kernel of its own. On CPUs XLA has no fast code for that: its
+gradients are slower than those of a dense convolution, and in a loop slower by one or
+two orders of magnitude (figures in docs/performance.md). Written out it is
+
+    out[b, h, w, c] = sum_ij images[b, s h + i, s w + j, c] kernel[i, j, c]
+
+over the k^2 taps (i, j): strided slices of the padded images, each times a row of the
+kernel. These are element-wise operations, which XLA fuses and vectorises over channels,
+with derivatives of their kind in any order and mode, batched over kernels or in a loop.
+
+They are used where CPUs are JAX's default backend when the program is traced; elsewhere
+programs are those of `jax.lax.conv_general_dilated`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def convolve_depthwise(
+    images: jax.Array,
+    kernel: jax.Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> jax.Array:
+    """What `jax.lax.conv_general_dilated` computes, fast on CPUs if it is depthwise.
+
+    Args:
+      images: (B, H, W, C).
+      kernel: (height, width, 1, C), of the same dtype. In less than float32 products
+        are summed in float32 and rounded once.
+      window_strides: two.
+      padding: ((low, high), (low, high)), not negative; a name such as "SAME" is left
+        to `jax.lax`.
+      lhs_dilation: as in `jax.lax`, as are all that follow. Dilated convolutions, other
+        layouts and precisions are left to `jax.lax`.
+      rhs_dilation: see above.
+      dimension_numbers: see above.
+      feature_group_count: C; anything else is left to `jax.lax`.
+      **options: see above.
+
+    Returns:
+      (B, H', W', C).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.models.depthwise import convolve_depthwise
+      >>> images, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 1, 3))
+      >>> convolve_depthwise(
+      ...     images,
+      ...     kernel,
+      ...     (2, 2),
+      ...     ((1, 1), (1, 1)),
+      ...     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+      ...     feature_group_count=3,
+      ... ).shape
+      (2, 4, 4, 3)
+    """
+    ours = (
+        jax.default_backend() == "cpu"
+        and images.ndim == kernel.ndim == 4
+        and dimension_numbers is not None
+        and lax.conv_dimension_numbers(images.shape, kernel.shape, dimension_numbers)
+        == lax.conv_dimension_numbers(images.shape, kernel.shape, _LAYOUT)
+        and not isinstance(padding, str)
+        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and kernel.shape[2:] == (1, images.shape[3])
+        and feature_group_count == images.shape[3]
+        and all(option is None for option in options.values())
+        and images.dtype == kernel.dtype
+        and jnp.issubdtype(images.dtype, jnp.floating)
+        and all(pad >= 0 for pads in padding for pad in pads)
+    )
+    if ours:
+        sizes = [
+            (side + low + high - size) // stride + 1
+            for side, size, stride, (low, high) in zip(
+                images.shape[1:3],
+                kernel.shape[:2],
+                window_strides,
+                padding,
+                strict=True,
+            )
+        ]
+        ours = min(sizes) > 0
+    if not ours:
+        return lax.conv_general_dilated(
+            images,
+            kernel,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            **options,
+        )
+    return _sum_of_taps(images, kernel, window_strides, padding, sizes)
+
+
+def _sum_of_taps(images, kernel, strides, padding, sizes):
+    batch, _, _, channels = images.shape
+    wide = jnp.promote_types(images.dtype, jnp.float32)
+    x = jnp.pad(images, ((0, 0), *padding, (0, 0))).astype(wide)
+    w = kernel.astype(wide)
+    # A stride's last slice ends at its last sample, not at the next one.
+    rows, columns = (s * (n - 1) + 1 for s, n in zip(strides, sizes, strict=True))
+    out = jnp.zeros((), wide)
+    for i in range(kernel.shape[0]):
+        for j in range(kernel.shape[1]):
+            tap = lax.slice(
+                x,
+                (0, i, j, 0),
+                (batch, i + rows, j + columns, channels),
+                (1, *strides, 1),
+            )
+            out += tap * w[i : i + 1, j : j + 1]  # (B, H', W', C) * (1, 1, 1, C)
+    return out.astype(images.dtype)
