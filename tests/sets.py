@@ -27,6 +27,26 @@ def run_python(code, *args, **environment):
     )
 
 
+def real_cifar10(rows):
+    """Real CIFAR-10 images (N, 32, 32, 3) uint8 and their labels; skips without them.
+
+    They are sorted by class, 5,000 of each and, from row 50,000 on, 1,000 of each.
+    """
+    file = SHARED / "data" / "cifar10_jpeg.npz"
+    if not file.exists():
+        pytest.skip(f"no {file}: it has the real CIFAR-10")
+    Image = pytest.importorskip("PIL.Image")
+    with np.load(file) as arrays:
+        header, scans = arrays["header"].tobytes(), arrays["scans"].tobytes()
+        offsets, labels = arrays["offsets"], arrays["labels"]
+    pixels = []
+    for i in rows:
+        jpeg = header + scans[offsets[i] : offsets[i + 1]]
+        with Image.open(io.BytesIO(jpeg)) as image:
+            pixels.append(np.asarray(image.convert("RGB")))
+    return np.stack(pixels), labels[rows].astype(np.int32)
+
+
 @pytest.fixture(scope="session")
 def cifar_dir(tmp_path_factory):
     tool = SHARED / "tools" / "make_cifar10_tfds.py"

@@ -90,6 +90,17 @@ def test_models_in_its_smoke_form(tmp_path):
     assert result["forward_images_per_second"] > 0 and result["n"] == 1
 
 
+def test_ensemble_in_its_smoke_form(tmp_path):
+    file = tmp_path / "e.json"
+    out = run("ensemble.py", "--smoke", "--json", str(file))
+    results = json.loads(file.read_text())["results"]
+    assert list(results) == ["1", "2"]
+    assert list(results["2"]) == ["separate", "vmap", "unroll", "scan"]
+    assert results["2"]["separate"]["ratio_to_separate"] == 1.0
+    assert all(x["peak_mib"] > 0 for x in results["2"].values())
+    assert "| 2 | scan |" in out
+
+
 def test_pytorch_counts_the_same_parameters(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(BENCHMARKS))

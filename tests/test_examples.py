@@ -1,11 +1,16 @@
 """The shipped examples, run as a user runs them, shrunk by their own options."""
 
+import dataclasses
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+
+from otmdr_jax import config as config_lib
+from otmdr_jax import programs
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -38,6 +43,39 @@ def test_cifar_single_runs_whole_and_resumes_in_its_smoke_form(tmp_path):
     assert (folder / "result.json").exists()
     out = run("cifar_single.py", "--smoke", "--resume", cwd=tmp_path)
     assert '"accuracy"' in out
+
+
+@pytest.mark.parametrize(
+    ("options", "members"),
+    [
+        (["--ensemble", "mixed"], ["cnn_small", "wide_resnet_10_1"]),
+        (["--ensemble", "3-resnet18", "--joint"], ["cnn_small"] * 3),
+    ],
+    ids=["mixed", "joint"],
+)
+def test_cifar_ensemble_in_its_smoke_form(options, members, tmp_path):
+    out = run("cifar_ensemble.py", "--smoke", *options, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert [row["model"] for row in result["members"]] == members
+    assert f"Run: {folder.relative_to(tmp_path)}" in out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["ensemble"] == ("joint" if "--joint" in options else "independent")
+
+
+def test_the_papers_ensembles_are_in_the_zoo(monkeypatch):
+    """The presets that --smoke does not run: their networks, and their options."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cifar_ensemble
+
+    for options in cifar_ensemble.ENSEMBLES.values():
+        config = dataclasses.replace(
+            config_lib.preset("paper-cifar10"), model="cnn_small"
+        )
+        programs.check_models(dataclasses.replace(config, **options))
+        assert config.rho == (0.05, 0.1) and config.epochs == 200
+    joint = config_lib.preset("released-ensemble-cifar10")
+    assert joint.member_names == ("resnet_10",) * 5 and joint.merge == "sum"
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

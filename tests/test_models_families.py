@@ -1,7 +1,6 @@
 """PyramidNet, DenseNet, MobileNet and EfficientNet: counts, NumPy, gradients, fits."""
 
 import dataclasses
-import io
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from otmdr_jax.models.base import Layers
 from otmdr_jax.models.densenet import DenseNet
 from otmdr_jax.models.efficientnet import EfficientNet
 from otmdr_jax.models.pyramidnet import _average_pool
-from tests.sets import SHARED
+from tests.sets import real_cifar10
 from tests.zoo import (
     apply,
     as_float32,
@@ -399,20 +398,10 @@ def test_stacked_members_equal_a_loop():
 @pytest.fixture(scope="module")
 def real_images():
     """64 images of CIFAR-10, averaged over 2x2 pixels to 16x16; their labels."""
-    file = SHARED / "data" / "cifar10_jpeg.npz"
-    if not file.exists():
-        pytest.skip(f"no {file}: it has the real CIFAR-10")
-    Image = pytest.importorskip("PIL.Image")
-    with np.load(file) as arrays:
-        header, scans = arrays["header"].tobytes(), arrays["scans"].tobytes()
-        offsets, labels = arrays["offsets"], arrays["labels"]
-    pixels = []
-    for i in range(64):
-        jpeg = header + scans[offsets[i] : offsets[i + 1]]
-        with Image.open(io.BytesIO(jpeg)) as image:
-            pixels.append(np.asarray(image.convert("RGB"), np.float32))
-    small = np.stack(pixels).reshape(64, 16, 2, 16, 2, 3).mean((2, 4))
-    return (small - small.mean()) / small.std(), labels[:64].astype(np.int32)
+    images, labels = real_cifar10(np.linspace(0, 49_999, 64).astype(int))
+    assert len(set(labels.tolist())) == 10
+    small = images.astype(np.float32).reshape(64, 16, 2, 16, 2, 3).mean((2, 4))
+    return (small - small.mean()) / small.std(), labels
 
 
 @pytest.mark.parametrize(
