@@ -12,7 +12,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from _record import nvidia_smi
+from _record import nvidia_smi, processor_name
 
 import otmdr_jax
 from otmdr_jax import methods
@@ -192,6 +192,7 @@ def environment():
     return {
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "nvidia_smi": nvidia_smi(),
         "python": platform.python_version(),

@@ -6,8 +6,8 @@
 
 Nothing is run: memory is the compiled program's own account, temporaries + arguments +
 outputs - aliases. On a CPU the programs are traced as for an accelerator (with its
-loops and convolutions) and compiled without what accelerators do not have: the pass that
-removes barriers and so undoes recomputation (see `models.create`), and YNNPACK's
+loops and convolutions) and compiled without what accelerators do not have: the pass
+that removes barriers and so undoes recomputation (see `models.create`), and YNNPACK's
 reductions, which keep constants of the size of the parameters.
 Expected: 10 to 20 minutes on 2 CPU cores, all compilation; `--particles 2` takes half.
 """
