@@ -214,12 +214,14 @@ def tables(record):
         ]
         for layer in LAYERS
     ]
+    parts = sums(record["results"]).values()
     clock = "processor_milliseconds"
-    whole = [
-        f"{ways['lax'][clock] / ways['ours'][clock]:.2f}"
-        for ways in sums(record["results"]).values()
-    ]
-    layers.append(["all layers of WRN-16-2", *whole, layers[-1][-1]])
+    n = layers[-1][-1]
+    for way, title in (("lax", "XLA"), ("ours", "ours")):
+        milliseconds = [f"{ways[way][clock]:.0f} ms" for ways in parts]
+        layers.append([f"all of WRN-16-2, {title}", *milliseconds, n])
+    ratios = [f"{ways['lax'][clock] / ways['ours'][clock]:.2f}" for ways in parts]
+    layers.append(["all of WRN-16-2", *ratios, n])
     loops = [
         [name, *(ratio(f"{name}, {how} over 2") for how in ("scan", "vmap"))]
         + [found[f"{name}, scan over 2"]["n"]]
