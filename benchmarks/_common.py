@@ -12,7 +12,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
-from _record import nvidia_smi
+from _record import nvidia_smi, processor_name
 
 import otmdr_jax
 from otmdr_jax import methods
@@ -147,13 +147,12 @@ def peak_mib(compiled):
     ) / 2**20
 
 
-def measure(runs, rounds, slow=(), steps=1, progress=False):
-    """Interleaved seconds a step: each once a round; slow ones in the first two.
+def measure(runs, rounds, steps=1, progress=False):
+    """Interleaved seconds a step: each once a round.
 
     Args:
       runs: Name -> `run(times)`.
       rounds: Number of rounds.
-      slow: Names.
       steps: How often a step runs between two looks at the clock.
       progress: Print a line a round.
     """
@@ -162,8 +161,6 @@ def measure(runs, rounds, slow=(), steps=1, progress=False):
         run()  # warm-up
     for turn in range(rounds):
         for name, run in runs.items():
-            if name in slow and turn >= 2:
-                continue
             start = time.perf_counter()
             run(steps)
             times[name].append((time.perf_counter() - start) / steps)
@@ -192,6 +189,7 @@ def environment():
     return {
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
+        "processor": processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "nvidia_smi": nvidia_smi(),
         "python": platform.python_version(),

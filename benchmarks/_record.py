@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 
 
@@ -27,3 +28,13 @@ def nvidia_smi():
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def processor_name():
+    """What the operating system calls the processor."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line for line in file if line.startswith("model name")]
+        return names[0].split(":")[1].strip()
+    except (OSError, IndexError):
+        return platform.processor()

@@ -11,17 +11,20 @@ of it XLA's convolutions in loops.
 """
 
 import argparse
-import datetime
 import functools
-import json
-import os
-import platform
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
-import step_time
+from _common import (
+    compile_step,
+    environment,
+    make_arguments,
+    make_batch,
+    make_steps,
+)
+from _record import markdown, processor_name, write_json
 from jax import lax
 
 from otmdr_jax import models
@@ -45,33 +48,46 @@ LAYERS = (
     (3, 64, 64, 2, 7),
 )
 IN_LOOPS = ((32, 32, 32, 1, 3), (128, 128, 8, 1, 3))
+# How often WRN-16-2 has each of them.
+COUNTS = (1, 1, 3, 1, 3, 1, 3, 1, 1, 1, 0)
+PARTS = ("forward", "images", "kernel")
 STEPS = ("SGD", "OT-MDR K=1", "OT-MDR K=2 unroll", "OT-MDR K=2 scan")
 
 
-def layer_parts(convolution, layer, batch_size):
+def layer_operands(conv, layer, batch_size):
+    """Random images, kernel and cotangent of a layer."""
+    channels, features, side, _, size = layer
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (batch_size, side, side, channels))
+    w = jax.random.normal(keys[1], (size, size, channels, features))
+    return x, w, jax.random.normal(keys[2], jax.eval_shape(conv, x, w).shape)
+
+
+def gradients(conv, x, w, y):
     """Part -> (function, operands): the convolution and its two gradients."""
-    channels, features, side, stride, size = layer
+    return {
+        "forward": (conv, (x, w)),
+        "images": (
+            lambda w, y: jax.linear_transpose(lambda x: conv(x, w), x)(y)[0],
+            (w, y),
+        ),
+        "kernel": (
+            lambda x, y: jax.linear_transpose(lambda w: conv(x, w), w)(y)[0],
+            (x, y),
+        ),
+    }
+
+
+def layer_parts(convolution, layer, batch_size):
+    """The `gradients` of one way to convolve."""
+    _, _, _, stride, size = layer
     conv = functools.partial(
         convolution,
         window_strides=(stride, stride),
         padding=((size // 2, size // 2),) * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (batch_size, side, side, channels))
-    w = jax.random.normal(keys[1], (size, size, channels, features))
-    y = jax.random.normal(keys[2], jax.eval_shape(conv, x, w).shape)
-    return {
-        "forward": (conv, (x, w)),
-        "images": (
-            lambda w, y: jax.linear_transpose(lambda x: conv(x, w), x)(y),
-            (w, y),
-        ),
-        "kernel": (
-            lambda x, y: jax.linear_transpose(lambda w: conv(x, w), w)(y),
-            (x, y),
-        ),
-    }
+    return gradients(conv, *layer_operands(conv, layer, batch_size))
 
 
 def looped(how, function, operands, members=2):
@@ -82,9 +98,10 @@ def looped(how, function, operands, members=2):
     return lambda *xs: lax.scan(lambda c, x: (c, function(*x)), None, xs)[1], stacked
 
 
-def program(function, operands):
+def program(function, operands, compiler_options=None):
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*operands).compile()
+    lowered = jax.jit(function).lower(*operands)
+    compiled = lowered.compile(compiler_options=compiler_options)
     seconds = time.perf_counter() - start
     cost = {
         "compile_seconds": seconds,
@@ -93,13 +110,19 @@ def program(function, operands):
     return lambda: jax.block_until_ready(compiled(*operands)), cost
 
 
-def step_program(model, batch, convolution, name):
+def layer_name(layer, part):
+    channels, features, side, stride, size = layer
+    return f"{size}x{size}/{stride} {channels}->{features} at {side}: {part}"
+
+
+def step_program(model, batch, convolution, name, compiler_options=None):
     """One training step of a network whose layers take this convolution."""
     base.convolve = convolution
     base._skeleton.cache_clear()  # it holds the layers of the other way
     try:
-        steps = step_time.make_steps(model, [2], [2])
-        return step_time.compile_step(*steps[name], model, batch)
+        step = make_steps(model, [(2, "unroll"), (2, "scan")])[name]
+        arguments = make_arguments(step, model, batch)
+        return compile_step(step.function, arguments, compiler_options)
     finally:
         base.convolve = convolve
         base._skeleton.cache_clear()
@@ -143,13 +166,75 @@ def compare(name, programs, rounds):
     return record
 
 
-def processor_name():
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line for line in file if line.startswith("model name")]
-        return names[0].split(":")[1].strip()
-    except (OSError, IndexError):
-        return platform.processor()
+def sums(records):
+    """Part -> way -> milliseconds and processor time over all layers of WRN-16-2."""
+    found = {record["name"]: record for record in records}
+    return {
+        part: {
+            way: {
+                key: sum(
+                    count * found[layer_name(layer, part)][way][key]
+                    for layer, count in zip(LAYERS, COUNTS, strict=True)
+                )
+                for key in ("milliseconds", "processor_milliseconds")
+            }
+            for way in WAYS
+        }
+        for part in PARTS
+    }
+
+
+def tables(record):
+    """Three tables of the page: steps, layers, members in loops."""
+    found = {result["name"]: result for result in record["results"]}
+
+    def ratio(name):
+        return f"{found[name]['processor_speedup']:.2f}"
+
+    steps = [
+        [
+            result["name"].removeprefix(f"{record['model']} "),
+            *(
+                f"{result[way][key]:.0f}"
+                for key in ("processor_milliseconds", "peak_mib")
+                for way in WAYS
+            ),
+            f"{result['speedup']:.2f}",
+            f"{result['processor_speedup']:.2f}",
+            result["n"],
+        ]
+        for result in record["results"]
+        if "peak_mib" in result["ours"]
+    ]
+    layers = [
+        [
+            layer_name(layer, "")[:-2],
+            *(ratio(layer_name(layer, part)) for part in PARTS),
+            found[layer_name(layer, "kernel")]["n"],
+        ]
+        for layer in LAYERS
+    ]
+    parts = sums(record["results"]).values()
+    clock = "processor_milliseconds"
+    n = layers[-1][-1]
+    for way, title in (("lax", "XLA"), ("ours", "ours")):
+        milliseconds = [f"{ways[way][clock]:.0f} ms" for ways in parts]
+        layers.append([f"all of WRN-16-2, {title}", *milliseconds, n])
+    ratios = [f"{ways['lax'][clock] / ways['ours'][clock]:.2f}" for ways in parts]
+    layers.append(["all of WRN-16-2", *ratios, n])
+    loops = [
+        [name, *(ratio(f"{name}, {how} over 2") for how in ("scan", "vmap"))]
+        + [found[f"{name}, scan over 2"]["n"]]
+        for layer in IN_LOOPS
+        for name in (layer_name(layer, part) for part in PARTS)
+    ]
+    header = ["step", "XLA, processor ms", "ours", "XLA, peak MiB", "ours"]
+    header += ["times as fast", "by processor time", "n"]
+    return (
+        markdown(header, steps),
+        markdown(["convolution", *PARTS, "n"], layers),
+        markdown(["convolution", "in a scan over 2", "vmap over 2", "n"], loops),
+    )
 
 
 def main():
@@ -167,7 +252,7 @@ def main():
     if jax.default_backend() != "cpu":
         parser.error("this measures CPUs: set JAX_PLATFORMS=cpu")
 
-    print(f"JAX {jax.__version__}, {processor_name()}, {os.cpu_count()} cores\n")
+    print(f"JAX {jax.__version__}, {processor_name()}\n")
     print("| what | XLA ms | ours ms | x wall | x CPU | XLA MiB | ours MiB ", end="")
     print("| XLA compile s | ours | n |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -186,10 +271,7 @@ def main():
                     )
                     for way, p in parts.items()
                 }
-                channels, features, side, stride, size = layer
-                name = (
-                    f"{size}x{size}/{stride} {channels}->{features} at {side}: {part}"
-                )
+                name = layer_name(layer, part)
                 name += "" if how is None else f", {how} over 2"
                 records.append(compare(name, programs, rounds))
 
@@ -198,28 +280,22 @@ def main():
         layers(IN_LOOPS, options.slow_rounds, how)
 
     model = models.create(options.model, 10)
-    images = jax.random.normal(jax.random.key(2), (options.batch_size, 32, 32, 3))
-    batch = (images, jnp.arange(options.batch_size) % 10)
+    batch = make_batch(options.batch_size)
     for name in options.steps:
         programs = {way: step_program(model, batch, f, name) for way, f in WAYS.items()}
-        slow = name.endswith(("scan", "vmap"))
+        slow = name.endswith("scan")
         rounds = options.slow_rounds if slow else options.rounds
         records.append(compare(f"{options.model} {name}", programs, rounds))
 
-    if options.json:
-        record = {
-            "processor": processor_name(),
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "jax": jax.__version__,
-            "model": options.model,
-            "batch_size": options.batch_size,
-            "dtype": "float32",
-            "date": datetime.date.today().isoformat(),
-            "results": records,
-        }
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=1)
+    record = {
+        **environment(),
+        "model": options.model,
+        "batch_size": options.batch_size,
+        "dtype": "float32",
+        "results": records,
+    }
+    print("", *tables(record), sep="\n\n")
+    write_json(options.json, record)
 
 
 if __name__ == "__main__":

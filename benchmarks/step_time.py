@@ -79,9 +79,7 @@ def main():
         print(
             f"compiled {name} in {results[name]['compile_seconds']:.1f} s", flush=True
         )
-    # Convolutions in a scan or batched over kernels take minutes on CPUs.
-    slow = {name for name in runs if cpu and name.endswith(("scan", "vmap"))}
-    times = measure(runs, options.rounds, slow, progress=True)
+    times = measure(runs, options.rounds, progress=True)
     for name, values in summarise(times).items():
         results[name].update(values)
     record = {

@@ -101,6 +101,41 @@ def test_ensemble_in_its_smoke_form(tmp_path):
     assert "| 2 | scan |" in out
 
 
+def test_cpu_alternatives_in_their_smoke_form(tmp_path):
+    """Every formula is right, and what runs is timed."""
+    file = tmp_path / "c.json"
+    out = run("cpu_alternatives.py", "--smoke", "--json", str(file))
+    record = json.loads(file.read_text())
+    for part, count in (("forward", 6), ("images", 5), ("kernel", 8)):
+        (layer,) = record["layers"][part]
+        assert len(set(layer["ways"]) - {"PyTorch"}) == count
+        for name, values in layer["ways"].items():
+            assert values["error"] < 3e-6, (part, name)
+            if part != "images" or name in ("XLA", "ours"):
+                assert f"| {part}: {name} | {values['milliseconds']:.1f}" in out
+    assert {"XLA", "ours"} <= set(record["steps"]["SGD"])
+    assert all(values["n"] == 1 for values in record["steps"]["SGD"].values())
+    assert record["flags"]["none"]["SGD, ours"]["speedup"] == 1
+
+
+@pytest.mark.parametrize("formula", ["winograd", "im2col", "nine_products"])
+def test_other_formulas_have_the_gradients_of_a_convolution(formula, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import cpu_alternatives as other
+
+    convolution = other.assemble(getattr(other, formula), other.im2col_kernel)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 6, 4, 16))
+    w = jax.random.normal(keys[1], (3, 3, 16, 5))
+    y = jax.random.normal(keys[2], (2, 6, 4, 5))
+    ours = jax.vjp(lambda *xw: convolution(*xw, (1, 1), other.PAD), x, w)
+    expected = jax.vjp(other.xla, x, w)
+    for a, b in zip(
+        (ours[0], *ours[1](y)), (expected[0], *expected[1](y)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_pytorch_counts_the_same_parameters(monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.syspath_prepend(str(BENCHMARKS))

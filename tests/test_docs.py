@@ -296,49 +296,105 @@ def test_readme_shows_the_table_of_the_committed_demo_report():
     readme = (ROOT / "README.md").read_text()
     shown = readme.split("<!-- demo table -->")[1].split("<!-- /demo table -->")[0]
     report = (ROOT / "docs" / "demo" / "report.md").read_text()
-    rows = [line for line in shown.splitlines() if line.startswith("|")]
+    rows = [
+        line
+        for line in shown("performance.md", "memory").splitlines()
+        if line.startswith("|")
+    ]
     assert len(rows) == 6 and "\n".join(rows) in report
 
 
-def test_performance_page_shows_the_committed_measurement():
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def shown(page, name):
+    """What stands on a page of docs/ between two comments of this name."""
+    text = (ROOT / "docs" / page).read_text()
+    return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+
+
+def test_performance_page_shows_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import step_time
+
+    record = json.loads((RESULTS / "step_time_cpu.json").read_text())
+    assert step_time.table(record["results"]) in shown("performance.md", "table")
+    # What the text below says in figures.
     page = (ROOT / "docs" / "performance.md").read_text()
-    file = ROOT / "benchmarks" / "results" / "step_time_cpu.json"
-    results = json.loads(file.read_text())["results"]
-    for name, values in results.items():
-        row = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
-        cells = [cell.strip() for cell in row.strip("|").split("|")]
-        assert cells[1] == f"{values['milliseconds']:.0f}"
-        assert cells[2] == f"{values['ratio_to_optax_sam']:.2f}"
-        assert cells[7] == str(values["n"])
+    mib = {name: f"{x['peak_mib']:.0f}" for name, x in record["results"].items()}
+    one, two, four = (mib[f"OT-MDR K={k}"] for k in ("1", "2 unroll", "4 auto"))
+    sentence = (
+        f"Unrolled, two particles take {two} MiB and four {four}, where one takes "
+        f"{one}; a scan takes {mib['OT-MDR K=2 scan']} for two"
+    )
+    assert sentence in " ".join(page.split())
+
+
+@pytest.mark.parametrize("file", ["cpu_convolution", "cpu_convolution_epyc"])
+def test_performance_page_shows_the_committed_convolutions(file, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cpu_convolution
+
+    record = json.loads((RESULTS / f"{file}.json").read_text())
+    for name, table in zip(
+        ("steps", "layers", "loops"), cpu_convolution.tables(record), strict=True
+    ):
+        if name == "steps" or file == "cpu_convolution":
+            assert table in shown("performance.md", f"{file} {name}")
+
+
+def test_performance_page_shows_the_committed_alternatives(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cpu_alternatives
+
+    record = json.loads((RESULTS / "cpu_alternatives.json").read_text())
+    for name, table in zip(
+        ("layers", "steps", "flags"), cpu_alternatives.tables(record), strict=True
+    ):
+        assert table in shown("performance.md", f"alternatives {name}")
+
+
+def test_performance_page_says_who_is_faster():
+    """The figures of its sentence on PyTorch, from the record."""
+    record = json.loads((RESULTS / "cpu_alternatives.json").read_text())
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    for step, ways in record["steps"].items():
+        step = step.replace("OT-MDR K=1", "OT-MDR with $K = 1$")
+        wall, processor = (
+            ways["PyTorch"][f"ours_{clock}speedup"] for clock in ("", "processor_")
+        )
+        sentence = f"{wall:.1f} times as fast as ours for {step} ({processor:.1f} by"
+        assert sentence in page
+    layers = [ways for part in record["layers"].values() for ways in part]
+    (n,) = {x["n"] for layer in layers for x in layer["ways"].values()}
+    (of_flags,) = {
+        x["n"] for values in record["flags"].values() for x in values.values()
+    }
+    assert f"n = {n} each: <!-- alternatives layers -->" in page
+    assert f"n = {of_flags}: <!-- alternatives flags -->" in page
 
 
 def test_scaling_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import scaling
 
-    page = (ROOT / "docs" / "scaling.md").read_text()
-    file = ROOT / "benchmarks" / "results" / "scaling_cpu.json"
-    record = json.loads(file.read_text())
+    record = json.loads((RESULTS / "scaling_cpu.json").read_text())
     tables = scaling.tables(record)
     for name, table in zip(
         ("collectives", "weak scaling", "prediction"), tables, strict=True
     ):
-        shown = page.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
-        assert table in shown
+        assert table in shown("scaling.md", name)
     assert record["prediction"] == json.loads(json.dumps(scaling.predict()))
 
 
 def test_performance_page_shows_the_committed_memory():
-    page = (ROOT / "docs" / "performance.md").read_text()
-    shown = page.split("<!-- memory -->")[1].split("<!-- /memory -->")[0]
     rows = {
         cells[0]: cells[1:]
-        for line in shown.splitlines()
+        for line in shown("performance.md", "memory").splitlines()
         if line.startswith("| ")
         for cells in [[cell.strip() for cell in line.strip("|").split("|")]]
     }
-    file = ROOT / "benchmarks" / "results" / "memory_cpu.json"
-    results = json.loads(file.read_text())["results"]
+    results = json.loads((RESULTS / "memory_cpu.json").read_text())["results"]
     for step in results["plain"]:
         costs = [column.get(step) for column in results.values()]
         of_step = ["-" if c is None else f"{c['peak_mib']:.1f}" for c in costs]
@@ -368,3 +424,13 @@ def test_models_page_names_every_model():
     page = (ROOT / "docs" / "models.md").read_text()
     for name in models.names():
         assert re.search(rf"`{name}`|\| {name} ", page), f"models.md leaves out {name}"
+
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    ours, theirs, sam = (
+        [column[step]["peak_mib"] for column in results.values()]
+        for step in ("OT-MDR K=1", "SAM (optax.contrib)", "SAM")
+    )
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the memory of" in page
+    largest = max(a / b for a, b in zip(ours, sam, strict=True))
+    assert f"at most {largest:.2f} of ours" in page

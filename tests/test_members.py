@@ -235,8 +235,8 @@ def test_three_networks_beat_each_of_them_on_real_cifar10():
         name="cifar10-small",
     )
     config = TrainConfig(
-        members="3", method="sgd", mesh="data=1", epochs=10, batch_size=50,
-        learning_rate=0.05, eval_every=10,
+        members="3", method="sgd", mesh="data=1", epochs=20, batch_size=50,
+        learning_rate=0.1, eval_every=20,
     )  # fmt: skip
     found = training.train(config, dataset, show_progress=False).metrics
     assert found["accuracy"] > 0.3
