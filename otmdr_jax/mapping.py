@@ -136,8 +136,14 @@ def each(
 
 
 def member_map(how: str) -> str:
-    """What `auto` stands for with members; measured by benchmarks/ensemble.py."""
-    return "vmap" if how == "auto" else how
+    """What `auto` stands for with members on the default backend.
+
+    On CPUs, where it is measured (benchmarks/ensemble.py), unrolled members beat vmap;
+    a scan would be better yet, if no convolution of `jax.lax` stands in the loss.
+    """
+    if how != "auto":
+        return how
+    return "unroll" if jax.default_backend() == "cpu" else "vmap"
 
 
 def after(floats: PyTree, xs: PyTree) -> PyTree:

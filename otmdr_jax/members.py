@@ -227,7 +227,13 @@ def joint(method: Method, model: JointModel) -> Method:
 
 
 def _each(functions, columns, how):
-    """One function is for all members of one architecture."""
+    """One function is for all members of one architecture.
+
+    On CPUs a scan is the fastest map and takes the memory of one member
+    (benchmarks/ensemble.py): the zoo's convolutions are not slow in a loop.
+    """
+    if how == "auto" and jax.default_backend() == "cpu":
+        how = "scan"
     return mapping.each(functions if len(functions) > 1 else functions[0], columns, how)
 
 

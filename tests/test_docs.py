@@ -227,11 +227,12 @@ def command_flags():
 
     commands = {
         name: flags(getattr(cli, name.title()))
-        for name in ("train", "evaluate", "compare", "demo", "info")
+        for name in ("train", "evaluate", "compare", "ensemble", "demo", "info")
     }
     commands["train"] |= flags(config.TrainConfig)
     commands["evaluate"] -= {"--run"}  # positional
     commands["compare"] -= {"--runs"}
+    commands["ensemble"] -= {"--runs"}
     return commands
 
 
@@ -269,7 +270,9 @@ def test_every_flag_that_is_named_exists():
                 assert not missing, f"{page.name} names {missing}"
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "demo", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "evaluate", "compare", "ensemble", "demo", "info"]
+)
 def test_the_flags_are_those_that_help_prints(command, capsys, monkeypatch):
     from otmdr_jax import cli
 
@@ -399,18 +402,33 @@ def test_performance_page_shows_the_committed_memory():
         costs = [column.get(step) for column in results.values()]
         of_step = ["-" if c is None else f"{c['peak_mib']:.1f}" for c in costs]
         assert rows[step] == of_step
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    ours, theirs, sam = (
+        [column[step]["peak_mib"] for column in results.values()]
+        for step in ("OT-MDR K=1", "SAM (optax.contrib)", "SAM")
+    )
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the memory of" in page
+    largest = max(a / b for a, b in zip(ours, sam, strict=True))
+    assert f"at most {largest:.2f} of ours" in page
+
+
+def test_ensembles_page_shows_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ensemble as benchmark
+
+    record = json.loads((RESULTS / "ensemble_cpu.json").read_text())
+    assert benchmark.table(record) in shown("ensembles.md", "ensemble")
 
 
 def test_models_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import models as benchmark
 
-    page = (ROOT / "docs" / "models.md").read_text()
-    shown = page.split("<!-- models -->")[1].split("<!-- /models -->")[0]
-    file = ROOT / "benchmarks" / "results" / "models_cpu.json"
-    record = json.loads(file.read_text())
-    assert benchmark.table(record["results"]) in shown
-    assert f"batch {record['batch_size']}, " in shown and record["jax"] in shown
+    table = shown("models.md", "models")
+    record = json.loads((RESULTS / "models_cpu.json").read_text())
+    assert benchmark.table(record["results"]) in table
+    assert f"batch {record['batch_size']}, " in table and record["jax"] in table
     labels = [
         " ".join([name, *(f"{k}={v}" for k, v in options.items())])
         for name, options in benchmark.MODELS
@@ -424,13 +442,3 @@ def test_models_page_names_every_model():
     page = (ROOT / "docs" / "models.md").read_text()
     for name in models.names():
         assert re.search(rf"`{name}`|\| {name} ", page), f"models.md leaves out {name}"
-
-    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
-    ours, theirs, sam = (
-        [column[step]["peak_mib"] for column in results.values()]
-        for step in ("OT-MDR K=1", "SAM (optax.contrib)", "SAM")
-    )
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of the memory of" in page
-    largest = max(a / b for a, b in zip(ours, sam, strict=True))
-    assert f"at most {largest:.2f} of ours" in page
