@@ -1,4 +1,4 @@
-"""The main job in two minutes: SGD, SAM and OT-MDR on digits with noisy labels."""
+"""The main job in minutes: SGD, SAM, OT-MDR, an ensemble, on digits with noisy labels."""
 
 import dataclasses
 import os
@@ -16,6 +16,7 @@ METHODS = (
     dataclasses.replace(BASE, method="sam"),
     dataclasses.replace(BASE, method="otmdr", num_particles=1),
     dataclasses.replace(BASE, method="otmdr", num_particles=2),
+    dataclasses.replace(BASE, method="otmdr", num_particles=1, members="3"),
 )
 SEEDS = (0, 1, 2)
 
@@ -49,7 +50,8 @@ def run(
                 config = dataclasses.replace(
                     base, seed=seed, epochs=epochs or base.epochs
                 )
-                name = f"{config.method}-k{config.num_particles}-s{seed}"
+                many = f"-m{config.members}" if config.members else ""
+                name = f"{config.method}-k{config.num_particles}{many}-s{seed}"
                 folder = pathlib.Path(scratch) / name
                 training.train(config, output=folder, show_progress=show_progress)
                 runs.append(report.read_run(folder))
