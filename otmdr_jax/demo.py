@@ -1,4 +1,4 @@
-"""The main job in minutes: SGD, SAM, OT-MDR, an ensemble, on digits with noisy labels."""
+"""The main job in two minutes: SGD, SAM and OT-MDR on digits with noisy labels."""
 
 import dataclasses
 import os
