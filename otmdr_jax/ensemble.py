@@ -214,6 +214,7 @@ def member_keys(key: Any, count: int, axis_name: Any = None) -> Any:
     axes = collectives.axes_of(axis_name)
     if not axes:
         return jax.random.split(key, count)
+    collectives.check_bound(axes)
     keys = jax.random.split(key, count * jax.lax.axis_size(axes))
     start = count * jax.lax.axis_index(axes)
     return jax.lax.dynamic_slice_in_dim(keys, start, count)

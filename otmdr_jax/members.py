@@ -52,7 +52,7 @@ def lift(
       ((3,), (3, 4, 10))
     """
     each = [methods] if isinstance(methods, Method) else list(methods)
-    if (count is None) == (len(each) == 1):
+    if (count is None) == (len(each) == 1) or (count is not None and count < 1):
         raise ValueError(
             "give one method and the number of members, or several methods; got "
             f"{len(each)} and count={count!r}."

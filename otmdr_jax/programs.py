@@ -233,6 +233,8 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             batch_spec=batch_spec,
             state_spec=state_spec,
             metrics_spec=P(),
+            # The branches of Optax's plateau differ in what is marked as varying.
+            check_vma=not (spread and config.schedule == "plateau"),
         )
 
     def init(key):

@@ -201,6 +201,9 @@ class TestGradient:
             fn(stacked, data, key=key)
         with pytest.raises(ValueError, match="2 functions need a tuple"):
             fn(tuple(each), data, key=key)
+        with pytest.raises(ValueError, match="no device axis 'member' here"):
+            spread = ensemble.value_and_grad(toy.regression, member_axis_name="member")
+            spread(stacked, data, key=key)
         with pytest.raises(ValueError, match="member_map must be one of"):
             ensemble.value_and_grad(toy.regression, member_map="pmap")
 
@@ -440,7 +443,7 @@ class TestLift:
 
     def test_count_or_several(self):
         one = methods.create("sgd", models.create("cnn_small", 10), optax.sgd(0.1))
-        for given in ((one, None), ([one, one], 2)):
+        for given in ((one, None), ([one, one], 2), (one, 0)):
             with pytest.raises(ValueError, match="one method and the number"):
                 members.lift(*given)
 

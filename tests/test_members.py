@@ -156,6 +156,17 @@ class TestRun:
         np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
         assert got.metrics["mesh"] == mesh
 
+    def test_a_plateau_of_each_member_on_a_mesh(self, small):
+        config = dataclasses.replace(
+            TINY, mesh="member=3", method="sgd", noise_std=0.0, schedule="plateau",
+            plateau_patience=1, epochs=1,
+        )  # fmt: skip
+        got = training.train(config, small, show_progress=False)
+        one = dataclasses.replace(config, mesh="data=1")
+        want = training.train(one, small, show_progress=False)
+        np.testing.assert_allclose(losses(got), losses(want), rtol=1e-3)
+        np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
+
     def test_orders_of_their_own(self, small):
         shared = dataclasses.replace(TINY, epochs=1, method="sgd", noise_std=0.0,
                                      augment=(), learning_rate=0.0)  # fmt: skip
