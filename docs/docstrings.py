@@ -9,6 +9,8 @@ import griffe
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr):`~?([^`]+)`")
 _INLINE_MATH = re.compile(r":math:`([^`]+)`")
 _LINK = re.compile(r"`([^`<]+?)\s*<(https?://[^>]+)>`_")
+# Griffe knows the plural alone: it then shows doctests as code, not as Markdown.
+_EXAMPLE = re.compile(r"^([ ]*)Example:$", re.MULTILINE)
 _MATH_BLOCK = re.compile(
     r"^(?P<indent>[ ]*)\.\. math::(?P<first>[^\n]*)\n"
     r"(?P<body>(?:[ ]*\n|(?P=indent)[ ]+[^\n]*\n?)*)",
@@ -24,7 +26,7 @@ def to_markdown(text: str) -> str:
         formula = f"{match['first'].strip()}\n{textwrap.dedent(match['body'])}".strip()
         return textwrap.indent(f"\n$$\n{formula}\n$$\n\n", indent, lambda line: True)
 
-    text = _MATH_BLOCK.sub(block, text)
+    text = _EXAMPLE.sub(r"\1Examples:", _MATH_BLOCK.sub(block, text))
     text = _INLINE_MATH.sub(r"$\1$", text)
     text = _ROLE.sub(r"`\1`", text)
     return _LINK.sub(lambda m: f"[{' '.join(m[1].split())}]({m[2]})", text)
