@@ -224,7 +224,7 @@ def _train(options: Train) -> None:
     model = config.model
     if config.members is not None:
         names = config.member_names
-        model = f"{len(names)}x{model}" if config.stacked else "-".join(names)
+        model = f"{len(names)}x{names[0]}" if config.stacked else "-".join(names)
     name = f"{pathlib.Path(config.data).stem}-{model}-{config.method}"
     output = options.resume or options.output or f"runs/{name}-seed{config.seed}"
     try:
@@ -275,7 +275,8 @@ def evaluate(options: Evaluate) -> None:
         without=tuple(restored.meta.get("diverged", ())),
         show_progress=True,
     )
-    sharp = evaluation.sharpness(config, state, dataset, compiled)
+    diverged = tuple(restored.meta.get("diverged", ()))
+    sharp = evaluation.sharpness(config, state, dataset, compiled, without=diverged)
     result = {
         "split": options.split,
         "steps": steps_taken(state),

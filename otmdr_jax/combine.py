@@ -74,6 +74,11 @@ def combine(
         joint; members that are not there, or fewer than two.
     """
     paths = [pathlib.Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(
+            f"each run must be named once, got {', '.join(map(str, paths))}: a member "
+            "that counts twice adds nothing."
+        )
     configs = [runs.read_config(path) for path in paths]
     for path, found in zip(paths, configs, strict=True):
         _check_run(path, found, paths[0], configs[0])
@@ -91,15 +96,22 @@ def combine(
         )
     new = _config_of(configs[0], [names[i] for i in kept], data_dir)
     dataset = programs.load_data(new)
+    runs.check_free(output)
+    state, meta = _load(paths, configs, dataset, kept, new.stacked)
+    compiled = programs.compile_programs(new, dataset)
+    found, result = _evaluate(new, state, dataset, compiled, meta, show_progress)
+    # Only now, and the result last: what fails before leaves nothing behind.
     folder = runs.create(output, new)
     try:
-        state, meta = _load(paths, configs, dataset, kept, new.stacked)
-        compiled = programs.compile_programs(new, dataset)
-        result = _evaluate(new, state, dataset, compiled, meta, folder, show_progress)
         with checkpoint.Checkpoints(
             folder.path / "checkpoints", scored=dataset.validation is not None
         ) as saved:
             saved.save(state, meta)
+        epoch = result["steps"] / compiled.steps_per_epoch
+        record = {"step": result["steps"], "epoch": epoch, "split": "test"}
+        folder.log({**record, **found.metrics})
+        labels = dataset.test.labels
+        folder.finish(result, found.log_probs, labels, found.member_log_probs)
     finally:
         folder.close()
     return result
@@ -158,7 +170,7 @@ def _load(paths, configs, dataset, kept, stacked):
                    "mesh": "one device"}  # fmt: skip
 
 
-def _evaluate(new, state, dataset, compiled, meta, folder, show_progress):
+def _evaluate(new, state, dataset, compiled, meta, show_progress):
     found = evaluate(
         new,
         state,
@@ -168,12 +180,7 @@ def _evaluate(new, state, dataset, compiled, meta, folder, show_progress):
         without=tuple(meta["diverged"]),
         show_progress=show_progress,
     )
-    sharp = sharpness(new, state, dataset, compiled)
+    sharp = sharpness(new, state, dataset, compiled, without=tuple(meta["diverged"]))
     result = training.final_result(new, state, compiled, found, sharp, meta)
     result["seconds_per_step"] = float("nan")
-    epoch = result["steps"] / compiled.steps_per_epoch
-    folder.log(
-        {"step": result["steps"], "epoch": epoch, "split": "test", **found.metrics}
-    )
-    folder.finish(result, found.log_probs, dataset.test.labels, found.member_log_probs)
-    return result
+    return found, result

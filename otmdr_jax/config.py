@@ -343,6 +343,7 @@ def _check_members(config: TrainConfig) -> None:
             _check(config, name, getattr(config, name) == default, "left out without "
                    "members")  # fmt: skip
         return
+    _check(config, "members", isinstance(config.members, str), "text: '5', or names")
     names = config.member_names
     _check(
         config,

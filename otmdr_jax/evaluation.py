@@ -101,7 +101,12 @@ def evaluate(
 
 
 def sharpness(
-    config: TrainConfig, state: PyTree, dataset: Dataset, programs: Programs
+    config: TrainConfig,
+    state: PyTree,
+    dataset: Dataset,
+    programs: Programs,
+    *,
+    without: tuple[int, ...] = (),
 ) -> dict[str, Any]:
     """The SAM gap on the training set, BatchNorm with its running statistics.
 
@@ -110,6 +115,7 @@ def sharpness(
       state: Its state.
       dataset: The data.
       programs: Compiled functions.
+      without: Members that do not count in the means, as they diverged.
 
     Returns:
       sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
@@ -130,9 +136,10 @@ def sharpness(
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]
         found.append(landscape.sam_gap(loss_sum, member.params, with_state))
+    kept = [x for i, x in enumerate(found) if i not in without] or found
     result: dict[str, Any] = {
-        "sharpness": float(np.mean([x.gap for x in found])),
-        "train_nll": float(np.mean([x.loss for x in found])),
+        "sharpness": float(np.mean([x.gap for x in kept])),
+        "train_nll": float(np.mean([x.loss for x in kept])),
     }
     if len(found) > 1:
         result["member_sharpness"] = [x.gap for x in found]

@@ -66,6 +66,15 @@ def create(path: str | os.PathLike, config: TrainConfig) -> RunFolder:
       FileExistsError: The folder holds something already.
     """
     path = pathlib.Path(path)
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, path / "config.json")
+    return RunFolder(path)
+
+
+def check_free(path: str | os.PathLike) -> None:
+    """Raises FileExistsError unless a folder may be that of a new run."""
+    path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if is_run(path):
             advice = f"Go on with it (otmdr train --resume {path})"
@@ -74,9 +83,6 @@ def create(path: str | os.PathLike, config: TrainConfig) -> RunFolder:
         raise FileExistsError(
             f"{path} is not empty. {advice}, or name another folder with --output."
         )
-    path.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, path / "config.json")
-    return RunFolder(path)
 
 
 def is_run(path: str | os.PathLike) -> bool:

@@ -10,6 +10,7 @@ bits as one that is not. On many hosts each runs this same loop, and one of them
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -375,7 +376,8 @@ class Loop:
                         for name in found.members[0]
                     }
                 self._log(record)
-            if split == "validation":
+            if split == "validation" and not math.isnan(values["nll"]):
+                # NaN, before a member counts as diverged, would never be beaten.
                 score = -values["nll"]
                 best = self.meta["best"]
                 if best is None or score > best["score"]:
@@ -399,7 +401,13 @@ class Loop:
             state,
             self.programs,
             found,
-            sharpness(self.config, state, self.dataset, self.programs),
+            sharpness(
+                self.config,
+                state,
+                self.dataset,
+                self.programs,
+                without=tuple(self.meta["diverged"]),
+            ),
             self.meta,
         )
         result["seconds_per_step"] = (

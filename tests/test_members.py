@@ -212,8 +212,26 @@ class TestRun:
             each = saved["member_log_probs"]
         want = ensemble.log_mean_probs(each[[0, 2]])
         np.testing.assert_allclose(result.log_probs, want, rtol=1e-4, atol=1e-5)
+        assert np.isfinite(result.metrics["sharpness"])
         written = json.loads((tmp_path / "run" / "result.json").read_text())
         assert written["members"][1]["nll"] is None
+
+    def test_an_evaluation_that_is_nan_is_never_the_best(self, small, monkeypatch):
+        """It comes before the member has skipped steps enough to count as diverged."""
+        init = members.init
+
+        def poisoned(*args):
+            state = init(*args)
+            bad = jax.tree.map(lambda x: x.at[1].set(np.nan), state.params)
+            return state._replace(params=bad)
+
+        monkeypatch.setattr(members, "init", poisoned)
+        train = small.train.images, small.train.labels
+        test = small.test.images, small.test.labels
+        held = data.from_arrays(train, test, num_classes=10, name="held", validation=64)
+        config = dataclasses.replace(TINY, epochs=4, eval_every=1, max_skipped=6)
+        found = training.train(config, held, show_progress=False).metrics["best"]
+        assert np.isfinite(found["score"]) and found["step"] > 4
 
     def test_a_run_ends_when_all_have_diverged(self, small):
         config = dataclasses.replace(
@@ -322,6 +340,7 @@ class TestCombine:
             (["three"], ["--keep", "1", "1"], "once each"),
             (["one"], [], "at least two members"),
             (["three", "nowhere"], [], "no run folder"),
+            (["three", "three"], [], "named once"),
             (["three", "other"], [], "rho: None and .0.1,."),
         ],
     )
@@ -337,6 +356,15 @@ class TestCombine:
         assert re.search(message, capsys.readouterr().err)
         assert not (folders / "new").exists()
 
+    def test_what_fails_late_leaves_nothing_behind(self, folders, monkeypatch):
+        def full(*args, **kwargs):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(combine, "evaluate", full)
+        with pytest.raises(OSError, match="no space"):
+            combine.combine([folders / "three"], folders / "late")
+        assert not (folders / "late").exists()
+
     def test_nothing_is_overwritten(self, folders, capsys):
         with pytest.raises(SystemExit):
             cli.main(["ensemble", str(folders / "three"),
@@ -348,6 +376,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
+            (dict(members=5), "members must be text"),
             (dict(members="1"), "members must be a number of at least 2"),
             (dict(members="cnn_small,"), "members must be"),
             (dict(members="resnet_10"), "members must be"),
