@@ -141,9 +141,7 @@ def separate(state: PyTree) -> list[TrainState]:
 
 def join(states: Sequence[TrainState], stacked: bool) -> PyTree:
     """The inverse of :func:`separate` for an ensemble."""
-    if not stacked:
-        return tuple(states)
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *states)
+    return tree.stack(states) if stacked else tuple(states)
 
 
 def opt_states(state: PyTree) -> PyTree:

@@ -168,15 +168,37 @@ class TestRun:
         np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
 
     def test_orders_of_their_own(self, small):
+        """Each member is a single run on its own order, on one device and on three."""
         shared = dataclasses.replace(TINY, epochs=1, method="sgd", noise_std=0.0,
-                                     augment=(), learning_rate=0.0)  # fmt: skip
+                                     augment=(), log_every=1)  # fmt: skip
         config = dataclasses.replace(shared, member_data="own")
-        order = programs.compile_programs(config, small).epoch_order(jax.random.key(0))
+        state_key, data_key = programs.run_keys(TINY.seed)
+        order = programs.compile_programs(config, small).epoch_order(
+            jax.random.fold_in(data_key, 0)
+        )
         assert order.shape == (3, 320)
         assert all(sorted(row) == list(range(320)) for row in order.tolist())
         assert len({tuple(row) for row in order.tolist()}) == 3
-        found = training.train(config, small, show_progress=False)
-        assert found.metrics["steps"] == 5
+
+        def of_members(config):
+            found = training.train(config, small, show_progress=False)
+            rows = [r for r in found.history if r["split"] == "train"]
+            return np.array([r["members"]["loss"] for r in rows])  # (steps, M)
+
+        got = of_members(config)
+        assert got.shape == (5, 3)
+        assert np.abs(got - of_members(shared)).min() > 1e-4
+        one = dataclasses.replace(shared, members=None)
+        compiled = programs.compile_programs(one, small)
+        for m, key in enumerate(jax.random.split(state_key, 3)):
+            state = compiled.init(key)
+            for i in range(5):
+                state, metrics = compiled.train_step(
+                    state, tuple(small.train), order[m], np.int32(i)
+                )
+                np.testing.assert_allclose(got[i, m], metrics["loss"], rtol=1e-4)
+        spread = of_members(dataclasses.replace(config, mesh="member=3"))
+        np.testing.assert_allclose(spread, got, rtol=1e-3)
         with pytest.raises(ValueError, match="member_data='own' .* on the device"):
             training.train(
                 dataclasses.replace(config, input="host"), small, show_progress=False
