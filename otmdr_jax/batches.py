@@ -133,12 +133,4 @@ def accumulate(
     last = function(
         mapping.after(mean, jax.tree.map(lambda x: jnp.asarray(x)[whole:], batch))
     )
-
-    def weigh(x, y):
-        if not tree.is_floating(x):
-            return x
-        wide = tree.accumulation_dtype(x)
-        total = whole * x.astype(wide) + rest * y.astype(wide)
-        return (total / size).astype(x.dtype)
-
-    return jax.tree.map(weigh, mean, last)
+    return tree.weighted_mean(mean, last, whole, rest)

@@ -11,58 +11,26 @@ With one radius, the whole batch and no noise this is SAM (Theorem 4.3).
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from otmdr_jax import collectives, mapping, tree
-from otmdr_jax.batches import accumulate, batch_size, split_batch
+from otmdr_jax import engine
+from otmdr_jax.engine import Diagnostics, RobustGradient
 from otmdr_jax.options import Options, check_rho
-from otmdr_jax.particles import climb
-from otmdr_jax.perturbation import resolve_mask
+
+__all__ = [
+    "PAPER_RHO",
+    "Diagnostics",
+    "RobustGradient",
+    "robust_gradient",
+    "value_and_grad",
+]
 
 PyTree = Any
 
 # The paper's radii for CIFAR-10: rho_1 = 0.05 and rho_2 = 2 rho_1 (section 5.1).
 PAPER_RHO = (0.05, 0.1)
-
-
-class Diagnostics(NamedTuple):
-    """What a robust gradient saw on its way; computed by no further pass.
-
-    Attributes:
-      center_loss: Mean over particles of the loss at the center, on the first part of
-        the batch: with `split="shared"` on all of it.
-      robust_loss: Mean over particles of the loss of all of the batch at the particle.
-      gap: `robust_loss - center_loss`, a running estimate of sharpness.
-      ascent_norms: (S,) gradient norms of the ascent steps, mean over particles.
-      grad_norm: Norm of the gradient that is returned.
-      distances: (K,) distance of each particle from the center.
-    """
-
-    center_loss: jax.Array
-    robust_loss: jax.Array
-    gap: jax.Array
-    ascent_norms: jax.Array
-    grad_norm: jax.Array
-    distances: jax.Array
-
-
-class RobustGradient(NamedTuple):
-    """What :func:`robust_gradient` returns.
-
-    Attributes:
-      value: The robust loss, a scalar.
-      aux: The auxiliary output of the pass at the center, or None.
-      grads: The gradient, of the structure and dtypes of the parameters.
-      diagnostics: See :class:`Diagnostics`.
-    """
-
-    value: jax.Array
-    aux: PyTree
-    grads: PyTree
-    diagnostics: Diagnostics
 
 
 def value_and_grad(
@@ -209,173 +177,10 @@ def robust_gradient(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
-    default_rho = check_rho(rho)
     known = {field.name for field in dataclasses.fields(Options)}
     if unknown := sorted(set(options) - known):
         raise TypeError(
             f"unknown options {', '.join(unknown)}; "
             f"there are {', '.join(sorted(known))}."
         )
-    opts = Options(**options)
-    gradient_of = jax.value_and_grad(_checked(loss_fn, opts.has_aux), has_aux=True)
-
-    data_axes = collectives.axes_of(opts.axis_name)
-    particle_axes = collectives.axes_of(opts.particle_axis_name)
-    all_axes = data_axes + particle_axes
-
-    def compute(params, batch, *args, key=None, rho=None, **kwargs):
-        radii = default_rho if rho is None else check_rho(rho)
-        mask = resolve_mask(opts.mask, params)
-        if opts.random and key is None:
-            raise ValueError(
-                f"split={opts.split!r} and noise_std={opts.noise_std!r} need "
-                "randomness: pass key=jax.random.key(...), a fresh one each step, or "
-                'use split="ordered" or "shared" with noise_std=0.'
-            )
-        collectives.check_bound(all_axes)
-        keys, here = _particle_keys(key, opts, data_axes, particle_axes)
-        # The gradient of a replicated value is summed over devices behind our back
-        # (shard_map with check_vma); of a value marked as varying it is not.
-        center = collectives.vary(params, all_axes)
-        differs = collectives.varying_axes((center, batch, args, kwargs, keys))
-
-        def vary(fresh):
-            return collectives.vary(fresh, differs)
-
-        def gradient(w, part):
-            def of(piece):
-                return gradient_of(w, piece, *args, **kwargs)
-
-            def fresh(zeros):
-                # Sums start at zeros that wait for w: else XLA may lay out those of
-                # all passes at once, each of the size of the parameters.
-                return vary(mapping.after(w, zeros))
-
-            return accumulate(of, part, opts.microbatch_size, fresh)
-
-        def ascent_gradient(w, part):
-            loss_aux, grads = gradient(w, part)
-            if opts.sync_perturbation:
-                grads = collectives.pmean(grads, data_axes)
-            return loss_aux, grads
-
-        parts = first = None
-        if opts.split != "random":
-            parts = _parts(batch, len(radii), opts.split)
-            # All particles leave from the same gradient: compute it once.
-            first = ascent_gradient(center, parts[0])
-        else:
-            batch_size(batch)
-
-        def particle(keys):
-            split_key, noise_key = keys
-            mine = split_batch(batch, len(radii), split_key) if parts is None else parts
-            path = climb(
-                ascent_gradient,
-                center,
-                mine,
-                radii,
-                opts,
-                mask=mask,
-                key=noise_key,
-                first=first,
-            )
-            # Never differentiated through: gradient() starts afresh at the particle.
-            (value, _), grads = gradient(path.particle, batch)
-            means = (value, path.aux, grads, path.center_loss, path.norms)
-            return means, _distance(path.particle, center)
-
-        means, distances = mapping.average(
-            particle, keys, here, opts.particle_map, vary
-        )
-        if opts.random:
-            distances = collectives.slots(distances, particle_axes)
-        else:  # all particles are the same one
-            distances = jnp.tile(distances, opts.num_particles)
-        means, distances = collectives.pmean((means, distances), all_axes)
-        value, aux, grads, center_loss, norms = means
-        diagnostics = Diagnostics(
-            center_loss, value, value - center_loss, norms, tree.norm(grads), distances
-        )
-        return RobustGradient(value, aux, grads, diagnostics)
-
-    return compute
-
-
-def _parts(batch, num_parts, split):
-    if split == "ordered":
-        return split_batch(batch, num_parts, key=None)
-    batch_size(batch)
-    return [batch] * num_parts
-
-
-def _particle_keys(key, opts, data_axes, particle_axes):
-    """The keys of this device's particles, and how many there are.
-
-    A pair of keys for each, (k,) of each kind; one pair, without axis, for k = 1.
-    Devices of a data axis split their parts of the batch independently of each other.
-    Noise belongs to the perturbation: it is the same everywhere if that is. Particles
-    have the keys that they would have on one device.
-    """
-    if not opts.random:
-        return (None, None), 1
-    devices = jax.lax.axis_size(particle_axes) if particle_axes else 1
-    here, over = divmod(opts.num_particles, devices)
-    if over:
-        raise ValueError(
-            f"num_particles must be a multiple of the {devices} devices of axis "
-            f"{opts.particle_axis_name!r}, got {opts.num_particles}."
-        )
-    split_key, noise_key = jax.random.split(key)
-    if data_axes and jax.lax.axis_size(data_axes) > 1:
-        device = jax.lax.axis_index(data_axes)
-        split_key = jax.random.fold_in(split_key, device)
-        if not opts.sync_perturbation:
-            noise_key = jax.random.fold_in(noise_key, device)
-    keys = split_key, noise_key
-    if opts.num_particles == 1:
-        return keys, 1
-    keys = jax.tree.map(lambda k: jax.random.split(k, opts.num_particles), keys)
-    if not particle_axes:
-        return keys, here
-    start = here * jax.lax.axis_index(particle_axes)
-    if here == 1:
-        return jax.tree.map(lambda k: k[start], keys), 1
-    return jax.tree.map(
-        lambda k: jax.lax.dynamic_slice_in_dim(k, start, here), keys
-    ), here
-
-
-def _distance(particle, center):
-    away = jax.tree.map(
-        lambda a, b: a.astype(tree.accumulation_dtype(a)) - b, particle, center
-    )
-    return tree.norm(away)
-
-
-def _checked(loss_fn, has_aux):
-    """`loss_fn` to (loss, aux) always, refusing what is no scalar loss."""
-
-    def checked(params, batch, *args, **kwargs):
-        out = loss_fn(params, batch, *args, **kwargs)
-        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(
-                "with has_aux=True loss_fn must return (loss, aux), got "
-                f"{type(out).__name__}."
-            )
-        loss, aux = out if has_aux else (out, None)
-        if isinstance(loss, (tuple, list, dict)) or loss is None:
-            raise TypeError(
-                f"loss_fn must return a scalar, got {type(loss).__name__}: for "
-                "(loss, aux) pass has_aux=True."
-            )
-        loss = jnp.asarray(loss)
-        if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
-            raise TypeError(
-                "loss_fn must return a real floating scalar, got shape "
-                f"{loss.shape} and dtype {loss.dtype}: average over the batch with "
-                "jnp.mean."
-            )
-        return loss, aux
-
-    return checked
+    return engine.build(loss_fn, check_rho(rho), Options(**options))

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import batches, collectives, precision, tree
-from otmdr_jax.gradients import PAPER_RHO, Diagnostics, RobustGradient, robust_gradient
+from otmdr_jax import engine, precision, tree
+from otmdr_jax.gradients import PAPER_RHO, robust_gradient
+from otmdr_jax.options import Options
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]
@@ -68,6 +69,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "asam": {"rho": (0.5,), "split": "shared", "adaptive": True},
     "otmdr": {"rho": PAPER_RHO, "split": "random"},
 }
+
+# What the plain gradient has of them.
+PLAIN_OPTIONS = ("microbatch_size", "axis_name", "particle_axis_name")
 
 
 def create(
@@ -131,7 +135,13 @@ def create(
     if loss_scaling:
         loss_fn = precision.scale_loss(loss_fn, has_aux=True)
     if own is None:
-        gradient, copies = _plain_gradient(loss_fn, **options), 1
+        if foreign := sorted(set(options) - set(PLAIN_OPTIONS)):
+            raise TypeError(
+                f"{name} has no option {', '.join(foreign)}; it has "
+                f"{', '.join(PLAIN_OPTIONS)}."
+            )
+        plain = Options(split="shared", has_aux=True, **options)
+        gradient, copies = engine.build(loss_fn, (), plain), 1
     else:
         gradient = robust_gradient(loss_fn, has_aux=True, **{**own, **options})
         copies = options.get("num_particles", 1) if sum_particles else 1
@@ -236,31 +246,3 @@ def cross_entropy(
             rest = label_smoothing / (classes - 1)
             targets = share * targets + rest * (1 - targets)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
-
-
-def _plain_gradient(
-    loss_fn, *, axis_name=None, particle_axis_name=None, microbatch_size=None
-):
-    """`jax.value_and_grad` in the form of a robust gradient."""
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    axes = collectives.axes_of(axis_name, particle_axis_name)
-
-    def gradient(params, batch, model_state, *, key, **kwargs):
-        del key
-        collectives.check_bound(axes)
-        center = collectives.vary(params, axes)
-        differs = collectives.varying_axes((center, batch, model_state))
-        found = batches.accumulate(
-            lambda piece: value_and_grad(center, piece, model_state, **kwargs),
-            batch,
-            microbatch_size,
-            lambda fresh: collectives.vary(fresh, differs),
-        )
-        (value, aux), grads = collectives.pmean(found, axes)
-        zero, none = jnp.zeros_like(value), jnp.zeros(0)
-        diagnostics = Diagnostics(
-            value, value, zero, none, tree.norm(grads), jnp.zeros(1)
-        )
-        return RobustGradient(value, aux, grads, diagnostics)
-
-    return gradient

@@ -13,7 +13,7 @@ from otmdr_jax.options import Options
 from otmdr_jax.perturbation import ascend
 
 PyTree = Any
-Gradient = Callable[[PyTree, PyTree], tuple[tuple[jax.Array, PyTree], PyTree]]
+Gradient = Callable[[PyTree, PyTree, int], tuple[tuple[jax.Array, PyTree], PyTree]]
 
 
 class Climb(NamedTuple):
@@ -40,25 +40,27 @@ def climb(
     options: Options,
     *,
     mask: PyTree | None = None,
+    norm_mask: PyTree | None = None,
     key: jax.Array | None = None,
     first: tuple[tuple[jax.Array, PyTree], PyTree] | None = None,
 ) -> Climb:
     """Takes one ascent step on each part (Eq. 9, first two lines for S = 2).
 
     Args:
-      gradient: (params, part) -> ((loss, aux), grads).
+      gradient: (params, part, steps taken) -> ((loss, aux), grads).
       params: The center.
       parts: S parts of the batch.
       rho: S radii.
       options: Norm, adaptivity, merging and noise.
       mask: Which leaves may move, already resolved.
+      norm_mask: Which leaves count in a global norm; None: those that may move.
       key: A PRNG key, needed if there is noise.
-      first: What `gradient(params, parts[0])` gives, where it is already known.
+      first: What `gradient(params, parts[0], 0)` gives, where it is already known.
     """
     w, total, norms = params, None, []
     start = first
     for s, (part, radius) in enumerate(zip(parts, rho, strict=True)):
-        (loss, aux), grads = start if start is not None else gradient(w, part)
+        (loss, aux), grads = start if start is not None else gradient(w, part, s)
         if s == 0:
             center_loss, center_aux = loss, aux
         start = None
@@ -77,6 +79,7 @@ def climb(
             norm=options.norm,
             adaptive=options.adaptive,
             mask=mask,
+            norm_mask=norm_mask,
             noise_std=options.noise_std if options.noisy else None,
             key=None if key is None else jax.random.fold_in(key, s),
         )

@@ -28,6 +28,7 @@ def ascend(
     norm: str = "global",
     adaptive: bool = False,
     mask: PyTree | None = None,
+    norm_mask: PyTree | None = None,
     noise_std: jax.typing.ArrayLike | None = None,
     key: jax.Array | None = None,
 ) -> tuple[PyTree, jax.Array]:
@@ -42,6 +43,8 @@ def ascend(
       adaptive: Scale by |w|, element by element (ASAM).
       mask: A pytree of bools, True where a leaf is perturbed; None for everywhere.
         Other leaves stay as they are and do not count in the norm.
+      norm_mask: A pytree of bools, True where a leaf counts in a global norm; None:
+        where it is perturbed.
       noise_std: Standard deviation of the noise per coordinate; None for none.
       key: A PRNG key, needed with `noise_std`.
 
@@ -66,7 +69,8 @@ def ascend(
     # Steps are computed in float32 or wider; only the new weights are rounded.
     t = [_element_scale(x, adaptive) for x in w]
     tg = [ti * gi.astype(ti.dtype) for ti, gi in zip(t, g, strict=True)]
-    total = tree.norm([x for x, m in zip(tg, moving, strict=True) if m])
+    counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
+    total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
     new = list(w)
     for i, m in enumerate(moving):
         if not m:

@@ -57,6 +57,31 @@ def _sum_of_squares(x: jax.Array, factor: float) -> jax.Array:
     return jnp.sum(jnp.real(wide * jnp.conj(wide)))
 
 
+def weighted_mean(
+    first: PyTree, second: PyTree, weight: float, other_weight: float
+) -> PyTree:
+    """The mean of two equal pytrees by weight, summed in float32 or wider.
+
+    Leaves that are not floating are the first's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import tree
+      >>> float(tree.weighted_mean(jnp.array(1.0), jnp.array(4.0), 2, 1))
+      2.0
+    """
+
+    def mean(x, y):
+        if not is_floating(x):
+            return x
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        wide = accumulation_dtype(x)
+        total = weight * x.astype(wide) + other_weight * y.astype(wide)
+        return (total / (weight + other_weight)).astype(x.dtype)
+
+    return jax.tree.map(mean, first, second)
+
+
 def stack(trees: Sequence[PyTree]) -> PyTree:
     """Stacks equal pytrees along a new leading axis.
 
