@@ -1,0 +1,68 @@
+"""Bayesian networks: OT-MDR and SGVB over a mean-field Gaussian posterior.
+
+Any model becomes one: `init` puts a normal distribution over its weights,
+`value_and_grad` (OT-MDR on the means, Nguyen et al., 2023, section 4.2.3) or `sgvb`
+gives the gradient of its objective, `predict` evaluates samples of it.
+
+    posterior.py    MeanField: which leaves are stochastic, sigma, samples
+    priors.py       normal, scale mixture, fitted normal
+    divergence.py   KL, its weight and schedules, the scale of the objective
+    objective.py    the gradients
+    local.py        noise for each example: local reparameterisation, Flipout
+    prediction.py   samples of predictions, epistemic and aleatoric uncertainty
+"""
+
+from otmdr_jax.bnn.divergence import blundell, convert_beta, kl, warmup
+from otmdr_jax.bnn.objective import (
+    PAPER_RHO,
+    BayesGradient,
+    robust_gradient,
+    sgvb,
+    sgvb_gradient,
+    value_and_grad,
+)
+from otmdr_jax.bnn.posterior import (
+    SIGMA,
+    MeanField,
+    check,
+    init,
+    mean,
+    sample,
+    signal_to_noise,
+    std,
+    weights_and_biases,
+)
+from otmdr_jax.bnn.prediction import NUM_SAMPLES, Uncertainty, predict, uncertainty
+from otmdr_jax.bnn.priors import PRIOR_STD, FittedNormal, Normal, ScaleMixture
+from otmdr_jax.ensemble import log_mean_probs
+
+__all__ = [
+    "NUM_SAMPLES",
+    "PAPER_RHO",
+    "PRIOR_STD",
+    "SIGMA",
+    "BayesGradient",
+    "FittedNormal",
+    "MeanField",
+    "Normal",
+    "ScaleMixture",
+    "Uncertainty",
+    "blundell",
+    "check",
+    "convert_beta",
+    "init",
+    "kl",
+    "log_mean_probs",
+    "mean",
+    "predict",
+    "robust_gradient",
+    "sample",
+    "sgvb",
+    "sgvb_gradient",
+    "signal_to_noise",
+    "std",
+    "uncertainty",
+    "value_and_grad",
+    "warmup",
+    "weights_and_biases",
+]

@@ -1,0 +1,277 @@
+r"""The mean-field Gaussian over the weights of any model: its leaves and its samples.
+
+.. math:: Q = \mathcal N(\mu, \mathrm{diag}(\sigma^2)), \qquad
+    \theta = \mu + \sigma \kappa, \qquad \kappa \sim \mathcal N(0, I), \qquad
+    \sigma = \log(1 + e^{r})
+
+Reference: Blundell et al., `Weight Uncertainty in Neural Networks
+<https://arxiv.org/abs/1505.05424>`_, ICML 2015; Nguyen et al., 2023, section 4.2.3.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import tree
+from otmdr_jax.perturbation import resolve_mask
+
+PyTree = Any
+
+# softplus(-5), where the code released with Nguyen et al., 2023 starts.
+SIGMA = 0.0067
+
+
+class MeanField(NamedTuple):
+    """A mean-field Gaussian posterior; a pytree, to be trained by any optimizer.
+
+    All three have the structure of the parameters, with None where a leaf belongs to
+    the other kind.
+
+    Attributes:
+      mean: The means of the stochastic leaves, float32 or wider.
+      raw_scale: r of their standard deviations softplus(r).
+      point: The other leaves, of which there is a point estimate.
+    """
+
+    mean: PyTree
+    raw_scale: PyTree
+    point: PyTree
+
+
+def init(params: PyTree, sigma: Any = SIGMA, mask: Any = None) -> MeanField:
+    """A posterior around the parameters of a model.
+
+    Args:
+      params: The model's parameters, any pytree of arrays; the means to start from.
+      sigma: The standard deviation to start from, in the units of the weights: a
+        positive number, or a pytree of the structure of `params`. 0.0067 by default,
+        softplus(-5) of the released code.
+      mask: Which leaves are stochastic: a pytree of bools, a function of the parameters
+        to one, or True for all. Default: :func:`weights_and_biases`, kernels and biases
+        of convolutions and dense layers, but not those of BatchNorm.
+
+    Returns:
+      A :class:`MeanField`.
+
+    Raises:
+      ValueError: A sigma that is not positive, a mask that selects nothing or is of
+        another structure; TypeError: a stochastic leaf that is no real floating array.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> dense = {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}
+      >>> q = bnn.init({"dense": dense, "norm": {"scale": jnp.ones(2)}})
+      >>> round(float(bnn.std(q)["dense"]["kernel"][0, 0]), 6)
+      0.0067
+      >>> q.point["dense"]["kernel"], q.point["norm"]["scale"].tolist()
+      (None, [1.0, 1.0])
+    """
+    if mask is True:
+        mask = jax.tree.map(lambda _: True, params)
+    named = resolve_mask(weights_and_biases if mask is None else mask, params)
+    if not any(jax.tree.leaves(named)):
+        raise ValueError(
+            "mask selects nothing: no leaf would be stochastic. The default takes "
+            "arrays of two or more axes and what stands beside them; pass mask=True "
+            "for all leaves, or a pytree of bools."
+        )
+    structures: Any = [jax.tree.structure(x) for x in (sigma, params)]
+    if structures[0] != structures[1]:
+        if len(jax.tree.leaves(sigma)) != 1 or jnp.shape(sigma) != ():
+            raise ValueError(
+                "sigma must be a positive number, or a pytree of the structure of the "
+                f"parameters, got {structures[0]}."
+            )
+        sigma = jax.tree.map(lambda _: sigma, params)
+
+    def part(function, of_named):
+        return jax.tree.map(
+            lambda n, *leaves: function(*leaves) if n is of_named else None,
+            named,
+            params,
+            sigma,
+        )
+
+    return MeanField(
+        part(lambda p, _: _wide(p), True),
+        part(_raw_scale, True),
+        part(lambda p, _: p, False),
+    )
+
+
+def weights_and_biases(params: PyTree) -> PyTree:
+    """The default mask: arrays of two or more axes, and what stands beside them.
+
+    A bias is stochastic if a kernel is in the same dict, tuple or module, which leaves
+    the scale and bias of normalisation layers as point estimates. An array that stands
+    alone is stochastic.
+
+    Args:
+      params: Any pytree of arrays.
+
+    Returns:
+      A pytree of bools.
+    """
+    with_paths = jax.tree.leaves_with_path(params)
+    if len(with_paths) == 1:
+        return jax.tree.map(lambda _: True, params)
+    groups = {
+        jax.tree_util.keystr(path[:-1])
+        for path, leaf in with_paths
+        if jnp.ndim(leaf) >= 2
+    }
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[:-1]) in groups, params
+    )
+
+
+def mean(q: MeanField) -> PyTree:
+    """The model's parameters at the mean of the posterior.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> bnn.mean(bnn.init({"w": jnp.ones((1, 2))}))
+      {'w': Array([[1., 1.]], dtype=float32)}
+    """
+    return join(check(q).mean, q.point)
+
+
+def std(q: MeanField) -> PyTree:
+    """The standard deviations sigma = softplus(r), with None for point estimates."""
+    return jax.tree.map(jax.nn.softplus, check(q).raw_scale)
+
+
+def sample(q: MeanField, key: jax.Array) -> PyTree:
+    """Draws the model's parameters from the posterior.
+
+    Args:
+      q: The posterior.
+      key: A PRNG key.
+
+    Returns:
+      Parameters of the model's structure: mu + sigma kappa where they are stochastic.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> q = bnn.init(jnp.full((1000, 100), 3.0), sigma=0.5)
+      >>> w = bnn.sample(q, jax.random.key(0))
+      >>> round(float(w.mean()), 2), round(float(w.std()), 2)
+      (3.0, 0.5)
+    """
+    return at(q, noise(q, key))
+
+
+def noise(q: MeanField, key: jax.Array) -> PyTree:
+    """kappa: standard normal noise for every stochastic leaf."""
+    means, treedef = jax.tree.flatten(check(q).mean)
+    draws = [
+        jax.random.normal(jax.random.fold_in(key, i), m.shape, m.dtype)
+        for i, m in enumerate(means)
+    ]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def at(q: MeanField, kappa: PyTree) -> PyTree:
+    """The model's parameters mu + sigma kappa."""
+    drawn = jax.tree.map(lambda m, s, k: m + s * k, q.mean, std(q), kappa)
+    return join(drawn, q.point)
+
+
+def signal_to_noise(q: MeanField) -> PyTree:
+    r"""\|mu\| / sigma of every stochastic weight, with None for point estimates.
+
+    Weights of a low ratio can be pruned: they say nothing (Blundell et al., 2015,
+    section 5.1, who show its distribution in decibel, 20 log10).
+    """
+    return jax.tree.map(lambda m, s: jnp.abs(m) / s, q.mean, std(q))
+
+
+def join(stochastic: PyTree, point: PyTree) -> PyTree:
+    """Puts the two kinds of leaves together again."""
+    return jax.tree.map(
+        lambda s, p: p if s is None else s, stochastic, point, is_leaf=_is_none
+    )
+
+
+def check(q: Any) -> MeanField:
+    """Returns a posterior as it is.
+
+    Raises:
+      TypeError: It is none; ValueError: its parts do not fit each other.
+    """
+    if not isinstance(q, MeanField):
+        raise TypeError(
+            "expected a posterior, a MeanField as bnn.init(params) returns it, got "
+            f"{type(q).__name__}."
+        )
+    shapes = [jax.tree.map(jnp.shape, part) for part in (q.mean, q.raw_scale)]
+    if shapes[0] != shapes[1] or not jax.tree.leaves(q.mean):
+        raise ValueError(
+            "mean and raw_scale of a posterior must have the same leaves and shapes, "
+            f"at least one, got\n  mean:      {shapes[0]}\n  raw_scale: {shapes[1]}"
+        )
+    kinds: Any = [
+        jax.tree.structure(part, is_leaf=_is_none) for part in (q.mean, q.point)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            "mean and point of a posterior must have the structure of one model, got\n"
+            f"  mean:  {kinds[0]}\n  point: {kinds[1]}"
+        )
+    return q
+
+
+def chosen(q: MeanField) -> PyTree:
+    """The mask of a posterior: True where a leaf of the model is stochastic."""
+
+    def which(mean, point):
+        return None if mean is None and point is None else mean is not None
+
+    return jax.tree.map(which, q.mean, q.point, is_leaf=_is_none)
+
+
+def map_means(function: Callable[[PyTree], PyTree], q: MeanField) -> PyTree:
+    """A mask over a posterior that names means alone.
+
+    Args:
+      function: The model's parameters to a pytree of bools.
+      q: The posterior.
+    """
+    named = function(mean(q))
+    means = jax.tree.map(
+        lambda m, n: None if m is None else n, q.mean, named, is_leaf=_is_none
+    )
+    no = jax.tree.map(lambda _: False, q)
+    return MeanField(means, no.raw_scale, no.point)
+
+
+def _is_none(x):
+    return x is None
+
+
+def _wide(leaf):
+    leaf = jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"a stochastic leaf must be a real floating array, got {leaf.dtype} of "
+            f"shape {leaf.shape}: leave it out of mask."
+        )
+    return leaf.astype(tree.accumulation_dtype(leaf))
+
+
+def _raw_scale(leaf, sigma):
+    """The inverse of softplus; log(e^s - 1) would lose all digits of a small s."""
+    if not isinstance(sigma, jax.core.Tracer):
+        if not bool(jnp.all((sigma > 0) & jnp.isfinite(sigma))):
+            raise ValueError(
+                f"sigma must be positive and finite, got {sigma!r}: it is a standard "
+                "deviation. For a point estimate leave a leaf out of mask."
+            )
+    sigma = jnp.asarray(sigma, _wide(leaf).dtype)
+    raw = sigma + jnp.log(-jnp.expm1(-sigma))
+    return jnp.broadcast_to(raw, leaf.shape) + jnp.zeros(leaf.shape, raw.dtype)

@@ -1,0 +1,127 @@
+r"""Prediction with a posterior: the mean over S samples of its models.
+
+.. math:: p(y \mid x) \approx \frac1S \sum_s p(y \mid x, \theta_s), \qquad
+    \theta_s \sim Q
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import mapping
+from otmdr_jax.bnn import posterior
+from otmdr_jax.bnn.posterior import MeanField
+from otmdr_jax.ensemble import log_mean_probs
+from otmdr_jax.options import MEMBER_MAPS, check_word
+
+PyTree = Any
+
+# Of the code released with Nguyen et al., 2023.
+NUM_SAMPLES = 30
+
+
+class Uncertainty(NamedTuple):
+    """How uncertain a prediction is, and why, in nats.
+
+    Attributes:
+      total: Entropy of the mean probability.
+      aleatoric: Mean entropy of the samples: what no more data would remove.
+      epistemic: Their difference, the mutual information between label and weights.
+    """
+
+    total: jax.Array
+    aleatoric: jax.Array
+    epistemic: jax.Array
+
+
+def predict(
+    function: Callable[..., PyTree],
+    q: MeanField,
+    *args: Any,
+    key: jax.Array | None = None,
+    num_samples: int = NUM_SAMPLES,
+    mean_only: bool = False,
+    sample_map: str = "scan",
+) -> PyTree:
+    """What a model gives at S samples of its posterior.
+
+    Args:
+      function: `function(params, *args)`: of one model, to logits, log-probabilities or
+        any other pytree of arrays.
+      q: The posterior.
+      *args: Inputs, the same for all samples.
+      key: A PRNG key. The same key gives the same S models: use one for a whole set.
+      num_samples: S; 30 by default (released code).
+      mean_only: Evaluate the model at the mean of the posterior instead: S is 1.
+      sample_map: "scan" (one sample after the other: the memory of one), "vmap" (all at
+        once: fast on accelerators while S times the activations fit), "unroll" (as
+        scan, but S copies of the program; for convolutions of `jax.lax` on CPUs, which
+        are slow in loops) or "auto" (vmap on accelerators, unroll on CPUs).
+
+    Returns:
+      What `function` returns, with a leading axis of S.
+
+    Raises:
+      ValueError: Fewer than one sample, no key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> q = bnn.init(jnp.zeros((3, 2)), sigma=1.0)
+      >>> def log_probs(w, x):
+      ...     return jax.nn.log_softmax(x @ w)
+      >>> samples = bnn.predict(log_probs, q, jnp.ones((5, 3)), key=jax.random.key(0))
+      >>> samples.shape, bnn.log_mean_probs(samples).shape
+      ((30, 5, 2), (5, 2))
+    """
+    posterior.check(q)
+    check_word("sample_map", sample_map, MEMBER_MAPS)
+    if mean_only:
+        found = function(posterior.mean(q), *args)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], found)
+    whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+    if not whole or num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+    if key is None:
+        raise ValueError(
+            "samples of the posterior are random: pass key=jax.random.key(...), or "
+            "mean_only=True."
+        )
+
+    def of_sample(wait, key):
+        return function(posterior.sample(q, wait(key)), *args)
+
+    return mapping.each(of_sample, [jax.random.split(key, num_samples)], sample_map)
+
+
+def uncertainty(log_probs: jax.Array) -> Uncertainty:
+    """Splits the uncertainty of a prediction into its two kinds.
+
+    Args:
+      log_probs: (S, ..., C) log-probabilities of S samples.
+
+    Returns:
+      An :class:`Uncertainty` of arrays (...). The epistemic part is never negative and
+      at most log S.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> certain = jnp.log(jnp.array([[1.0, 0.0], [0.0, 1.0]]))  # but they disagree
+      >>> [round(float(x), 4) for x in bnn.uncertainty(certain)]
+      [0.6931, 0.0, 0.6931]
+
+    Reference: Depeweg et al., `Decomposition of Uncertainty in Bayesian Deep Learning
+    <https://arxiv.org/abs/1710.07283>`_, ICML 2018.
+    """
+    total = _entropy(log_mean_probs(log_probs))
+    aleatoric = jnp.mean(_entropy(log_probs), axis=0)
+    return Uncertainty(total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
+
+
+def _entropy(log_probs):
+    """-sum p log p, with 0 log 0 = 0."""
+    p = jnp.exp(log_probs)
+    return -jnp.sum(jnp.where(p > 0, p * log_probs, 0.0), axis=-1)

@@ -1,0 +1,180 @@
+"""Priors over weights: a normal, a scale mixture, and a normal that is fitted.
+
+A prior has `log_prob(weights)`, a scalar in nats, and, where there is one in closed
+form, `kl(mean, std)`. Anything else with these methods serves as well. All take pytrees
+of the stochastic leaves; None stands for a point estimate, which has no prior.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+# The code released with Nguyen et al., 2023; also a common choice.
+PRIOR_STD = 0.1
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Independent zero-mean normals.
+
+    Attributes:
+      std: Their standard deviation, in the units of the weights: a positive number, or
+        a pytree of one for each stochastic leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.bnn import Normal
+      >>> float(Normal(2.0).kl(jnp.zeros(3), jnp.full(3, 2.0)))  # the prior itself
+      0.0
+    """
+
+    std: Any = PRIOR_STD
+
+    def __post_init__(self):
+        """Checks the standard deviation."""
+        for std in jax.tree.leaves(self.std):
+            _check_positive("std", std)
+
+    def log_prob(self, weights: PyTree) -> jax.Array:
+        """Log p(w) in nats, summed over all weights."""
+
+        def of_leaf(w, s):
+            return jnp.sum(-0.5 * (w / s) ** 2 - jnp.log(s) - _HALF_LOG_2PI)
+
+        return _total(of_leaf, weights, self._stds(weights))
+
+    def kl(self, mean: PyTree, std: PyTree) -> jax.Array:
+        r"""KL(N(mean, std^2) || p) in nats.
+
+        sum log(s / sigma) + (sigma^2 + mu^2) / (2 s^2) - 1/2, over all weights.
+        """
+
+        def of_leaf(m, sigma, s):
+            ratio = (sigma / s) ** 2
+            return 0.5 * jnp.sum(ratio + (m / s) ** 2 - 1.0 - jnp.log(ratio))
+
+        return _total(of_leaf, mean, std, self._stds(mean))
+
+    def _stds(self, like):
+        if jax.tree_util.all_leaves([self.std]):  # one number for all
+            return jax.tree.map(lambda _: self.std, like)
+        return self.std
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleMixture:
+    """A mixture of two zero-mean normals, one wide and one narrow, for each weight.
+
+    It has no KL divergence in closed form: it is estimated by Monte Carlo.
+
+    Attributes:
+      wide_std: Standard deviation of the first; 1 as in Blundell et al., who tried
+        e^0, e^-1, e^-2.
+      narrow_std: That of the second; e^-6 (they tried e^-6, e^-7, e^-8).
+      weight: The first one's share, 0 to 1; 0.5 (they tried 1/4, 1/2, 3/4).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.bnn import ScaleMixture
+      >>> round(float(ScaleMixture(1.0, 1.0).log_prob(jnp.zeros(1))), 4)  # N(0; 0, 1)
+      -0.9189
+
+    Reference: Blundell et al., 2015, Eq. 7 and section 5.1.
+    """
+
+    wide_std: float = 1.0
+    narrow_std: float = math.exp(-6)
+    weight: float = 0.5
+
+    def __post_init__(self):
+        """Checks the numbers."""
+        _check_positive("wide_std", self.wide_std)
+        _check_positive("narrow_std", self.narrow_std)
+        if not 0 < self.weight < 1:
+            raise ValueError(f"weight must lie between 0 and 1, got {self.weight!r}.")
+
+    def log_prob(self, weights: PyTree) -> jax.Array:
+        """Log p(w) in nats, summed over all weights."""
+        parts = (
+            (math.log(self.weight), self.wide_std),
+            (math.log1p(-self.weight), self.narrow_std),
+        )
+
+        def of_leaf(w):
+            logs = [c - 0.5 * (w / s) ** 2 - math.log(s) for c, s in parts]
+            return jnp.sum(jnp.logaddexp(*logs) - _HALF_LOG_2PI)
+
+        return _total(of_leaf, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedNormal:
+    r"""Zero-mean normals whose variances maximise the ELBO (empirical Bayes).
+
+    s^2 is the mean of mu^2 + sigma^2. It is put in for the variance at every step,
+    whose gradient is that of the ELBO, since the ELBO is stationary in it.
+
+    Attributes:
+      per: "leaf" for a variance of each array, or "all" for one of all weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.bnn import FittedNormal
+      >>> float(FittedNormal().fit(jnp.full(4, 3.0), jnp.full(4, 4.0)).std)
+      5.0
+
+    Reference: MacKay, "Bayesian Interpolation", 1992, for the idea.
+    """
+
+    per: str = "leaf"
+
+    def __post_init__(self):
+        """Checks the word."""
+        if self.per not in ("leaf", "all"):
+            raise ValueError(f"per must be 'leaf' or 'all', got {self.per!r}.")
+
+    def fit(self, mean: PyTree, std: PyTree) -> Normal:
+        """The prior that maximises the ELBO of a posterior."""
+        squares = jax.tree.map(lambda m, s: jnp.sum(m**2 + s**2), mean, std)
+        sizes = jax.tree.map(lambda m: m.size, mean)
+        if self.per == "all":
+            total = sum(jax.tree.leaves(squares)) / sum(jax.tree.leaves(sizes))
+            squares = jax.tree.map(lambda _: total, squares)
+            sizes = jax.tree.map(lambda _: 1, sizes)
+        return Normal(jax.tree.map(lambda q, n: jnp.sqrt(q / n), squares, sizes))
+
+    def kl(self, mean: PyTree, std: PyTree) -> jax.Array:
+        """KL(N(mean, std^2) || fitted prior) in nats."""
+        return self.fit(mean, std).kl(mean, std)
+
+
+def check_prior(prior: Any) -> Any:
+    """Raises TypeError unless an object can serve as a prior."""
+    if not hasattr(prior, "kl") and not hasattr(prior, "log_prob"):
+        raise TypeError(
+            "prior must have kl(mean, std) or log_prob(weights), as bnn.Normal(0.1), "
+            f"bnn.ScaleMixture() or bnn.FittedNormal() have, got {prior!r}."
+        )
+    return prior
+
+
+def _total(of_leaf, *trees):
+    parts = jax.tree.leaves(jax.tree.map(of_leaf, *trees))
+    return sum(parts, start=jnp.zeros(()))
+
+
+def _check_positive(name, value):
+    if isinstance(value, jax.core.Tracer):
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and not (hasattr(value, "dtype") and jnp.shape(value) == ()):
+        raise TypeError(f"{name} of a prior must be a number, got {value!r}.")
+    if not math.isfinite(float(value)) or float(value) <= 0:
+        raise ValueError(f"{name} of a prior must be positive, got {value!r}.")
