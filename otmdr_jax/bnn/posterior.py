@@ -80,7 +80,7 @@ def init(params: PyTree, sigma: Any = SIGMA, mask: Any = None) -> MeanField:
         )
     structures: Any = [jax.tree.structure(x) for x in (sigma, params)]
     if structures[0] != structures[1]:
-        if len(jax.tree.leaves(sigma)) != 1 or jnp.shape(sigma) != ():
+        if not jax.tree_util.all_leaves([sigma]) or jnp.ndim(sigma):
             raise ValueError(
                 "sigma must be a positive number, or a pytree of the structure of the "
                 f"parameters, got {structures[0]}."
@@ -188,7 +188,7 @@ def signal_to_noise(q: MeanField) -> PyTree:
     Weights of a low ratio can be pruned: they say nothing (Blundell et al., 2015,
     section 5.1, who show its distribution in decibel, 20 log10).
     """
-    return jax.tree.map(lambda m, s: jnp.abs(m) / s, q.mean, std(q))
+    return jax.tree.map(lambda m, s: jnp.abs(m) / s, check(q).mean, std(q))
 
 
 def join(stochastic: PyTree, point: PyTree) -> PyTree:

@@ -57,8 +57,10 @@ class Normal:
         """
 
         def of_leaf(m, sigma, s):
-            ratio = (sigma / s) ** 2
-            return 0.5 * jnp.sum(ratio + (m / s) ** 2 - 1.0 - jnp.log(ratio))
+            ratio = sigma / s
+            return 0.5 * jnp.sum(ratio**2 + (m / s) ** 2 - 1.0) - jnp.sum(
+                jnp.log(ratio)  # of the square would underflow
+            )
 
         return _total(of_leaf, mean, std, self._stds(mean))
 

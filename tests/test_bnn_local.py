@@ -1,0 +1,263 @@
+"""Noise for each example: local reparameterisation and Flipout, in any loss."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from otmdr_jax import bnn, models
+from otmdr_jax.bnn import local
+from otmdr_jax.methods import cross_entropy
+
+ESTIMATORS = ("local", "flipout")
+DRAWS = 4_000
+
+
+def draws(function, q, estimator, *args, count=DRAWS):
+    """(count, ...) outputs with independent noise."""
+    keys = jax.random.split(jax.random.key(5), count)
+    if estimator == "weights":
+        return jax.vmap(lambda k: function(bnn.sample(q, k), *args))(keys)
+    return jax.vmap(lambda k: local.call(function, q, estimator, k, *args))(keys)
+
+
+def check_moments(function, q, x, estimator, mean, std):
+    """Outputs have the mean and the deviation that sampled weights give them."""
+    found = np.asarray(draws(function, q, estimator, x))
+    error = 5 * std / np.sqrt(len(found)) + 1e-6
+    assert np.all(np.abs(found.mean(0) - mean) < error)
+    assert_allclose(found.std(0), std, rtol=0.1)
+    return found
+
+
+LAYERS = {
+    "x @ w": (lambda w, x: x @ w, (6, 4)),
+    "x @ w.T": (lambda w, x: x @ w.T, (4, 6)),
+    "(w @ x.T).T": (lambda w, x: (w @ x.T).T, (4, 6)),
+    "jit": (jax.jit(lambda w, x: x @ w), (6, 4)),
+    "checkpoint": (jax.checkpoint(lambda w, x: x @ w), (6, 4)),
+    "vmap": (lambda w, x: jax.vmap(lambda row: row @ w)(x), (6, 4)),
+}
+
+
+@pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dense_layers_have_the_distribution_of_sampled_weights(layer, estimator):
+    function, shape = LAYERS[layer]
+    rng = np.random.default_rng(0)
+    m, s = rng.normal(size=shape), rng.uniform(0.1, 1.0, size=shape)
+    x = rng.normal(size=(3, 6))
+    q = bnn.init(jnp.float32(m), jnp.float32(s))
+    if shape == (4, 6):
+        m, s = m.T, s.T
+    std = np.sqrt(x**2 @ s**2)
+    found = check_moments(function, q, jnp.float32(x), estimator, x @ m, std)
+    # Noise of one example says nothing of another's, unless weights are shared.
+    between = np.corrcoef(found[:, 0, 0], found[:, 1, 0])[0, 1]
+    shared = (x[0] * x[1]) @ s[:, 0] ** 2 / np.prod(np.sqrt(x[:2] ** 2 @ s[:, 0] ** 2))
+    if estimator == "local" or (estimator == "flipout" and "x.T" not in layer):
+        shared = 0.0  # with x.T, Flipout cannot tell which axis is that of the examples
+    assert_allclose(between, shared, atol=0.07)
+
+
+def convolution(w, x):
+    return jax.lax.conv_general_dilated(
+        x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def zoo_convolution(w, x):
+    return models.convolution.convolve(
+        x, w, (2, 2), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("layer", [convolution, zoo_convolution])
+def test_convolutions_have_the_distribution_of_sampled_weights(layer, estimator):
+    rng = np.random.default_rng(1)
+    m, s = rng.normal(size=(3, 3, 2, 4)), rng.uniform(0.1, 1.0, size=(3, 3, 2, 4))
+    x = jnp.float32(rng.normal(size=(2, 4, 4, 2)))
+    q = bnn.init(jnp.float32(m), jnp.float32(s))
+    mean = np.asarray(convolution(jnp.float32(m), x), np.float64)
+    std = np.sqrt(convolution(jnp.float32(s**2), x**2))
+    found = check_moments(layer, q, x, estimator, mean, std)
+    between = np.corrcoef(found[:, 0, 1, 1, 0], found[:, 1, 1, 1, 0])[0, 1]
+    assert abs(between) < 0.07
+
+
+def test_flipout_keeps_one_set_of_weights_for_an_example():
+    """Within an example outputs stay as correlated as with sampled weights, but signs.
+
+    At two positions of an image with equal inputs, one kernel gives equal outputs.
+    """
+    q = bnn.init(jnp.ones((3, 3, 2, 4)), 0.5)
+    x = jnp.ones((2, 6, 6, 2))
+    y = local.call(convolution, q, "flipout", jax.random.key(0), x)
+    assert_allclose(y[:, 0, 0], y[:, 1, 1], rtol=1e-5)
+    assert not np.allclose(y[0], y[1])
+    noisy = local.call(convolution, q, "local", jax.random.key(0), x)
+    assert not np.allclose(noisy[:, 0, 0], noisy[:, 1, 1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_other_leaves_are_sampled_once_for_the_batch(estimator):
+    """A bias, a scale and a kernel that is used in two ways."""
+    params = {"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}
+    q = bnn.init(params, sigma={"w": 1e-6, "b": 1.0})
+
+    def function(params, x):
+        return x @ params["w"] + params["b"][None] + jnp.sum(params["w"] ** 2)
+
+    x = jnp.ones((5, 3))
+    y = np.asarray(local.call(function, q, estimator, jax.random.key(0), x))
+    assert_allclose(y, np.tile(y[:1], (5, 1)), atol=1e-4)
+    assert np.all(np.abs(y[0]) > 1e-3)
+    found = draws(function, q, estimator, x)
+    assert_allclose(np.std(found[:, 0], axis=0), 1.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_without_noise_it_is_the_function_itself(estimator, key):
+    model = models.create("resnet_10", num_classes=10, remat=True)
+    images = jax.random.normal(key, (16, 16, 16, 3))
+    params, state = model.init(key, images)
+    q = bnn.init(params, sigma=1e-12)
+
+    def function(params, images):
+        return model.apply(params, state, images, train=True)
+
+    got, got_state = jax.jit(lambda q: local.call(function, q, estimator, key, images))(
+        q
+    )
+    want, want_state = jax.jit(function)(params, images)
+    assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    jax.tree.map(
+        lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), got_state, want_state
+    )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_module_of_another_library(estimator, key):
+    mlp = eqx.nn.MLP(3, 2, 8, 1, key=key)
+    params, static = eqx.partition(mlp, eqx.is_inexact_array)
+    q = bnn.init(params, sigma=1e-12)
+    assert all(jax.tree.leaves(bnn.weights_and_biases(params)))
+
+    def function(params, x):
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    x = jax.random.normal(key, (5, 3))
+    assert_allclose(
+        local.call(function, q, estimator, key, x),
+        jax.vmap(mlp)(x),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_inputs_of_zero_have_a_gradient(estimator, key):
+    q = bnn.init(jnp.ones((3, 2)))
+
+    def loss(w, batch):
+        return jnp.mean((batch @ w) ** 2)
+
+    _, grads = bnn.sgvb(loss, num_data=10, estimator=estimator)(
+        q, jnp.zeros((4, 3)), key=key
+    )
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+def problem(batch=64):
+    """A small network, some images, its posterior and its loss."""
+    model = models.create("cnn_small", num_classes=10)
+    images = jax.random.normal(jax.random.key(1), (batch, 8, 8, 1))
+    params, state = model.init(jax.random.key(0), images)
+
+    def loss_fn(params, batch):
+        logits, _ = model.apply(params, state, batch[0], train=False)
+        return cross_entropy(logits, batch[1])
+
+    return bnn.init(params, sigma=0.05), (images, jnp.arange(batch) % 10), loss_fn
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    """Estimator -> (draws, parameters) gradients of the likelihood by the means."""
+    q, batch, loss_fn = problem()
+    keys = jax.random.split(jax.random.key(3), 300)
+    found = {}
+    for estimator in local.ESTIMATORS:
+        grad_fn = bnn.sgvb(loss_fn, num_data=1_000, kl_weight=0.0, estimator=estimator)
+
+        @jax.jit
+        def flat(key, grad_fn=grad_fn):
+            grads = grad_fn(q, batch, key=key)[1]
+            return tuple(
+                jnp.concatenate([jnp.ravel(g) for g in jax.tree.leaves(part)])
+                for part in (grads.mean, grads.raw_scale)
+            )
+
+        parts = [flat(k) for k in keys]
+        found[estimator] = [np.stack(x) for x in zip(*parts, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
+def test_variance_of_gradients_is_that_of_the_closed_form(estimator):
+    """Least squares: noise that examples share does not average out, other noise does.
+
+    With weights g = H (w - m + sigma kappa) and H = 2 X'X / B; with noise delta of
+    variance x^2 sigma^2 for each example g = H (w - m) + 2 X' delta / B.
+    """
+    rng = np.random.default_rng(2)
+    x, sigma = rng.normal(size=(256, 4)), rng.uniform(0.1, 1.0, size=(4, 1))
+    hessian = 2 * x.T @ x / 256
+    shared = hessian**2 @ sigma**2
+    own = 4 / 256**2 * (x**2).T @ (x**2 @ sigma**2)
+    assert np.all(own < 0.2 * shared)
+
+    def loss(w, batch):
+        return jnp.mean((batch @ w) ** 2)
+
+    grad_fn = bnn.sgvb(loss, num_data=9, kl_weight=0.0, estimator=estimator)
+    q = bnn.init(jnp.ones((4, 1)), jnp.float32(sigma))
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    found = jax.vmap(lambda k: grad_fn(q, jnp.float32(x), key=k)[1].mean)(keys)
+    want = shared if estimator == "weights" else own
+    assert_allclose(np.var(found, axis=0), want, rtol=0.12)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradients_have_the_same_mean(gradients, estimator):
+    """Flipout's is exactly that of weights; local's is, but for convolutions.
+
+    There it draws each position on its own, which a nonlinearity and a pool notice.
+    """
+    for theirs, mine in zip(gradients["weights"], gradients[estimator], strict=True):
+        error = np.sqrt(theirs.var(0) / len(theirs) + mine.var(0) / len(mine))
+        away = np.abs(theirs.mean(0) - mine.mean(0)) / (error + 1e-9)
+        assert np.mean(away < 3) > (0.98 if estimator == "flipout" else 0.9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_microbatches_have_noise_of_their_own(estimator, key):
+    """Equal micro-batches would give equal gradients, were their noise the same."""
+    q = bnn.init(jnp.ones((3, 1)), sigma=1.0)
+
+    def loss(w, batch):
+        return jnp.mean(batch @ w), (batch @ w)[0, 0]
+
+    def gradient(size):
+        grad_fn = bnn.sgvb(
+            loss, num_data=10, estimator=estimator, has_aux=True, microbatch_size=size
+        )
+        keys = jax.random.split(key, 500)
+        aux = jax.vmap(lambda k: grad_fn(q, jnp.ones((8, 3)), key=k)[0][1])(keys)
+        return float(aux.std())
+
+    # aux is averaged over micro-batches: over eight of them its deviation is less.
+    assert gradient(1) == pytest.approx(gradient(8) / np.sqrt(8), rel=0.15)
