@@ -38,6 +38,8 @@ class Train:
 
     otmdr train --members 5 --model resnet_10 --data cifar10
 
+    otmdr train --method otmdr-bnn --optimizer adam --learning-rate 1e-3
+
     otmdr train --mesh data=4,particle=2 --num-particles 2
 
     srun otmdr train --distributed --output /shared/run
@@ -48,7 +50,9 @@ class Train:
     """Start from a named configuration: demo, paper-cifar10, paper-cifar100,
     released-cifar10, released-cifar100, released-mode1.1-cifar10,
     released-mode1.1-cifar100, released-ensemble-cifar10, released-ensemble-cifar100,
-    sam-cifar10, sam-cifar100. Options given beside it win.
+    sam-cifar10, sam-cifar100; Bayesian networks: paper-bnn-cifar10,
+    paper-bnn-cifar100, released-bnn-cifar10, released-bnn-cifar100, sgvb-cifar10,
+    sgvb-cifar100. Options given beside it win.
     """
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
     """Start from a configuration file, such as a run's config.json."""
@@ -74,6 +78,8 @@ class Train:
 class Evaluate:
     """Evaluate a run: prints a table, writes evaluation.json and reliability.png.
 
+    Of a Bayesian network it also writes signal_to_noise.png.
+
     An interrupted run gets its result.json and can then be compared with others.
     """
 
@@ -85,6 +91,10 @@ class Evaluate:
     """Which checkpoint: latest, best (on the validation set), or a step."""
     data_dir: str | None = None
     """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    num_samples: int | None = None
+    """Samples of the posterior of a Bayesian network, instead of the run's own."""
+    prediction: Literal["samples", "mean"] | None = None
+    """Predict with samples of the posterior or with its mean, instead of the run's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +257,26 @@ def _train(options: Train) -> None:
 
 def evaluate(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
-    from otmdr_jax import checkpoint, combine, evaluation, programs, report, runs
+    from otmdr_jax import (
+        building,
+        checkpoint,
+        combine,
+        evaluation,
+        programs,
+        report,
+        runs,
+    )
     from otmdr_jax.members import steps_taken
 
     folder = pathlib.Path(options.run)
     config = runs.read_config(folder)
-    if options.data_dir is not None:
-        config = dataclasses.replace(config, data_dir=options.data_dir)
+    given = {
+        name: getattr(options, name)
+        for name in ("data_dir", "num_samples", "prediction")
+        if getattr(options, name) is not None
+    }
+    config = dataclasses.replace(config, **given)
+    building.method_options(config)  # before the data are read
     dataset = programs.load_data(config)
     if getattr(dataset, options.split) is None:
         raise ValueError(
@@ -290,9 +313,12 @@ def evaluate(options: Evaluate) -> None:
         result["members"] = evaluation.member_rows(
             config, state, found, sharp, restored.meta
         )
+    if posterior := evaluation.posterior_record(compiled, state):
+        result["posterior"] = posterior
     labels = getattr(dataset, options.split).labels
     runs.write_json(folder / "evaluation.json", result)
     latest = options.split == "test" and options.checkpoint == "latest"
+    latest = latest and not {"num_samples", "prediction"} & set(given)
     whole = runs.is_finished(folder) and (folder / "predictions.npz").exists()
     if latest and not whole:
         # The run's result until it is resumed and finished.
@@ -305,8 +331,12 @@ def evaluate(options: Evaluate) -> None:
     )
     title = f"{folder}, step {result['steps']}, {options.split} set"
     _print_tables(run, title)
+    written = [folder / "evaluation.json", folder / "reliability.png"]
     report.plot_reliability([run], folder / "reliability.png")
-    print(f"Written: {folder / 'evaluation.json'}, {folder / 'reliability.png'}")
+    if posterior:
+        written.append(folder / "signal_to_noise.png")
+        report.plot_signal_to_noise([run], written[-1])
+    print(f"Written: {', '.join(map(str, written))}")
 
 
 def compare(options: Compare) -> None:
@@ -317,7 +347,8 @@ def compare(options: Compare) -> None:
         raise ValueError("name the folders of at least one run.")
     found = [report.read_run(run) for run in options.runs]
     found = report.with_distinct_labels(found)
-    report.print_table(report.summarise(found), title=options.title)
+    columns = report.known_columns(found)
+    report.print_table(report.summarise(found, columns), title=options.title)
     command = "otmdr compare " + " ".join(options.runs)
     path = report.write(options.output, found, options.title, command=command)
     print(f"Report: {path}")
@@ -373,9 +404,10 @@ def _print_tables(run: Any, title: str) -> None:
     """A run's metrics and, of an ensemble, its members'."""
     from otmdr_jax import diversity, report
 
-    report.print_table(report.summarise([run]), title=title)
+    columns = report.known_columns([run])
+    report.print_table(report.summarise([run], columns), title=title)
     if of_members := report.member_runs(run):
-        columns = [c for c in report.DEFAULT_COLUMNS if c.name != "seconds_per_step"]
+        columns = [c for c in columns if c.name != "seconds_per_step"]
         rows = report.summarise(of_members, columns)
         report.print_table(rows, title=f"{title}: members")
         found = [f"{n} {run.result[n]:.4g}" for n in diversity.NAMES if n in run.result]

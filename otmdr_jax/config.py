@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from otmdr_jax import presets
+from otmdr_jax import bnn, presets
 from otmdr_jax.options import check_rho
 
 
@@ -52,6 +52,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation. Parameters, norms and statistics stay float32. float16
     comes with dynamic loss scaling."""
+    activation: Literal["relu", "softplus"] = "relu"
+    """Activation of resnet_10 and resnet_18: softplus in the released code's Bayesian
+    networks. The others have no choice."""
     remat: bool = False
     """Compute each block's activations again in the backward pass: less memory, about a
     third more time. No use on CPUs, where XLA undoes it."""
@@ -70,13 +73,16 @@ class TrainConfig:
     """How members of one model are computed: a matter of speed and memory alone."""
 
     # -- method --
-    method: Literal["sgd", "sam", "asam", "otmdr"] = "otmdr"
-    """What to minimise: the loss, or its worst value nearby."""
+    method: Literal["sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn"] = "otmdr"
+    """What to minimise: the loss (sgd), its worst value nearby, or, over a Gaussian
+    posterior of the weights, the negative evidence bound (sgvb) or its worst value
+    nearby (otmdr-bnn)."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
-    paper), 0.05 for sam, 0.5 for asam (their papers, CIFAR-10)."""
+    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, 0.5 for asam (their
+    papers, CIFAR-10)."""
     num_particles: int = 1
-    """K, the number of particles of otmdr."""
+    """K, the number of particles of otmdr and otmdr-bnn."""
     noise_std: float = 0.0
     """Noise per coordinate after each ascent step. 0 in the released code; 0.01 in the
     paper (appendix B.1)."""
@@ -98,6 +104,42 @@ class TrainConfig:
     """Examples that a device differentiates at a time, to save memory. The objective
     stays that of the whole batch, but BatchNorm sees micro-batches. Default: all."""
 
+    # -- posterior (sgvb and otmdr-bnn) --
+    posterior_std: float = 0.0067
+    """Standard deviation that every weight starts with: softplus(-5), released code."""
+    posterior_init: Literal["model", "released"] = "model"
+    """Means that start as the model's own initial weights, or means and scales that are
+    drawn as the released code draws them (0.1 and softplus(-5) or so)."""
+    prior: Literal["normal", "mixture", "fitted"] = "normal"
+    """Prior of the weights: normal, Blundell's scale mixture (1 and e^-6, half each),
+    or normals that are fitted to each array (empirical Bayes)."""
+    prior_std: float = 0.1
+    """Standard deviation of the normal prior (released code)."""
+    kl_weight: float = 1.0
+    """Weight of KL / N beside the mean log-likelihood: 1 is the evidence bound, less a
+    cold posterior; 5e-6 in the released code."""
+    kl_schedule: Literal["constant", "blundell", "warmup"] = "constant"
+    """Its course: constant; high in the first batches of an epoch, of the same mean
+    (Blundell et al., 2015); or growing from 0 over kl_warmup_epochs."""
+    kl_warmup_epochs: float = 0.0
+    """Epochs over which kl_schedule warmup grows."""
+    estimator: Literal["weights", "local", "flipout"] = "weights"
+    """Noise of sgvb: one sample of the weights a batch, or noise of each example's own
+    (local reparameterisation, Flipout)."""
+    posterior_norm: Literal["per_leaf", "global", "joint"] = "per_leaf"
+    """Gradient norm of otmdr-bnn: for each array (the paper), over all means, or over
+    means and scales (released code)."""
+    sigma_gradient: Literal["center", "center_first", "particle"] = "center"
+    """Where otmdr-bnn takes the gradient of scales: at the center (the paper), there
+    but on the first part of the batch alone, or at the particle (released code)."""
+    weight_noise: Literal["once", "each_step"] = "once"
+    """How often a step of otmdr-bnn draws the weights' noise: once (the paper), or at
+    each ascent step (released code)."""
+    num_samples: int = 30
+    """Samples of the posterior in a prediction (released code)."""
+    prediction: Literal["samples", "mean"] = "samples"
+    """Predict with samples of the posterior, or with its mean alone."""
+
     # -- loss and optimizer --
     label_smoothing: float = 0.0
     """Probability taken from the label's class."""
@@ -114,7 +156,7 @@ class TrainConfig:
     """Nesterov momentum of sgd (released code: off)."""
     weight_decay: float = 5e-4
     """Decay: added to the gradient for sgd and adam, decoupled for adamw (released
-    code: 5e-4)."""
+    code: 5e-4). Not of a posterior, which has a prior; of its point estimates."""
     decay_all: bool = True
     """Decay norms and biases too, as the released code does. With --no-decay-all only
     arrays of two and more axes decay."""
@@ -182,7 +224,8 @@ class TrainConfig:
             _check(self, field.name, not is_flag or value in (True, False), "a flag")
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
-            "keep_checkpoints", "max_skipped", "num_particles", "plateau_patience",
+            "keep_checkpoints", "max_skipped", "num_particles", "num_samples",
+            "plateau_patience",
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -191,8 +234,13 @@ class TrainConfig:
             whole = isinstance(value, int) and not isinstance(value, bool)
             good = value is None or (whole and value >= 1)
             _check(self, name, good, "an integer of at least 1, or left out")
-        for name in ("learning_rate", "weight_decay", "warmup_epochs", "noise_std"):
+        for name in (
+            "learning_rate", "weight_decay", "warmup_epochs", "noise_std", "kl_weight",
+            "kl_warmup_epochs",
+        ):  # fmt: skip
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
+        for name in ("posterior_std", "prior_std"):
+            _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
@@ -237,7 +285,9 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         "paper-cifar100", "released-cifar10", "released-cifar100",
         "released-mode1.1-cifar10", "released-mode1.1-cifar100",
         "released-ensemble-cifar10", "released-ensemble-cifar100" (five ResNet-10),
-        "sam-cifar10", "sam-cifar100".
+        "sam-cifar10", "sam-cifar100"; of Bayesian ResNet-10 (Table 4; give
+        `model="resnet_18"` for the other column) "paper-bnn-cifar10",
+        "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100".
       num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
 
     Returns:
@@ -262,6 +312,8 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         # One device: the batch need not suit the machine; there is little to divide.
         return TrainConfig(label_noise=0.2, epochs=28, eval_every=2, mesh="data=1")
     version, data = name.rsplit("-", 1)
+    if version in _BAYESIAN:
+        return _bayesian_preset(version, data, num_particles)
     common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
     if version == "sam":
         # The radii of Foret et al., which the paper takes over (section 5.1).
@@ -279,11 +331,39 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
     return TrainConfig(method="otmdr", **common, **options)
 
 
+def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig:
+    """Appendix B.3: Adam at 1e-3, a plateau schedule, 100 epochs, no weight decay."""
+    common: dict[str, Any] = dict(
+        data=data,
+        model="resnet_10",
+        epochs=100,
+        optimizer="adam",
+        learning_rate=1e-3,
+        schedule="plateau",
+        weight_decay=0.0,
+    )
+    options = bnn.preset(
+        "released" if "released" in version else "paper", num_particles
+    )
+    prior = {name: options[name] for name in ("prior_std", "kl_weight")}
+    if version == "sgvb":
+        return TrainConfig(method="sgvb", **common, **prior)
+    if version == "released-bnn":
+        common |= dict(
+            batch_size=1024, activation="softplus", posterior_init="released"
+        )
+    options["posterior_norm"] = options.pop("norm")
+    return TrainConfig(method="otmdr-bnn", **common, **options)
+
+
+_BAYESIAN = ("paper-bnn", "released-bnn", "sgvb")
+
 PRESETS = (
     "demo",
     *(name for name in presets.PRESETS if "-" in name),
     "sam-cifar10",
     "sam-cifar100",
+    *(f"{version}-{data}" for version in _BAYESIAN for data in ("cifar10", "cifar100")),
 )
 
 

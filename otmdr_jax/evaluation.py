@@ -1,7 +1,8 @@
 """What a training state is worth: predictions, metrics, sharpness, over whole sets.
 
 Of an ensemble these are the metrics of its mean probability; its members' own and how
-much they differ stand beside them.
+much they differ stand beside them. Of a posterior they are those of the mean
+probability of its samples, with the two kinds of uncertainty beside them.
 """
 
 import collections
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from otmdr_jax import bnn, centers, diversity, landscape, metrics, parallel
 from otmdr_jax import data as data_lib
-from otmdr_jax import diversity, landscape, metrics, parallel
 from otmdr_jax import members as members_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
@@ -29,7 +30,8 @@ class Evaluation(NamedTuple):
     Attributes:
       metrics: Metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
         split; NaN if a prediction is. Of an ensemble also those of
-        :func:`otmdr_jax.diversity.evaluate`.
+        :func:`otmdr_jax.diversity.evaluate`, of samples of a posterior "aleatoric" and
+        "epistemic", means in nats: see :func:`otmdr_jax.bnn.uncertainty`.
       log_probs: (N, C) log-probabilities: the mean over samples, in log space.
       member_log_probs: (M, N, C) of an ensemble's members, None of a single model.
       members: Metrics of each member, None of a single model.
@@ -84,20 +86,28 @@ def evaluate(
             if len(ahead) > 1:
                 fetch(*ahead.popleft())
         fetch(*ahead.popleft())
-    samples = np.concatenate(chunks, axis=1).astype(np.float64)  # (S, N, C)
+    samples = np.concatenate(chunks, axis=1).astype(np.float64)  # (M S, N, C)
+    labels = examples.labels
     if config.members is None:
         log_probs = _mean(samples)
-        return Evaluation(_metrics(log_probs, examples.labels), log_probs)
-    kept = [m for m in range(len(samples)) if m not in without] or list(
-        range(len(samples))
-    )
-    log_probs = _mean(samples[kept])
-    found = _metrics(log_probs, examples.labels)
-    of_all = samples[kept]
-    if len(kept) > 1 and not np.isnan(of_all).any():
-        found |= diversity.evaluate(of_all, examples.labels)
-    each = [_metrics(_mean(x[None]), examples.labels) for x in samples]
-    return Evaluation(found, log_probs, samples, each)
+        found = _metrics(log_probs, labels) | _uncertainty(samples)
+        return Evaluation(found, log_probs)
+    count = len(config.member_names)
+    by_member = samples.reshape(count, -1, *samples.shape[1:])  # (M, S, N, C)
+    kept = [m for m in range(count) if m not in without] or list(range(count))
+    of_kept = by_member[kept]
+    log_probs = _mean(of_kept.reshape(-1, *samples.shape[1:]))
+    found = _metrics(log_probs, labels)
+    of_members = np.stack([_mean(own) for own in by_member])  # (M, N, C)
+    if by_member.shape[1] > 1:
+        found |= _uncertainty(of_kept.reshape(-1, *samples.shape[1:]))
+    if len(kept) > 1 and not np.isnan(of_kept).any():
+        found |= diversity.evaluate(of_members[kept], labels)
+    each = [
+        _metrics(mine, labels) | _uncertainty(own)
+        for mine, own in zip(of_members, by_member, strict=True)
+    ]
+    return Evaluation(found, log_probs, of_members, each)
 
 
 def sharpness(
@@ -119,7 +129,8 @@ def sharpness(
 
     Returns:
       sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
-      independent members their means, and `member_sharpness`.
+      independent members their means, and `member_sharpness`; of a posterior those of
+      its mean.
     """
     train = dataset.train
     chosen = np.linspace(
@@ -135,7 +146,8 @@ def sharpness(
     for i, member in enumerate(members_lib.separate(state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]
-        found.append(landscape.sam_gap(loss_sum, member.params, with_state))
+        weights = centers.weights_of(member.params)
+        found.append(landscape.sam_gap(loss_sum, weights, with_state))
     kept = [x for i, x in enumerate(found) if i not in without] or found
     result: dict[str, Any] = {
         "sharpness": float(np.mean([x.gap for x in kept])),
@@ -144,6 +156,30 @@ def sharpness(
     if len(found) > 1:
         result["member_sharpness"] = [x.gap for x in found]
     return result
+
+
+def posterior_record(programs: Programs, state: PyTree) -> dict[str, Any]:
+    """What is logged of a posterior; nothing where there is none.
+
+    Args:
+      programs: Compiled functions.
+      state: The run's state.
+
+    Returns:
+      sigma and snr_db, for each layer the mean standard deviation and the mean
+      signal-to-noise ratio in decibel; snr_counts, the histogram of the ratios, see
+      :class:`otmdr_jax.bnn.Summary`. Of an ensemble means, and sums, over members.
+    """
+    if programs.posterior is None:
+        return {}
+    found = programs.posterior(state)
+    return {
+        name: {
+            layer: float(np.mean([getattr(one, name)[layer] for one in found]))
+            for layer in getattr(found[0], name)
+        }
+        for name in ("sigma", "snr_db")
+    } | {"snr_counts": np.sum([one.counts for one in found], axis=0).tolist()}
 
 
 def member_rows(
@@ -179,6 +215,17 @@ def _metrics(log_probs, labels):
     if np.isnan(log_probs).any():  # diverged: there is nothing to measure
         return dict.fromkeys(metrics.NAMES, float("nan"))
     return metrics.evaluate(log_probs, labels)
+
+
+def _uncertainty(samples):
+    """Its two kinds, where there is more than one sample: means over the set."""
+    if len(samples) < 2:
+        return {}
+    found = bnn.uncertainty(samples)
+    return {
+        "aleatoric": float(np.mean(found.aleatoric)),
+        "epistemic": float(np.mean(found.epistemic)),
+    }
 
 
 def _mean(samples):

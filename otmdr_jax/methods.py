@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import engine, precision, tree
-from otmdr_jax.gradients import PAPER_RHO, robust_gradient
-from otmdr_jax.options import Options
+from otmdr_jax import bnn, centers, precision, tree
+from otmdr_jax.gradients import PAPER_RHO
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]
@@ -24,7 +23,8 @@ class TrainState(NamedTuple):
     """All that a run needs to go on: a pytree of arrays.
 
     Attributes:
-      params: The model's parameters, the center.
+      params: The model's parameters, the center: for a Bayesian network a
+        :class:`otmdr_jax.bnn.MeanField` over them.
       model_state: BatchNorm's running statistics.
       opt_state: The optimizer's state.
       key: PRNG key of the next step.
@@ -52,8 +52,10 @@ class Method(NamedTuple):
       init: (key, example_images) -> TrainState; of the images the shape is read alone.
       step: (state, (images, labels)) -> (state, metrics); compile it with `jax.jit`
         and donate the state. Metrics are scalars: loss, center_loss, gap, accuracy,
-        grad_norm, distance, skipped, skipped_in_row, and loss_scale where there is one.
-      predict: (state, images) -> (S, B, C) log-probabilities of S samples; one here.
+        grad_norm, distance, skipped, skipped_in_row, loss_scale where there is one,
+        likelihood_term and kl for Bayesian networks.
+      predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
+        posterior; of one weight vector S is 1.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
@@ -68,10 +70,12 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "sam": {"rho": (0.05,), "split": "shared"},
     "asam": {"rho": (0.5,), "split": "shared", "adaptive": True},
     "otmdr": {"rho": PAPER_RHO, "split": "random"},
+    "sgvb": None,
+    "otmdr-bnn": {"rho": bnn.PAPER_RHO, "split": "random"},
 }
 
-# What the plain gradient has of them.
-PLAIN_OPTIONS = ("microbatch_size", "axis_name", "particle_axis_name")
+# Those whose center is a posterior.
+BAYESIAN = ("sgvb", "otmdr-bnn")
 
 
 def create(
@@ -88,7 +92,8 @@ def create(
     """Builds a method from a model and an optimizer.
 
     Args:
-      name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr".
+      name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
+        for Bayesian networks "sgvb" and "otmdr-bnn".
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
         extra arguments.
@@ -101,7 +106,8 @@ def create(
       **options: Those of :func:`otmdr_jax.value_and_grad`, over the method's own. With
         `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
         `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
-        `microbatch_size`.
+        `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
+        :func:`otmdr_jax.centers.posterior`; `num_data` is required.
 
     Returns:
       A :class:`Method`.
@@ -134,21 +140,17 @@ def create(
 
     if loss_scaling:
         loss_fn = precision.scale_loss(loss_fn, has_aux=True)
-    if own is None:
-        if foreign := sorted(set(options) - set(PLAIN_OPTIONS)):
-            raise TypeError(
-                f"{name} has no option {', '.join(foreign)}; it has "
-                f"{', '.join(PLAIN_OPTIONS)}."
-            )
-        plain = Options(split="shared", has_aux=True, **options)
-        gradient, copies = engine.build(loss_fn, (), plain), 1
+    if name in BAYESIAN:
+        center = centers.posterior(loss_fn, own, **options)
     else:
-        gradient = robust_gradient(loss_fn, has_aux=True, **{**own, **options})
-        copies = options.get("num_particles", 1) if sum_particles else 1
+        center = centers.weights(name, loss_fn, own, options)
+    copies = options.get("num_particles", 1) if sum_particles and own else 1
 
     def init(key, example_images):
         init_key, key = jax.random.split(key)
         params, model_state = model.init(init_key, example_images)
+        # A key of its own, of which the others do not depend.
+        params = center.init(jax.random.split(init_key, 3)[2], params)
         # Three arrays, not one three times: the state is made to be donated.
         step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         opt_state = optimizer.init(params)
@@ -160,8 +162,13 @@ def create(
     def step(state, batch):
         key, step_key = jax.random.split(state.key)
         scaled = {"loss_scale": state.loss_scale.scale} if loss_scaling else {}
-        result = gradient(
-            state.params, batch, state.model_state, key=step_key, **scaled
+        result = center.gradient(
+            state.params,
+            batch,
+            state.model_state,
+            key=step_key,
+            step=state.step,
+            **scaled,
         )
         model_state, accuracy = result.aux
         grads = jax.tree.map(lambda g: copies * g, result.grads)
@@ -195,6 +202,7 @@ def create(
             "distance": jnp.mean(info.distances),
             "skipped": jnp.where(finite, 0, 1),
             "skipped_in_row": in_row,
+            **center.metrics(result),
         }
         scale = state.loss_scale
         if loss_scaling:
@@ -205,8 +213,13 @@ def create(
         ), metrics
 
     def predict(state, images):
-        logits, _ = model.apply(state.params, state.model_state, images, train=False)
-        return jax.nn.log_softmax(logits.astype(jnp.float32))[None]  # (1, B, C)
+        def log_probs(params):
+            logits, _ = model.apply(params, state.model_state, images, train=False)
+            return jax.nn.log_softmax(logits.astype(jnp.float32))  # (B, C)
+
+        # Of the step: all batches of an evaluation see the same samples.
+        key = jax.random.split(state.key, 3)[2]
+        return center.predict(log_probs, state.params, key)
 
     return Method(init, step, predict)
 

@@ -1,12 +1,15 @@
 """Learning-rate schedules and base optimizers, made of Optax's parts."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from otmdr_jax import centers
 from otmdr_jax.config import TrainConfig
+from otmdr_jax.methods import BAYESIAN
 
 # The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
 STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
@@ -27,7 +30,9 @@ def schedule(
       state, see :func:`learning_rate`.
 
     Example:
-      >>> from otmdr_jax.config import TrainConfig
+      >>> from otmdr_jax import centers
+    from otmdr_jax.config import TrainConfig
+    from otmdr_jax.methods import BAYESIAN
       >>> lr = schedule(TrainConfig(schedule="step", learning_rate=1.0), 100, 10)
       >>> [round(float(lr(step)), 3) for step in (0, 29, 30, 60, 80)]
       [1.0, 1.0, 0.2, 0.04, 0.008]
@@ -70,7 +75,9 @@ def create(
       steps_per_epoch: See :func:`schedule`.
     """
     rate = schedule(config, total_steps, steps_per_epoch)
-    mask = None if config.decay_all else _matrices
+    mask = None
+    if config.method in BAYESIAN or not config.decay_all:
+        mask = functools.partial(centers.decays, everything=config.decay_all)
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
@@ -108,8 +115,3 @@ def learning_rate(rate: optax.Schedule, step: int, opt_state: Any) -> jax.Array:
     if not factors:
         return rate(step)
     return rate(step) * jnp.mean(jnp.stack(factors))
-
-
-def _matrices(params):
-    """True for kernels; False for biases and the scales of norms."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

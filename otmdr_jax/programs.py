@@ -18,17 +18,22 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otmdr_jax import _version, members, methods, models, optimizers, parallel
+from otmdr_jax import _version, bnn, building, members, optimizers, parallel
 from otmdr_jax import data as data_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, LazyImages, Split
 from otmdr_jax.gradients import PAPER_RHO
+from otmdr_jax.methods import BAYESIAN
 
 PyTree = Any
 
 # With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
 # He, 2018 ("Group Normalization", figure 1) errors rise below 16.
 FEW_IMAGES = 16
+
+
+# Methods with particles, each of whose ascent steps needs a part of the batch.
+PARTICLES = ("otmdr", "otmdr-bnn")
 
 
 class Programs(NamedTuple):
@@ -46,6 +51,8 @@ class Programs(NamedTuple):
       loss_sums: (params, (images, labels, mask, model_state)) -> (sum, count): one, or
         one for each member of another architecture.
       rate: (step, opt_state) -> the learning rate.
+      posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
+        None where there is none.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
       mesh: The devices; None for one.
@@ -58,6 +65,7 @@ class Programs(NamedTuple):
     epoch_order: Callable[[jax.Array], jax.Array]
     loss_sums: tuple[Callable[..., tuple[jax.Array, jax.Array]], ...]
     rate: Callable[..., jax.Array]
+    posterior: Callable[[PyTree], list[bnn.Summary]] | None
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
@@ -97,10 +105,10 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
             "every pass; spread the data, or use --ensemble independent."
         )
-    if particle > 1 and config.method != "otmdr":
+    if particle > 1 and config.method not in PARTICLES:
         raise ValueError(
             f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
-            "particle axis needs --method otmdr and --num-particles."
+            "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
         )
     of_members = len(config.member_names)
     for name, value, devices in (
@@ -115,7 +123,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
                 "fewer devices, as --mesh data=1."
             )
     radii = len(config.rho or PAPER_RHO)
-    if config.method == "otmdr" and config.split != "shared":
+    if config.method in PARTICLES and config.split != "shared":
         if config.batch_size // data < radii:
             raise ValueError(
                 f"batch_size={config.batch_size} over {data} devices leaves each fewer "
@@ -125,16 +133,11 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     return mesh if mesh.size > 1 else None
 
 
-def check_models(config: TrainConfig) -> None:
-    """Raises ValueError or TypeError unless the zoo has a configuration's models."""
-    _networks(config, 10, None)
-
-
 def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
     """A warning where BatchNorm's statistics are of very few images a device."""
     data = parallel.axis_size(mesh, "data")
     parts = 1
-    if config.method == "otmdr" and config.split != "shared":
+    if config.method in PARTICLES and config.split != "shared":
         parts = len(config.rho or PAPER_RHO)
     images = config.batch_size // data // parts
     if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
@@ -182,7 +185,9 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     on_data = mesh is not None and "data" in mesh.shape
     parts = parallel.axis_size(mesh, "data")
     size = batch_size // parts  # of a device's part
-    methods_ = _methods(config, num_classes, total_steps, steps_per_epoch, mesh)
+    methods_ = building.methods_of(
+        config, num_classes, num_train, total_steps, steps_per_epoch, mesh
+    )
     lifted = config.members is not None and config.ensemble == "independent"
     spread = lifted and parallel.axis_size(mesh, "member") > 1
     count = len(config.member_names) if lifted and config.stacked else None
@@ -255,6 +260,9 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         keys = jax.random.split(key, len(config.member_names))
         return jnp.stack([data_lib.epoch_order(k, num_train) for k in keys])
 
+    def posterior(state):
+        return [bnn.summarise(member.params) for member in members.separate(state)]
+
     example = jnp.zeros((1, *image_shape))
     everywhere = parallel.replicated(mesh)
     home = NamedSharding(mesh, state_spec) if mesh is not None else None
@@ -266,7 +274,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         epoch_order=jax.jit(epoch_order, out_shardings=everywhere),
         loss_sums=tuple(
             _loss_sum(network, mean, std)
-            for network in _networks(config, num_classes, None)
+            for network in building.networks(config, num_classes)
         ),
         rate=jax.jit(
             functools.partial(
@@ -274,63 +282,11 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
                 optimizers.schedule(config, total_steps, steps_per_epoch),
             )
         ),
+        posterior=jax.jit(posterior) if config.method in BAYESIAN else None,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         mesh=mesh,
     )
-
-
-def _methods(config, num_classes, total_steps, steps_per_epoch, mesh):
-    """One method, or one for each member of another architecture."""
-    on_data = mesh is not None and "data" in mesh.shape
-    axis = "data" if on_data and config.sync_batchnorm else None
-    found = []
-    for network in _networks(config, num_classes, axis):
-        method = methods.create(
-            config.method,
-            network,
-            optimizers.create(config, total_steps, steps_per_epoch),
-            label_smoothing=config.label_smoothing,
-            smoothing=config.smoothing,
-            loss_scaling=config.dtype == "float16",
-            **method_options(config),
-            **_axis_names(mesh),
-        )
-        if isinstance(network, members.JointModel):
-            method = members.joint(method, network)
-        found.append(method)
-    return found
-
-
-def _networks(config, num_classes, batchnorm_axis_name):
-    """One network, one for each member of another architecture, or a joint one."""
-    names = config.member_names[:1] if config.stacked else config.member_names
-    networks = tuple(
-        models.create(
-            name,
-            num_classes,
-            dtype=jnp.dtype(config.dtype),
-            batchnorm_axis_name=batchnorm_axis_name,
-            **_model_options(config),
-        )
-        for name in names
-    )
-    if config.members is not None and config.ensemble == "joint":
-        count = len(config.member_names)
-        return (members.JointModel(networks, count, config.member_map),)
-    return networks
-
-
-def _model_options(config):
-    options = {"stem": config.stem, "remat": config.remat or None}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _axis_names(mesh):
-    """The axes of a mesh, as the options of a method."""
-    names = {"data": "axis_name", "particle": "particle_axis_name"}
-    found = () if mesh is None else mesh.shape
-    return {names[axis]: axis for axis in found if axis in names}
 
 
 @functools.lru_cache(maxsize=16)
@@ -345,39 +301,6 @@ def _loss_sum(model, mean, std):
         return jnp.sum(losses * mask), jnp.sum(mask)
 
     return loss_sum
-
-
-def method_options(config: TrainConfig) -> dict[str, Any]:
-    """The options of the robust gradient that a configuration names.
-
-    Raises:
-      ValueError: An option that the method does not have was set.
-    """
-    defaults = TrainConfig(method=config.method)
-    names = {
-        "sgd": ("microbatch_size",),
-        "sam": ("rho", "norm", "sync_perturbation", "microbatch_size"),
-        "asam": ("rho", "norm", "sync_perturbation", "microbatch_size"),
-        "otmdr": (
-            "rho", "num_particles", "noise_std", "split", "norm", "merge",
-            "sum_particles", "particle_map", "sync_perturbation", "microbatch_size",
-        ),
-    }  # fmt: skip
-    every, mine = names["otmdr"], names[config.method]
-    set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
-    if foreign := [name for name in set_ if name not in mine]:
-        raise ValueError(
-            f"{config.method} has no option {', '.join(foreign)}"
-            + f"; it has {', '.join(mine)}."
-        )
-    if config.num_particles > 1 and config.split in ("ordered", "shared"):
-        if not config.noise_std:
-            raise ValueError(
-                f"num_particles={config.num_particles} with split={config.split!r} and "
-                'no noise gives equal particles: use split="random", set noise_std, or '
-                "leave num_particles at 1."
-            )
-    return {name: getattr(config, name) for name in set_}
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:

@@ -34,13 +34,9 @@ class RunFolder:
         self._lines.write(json.dumps(_strict(record)) + "\n")
         self._lines.flush()
         if self._board is not None:
-            numbers = {f"{name}/member{i}": value for name, values
-                       in record.get("members", {}).items()
-                       for i, value in enumerate(values)}  # fmt: skip
-            for name, value in {**record, **numbers}.items():
-                if name not in ("step", "epoch", "split", "members"):
-                    tag = f"{record['split']}/{name}"
-                    self._board.add_scalar(tag, value, record["step"])
+            for name, value in _scalars(record).items():
+                tag = f"{record['split']}/{name}"
+                self._board.add_scalar(tag, value, record["step"])
 
     def finish(
         self,
@@ -151,6 +147,22 @@ def write_result(
 def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
     """Writes a record as strict JSON, atomically: null stands for NaN."""
     _replace(path, (json.dumps(_strict(record), indent=2) + "\n").encode())
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of an event by name: those of members and of layers too."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if name in ("step", "epoch", "split"):
+            continue
+        if name == "members":
+            for number, of_members in value.items():
+                found |= {f"{number}/member{i}": x for i, x in enumerate(of_members)}
+        elif isinstance(value, dict):
+            found |= {f"{name}/{layer}": x for layer, x in value.items()}
+        elif not isinstance(value, list):  # a histogram
+            found[name] = value
+    return found
 
 
 def _until(line: str, step: int) -> bool:

@@ -26,12 +26,18 @@ import numpy as np
 from otmdr_jax import config as config_lib
 from otmdr_jax import data as data_lib
 from otmdr_jax import members, parallel, progress, runs, windows
+from otmdr_jax.building import check_models, method_options
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
-from otmdr_jax.evaluation import Evaluation, evaluate, member_rows, sharpness
+from otmdr_jax.evaluation import (
+    Evaluation,
+    evaluate,
+    member_rows,
+    posterior_record,
+    sharpness,
+)
 from otmdr_jax.members import steps_taken
 from otmdr_jax.programs import (
-    check_models,
     check_same_data,
     compile_programs,
     environment,
@@ -39,7 +45,6 @@ from otmdr_jax.programs import (
     fingerprint,
     load_data,
     make_mesh,
-    method_options,
     run_keys,
 )
 
@@ -367,8 +372,7 @@ class Loop:
                 show_progress=final and self.show_progress,
             )
             values = found.metrics
-            done = ((old["split"], old["step"]) for old in self.history[-4:])
-            if (split, step) not in done:  # a finished run that is resumed
+            if not self._is_logged(split, step):  # as of a finished run, resumed
                 record: dict[str, Any] = {"step": step, "split": split, **values}
                 if found.members is not None:
                     record["members"] = {
@@ -382,7 +386,14 @@ class Loop:
                 best = self.meta["best"]
                 if best is None or score > best["score"]:
                     self.meta["best"] = {"step": step, "score": score, **values}
+        record = posterior_record(self.programs, state)
+        if record and not self._is_logged("posterior", step):
+            self._log({"step": step, "split": "posterior", **record})
         return score, found
+
+    def _is_logged(self, split: str, step: int) -> bool:
+        recent = self.history[-6:]  # no more than that can be of one evaluation
+        return any((old["split"], old["step"]) == (split, step) for old in recent)
 
     def _finish(self, state: PyTree) -> Result:
         step = steps_taken(state)
@@ -548,6 +559,8 @@ def final_result(
     }
     if found.members is not None:
         result["members"] = member_rows(config, state, found, sharp, meta)
+    if record := posterior_record(programs, state):
+        result["posterior"] = record
     return result
 
 

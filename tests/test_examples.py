@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from otmdr_jax import building
 from otmdr_jax import config as config_lib
-from otmdr_jax import programs
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
@@ -72,7 +72,7 @@ def test_the_papers_ensembles_are_in_the_zoo(monkeypatch):
         config = dataclasses.replace(
             config_lib.preset("paper-cifar10"), model="cnn_small"
         )
-        programs.check_models(dataclasses.replace(config, **options))
+        building.check_models(dataclasses.replace(config, **options))
         assert config.rho == (0.05, 0.1) and config.epochs == 200
     joint = config_lib.preset("released-ensemble-cifar10")
     assert joint.member_names == ("resnet_10",) * 5 and joint.merge == "sum"

@@ -29,8 +29,10 @@ LAYERS = [
         "parallel",
         "precision",
     },  # leaves: never each other
+    {"centers"},
     {"config", "methods", "progress", "windows"},
     {"optimizers", "members"},
+    {"building"},
     {"programs", "checkpoint", "runs"},
     {"evaluation"},
     {"training"},

@@ -9,7 +9,9 @@ gives the gradient of its objective, `predict` evaluates samples of it.
     divergence.py   KL, its weight and schedules, the scale of the objective
     objective.py    the gradients
     local.py        noise for each example: local reparameterisation, Flipout
+    presets.py      the paper's version and the released code's
     prediction.py   samples of predictions, epistemic and aleatoric uncertainty
+    summary.py      sigma and signal-to-noise of each layer
 """
 
 from otmdr_jax.bnn.divergence import blundell, convert_beta, kl, warmup
@@ -25,6 +27,7 @@ from otmdr_jax.bnn.posterior import (
     SIGMA,
     MeanField,
     check,
+    draw,
     init,
     mean,
     sample,
@@ -33,12 +36,15 @@ from otmdr_jax.bnn.posterior import (
     weights_and_biases,
 )
 from otmdr_jax.bnn.prediction import NUM_SAMPLES, Uncertainty, predict, uncertainty
+from otmdr_jax.bnn.presets import PRESETS, preset
 from otmdr_jax.bnn.priors import PRIOR_STD, FittedNormal, Normal, ScaleMixture
+from otmdr_jax.bnn.summary import Summary, summarise
 from otmdr_jax.ensemble import log_mean_probs
 
 __all__ = [
     "NUM_SAMPLES",
     "PAPER_RHO",
+    "PRESETS",
     "PRIOR_STD",
     "SIGMA",
     "BayesGradient",
@@ -46,21 +52,25 @@ __all__ = [
     "MeanField",
     "Normal",
     "ScaleMixture",
+    "Summary",
     "Uncertainty",
     "blundell",
     "check",
     "convert_beta",
+    "draw",
     "init",
     "kl",
     "log_mean_probs",
     "mean",
     "predict",
+    "preset",
     "robust_gradient",
     "sample",
     "sgvb",
     "sgvb_gradient",
     "signal_to_noise",
     "std",
+    "summarise",
     "uncertainty",
     "value_and_grad",
     "warmup",

@@ -102,6 +102,44 @@ def init(params: PyTree, sigma: Any = SIGMA, mask: Any = None) -> MeanField:
     )
 
 
+def draw(
+    params: PyTree,
+    key: jax.Array,
+    *,
+    mean_std: float = 0.1,
+    raw_mean: float = -5.0,
+    raw_std: float = 0.1,
+    mask: Any = None,
+) -> MeanField:
+    """A posterior that is drawn at random, as the released code initialises it.
+
+    mu ~ N(0, mean_std^2) and r ~ N(raw_mean, raw_std^2), whatever the model's own
+    initialisation. Point estimates stay as they are.
+
+    Args:
+      params: The model's parameters: of the stochastic leaves the shapes are read.
+      key: A PRNG key.
+      mean_std: Standard deviation of the means; 0.1 in the released code.
+      raw_mean: Mean of the raw scales; -5 there, a sigma of 0.0067.
+      raw_std: Their standard deviation; 0.1 there.
+      mask: See :func:`init`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> q = bnn.draw(jnp.zeros((100, 100)), jax.random.key(0))
+      >>> round(float(q.mean.std()), 2), round(float(q.raw_scale.mean()), 2)
+      (0.1, -5.0)
+    """
+    q = init(params, mask=mask)
+    of_means, of_scales = (noise(q, k) for k in jax.random.split(key))
+    return MeanField(
+        jax.tree.map(lambda k: mean_std * k, of_means),
+        jax.tree.map(lambda k: raw_mean + raw_std * k, of_scales),
+        q.point,
+    )
+
+
 def weights_and_biases(params: PyTree) -> PyTree:
     """The default mask: arrays of two or more axes, and what stands beside them.
 
@@ -267,7 +305,9 @@ def _wide(leaf):
 def _raw_scale(leaf, sigma):
     """The inverse of softplus; log(e^s - 1) would lose all digits of a small s."""
     if not isinstance(sigma, jax.core.Tracer):
-        if not bool(jnp.all((sigma > 0) & jnp.isfinite(sigma))):
+        with jax.ensure_compile_time_eval():
+            good = bool(jnp.all((sigma > 0) & jnp.isfinite(sigma)))
+        if not good:
             raise ValueError(
                 f"sigma must be positive and finite, got {sigma!r}: it is a standard "
                 "deviation. For a point estimate leave a leaf out of mask."

@@ -111,6 +111,8 @@ def create(
         2; 7x7 and a max-pool, but in `efficientnet_b0` 3x3 and 1280 features before
         the classifier). `resnet_10`, `resnet_18` and `efficientnet_b0` default to
         "cifar", `densenet_121` to "imagenet", which is what the paper's table has.
+        `activation` of `resnet_10` and `resnet_18` is "relu" or "softplus" (the
+        released code's Bayesian networks).
 
     Returns:
       A frozen, hashable `Model`.

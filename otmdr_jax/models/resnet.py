@@ -12,13 +12,23 @@ from flax import nnx
 from otmdr_jax.models.base import Layers, global_average_pool
 
 _STEMS = ("cifar", "imagenet")
+# softplus is what the code released with Nguyen et al., 2023 has in Bayesian networks.
+_ACTIVATIONS = {"relu": nnx.relu, "softplus": nnx.softplus}
 
 
 class BasicBlock(nnx.Module):
     """3x3 - BN - ReLU - 3x3 - BN, added to the input, then ReLU."""
 
-    def __init__(self, layers: Layers, in_channels: int, channels: int, stride: int):
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        activation: str = "relu",
+    ):
         """Builds the block; `stride` is that of its first convolution."""
+        self.activation = activation
         self.conv1 = layers.conv(in_channels, channels, 3, stride)
         self.norm1 = layers.batch_norm(channels)
         self.conv2 = layers.conv(channels, channels, 3)
@@ -30,11 +40,12 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps (B, H, W, in_channels) to (B, H / stride, W / stride, channels)."""
-        y = nnx.relu(self.norm1(self.conv1(x), train=train))
+        activate = _ACTIVATIONS[self.activation]
+        y = activate(self.norm1(self.conv1(x), train=train))
         y = self.norm2(self.conv2(y), train=train)
         if self.projects:
             x = self.shortcut_norm(self.shortcut(x), train=train)
-        return nnx.relu(y + x)
+        return activate(y + x)
 
 
 class ResNet(nnx.Module):
@@ -48,8 +59,10 @@ class ResNet(nnx.Module):
         *,
         stage_sizes: tuple[int, ...],
         stem: str = "cifar",
+        activation: str = "relu",
     ):
         """Builds the network of `stage_sizes` blocks a stage."""
+        self.activation = activation
         self.downsamples = stem == "imagenet"
         self.stem = (
             layers.conv(in_channels, 64, 7, stride=2)
@@ -64,7 +77,8 @@ class ResNet(nnx.Module):
                 name = f"stage{stage + 1}_block{index + 1}"
                 out_channels = 64 * 2**stage
                 stride = 2 if stage > 0 and index == 0 else 1
-                setattr(self, name, BasicBlock(layers, channels, out_channels, stride))
+                block = BasicBlock(layers, channels, out_channels, stride, activation)
+                setattr(self, name, block)
                 blocks.append(name)
                 channels = out_channels
         # The order of the calls; string keys survive a checkpoint.
@@ -73,15 +87,21 @@ class ResNet(nnx.Module):
         self.head = layers.dense(channels, num_classes)
 
     @staticmethod
-    def check(stage_sizes: tuple[int, ...], stem: str = "cifar") -> None:
-        """Raises ValueError unless the stem is known."""
+    def check(
+        stage_sizes: tuple[int, ...], stem: str = "cifar", activation: str = "relu"
+    ) -> None:
+        """Raises ValueError unless the stem and the activation are known."""
         del stage_sizes  # the registry's
         if stem not in _STEMS:
             raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
+        if activation not in _ACTIVATIONS:
+            known = tuple(_ACTIVATIONS)
+            raise ValueError(f"activation must be one of {known}, got {activation=}.")
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
-        x = nnx.relu(self.stem_norm(self.stem(images), train=train))
+        activate = _ACTIVATIONS[self.activation]
+        x = activate(self.stem_norm(self.stem(images), train=train))
         if self.downsamples:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 

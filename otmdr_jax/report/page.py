@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otmdr_jax import __version__, metrics
-from otmdr_jax.report import plots, tables
+from otmdr_jax.report import plots, posterior, tables
 from otmdr_jax.report.reading import (
     Run,
     beyond_the_seed,
@@ -23,6 +23,14 @@ from otmdr_jax.report.reading import (
 # the files' layout.
 MARKER = "otmdr_report"
 _LAYOUT = 1
+SIGNAL_TO_NOISE = "signal_to_noise.png"
+_POSTERIOR = (
+    "## Posterior",
+    f"![Signal-to-noise ratios of the weights]({SIGNAL_TO_NOISE})",
+    "How large a weight's mean is beside its standard deviation: at 0 dB they are "
+    "equal. Weights far to the left say nothing; the posterior of those far to the right "
+    "is nearly a point.",
+)
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -36,7 +44,8 @@ def write(
 
     The files are report.md (table, pictures, what the runs share and where they
     differ), results.json (all rows and results), configs.json (each run's exact
-    options), learning_curves.png and reliability.png. Nothing is written if anything
+    options), learning_curves.png, reliability.png and, for Bayesian networks,
+    signal_to_noise.png. Nothing is written if anything
     is wrong with the runs.
 
     Args:
@@ -57,16 +66,13 @@ def write(
     folder, runs = pathlib.Path(folder), list(runs)
     check_folder(folder)
     _check_distinct(runs)
-    columns = [
-        column
-        for column in tables.DEFAULT_COLUMNS
-        if any(tables.number_of(run, column.name) is not None for run in runs)
-    ]
-    rows = tables.summarise(runs, columns)
+    rows = tables.summarise(runs, tables.known_columns(runs))
     figures = {
         "learning_curves.png": plots.learning_curves_figure(runs),
         "reliability.png": plots.reliability_figure(runs),
     }
+    if posterior.bayesian(runs):
+        figures[SIGNAL_TO_NOISE] = posterior.signal_to_noise_figure(runs)
     texts = {
         # The marker comes first: a report that was cut off can be written again.
         "results.json": _json(_results(title, rows, runs)),
@@ -170,13 +176,15 @@ def _page(
         "![Learning curves](learning_curves.png)",
         "One colour for each method: thin lines are runs, thick ones their mean. The "
         "training loss is what a method minimises: for SAM, ASAM and OT-MDR the loss "
-        "at the perturbed weights.",
+        "at the perturbed weights, for Bayesian networks with the divergence from the "
+        "prior.",
         "## Reliability",
         "![Reliability diagrams](reliability.png)",
         f"Accuracy within {metrics.NUM_BINS} bins of confidence over the pooled test "
         "predictions of a method's runs, and the share of predictions in each bin. ECE "
         "above a panel is that of the pooled predictions; the table's is the mean over "
         "runs.",
+        *(_POSTERIOR if posterior.bayesian(runs) else ()),
         "## Configuration",
         *_configuration(runs),
         "## Versions",

@@ -27,8 +27,8 @@ COLOURS = (
     "#000000",
 )
 _STYLES = ("-", "--", ":", "-.")  # for an eighth label and more
-_WIDTH, _DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
-_SMALL, _LARGE = 8, 9  # points: ticks and legends, labels and titles
+WIDTH, _DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
+SMALL, LARGE = 8, 9  # points: ticks and legends, labels and titles
 
 # The parts of a reliability diagram, alike in panels and legend.
 _ACCURACY: dict[str, Any] = {"facecolor": "#56B4E9", "edgecolor": "white"}
@@ -99,7 +99,7 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
     """
     groups = by_label(runs)
     split = _evaluated_split([run for group in groups.values() for run in group])
-    figure = _figure(_WIDTH, 2.7)
+    figure = new_figure(WIDTH, 2.7)
     panels = (
         ("train", "loss", 1.0, "Training loss (nats)"),
         (split, "accuracy", 100.0, f"{split.capitalize()} accuracy (%)"),
@@ -108,17 +108,17 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
     axes = figure.subplots(1, 3)
     for ax, (source, name, scale, title) in zip(axes, panels, strict=True):
         for i, (label, group) in enumerate(groups.items()):
-            _draw_group(ax, label, _line_style(i), _curves(group, source, name, scale))
+            _draw_group(ax, label, line_style(i), _curves(group, source, name, scale))
         if not ax.lines:
             _say(ax, "not recorded")
         elif name != "accuracy":
             _log_if_wide(ax)
-        ax.set_title(title, fontsize=_LARGE)
-        ax.set_xlabel("Epoch", fontsize=_LARGE)
-        ax.tick_params(labelsize=_SMALL)
+        ax.set_title(title, fontsize=LARGE)
+        ax.set_xlabel("Epoch", fontsize=LARGE)
+        ax.tick_params(labelsize=SMALL)
         ax.grid(alpha=0.25, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
-    _legend_of_labels(figure, groups)
+    legend_of_labels(figure, groups)
     return figure
 
 
@@ -144,9 +144,9 @@ def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) ->
     groups = by_label(runs)
     columns = {1: 1, 2: 2, 4: 2}.get(len(groups), 3)
     lines = math.ceil(len(groups) / columns)
-    width = 4.8 if columns == 1 else _WIDTH
+    width = 4.8 if columns == 1 else WIDTH
     height = 1.15 * width / columns + 0.45
-    figure = _figure(width, min(height, 4.2) * lines + 0.4)
+    figure = new_figure(width, min(height, 4.2) * lines + 0.4)
     grid = figure.subplots(
         2 * lines, columns, squeeze=False, height_ratios=[4, 1.1] * lines
     )
@@ -176,7 +176,8 @@ def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of a report: width and height in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -191,7 +192,8 @@ def _evaluated_split(runs: Sequence[Run]) -> str:
     return max(("test", "validation"), key=lines.count)  # the first of equals
 
 
-def _line_style(i: int) -> dict[str, Any]:
+def line_style(i: int) -> dict[str, Any]:
+    """Colour and dashes of the i-th label."""
     style = _STYLES[i // len(COLOURS) % len(_STYLES)]
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": style}
 
@@ -241,11 +243,12 @@ def _log_if_wide(ax: Any) -> None:
         ax.set_yscale("log")
 
 
-def _legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
+def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
+    """Puts a legend of all labels under a figure, which grows by its height."""
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], linewidth=1.6, **_line_style(i)) for i in range(len(groups))
+        Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(groups))
     ]
     names = [
         _plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
@@ -260,7 +263,7 @@ def _legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
         names,
         loc="outside lower center",
         ncols=columns,
-        fontsize=_SMALL,
+        fontsize=SMALL,
         frameon=False,
     )
 
@@ -283,7 +286,7 @@ def _draw_reliability(
     name = _plain(textwrap.fill(label, 30))
     pooled = _pool(runs)
     if not pooled:
-        top.set_title(name, fontsize=_LARGE)
+        top.set_title(name, fontsize=LARGE)
         _say(top, "no finite predictions")
         return 0.0
     log_probs = np.concatenate([run.log_probs for run in pooled])
@@ -317,7 +320,7 @@ def _draw_reliability(
     bottom.bar(centers, share, label="Examples", **style, **_EXAMPLES)
     left_out = f", {len(pooled)} of {len(runs)} runs" if len(pooled) < len(runs) else ""
     ece = metrics.ece(log_probs, labels, num_bins)
-    top.set_title(f"{name}\nECE {ece:.4f}{left_out}", fontsize=_LARGE)
+    top.set_title(f"{name}\nECE {ece:.4f}{left_out}", fontsize=LARGE)
     return float(share.max())
 
 
@@ -327,16 +330,16 @@ def _label_panel(top: Any, bottom: Any, *, first: bool, last: bool) -> None:
     for ax in (top, bottom):
         ax.set_xlim(0.0, 1.0)
         ax.set_xticks(ticks)
-        ax.tick_params(labelsize=_SMALL, labelbottom=ax is bottom and last)
+        ax.tick_params(labelsize=SMALL, labelbottom=ax is bottom and last)
         ax.tick_params(labelleft=first)
         ax.spines[["top", "right"]].set_visible(False)
     top.set_ylim(0.0, 1.0)
     top.set_yticks(ticks)
     if first:
-        top.set_ylabel("Accuracy", fontsize=_LARGE)
-        bottom.set_ylabel("Share (%)", fontsize=_LARGE)
+        top.set_ylabel("Accuracy", fontsize=LARGE)
+        bottom.set_ylabel("Share (%)", fontsize=LARGE)
     if last:
-        bottom.set_xlabel("Confidence", fontsize=_LARGE)
+        bottom.set_xlabel("Confidence", fontsize=LARGE)
 
 
 def _legend_of_bars(figure: Any) -> None:
@@ -351,13 +354,13 @@ def _legend_of_bars(figure: Any) -> None:
         ],
         loc="outside lower center",
         ncols=3,
-        fontsize=_SMALL,
+        fontsize=SMALL,
         frameon=False,
     )
 
 
 def _say(ax: Any, text: str) -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=_LARGE)
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=LARGE)
 
 
 def _plain(text: str) -> str:

@@ -10,7 +10,14 @@ import numpy as np
 
 from otmdr_jax import config as config_lib
 
-_NAMES = {"sgd": "SGD", "sam": "SAM", "asam": "ASAM", "otmdr": "OT-MDR"}
+_NAMES = {
+    "sgd": "SGD",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "otmdr": "OT-MDR",
+    "sgvb": "SGVB",
+    "otmdr-bnn": "OT-MDR-BNN",
+}
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # What may differ between runs that are averaged: it is meant to, or changes no number.
 _FREE = {"seed"} | config_lib.RESUMABLE
@@ -65,8 +72,8 @@ def label_of(config: Mapping[str, Any]) -> str:
         )
     method = str(config["method"])
     label = _NAMES.get(method, method)
-    if method == "otmdr" and "num_particles" in config:
-        label = f"OT-MDR (K = {config['num_particles']})"
+    if method in ("otmdr", "otmdr-bnn") and "num_particles" in config:
+        label += f" (K = {config['num_particles']})"
     if method == "sgd" and config.get("optimizer") in _OPTIMIZERS:
         label = _OPTIMIZERS[config["optimizer"]]
     if members := config.get("members"):

@@ -96,6 +96,12 @@ DEFAULT_COLUMNS = (
         "lower",
     ),
     Column(
+        "epistemic",
+        "Epistemic",
+        "uncertainty that more data would remove: the mutual information between label "
+        "and weights, in nats, the mean over the test set",
+    ),
+    Column(
         "seconds_per_step",
         "Time per step (s)",
         "wall-clock time of one training step on the run's device; compare runs of one "
@@ -103,6 +109,14 @@ DEFAULT_COLUMNS = (
         decimals=2,
     ),
 )
+
+
+def known_columns(
+    runs: Iterable[Run], columns: Sequence[Column] = DEFAULT_COLUMNS
+) -> list[Column]:
+    """The columns that at least one run has a number for."""
+    runs = list(runs)
+    return [c for c in columns if any(number_of(r, c.name) is not None for r in runs)]
 
 
 def summarise(

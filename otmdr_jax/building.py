@@ -1,0 +1,218 @@
+"""From a configuration to its networks and methods."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from otmdr_jax import bnn, members, methods, models, optimizers
+from otmdr_jax.config import TrainConfig
+
+
+def methods_of(
+    config: TrainConfig,
+    num_classes: int,
+    num_train: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    mesh: Mesh | None,
+) -> list[methods.Method]:
+    """One method, or one for each member of another architecture.
+
+    Args:
+      config: The configuration.
+      num_classes: Of the data, as the next.
+      num_train: Examples in the training set.
+      total_steps: Of the run, for schedules, as the next.
+      steps_per_epoch: Whole batches in an epoch.
+      mesh: The devices, for the names of their axes.
+    """
+    on_data = mesh is not None and "data" in mesh.shape
+    axis = "data" if on_data and config.sync_batchnorm else None
+    found = []
+    for network in networks(config, num_classes, axis):
+        method = methods.create(
+            config.method,
+            network,
+            optimizers.create(config, total_steps, steps_per_epoch),
+            label_smoothing=config.label_smoothing,
+            smoothing=config.smoothing,
+            loss_scaling=config.dtype == "float16",
+            **method_options(config),
+            **_posterior_options(config, num_train, steps_per_epoch),
+            **_axis_names(mesh),
+        )
+        if isinstance(network, members.JointModel):
+            method = members.joint(method, network)
+        found.append(method)
+    return found
+
+
+def networks(
+    config: TrainConfig, num_classes: int, batchnorm_axis_name: str | None = None
+) -> tuple[Any, ...]:
+    """One network, one for each member of another architecture, or a joint one.
+
+    Args:
+      config: The configuration.
+      num_classes: Of the data.
+      batchnorm_axis_name: Axis that BatchNorm's statistics are shared over.
+    """
+    names = config.member_names[:1] if config.stacked else config.member_names
+    found = tuple(
+        models.create(
+            name,
+            num_classes,
+            dtype=jnp.dtype(config.dtype),
+            batchnorm_axis_name=batchnorm_axis_name,
+            **_model_options(config),
+        )
+        for name in names
+    )
+    if config.members is not None and config.ensemble == "joint":
+        count = len(config.member_names)
+        return (members.JointModel(found, count, config.member_map),)
+    return found
+
+
+def _model_options(config):
+    options = {
+        "stem": config.stem,
+        "remat": config.remat or None,
+        "activation": None if config.activation == "relu" else config.activation,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _axis_names(mesh):
+    """The axes of a mesh, as the options of a method."""
+    names = {"data": "axis_name", "particle": "particle_axis_name"}
+    found = () if mesh is None else mesh.shape
+    return {names[axis]: axis for axis in found if axis in names}
+
+
+def check_models(config: TrainConfig) -> None:
+    """Raises ValueError or TypeError unless the zoo has a configuration's models."""
+    networks(config, 10)
+
+
+# Options of a configuration -> the names that a method knows them by.
+_ROBUST = {
+    name: name
+    for name in (
+        "rho", "num_particles", "noise_std", "split", "norm", "merge", "sum_particles",
+        "particle_map", "sync_perturbation", "microbatch_size",
+    )
+}  # fmt: skip
+_SAM = ("rho", "norm", "sync_perturbation", "microbatch_size")
+_POSTERIOR = {
+    "posterior_std": "sigma",
+    "posterior_init": "init",
+    "prior": "prior",
+    "prior_std": "prior_std",
+    "kl_weight": "kl_weight",
+    "kl_schedule": "kl_schedule",
+    "kl_warmup_epochs": "kl_warmup_epochs",
+    "num_samples": "num_samples",
+    "prediction": "prediction",
+}
+_OTMDR_BNN = {
+    "posterior_norm": "norm",
+    "sigma_gradient": "sigma_gradient",
+    "weight_noise": "weight_noise",
+}
+_OPTIONS: dict[str, dict[str, str]] = {
+    "sgd": {"microbatch_size": "microbatch_size"},
+    "sam": {name: name for name in _SAM},
+    "asam": {name: name for name in _SAM},
+    "otmdr": _ROBUST,
+    "sgvb": {
+        "microbatch_size": "microbatch_size", "estimator": "estimator", **_POSTERIOR
+    },
+    "otmdr-bnn": {
+        **{n: n for n in _ROBUST if n not in ("norm", "sum_particles")},
+        **_OTMDR_BNN,
+        **_POSTERIOR,
+    },
+}  # fmt: skip
+
+
+def method_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of the gradient that a configuration names, by its own names.
+
+    Those of the posterior, which need the data, are not among them.
+
+    Raises:
+      ValueError: An option that the method does not have was set, or options that do
+        not go together.
+    """
+    defaults = TrainConfig(method=config.method)
+    every = {name: None for known in _OPTIONS.values() for name in known}
+    mine = _OPTIONS[config.method]
+    set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
+    if foreign := [name for name in set_ if name not in mine]:
+        raise ValueError(
+            f"{config.method} has no option {', '.join(foreign)}"
+            + f"; it has {', '.join(mine)}."
+        )
+    if config.num_particles > 1 and config.split in ("ordered", "shared"):
+        if not config.noise_std:
+            raise ValueError(
+                f"num_particles={config.num_particles} with split={config.split!r} and "
+                'no noise gives equal particles: use split="random", set noise_std, or '
+                "leave num_particles at 1."
+            )
+    if config.method in methods.BAYESIAN:
+        _check_posterior(config)
+    return {
+        mine[name]: getattr(config, name) for name in set_ if name not in _POSTERIOR
+    }
+
+
+def _check_posterior(config):
+    if config.members is not None and config.ensemble == "joint":
+        raise ValueError(
+            f"{config.method} with a joint ensemble is not defined: members with a "
+            "posterior each are trained with --ensemble independent."
+        )
+    if config.dtype == "float16" and config.estimator != "weights":
+        raise ValueError(
+            f"estimator={config.estimator!r} squares standard deviations, which "
+            "float16 cannot hold: use --dtype bfloat16 or --estimator weights."
+        )
+    if config.prior != "normal" and config.prior_std != bnn.PRIOR_STD:
+        raise ValueError(
+            f"prior_std={config.prior_std} is that of the normal prior; the "
+            f"{config.prior} prior has none."
+        )
+    if config.kl_schedule != "warmup" and config.kl_warmup_epochs != 0:
+        raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")
+    if config.kl_schedule == "warmup" and not config.kl_warmup_epochs:
+        raise ValueError(
+            "kl_schedule='warmup' needs kl_warmup_epochs, over which the weight grows."
+        )
+
+
+def _posterior_options(config, num_train, steps_per_epoch):
+    """What a Bayesian method takes beside; nothing for others."""
+    if config.method not in methods.BAYESIAN:
+        return {}
+    priors = {
+        "normal": bnn.Normal(config.prior_std),
+        "mixture": bnn.ScaleMixture(),
+        "fitted": bnn.FittedNormal(),
+    }
+    weight: Any = config.kl_weight
+    if config.kl_schedule == "blundell":
+        weight = bnn.blundell(steps_per_epoch, weight)
+    elif config.kl_schedule == "warmup":
+        weight = bnn.warmup(round(config.kl_warmup_epochs * steps_per_epoch), weight)
+    return {
+        "num_data": num_train,
+        "sigma": config.posterior_std,
+        "init": config.posterior_init,
+        "prior": priors[config.prior],
+        "kl_weight": weight,
+        "num_samples": config.num_samples,
+        "mean_only": config.prediction == "mean",
+    }
