@@ -28,8 +28,8 @@ _POSTERIOR = (
     "## Posterior",
     f"![Signal-to-noise ratios of the weights]({SIGNAL_TO_NOISE})",
     "How large a weight's mean is beside its standard deviation: at 0 dB they are "
-    "equal. Weights far to the left say nothing; the posterior of those far to the right "
-    "is nearly a point.",
+    "equal. Weights far to the left say nothing; the posterior of those far to the "
+    "right is nearly a point.",
 )
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 

@@ -10,6 +10,9 @@ from otmdr_jax.bnn import summary
 from otmdr_jax.report import plots
 from otmdr_jax.report.reading import Run, by_label
 
+# More layers than this have no room for their names.
+_MAX_NAMES = 8
+
 
 def bayesian(runs: Iterable[Run]) -> list[Run]:
     """The runs that have a posterior."""
@@ -52,6 +55,7 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     figure = plots.new_figure(plots.WIDTH, 3.2)
     left, right = figure.subplots(1, 2)
     centers = summary.LOWEST + summary.WIDTH * (np.arange(summary.NUM_BINS) + 0.5)
+    every: list[str] = []
     for i, (label, group) in enumerate(groups.items()):
         counts = np.array([run.result["posterior"]["snr_counts"] for run in group])
         shares = 100.0 * counts / counts.sum(axis=1, keepdims=True)
@@ -59,14 +63,9 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
         left.plot(centers, shares.mean(axis=0), gid=f"share:{label}", **style)
         layers, means = _layers(group)
         gid = f"layers:{label}"
-        right.plot(
-            np.arange(len(layers)) + 1,
-            means,
-            marker="o",
-            markersize=3,
-            gid=gid,
-            **style,
-        )
+        places = np.arange(len(layers)) + 1
+        right.plot(places, means, marker="o", markersize=3, gid=gid, **style)
+        every = layers if len(layers) > len(every) else every
     used = np.nonzero(np.sum([line.get_ydata() for line in left.lines], axis=0))[0]
     left.set_xlim(centers[used[0]] - 2, centers[used[-1]] + 2)
     left.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
@@ -74,7 +73,11 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     left.set_title("Weights (% in bins of 2 dB)", fontsize=plots.LARGE)
     left.set_xlabel("Signal-to-noise ratio |μ| / σ (dB)", fontsize=plots.LARGE)
     right.set_title("Mean ratio of a layer (dB)", fontsize=plots.LARGE)
-    right.set_xlabel("Stochastic array, from the input on", fontsize=plots.LARGE)
+    if len(every) <= _MAX_NAMES:
+        right.set_xticks(np.arange(len(every)) + 1, every, rotation=30, ha="right")
+    else:
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.set_xlabel("Array, in the order of result.json", fontsize=plots.LARGE)
     for ax in (left, right):
         ax.tick_params(labelsize=plots.SMALL)
         ax.grid(alpha=0.25, linewidth=0.6)
