@@ -1,0 +1,528 @@
+"""Bayesian networks as methods: training, resumption, prediction, reports, devices."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose
+
+from otmdr_jax import (
+    bnn,
+    building,
+    centers,
+    checkpoint,
+    cli,
+    config,
+    data,
+    evaluation,
+    methods,
+    metrics,
+    models,
+    optimizers,
+    programs,
+    report,
+    training,
+)
+from otmdr_jax.bnn import posterior
+from otmdr_jax.config import TrainConfig
+from tests.test_training import assert_same_bits, stop_after
+
+TINY = TrainConfig(
+    mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=64,
+    log_every=2, seed=3, optimizer="adam", learning_rate=0.01, schedule="plateau",
+    num_samples=5, posterior_std=0.02,
+)  # fmt: skip
+ONE = dataclasses.replace(TINY, epochs=1, prediction="mean")
+METHODS = methods.BAYESIAN
+
+
+@pytest.fixture(scope="module")
+def small():
+    """320 digits, 100 to test on: seconds a run."""
+    digits = data.load("digits")
+    train, test = digits.train, digits.test
+    return data.from_arrays(
+        (train.images[:400], train.labels[:400]),
+        (test.images[:100], test.labels[:100]),
+        num_classes=10,
+        name="small",
+        validation=80,
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """Uninterrupted runs of both methods."""
+    found = {}
+    for method in METHODS:
+        chosen = of_method(TINY, method)
+        folder = tmp_path_factory.mktemp("straight") / method
+        found[method] = training.train(chosen, small, folder, show_progress=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain(small):
+    return training.train(ONE, small, show_progress=False)
+
+
+def of_method(chosen, method, **options):
+    if method == "sgvb":
+        options |= dict(noise_std=0.0)
+    return dataclasses.replace(chosen, method=method, **options)
+
+
+class TestMethod:
+    def make(self, name, **options):
+        model = models.create("cnn_small", 10)
+        own = dict(num_data=400, **options)
+        return model, methods.create(name, model, optax.adam(1e-3), **own)
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_a_step_is_gradient_and_update_of_the_posterior(self, name, key):
+        model, method = self.make(name, kl_weight=0.5, prior=bnn.Normal(0.2))
+        images = jax.random.normal(key, (16, 8, 8, 1))
+        batch = images, jnp.arange(16) % 10
+        state = method.init(key, images)
+        assert isinstance(state.params, bnn.MeanField)
+
+        def loss_fn(params, batch):
+            logits, new = model.apply(params, state.model_state, batch[0], train=True)
+            return methods.cross_entropy(logits, batch[1]), new
+
+        build = bnn.sgvb if name == "sgvb" else bnn.value_and_grad
+        grad_fn = build(
+            loss_fn, num_data=400, prior_std=0.2, kl_weight=0.5, has_aux=True
+        )
+        step_key = jax.random.split(state.key)[1]
+        (value, statistics), grads = jax.jit(grad_fn)(state.params, batch, key=step_key)
+        updates, _ = optax.adam(1e-3).update(grads, optax.adam(1e-3).init(grads))
+        want = optax.apply_updates(state.params, updates)
+        new, numbers = jax.jit(method.step)(state, batch)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, 1e-4, 1e-6), new.params, want)
+        assert_allclose(numbers["loss"], value, rtol=1e-5)
+        assert_allclose(numbers["kl"], bnn.kl(state.params, bnn.Normal(0.2)), rtol=1e-4)
+        for got, of_loss in zip(
+            *map(jax.tree.leaves, (new.model_state, statistics)), strict=True
+        ):
+            assert_allclose(got, of_loss, rtol=1e-4, atol=1e-5)
+
+    def test_predictions_are_of_samples_and_the_same_for_all_batches(self, key):
+        model, method = self.make("sgvb", num_samples=4, sigma=0.3)
+        images = jax.random.normal(key, (12, 8, 8, 1))
+        state = method.init(key, images)
+        whole = method.predict(state, images)
+        assert whole.shape == (4, 12, 10)
+        assert np.std(whole, axis=0).min() > 0
+        parts = [method.predict(state, images[i : i + 4]) for i in (0, 4, 8)]
+        assert_allclose(whole, np.concatenate(parts, axis=1), atol=1e-4)
+        _, at_mean = self.make("sgvb", mean_only=True, sigma=0.3)
+        logits, _ = model.apply(
+            bnn.mean(state.params), state.model_state, images, train=False
+        )
+        want = jax.nn.log_softmax(logits)[None]
+        assert_allclose(at_mean.predict(state, images), want, atol=1e-4)
+
+    def test_weights_of_the_divergence_follow_their_schedule(self, key):
+        images = jax.random.normal(key, (16, 8, 8, 1))
+        batch = images, jnp.arange(16) % 10
+        _, method = self.make("sgvb", kl_weight=bnn.warmup(2))
+        state = method.init(key, images)
+        step = jax.jit(method.step)
+        for weight in (0.0, 0.5, 1.0, 1.0):
+            state, numbers = step(state, batch)
+            beside = numbers["loss"] - numbers["likelihood_term"]
+            assert_allclose(beside, weight * numbers["kl"] / 400, rtol=1e-3, atol=1e-4)
+
+    def test_the_released_codes_initialisation(self, key):
+        _, method = self.make("otmdr-bnn", init="released")
+        q = method.init(key, jnp.zeros((1, 8, 8, 1))).params
+        kernel, raw = q.mean["conv3"]["kernel"], q.raw_scale["conv3"]["kernel"]
+        assert_allclose([kernel.mean(), kernel.std()], [0.0, 0.1], atol=0.005)
+        assert_allclose([raw.mean(), raw.std()], [-5.0, 0.1], atol=0.005)
+        assert q.point["norm1"]["scale"].tolist() == [1.0] * 16
+        assert abs(np.corrcoef(kernel.ravel(), raw.ravel())[0, 1]) < 0.05
+
+    def test_numbers_of_data_and_samples_are_checked(self):
+        with pytest.raises(ValueError, match="num_data"):
+            methods.create("sgvb", models.create("cnn_small", 10), optax.sgd(0.1))
+        with pytest.raises(ValueError, match="num_samples"):
+            self.make("sgvb", num_samples=0)
+        with pytest.raises(ValueError, match="init must be"):
+            self.make("sgvb", init="zeros")
+        with pytest.raises(TypeError, match="rho"):
+            self.make("sgvb", rho=0.1)
+
+
+class TestRuns:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_run_learns_and_logs_its_posterior(self, method, straight):
+        result = straight[method]
+        rows = {
+            split: [row for row in result.history if row["split"] == split]
+            for split in ("train", "test", "posterior")
+        }
+        assert (
+            rows["train"][-1]["likelihood_term"] < rows["train"][0]["likelihood_term"]
+        )
+        for row in rows["train"]:
+            assert np.isfinite(row["kl"]) and row["kl"] > 0
+        assert [row["step"] for row in rows["posterior"]] == [5, 10, 15]
+        q = result.state.params
+        last = rows["posterior"][-1]
+        assert_allclose(
+            last["sigma"]["conv2/kernel"], bnn.std(q)["conv2"]["kernel"].mean(), 1e-4
+        )
+        ratio = np.abs(q.mean["head"]["bias"]) / np.asarray(bnn.std(q)["head"]["bias"])
+        assert_allclose(
+            last["snr_db"]["head/bias"], np.mean(20 * np.log10(ratio)), 1e-3
+        )
+        weights = sum(x.size for x in jax.tree.leaves(q.mean))
+        assert sum(last["snr_counts"]) == weights
+        assert result.metrics["posterior"]["sigma"] == last["sigma"]
+        assert 0 < result.metrics["epistemic"] < result.metrics["aleatoric"]
+        lines = (result.folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == result.history
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_resumption_is_exact(self, method, small, straight, tmp_path, monkeypatch):
+        chosen, folder = of_method(TINY, method), tmp_path / "run"
+        with monkeypatch.context() as patch:
+            stop_after(7, patch)
+            with pytest.raises(training.Interrupted):
+                training.train(chosen, small, folder, show_progress=False)
+        got = training.train(chosen, small, folder, resume=True, show_progress=False)
+        assert_same_bits(got.state, straight[method].state)
+        np.testing.assert_array_equal(got.log_probs, straight[method].log_probs)
+
+    def test_a_finished_run_that_is_resumed_logs_nothing_twice(self, small, straight):
+        result = straight["sgvb"]
+        before = (result.folder / "metrics.jsonl").read_text()
+        training.train(
+            of_method(TINY, "sgvb"), small, result.folder, resume=True,
+            show_progress=False,
+        )  # fmt: skip
+        assert (result.folder / "metrics.jsonl").read_text() == before
+
+    def test_the_checkpoint_holds_the_posterior(self, small, straight):
+        result = straight["otmdr-bnn"]
+        compiled = programs.compile_programs(TINY, small)
+        with checkpoint.Checkpoints(
+            result.folder / "checkpoints", read_only=True
+        ) as saved:
+            template = compiled.init(jax.random.key(9))
+            state, _ = saved.restore(template)
+        assert isinstance(state.params, bnn.MeanField)
+        assert_same_bits(state, result.state)
+
+    def test_metrics_are_those_of_the_mean_probability(self, small, straight):
+        result = straight["sgvb"]
+        chosen = of_method(TINY, "sgvb")
+        compiled = programs.compile_programs(chosen, small)
+        samples = np.asarray(
+            compiled.predict(result.state, jnp.asarray(small.test.images)), np.float64
+        )
+        mean = np.exp(samples).mean(axis=0)
+        assert_allclose(np.exp(result.log_probs), mean, rtol=1e-4, atol=1e-6)
+        found = evaluation.evaluate(chosen, result.state, small, "test", compiled)
+        want = metrics.evaluate(np.log(mean), small.test.labels)
+        for name, value in want.items():
+            assert_allclose(found.metrics[name], value, rtol=1e-4)
+        entropy = -np.sum(samples * np.exp(samples), axis=-1)  # (S, N)
+        assert_allclose(found.metrics["aleatoric"], entropy.mean(), rtol=1e-4)
+        total = -np.sum(mean * np.log(mean), axis=-1).mean()
+        assert_allclose(
+            found.metrics["epistemic"], total - entropy.mean(), rtol=1e-2, atol=1e-5
+        )
+
+    def test_sharpness_is_that_of_the_mean(self, small, straight):
+        result = straight["sgvb"]
+        compiled = programs.compile_programs(of_method(TINY, "sgvb"), small)
+        found = evaluation.sharpness(TINY, result.state, small, compiled)
+        model = models.create("cnn_small", 10)
+        images = data.normalise(jnp.asarray(small.train.images), small.mean, small.std)
+        logits, _ = model.apply(
+            bnn.mean(result.state.params), result.state.model_state, images, train=False
+        )
+        nll = optax.softmax_cross_entropy_with_integer_labels(
+            logits, jnp.asarray(small.train.labels)
+        )
+        assert_allclose(found["train_nll"], nll.mean(), rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(kl_schedule="blundell", prior="fitted", dtype="bfloat16"),
+            dict(kl_schedule="warmup", kl_warmup_epochs=1.0, prior="mixture"),
+            dict(dtype="float16", learning_rate=1e-3),
+            dict(method="sgvb", estimator="local", noise_std=0.0),
+            dict(method="sgvb", estimator="flipout", noise_std=0.0, dtype="bfloat16"),
+            dict(posterior_init="released", posterior_norm="joint", merge="sum",
+                 sigma_gradient="particle", weight_noise="each_step"),
+            dict(microbatch_size=32, input="host", optimizer="adamw", decay_all=False),
+        ],
+        ids=lambda options: ",".join(options),
+    )  # fmt: skip
+    def test_options_reach_the_step(self, options, small, plain):
+        chosen = dataclasses.replace(ONE, **options)
+        result = training.train(chosen, small, show_progress=False)
+        assert np.isfinite(result.metrics["nll"])
+        kinds = {x.dtype for x in jax.tree.leaves(result.state.params)}
+        assert kinds == {jnp.dtype(jnp.float32)}
+        assert not np.array_equal(result.log_probs, plain.log_probs)
+
+    def test_members_have_a_posterior_each(self, small, tmp_path):
+        chosen = dataclasses.replace(TINY, members="2", epochs=1)
+        result = training.train(chosen, small, tmp_path / "run", show_progress=False)
+        rows = result.metrics["members"]
+        assert len(rows) == 2 and all(row["epistemic"] > 0 for row in rows)
+        assert rows[0]["nll"] != rows[1]["nll"]
+        with np.load(tmp_path / "run" / "predictions.npz") as saved:
+            each = np.exp(saved["member_log_probs"])
+        assert each.shape == (2, 100, 10)
+        assert_allclose(np.exp(result.log_probs), each.mean(0), rtol=1e-3, atol=1e-5)
+        key = jax.random.split(programs.run_keys(TINY.seed)[0], 2)[1]
+        one = dataclasses.replace(chosen, members=None)
+        compiled = programs.compile_programs(one, small)
+        order = compiled.epoch_order(
+            jax.random.fold_in(programs.run_keys(TINY.seed)[1], 0)
+        )
+        state = compiled.init(key)
+        for i in range(5):
+            state, _ = compiled.train_step(
+                state, tuple(small.train), order, np.int32(i)
+            )
+        mine = jax.tree.map(lambda x: x[1], result.state.params)
+        jax.tree.map(
+            lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, state.params
+        )
+
+    def test_many_devices_are_one(self, small):
+        mesh = "data=2,particle=2"
+        chosen = dataclasses.replace(
+            TINY, mesh=mesh, split="shared", epochs=1, num_particles=2,
+            sync_batchnorm=True, prediction="mean", log_every=1,
+        )  # fmt: skip
+        got = training.train(chosen, small, show_progress=False)
+        one = dataclasses.replace(chosen, mesh="data=1", sync_batchnorm=False)
+        want = training.train(one, small, show_progress=False)
+
+        def losses(result):
+            return [r["loss"] for r in result.history if r["split"] == "train"]
+
+        assert_allclose(losses(got), losses(want), rtol=1e-3)
+        assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
+        assert got.metrics["mesh"] == mesh
+
+
+class TestWeightDecay:
+    def test_it_acts_on_point_estimates_alone(self, key):
+        params = {"kernel": jnp.ones((2, 2)), "norm": {"scale": jnp.ones(3)}}
+        q = bnn.init(params, mask={"kernel": True, "norm": {"scale": False}})
+        chosen = dataclasses.replace(
+            TINY, optimizer="sgd", weight_decay=0.1, learning_rate=1.0, momentum=0.0,
+            schedule="constant",
+        )  # fmt: skip
+        tx = optimizers.create(chosen, 10, 5)
+        zeros = jax.tree.map(jnp.zeros_like, q)
+        updates, _ = tx.update(zeros, tx.init(q), q, value=jnp.zeros(()))
+        assert not np.any(updates.mean["kernel"])
+        assert not np.any(updates.raw_scale["kernel"])
+        assert_allclose(updates.point["norm"]["scale"], -0.1)
+        assert not any(jax.tree.leaves(centers.decays(q, everything=False)))
+
+    def test_a_run_of_another_method_keeps_its_optimizer_state(self):
+        """A mask where there was none would make older checkpoints unreadable."""
+        chosen = TrainConfig(method="sgd")
+        got = optimizers.create(chosen, 10, 5).init({"w": jnp.ones(2)})
+        want = optax.chain(
+            optax.add_decayed_weights(5e-4),
+            optax.sgd(optax.cosine_decay_schedule(0.1, 10), 0.9),
+        ).init({"w": jnp.ones(2)})
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+
+
+QUICK = [
+    "--steps", "11", "--quiet", "--mesh", "data=1", "--optimizer", "adam",
+    "--learning-rate", "0.01", "--num-samples", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each method from the command line, on digits."""
+    root = tmp_path_factory.mktemp("bnn")
+    for method in METHODS:
+        output = str(root / method)
+        cli.main(["train", "--method", method, *QUICK, "--output", output])
+    return root
+
+
+class TestCommandLine:
+    def test_evaluate(self, runs, capsys):
+        before = (runs / "sgvb" / "result.json").read_bytes()
+        cli.main(["evaluate", str(runs / "sgvb"), "--num-samples", "2"])
+        out = capsys.readouterr().out
+        assert "SGVB" in out and "Epistemic" in out
+        assert (runs / "sgvb" / "signal_to_noise.png").stat().st_size > 10_000
+        found = json.loads((runs / "sgvb" / "evaluation.json").read_text())
+        assert len(found["posterior"]["snr_counts"]) == 60
+        cli.main(["evaluate", str(runs / "sgvb"), "--prediction", "mean"])
+        at_mean = json.loads((runs / "sgvb" / "evaluation.json").read_text())
+        assert at_mean["nll"] != found["nll"] and "epistemic" not in at_mean
+        assert (runs / "sgvb" / "result.json").read_bytes() == before
+
+    def test_compare(self, runs, tmp_path):
+        paths = [str(runs / method) for method in METHODS]
+        cli.main(["compare", *paths, "--output", str(tmp_path / "report")])
+        page = (tmp_path / "report" / "report.md").read_text()
+        assert "SGVB" in page and "OT-MDR-BNN (K = 1)" in page
+        assert "Epistemic" in page and "signal_to_noise.png" in page
+        assert (tmp_path / "report" / "signal_to_noise.png").exists()
+
+    def test_the_picture_shows_the_distribution(self, runs):
+        found = [report.read_run(runs / method) for method in METHODS]
+        figure = report.signal_to_noise_figure(found)
+        left, right = figure.axes
+        for line, run in zip(
+            [x for x in left.lines if str(x.get_gid()).startswith("share")],
+            found,
+            strict=True,
+        ):
+            counts = np.array(run.result["posterior"]["snr_counts"])
+            assert_allclose(line.get_ydata(), 100 * counts / counts.sum())
+            assert line.get_gid() == f"share:{run.label}"
+        names = [text.get_text() for text in right.get_xticklabels()]
+        assert names == list(found[0].result["posterior"]["snr_db"])
+        with pytest.raises(ValueError, match="at least one run"):
+            report.signal_to_noise_figure([found[0]._replace(result={})])
+
+    def test_an_ensemble_of_finished_runs(self, runs, tmp_path, capsys):
+        other = str(tmp_path / "other")
+        cli.main(
+            ["train", "--method", "sgvb", *QUICK, "--seed", "1", "--output", other]
+        )
+        both = str(tmp_path / "both")
+        cli.main(["ensemble", str(runs / "sgvb"), other, "--output", both])
+        result = json.loads((tmp_path / "both" / "result.json").read_text())
+        assert len(result["members"]) == 2 and result["epistemic"] > 0
+
+
+class TestPresets:
+    @pytest.mark.parametrize("data_name", ["cifar10", "cifar100"])
+    def test_they_are_appendix_b3(self, data_name):
+        paper = config.preset(f"paper-bnn-{data_name}")
+        released = config.preset(f"released-bnn-{data_name}")
+        sgvb = config.preset(f"sgvb-{data_name}")
+        for found in (paper, released, sgvb):
+            assert found.data == data_name and found.model == "resnet_10"
+            assert (found.optimizer, found.learning_rate) == ("adam", 1e-3)
+            assert (found.schedule, found.epochs, found.weight_decay) == (
+                "plateau", 100, 0.0,
+            )  # fmt: skip
+            assert (found.prior_std, found.kl_weight, found.num_samples) == (
+                0.1,
+                5e-6,
+                30,
+            )
+            building.check_models(dataclasses.replace(found, model="resnet_18"))
+            building.method_options(found)
+        assert paper.rho == released.rho == (0.005, 0.01)
+        assert (paper.posterior_norm, paper.sigma_gradient) == ("per_leaf", "center")
+        assert (paper.weight_noise, paper.split, paper.merge) == (
+            "once",
+            "random",
+            None,
+        )
+        assert (released.posterior_norm, released.sigma_gradient) == (
+            "joint", "particle",
+        )  # fmt: skip
+        assert (released.weight_noise, released.split) == ("each_step", "ordered")
+        assert (released.activation, released.batch_size) == ("softplus", 1024)
+        assert released.posterior_init == "released" and released.noise_std == 0.01
+        assert config.preset(f"released-bnn-{data_name}", 2).split == "random"
+
+    @pytest.mark.parametrize("name", bnn.PRESETS)
+    def test_those_of_the_gradient_are_the_same(self, name):
+        options = bnn.preset(name, 2)
+        found = config.preset(f"{name}-bnn-cifar10", 2)
+        options["posterior_norm"] = options.pop("norm")
+        assert {k: getattr(found, k) for k in options} == options
+        bnn.value_and_grad(lambda w, b: 0.0, num_data=9, **bnn.preset(name))
+
+    def test_an_unknown_one(self):
+        with pytest.raises(ValueError, match="'paper', 'released'"):
+            bnn.preset("cifar10")
+
+    def test_softplus_networks_differ_from_relu_ones(self, key):
+        images = jax.random.normal(key, (2, 8, 8, 3))
+        plain, soft = (
+            models.create("resnet_10", 10, activation=name)
+            for name in ("relu", "softplus")
+        )
+        params, state = plain.init(key, images)
+        a, b = (m.apply(params, state, images, train=True)[0] for m in (plain, soft))
+        assert np.all(np.isfinite(b)) and not np.allclose(a, b)
+        with pytest.raises(ValueError, match="activation must be one of"):
+            models.create("resnet_10", 10, activation="tanh")
+        with pytest.raises(TypeError, match="no option 'activation'"):
+            models.create("cnn_small", 10, activation="softplus")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(method="sgvb", rho=(0.1,)), "sgvb has no option rho"),
+        (dict(method="otmdr-bnn", estimator="local"), "has no option estimator"),
+        (dict(method="otmdr-bnn", norm="per_leaf"), "has no option norm"),
+        (dict(method="otmdr", prior_std=0.2), "otmdr has no option prior_std"),
+        (dict(method="sgd", num_samples=5), "sgd has no option num_samples"),
+        (dict(method="sgvb", members="2", ensemble="joint"), "joint ensemble"),
+        (dict(method="sgvb", dtype="float16", estimator="local"), "float16"),
+        (dict(method="sgvb", prior="fitted", prior_std=0.2), "has none"),
+        (dict(method="sgvb", kl_schedule="warmup"), "needs kl_warmup_epochs"),
+        (dict(method="sgvb", kl_warmup_epochs=1.0), "needs --kl-schedule"),
+        (dict(method="otmdr-bnn", num_particles=2, split="shared"), "equal particles"),
+        (dict(method="sgvb", mesh="particle=2"), "no particles to spread"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        training.train(TrainConfig(steps=1, **options), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(posterior_std=0.0), "posterior_std must be positive"),
+        (dict(prior_std=-1.0), "prior_std must be positive"),
+        (dict(kl_weight=-1.0), "kl_weight must be at least 0"),
+        (dict(num_samples=0), "num_samples must be at least 1"),
+        (dict(prior="laplace"), "prior must be one of"),
+        (dict(sigma_gradient="mu"), "sigma_gradient must be one of"),
+    ],
+)
+def test_bad_numbers_and_words(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_devices_of_a_data_axis_hold_the_same_posterior(small):
+    """After a run on four devices every device's copy has the same bits."""
+    chosen = dataclasses.replace(TINY, mesh="data=4", epochs=1, prediction="mean")
+    state = training.train(chosen, small, show_progress=False).state
+    for leaf in jax.tree.leaves(state.params):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 4
+        assert all(np.array_equal(copy, copies[0]) for copy in copies)
+
+
+def test_noise_of_weights_is_that_of_sampling(key):
+    """What a step draws and what `sample` draws are one thing."""
+    q = bnn.init({"w": jnp.ones((3, 2))}, sigma=0.5)
+    drawn = posterior.at(q, posterior.noise(q, key))
+    assert_allclose(drawn["w"], bnn.sample(q, key)["w"])
