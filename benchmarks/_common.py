@@ -169,8 +169,14 @@ def measure(runs, rounds, steps=1, progress=False):
     return times
 
 
-def summarise(times, reference=REFERENCE):
-    """Medians: milliseconds, and the ratio to the reference in the same round."""
+def summarise(times, reference=REFERENCE, ratio="ratio_to_optax_sam"):
+    """Medians: milliseconds, and the ratio to the reference in the same round.
+
+    Args:
+      times: What `measure` gave.
+      reference: The step that others are compared with.
+      ratio: What the ratio is called.
+    """
     summary = {}
     for name, mine in times.items():
         summary[name] = {
@@ -179,8 +185,7 @@ def summarise(times, reference=REFERENCE):
         }
         if reference in times:
             pairs = zip(mine, times[reference], strict=False)
-            ratio = statistics.median(a / b for a, b in pairs)
-            summary[name]["ratio_to_optax_sam"] = ratio
+            summary[name][ratio] = statistics.median(a / b for a, b in pairs)
     return summary
 
 
