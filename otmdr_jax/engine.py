@@ -135,7 +135,7 @@ def build(
 
         def ascent_gradient(w, part, taken):
             (loss, aux), grads = gradient(w, part, taken)
-            kept = _picked(grads, central)
+            _, kept = _parted(grads, central)
             if options.sync_perturbation:
                 grads = collectives.pmean(grads, data_axes)
             return (loss, (aux, kept)), grads
@@ -156,7 +156,8 @@ def build(
             # Never differentiated through: gradient() starts afresh at the particle.
             (value, _), grads = gradient(path.particle, batch, len(radii))
             aux, kept = path.aux
-            means = (value, aux, grads, kept, path.center_loss, path.norms)
+            moved, _ = _parted(grads, central)
+            means = (value, aux, moved, kept, path.center_loss, path.norms)
             return means, _distance(path.particle, center)
 
         def completed(first, parts):
@@ -170,7 +171,7 @@ def build(
             rest = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts[1:])
             _, grads = gradient(center, mapping.after(kept, rest), 0)
             sizes = batch_size(parts[0]), batch_size(rest)
-            kept = tree.weighted_mean(kept, _picked(grads, central), *sizes)
+            kept = tree.weighted_mean(kept, _parted(grads, central)[1], *sizes)
             return kept, mapping.after(kept, parts)
 
         def average(function, keys, count):
@@ -180,7 +181,7 @@ def build(
         completes = central is not None and roles.center_batch == "all"
         if not radii:
             (value, aux), grads = gradient(center, batch, 0)
-            means: Any = (value, aux, grads, [], value, jnp.zeros(0))
+            means: Any = (value, aux, jax.tree.leaves(grads), [], value, jnp.zeros(0))
             distances = jnp.zeros(1)
         elif options.split != "random":
             # All particles leave from the same gradients: compute them once.
@@ -216,8 +217,8 @@ def build(
         else:  # all particles are the same one
             distances = jnp.tile(distances, options.num_particles)
         means, distances = collectives.pmean((means, distances), all_axes)
-        value, aux, grads, kept, center_loss, norms = means
-        grads = _replaced(grads, kept, central)
+        value, aux, moved, kept, center_loss, norms = means
+        grads = _joined(moved, kept, central, params)
         diagnostics = Diagnostics(
             center_loss, value, value - center_loss, norms, tree.norm(grads), distances
         )
@@ -227,25 +228,20 @@ def build(
     return compute
 
 
-def _picked(grads, mask):
-    """The leaves that a mask names, as a list."""
-    if mask is None:
-        return []
-    leaves = zip(jax.tree.leaves(grads), jax.tree.leaves(mask), strict=True)
-    return [leaf for leaf, named in leaves if named]
+def _parted(grads, mask):
+    """The leaves that a mask does not name, and those that it names, as lists."""
+    leaves = jax.tree.leaves(grads)
+    named = [False] * len(leaves) if mask is None else jax.tree.leaves(mask)
+    pairs = list(zip(leaves, named, strict=True))
+    return [x for x, n in pairs if not n], [x for x, n in pairs if n]
 
 
-def _replaced(grads, picked, mask):
-    """The inverse of `_picked`: the gradients with those leaves in them."""
-    if not picked:
-        return grads
-    leaves, treedef = jax.tree.flatten(grads)
-    new = iter(picked)
-    named = jax.tree.leaves(mask)
-    return jax.tree.unflatten(
-        treedef,
-        [next(new) if n else leaf for leaf, n in zip(leaves, named, strict=True)],
-    )
+def _joined(others, picked, mask, like):
+    """The inverse of `_parted`, with the structure of the parameters."""
+    treedef = jax.tree.structure(like)
+    named = [False] * len(others) if not picked else jax.tree.leaves(mask)
+    sources = iter(others), iter(picked)
+    return jax.tree.unflatten(treedef, [next(sources[n]) for n in named])
 
 
 def _parts(batch, num_parts, split):
