@@ -27,6 +27,7 @@ LAYERS = [
         "parallel",
         "precision",
     },  # leaves: never each other
+    {"calibration"},
     {"config", "methods", "progress", "windows"},
     {"optimizers", "members"},
     {"programs", "checkpoint", "runs"},

@@ -132,20 +132,29 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
                 "`p.labels`, or check the predictions with the labels that you mean."
             )
         return probs
+    name = "log_probs" if log_probs else "probs"
+    values = _mean(_numbers(probs, name), log_probs)
+    labels = check_labels(labels, values, np.shape(probs), name)
+    return Predictions(values, labels, log_probs)
+
+
+def check_labels(
+    labels: Array, values: np.ndarray, shape: tuple[int, ...], name: str
+) -> np.ndarray:
+    """Checks that labels (N,) are classes of values (N, C); `shape` is what came."""
     labels = np.asarray(labels)
-    values = _mean(_numbers(probs, "log_probs" if log_probs else "probs"), log_probs)
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ValueError(
-            "metrics need probs of shape (N, C), or samples (S, N, C), and labels of "
-            f"shape (N,), got {np.shape(probs)} and {labels.shape}. Labels are class "
-            "numbers: take argmax of one-hot ones."
+            f"need {name} of shape (N, C), or samples (S, N, C), and labels of shape "
+            f"(N,), got {shape} and {labels.shape}. Labels are class numbers: take "
+            "argmax of one-hot ones."
         )
     count, classes = values.shape
     if not count:
-        raise ValueError("metrics of an empty set are not defined: got N = 0.")
+        raise ValueError(f"an empty set has no {name}: got N = 0.")
     if classes < 2:
         raise ValueError(
-            f"metrics need at least two classes, got C = {classes}. Give both "
+            f"need {name} of at least two classes, got C = {classes}. Give both "
             "probabilities of a binary classifier: np.stack([1 - p, p], axis=1)."
         )
     if not np.issubdtype(labels.dtype, np.integer):
@@ -155,7 +164,7 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
             f"labels must lie in 0..{classes - 1} for {classes} classes, got "
             f"{labels.min()}..{labels.max()}."
         )
-    return Predictions(values, labels, log_probs)
+    return labels
 
 
 def check_unlabelled(probs: Array) -> Predictions:
