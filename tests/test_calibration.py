@@ -205,9 +205,17 @@ def test_no_label_leaks_into_what_it_is_measured_on(num_folds):
         assert metrics.evaluate(calibrator(rest), its_labels)["accuracy"] == 1.0
         return calibrator
 
+    measured = []
+
+    def measure(log_probs, its_labels):
+        measured.append(its_labels.tolist())
+        return metrics.evaluate(log_probs, its_labels)
+
     found = calibration.cross_calibrate(
-        logits, labels, remember, num_folds=num_folds, num_repeats=2
+        logits, labels, remember, measure=measure, num_folds=num_folds, num_repeats=2
     )
+    assert measured[::2] == measured[1::2]  # raw and calibrated
+    assert {len(its_labels) for its_labels in measured} == {90 // num_folds}
     assert len(found.calibrators) == 2 * num_folds
     assert math.isclose(found.metrics["nll"].calibrated, math.log(4))
 
@@ -317,6 +325,14 @@ def test_a_level_that_few_examples_cannot_give_takes_all_classes():
     assert conformal.threshold == math.inf and conformal.sets([[1.0, 0.0]]).all()
     enough = calibration.fit_conformal([[0.9, 0.1]] * 9, [0] * 9, alpha=0.1)
     assert enough.threshold < 0.9
+
+
+def test_a_level_that_is_whole_is_not_rounded_up():
+    """(149 + 1)(1 - 0.18) is 123, and 123.00000000000001 in float64."""
+    p = np.linspace(0.99, 0.51, 149)
+    probs = np.stack([p, 1 - p], axis=1)
+    found = calibration.fit_conformal(probs, [0] * 149, alpha=0.18, score="lac")
+    assert found.threshold == 1 - p[122]
 
 
 # -- bad input ------------------------------------------------------------------------

@@ -161,9 +161,10 @@ def test_equal_probabilities_keep_the_order_of_the_examples(seed, n):
 
 def test_of_tied_classes_the_first_one_counts():
     tied = [[0.4, 0.4, 0.2]] * 2
-    assert metrics.accuracy(tied, [0, 1]) == 0.5
-    assert metrics.top_k_accuracy(tied, [0, 1], 1) == 0.5
-    assert metrics.top_k_accuracy([[0.2, 0.4, 0.4]] * 3, [0, 1, 2], 2) == 2 / 3
+    assert metrics.accuracy(tied, [0, 0]) == 1.0
+    assert metrics.accuracy(tied, [1, 1]) == 0.0
+    assert metrics.top_k_accuracy(tied, [0, 0], 1) == 1.0
+    assert metrics.top_k_accuracy(tied, [1, 1], 1) == 0.0
 
 
 def test_blocks_and_threads_give_what_one_piece_does(monkeypatch):

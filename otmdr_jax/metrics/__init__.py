@@ -8,8 +8,16 @@ Averages over batches of these metrics are other numbers (ECE most of all): coll
 whole set first, or use :mod:`otmdr_jax.metrics.streaming`.
 """
 
+from otmdr_jax.metrics import streaming
 from otmdr_jax.metrics.detection import auroc, average_precision, fpr_at_tpr
 from otmdr_jax.metrics.errors import ace, debiased_ece, ece, mce, sce, smooth_ece, tace
+from otmdr_jax.metrics.intervals import (
+    Comparison,
+    Interval,
+    bootstrap,
+    bootstrap_all,
+    paired_test,
+)
 from otmdr_jax.metrics.predictions import Predictions, check
 from otmdr_jax.metrics.ranking import (
     RiskCoverage,
@@ -38,15 +46,19 @@ __all__ = [
     "NAMES",
     "NUM_BINS",
     "BrierParts",
+    "Comparison",
+    "Interval",
     "Predictions",
     "Reliability",
     "RiskCoverage",
     "aac",
     "accuracy",
     "ace",
-    "auroc",
     "aurc",
+    "auroc",
     "average_precision",
+    "bootstrap",
+    "bootstrap_all",
     "brier",
     "brier_parts",
     "check",
@@ -63,10 +75,12 @@ __all__ = [
     "nll",
     "ood_auroc",
     "ovr_auroc",
+    "paired_test",
     "reliability",
     "risk_coverage",
     "sce",
     "smooth_ece",
+    "streaming",
     "summary",
     "tace",
     "top_k_accuracy",

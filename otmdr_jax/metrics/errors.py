@@ -90,9 +90,7 @@ def mce(
       >>> round(metrics.mce([[0.9, 0.1], [0.6, 0.4]], [0, 1]), 4)
       0.6
     """
-    bins = bin_sums(*top_bins(check(probs, labels), num_bins, cut))
-    gaps = np.abs(bins.scores - bins.positives) / np.maximum(bins.counts, 1)
-    return float(gaps.max())
+    return bin_sums(*top_bins(check(probs, labels), num_bins, cut)).largest_gap()
 
 
 def debiased_ece(

@@ -43,6 +43,11 @@ class BinSums(NamedTuple):
         """sum_b n_b |mean score - frequency|: a calibration error, not yet divided."""
         return float(np.abs(self.scores - self.positives).sum())
 
+    def largest_gap(self) -> float:
+        """max_b |mean score - frequency|."""
+        gaps = np.abs(self.scores - self.positives) / np.maximum(self.counts, 1)
+        return float(gaps.max())
+
 
 def reliability(
     probs: Array, labels: Array, num_bins: int = NUM_BINS, *, cut: Cut = "width"
@@ -78,9 +83,14 @@ def reliability(
     if cut == "mass":
         inner = np.maximum(bounds[1:-1], 1) - 1
         edges[1:-1] = np.where(bounds[1:-1] > 0, ranked.ordered[inner], 0.0)
+    return diagram(edges, sums)
+
+
+def diagram(edges: np.ndarray, bins: BinSums) -> Reliability:
+    """A reliability diagram of the sums of its bins."""
     with np.errstate(invalid="ignore"):
-        confidence, accuracy = sums.scores / sums.counts, sums.positives / sums.counts
-    return Reliability(edges, sums.counts, confidence, accuracy)
+        confidence, accuracy = bins.scores / bins.counts, bins.positives / bins.counts
+    return Reliability(edges, bins.counts, confidence, accuracy)
 
 
 def top_bins(p: Predictions, num_bins: int, cut: str) -> tuple[Ranked, np.ndarray]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from otmdr_jax.metrics.predictions import Array, Measure, Ranked, check, per_class
-from otmdr_jax.metrics.reliability import NUM_BINS, bin_sums, width_bounds
+from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, bin_sums, width_bounds
 
 
 def accuracy(probs: Array, labels: Array) -> float:
@@ -180,16 +180,21 @@ def parts_of_class(num_bins: int) -> Measure:
     """What a class adds to reliability, resolution and uncertainty."""
 
     def parts(ranked: Ranked) -> tuple[float, float, float]:
-        bins = bin_sums(ranked, width_bounds(ranked.ordered, num_bins))
-        n = np.maximum(bins.counts, 1)
-        mean, frequency = bins.scores / n, bins.positives / n
-        base = len(ranked.of_positives) / len(ranked.ordered)
-        weight = bins.counts / len(ranked.ordered)
-        reliability = weight @ (mean - frequency) ** 2
-        resolution = weight @ (frequency - base) ** 2
-        return float(reliability), float(resolution), base * (1.0 - base)
+        return parts_of_bins(bin_sums(ranked, width_bounds(ranked.ordered, num_bins)))
 
     return parts
+
+
+def parts_of_bins(bins: BinSums) -> tuple[float, float, float]:
+    """The same of the bins of a class, in which every example lies."""
+    count = bins.counts.sum()
+    n = np.maximum(bins.counts, 1)
+    mean, frequency = bins.scores / n, bins.positives / n
+    base = float(bins.positives.sum() / count)
+    weight = bins.counts / count
+    reliability = weight @ (mean - frequency) ** 2
+    resolution = weight @ (frequency - base) ** 2
+    return float(reliability), float(resolution), base * (1.0 - base)
 
 
 def join_parts(parts: np.ndarray, score: float) -> BrierParts:
