@@ -13,7 +13,8 @@ holds what the first has lost to rounding, so that 48 bits are kept in float32: 
 set is cut into batches changes a metric by less than 1e-12 of its value. Errors with
 bins, of float32 probabilities, are then those of :mod:`otmdr_jax.metrics` to as much;
 NLL, Brier score and entropy are sums of terms that have float32's own rounding, about
-1e-7 each.
+1e-7 each. Probabilities below 1.2e-38 count as 0, since XLA flushes subnormal numbers;
+`log_probs=True` knows no such limit.
 
 What depends on ranks among the whole set has no such state: AUROC and average
 precision, AAC and AURC, bins of equal mass, the smooth error. For those keep the
@@ -137,7 +138,8 @@ def update(
 
     Args:
       state: What has been seen before.
-      probs: (B, C) probabilities in any floating dtype.
+      probs: (B, C) probabilities in any floating dtype, or samples (S, B, C), whose
+        mean counts.
       labels: (B,) integers in 0..C-1.
       mask: (B,) bools: which rows count. Others may hold anything.
       log_probs: Whether `probs` are logarithms of probabilities.
@@ -146,52 +148,31 @@ def update(
       The state with the batch in it. Rows that are no distribution, and labels that are
       no class, are counted, and :func:`compute` raises an error.
     """
-    probs, labels = jnp.asarray(probs), jnp.asarray(labels)
-    columns = state.bin_counts.shape[1]
-    if probs.ndim != 2 or probs.shape[1] != columns - 1 or labels.ndim != 1:
+    num_bins, columns = state.bin_counts.shape
+    values, labels = jnp.asarray(probs), jnp.asarray(labels)
+    if values.shape[-2:] != (*labels.shape, columns - 1) or values.ndim not in (2, 3):
         raise ValueError(
-            f"need probs of shape (B, {columns - 1}) and labels of shape (B,), got "
-            f"{probs.shape} and {labels.shape}."
+            f"need probs of shape (B, {columns - 1}), or samples (S, B, {columns - 1}),"
+            f" and labels of shape (B,), got {values.shape} and {labels.shape}."
         )
-    classes = jnp.arange(columns - 1)
-    mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask)
-    values = probs.astype(jnp.promote_types(probs.dtype, jnp.float32))
-    p = jnp.exp(values) if log_probs else values
-    sums = jnp.sum(p, axis=1)
-    valid = (jnp.abs(sums - 1.0) <= TOLERANCE) & (jnp.min(p, axis=1) >= 0.0)
-    valid &= (labels >= 0) & (labels < columns - 1)
+    values = _mean(values, log_probs)
+    mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    valid = _valid(jnp.exp(values) if log_probs else values, labels)
     counts = mask & valid
-    # Rows that do not count become a distribution, lest NaN spoil what they are not in.
-    sure = jnp.broadcast_to(classes == 0, p.shape)
-    values = jnp.where(counts[:, None], values, jnp.where(sure, 1.0 - log_probs, -1e9))
-    p = jnp.minimum(jnp.where(counts[:, None], p, sure), 1.0)
-    labels = jnp.where(counts, labels, 0)
+    # Rows that do not count become a distribution: NaN times 0 would be NaN.
+    classes = jnp.arange(columns - 1)[None, :]
+    sure = jnp.where(classes == 0, 1.0 - log_probs, -1e9 if log_probs else 0.0)
+    values = jnp.where(counts[:, None], values, sure)
+    labels = jnp.where(counts, labels, 0)[:, None]  # (B, 1)
 
-    onehot = labels[:, None] == classes[None, :]  # (B, C)
-    confidence = jnp.max(p, axis=1)
-    right = jnp.argmax(values, axis=1) == labels
-    of_label = jnp.take_along_axis(values, labels[:, None], axis=1)  # (B, 1)
-    before = (values > of_label) | (
-        (values == of_label) & (classes[None, :] < labels[:, None])
-    )
+    p = jnp.minimum(jnp.exp(values) if log_probs else values, 1.0)
+    onehot = labels == classes  # (B, C)
+    of_label = jnp.take_along_axis(values, labels, axis=1)  # (B, 1)
+    before = (values > of_label) | ((values == of_label) & (classes < labels))
+    rank = jnp.sum(before, axis=1)  # of the label, from 0
     logs = of_label[:, 0] if log_probs else jnp.log(of_label[:, 0])
     possible = jnp.isfinite(logs)
-    entropies = -jnp.sum(jnp.where(p > 0.0, p * jnp.log(jnp.maximum(p, 1e-38)), 0.0), 1)
-
-    scores = jnp.concatenate([p, confidence[:, None]], axis=1)  # (B, C + 1)
-    hits = jnp.concatenate([onehot, right[:, None]], axis=1)
-    hits &= counts[:, None]
-    edges = _edges(state.bin_counts.shape[0], scores.dtype)
-    index = jnp.maximum(jnp.searchsorted(edges, scores, side="left") - 1, 0)
-    index = jnp.where(counts[:, None], index, -1)
-
-    def of_bin(b):
-        inside = index == b
-        return (
-            jnp.sum(inside, axis=0, dtype=jnp.int32),
-            _total(jnp.where(inside, scores, 0.0)),
-            jnp.sum(inside & hits, axis=0, dtype=jnp.int32),
-        )
+    log_p = jnp.log(jnp.where(p > 0.0, p, 1.0))
 
     def number(rows):
         return jnp.sum(rows & counts, dtype=jnp.int32)
@@ -199,19 +180,21 @@ def update(
     def total(terms):
         return _total(jnp.where(counts, terms, 0.0))
 
-    bins = jax.lax.map(of_bin, jnp.arange(state.bin_counts.shape[0]))
+    scores = jnp.concatenate([p, jnp.max(p, axis=1, keepdims=True)], axis=1)
+    hits = jnp.concatenate([onehot, (rank == 0)[:, None]], axis=1)
+    bin_counts, bin_scores, bin_positives = _binned(scores, hits, counts, num_bins)
     batch = State(
         seen=jnp.sum(mask, dtype=jnp.int32),
         invalid=jnp.sum(mask & ~valid, dtype=jnp.int32),
-        correct=number(right),
-        top5=number(jnp.sum(before, axis=1) < 5),
+        correct=number(rank == 0),
+        top5=number(rank < 5),
         impossible=number(~possible),
         nll=total(jnp.where(possible, -logs, 0.0)),
         brier=total(jnp.sum((p - onehot) ** 2, axis=1)),
-        entropy=total(entropies),
-        bin_counts=bins[0],
-        bin_scores=bins[1],
-        bin_positives=bins[2],
+        entropy=total(-jnp.sum(p * log_p, axis=1)),
+        bin_counts=bin_counts,
+        bin_scores=bin_scores,
+        bin_positives=bin_positives,
         at_zero=jnp.sum(hits & (scores == 0.0), axis=0, dtype=jnp.int32),
     )
     return merge(state, batch)
@@ -293,6 +276,42 @@ def _pair(x: Sum) -> np.ndarray:
 
 def _value(x: Sum) -> float:
     return float(_pair(x))
+
+
+def _mean(values: jax.Array, log_probs: bool) -> jax.Array:
+    """(B, C) mean over samples, if there are any, in float32 at least."""
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if values.ndim == 2:
+        return values
+    if log_probs:
+        return jax.nn.logsumexp(values, axis=0) - jnp.log(len(values))
+    return jnp.mean(values, axis=0)
+
+
+def _valid(p: jax.Array, labels: jax.Array) -> jax.Array:
+    """(B,) which rows are distributions whose label is a class."""
+    sums_to_one = jnp.abs(jnp.sum(p, axis=1) - 1.0) <= TOLERANCE  # not of NaN
+    distributions = sums_to_one & (jnp.min(p, axis=1) >= 0.0)
+    return distributions & (labels >= 0) & (labels < p.shape[1])
+
+
+def _binned(
+    scores: jax.Array, hits: jax.Array, counts: jax.Array, num_bins: int
+) -> tuple[jax.Array, Sum, jax.Array]:
+    """(bins, C + 1) numbers, sums and hits of the scores of rows that count."""
+    edges = _edges(num_bins, scores.dtype)
+    index = jnp.maximum(jnp.searchsorted(edges, scores, side="left") - 1, 0)
+    index = jnp.where(counts[:, None], index, -1)
+
+    def of_bin(b):
+        inside = index == b
+        return (
+            jnp.sum(inside, axis=0, dtype=jnp.int32),
+            _total(jnp.where(inside, scores, 0.0)),
+            jnp.sum(inside & hits, axis=0, dtype=jnp.int32),
+        )
+
+    return jax.lax.map(of_bin, jnp.arange(num_bins))
 
 
 def _edges(num_bins: int, dtype: Any) -> jax.Array:
