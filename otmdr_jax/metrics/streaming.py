@@ -159,7 +159,8 @@ def update(
     mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
     valid = _valid(jnp.exp(values) if log_probs else values, labels)
     counts = mask & valid
-    # Rows that do not count become a distribution: NaN times 0 would be NaN.
+    # Rows that do not count become sure and right: their NLL, Brier score and entropy are
+    # 0. (Multiplied by the mask, NaN would stay NaN.)
     classes = jnp.arange(columns - 1)[None, :]
     sure = jnp.where(classes == 0, 1.0 - log_probs, -1e9 if log_probs else 0.0)
     values = jnp.where(counts[:, None], values, sure)
@@ -177,9 +178,6 @@ def update(
     def number(rows):
         return jnp.sum(rows & counts, dtype=jnp.int32)
 
-    def total(terms):
-        return _total(jnp.where(counts, terms, 0.0))
-
     scores = jnp.concatenate([p, jnp.max(p, axis=1, keepdims=True)], axis=1)
     hits = jnp.concatenate([onehot, (rank == 0)[:, None]], axis=1)
     bin_counts, bin_scores, bin_positives = _binned(scores, hits, counts, num_bins)
@@ -189,9 +187,9 @@ def update(
         correct=number(rank == 0),
         top5=number(rank < 5),
         impossible=number(~possible),
-        nll=total(jnp.where(possible, -logs, 0.0)),
-        brier=total(jnp.sum((p - onehot) ** 2, axis=1)),
-        entropy=total(-jnp.sum(p * log_p, axis=1)),
+        nll=_total(jnp.where(possible, -logs, 0.0)),
+        brier=_total(jnp.sum((p - onehot) ** 2, axis=1)),
+        entropy=_total(-jnp.sum(p * log_p, axis=1)),
         bin_counts=bin_counts,
         bin_scores=bin_scores,
         bin_positives=bin_positives,
