@@ -146,6 +146,12 @@ def test_log_probabilities():
     assert streaming.compute(state)["nll"] == 2000.0
     state = streaming.update(streaming.init(2), np.exp(far), [1])
     assert streaming.compute(state)["nll"] == np.inf
+    over = np.array([[1e-6, -30.0]], np.float32)  # above 1 by rounding
+    state = streaming.update(streaming.init(2), over, [0], log_probs=True)
+    assert streaming.reliability(state).counts[-1] == 1
+    samples = np.stack([far, far[:, ::-1]])
+    state = streaming.update(streaming.init(2), samples, [0], log_probs=True)
+    np.testing.assert_allclose(streaming.compute(state)["nll"], np.log(2), rtol=1e-6)
 
 
 def test_a_state_goes_through_jit_scan_and_bfloat16():

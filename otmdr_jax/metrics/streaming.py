@@ -159,8 +159,8 @@ def update(
     mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
     valid = _valid(jnp.exp(values) if log_probs else values, labels)
     counts = mask & valid
-    # Rows that do not count become sure and right: their NLL, Brier score and entropy are
-    # 0. (Multiplied by the mask, NaN would stay NaN.)
+    # Rows that do not count become sure and right: their NLL, Brier score and entropy
+    # are 0. (Multiplied by the mask, NaN would stay NaN.)
     classes = jnp.arange(columns - 1)[None, :]
     sure = jnp.where(classes == 0, 1.0 - log_probs, -1e9 if log_probs else 0.0)
     values = jnp.where(counts[:, None], values, sure)
