@@ -68,29 +68,36 @@ def test_an_infinite_metric_has_an_interval():
     assert found == (math.inf, 0.0, math.inf)
 
 
-def test_the_paired_test_of_accuracy_is_mcnemars():
-    """Swapping is a sign test on the examples that one model alone gets right."""
+@pytest.mark.parametrize(
+    ("metric", "scale"), [(metrics.accuracy, 1.0), (metrics.nll, -math.log(9))]
+)
+def test_the_paired_test_of_two_values_is_mcnemars(metric, scale):
+    """Swapping is a sign test on the examples that one model alone gets right.
+
+    The NLL's differences are equal but for the order in which they are summed.
+    """
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 200)
     right, wrong = np.eye(2)[labels] * 0.8 + 0.1, np.eye(2)[1 - labels] * 0.8 + 0.1
     for first_alone, second_alone in ((9, 3), (20, 5), (6, 6)):
+        discordant = first_alone + second_alone
         a, b = right.copy(), right.copy()
         b[:first_alone] = wrong[:first_alone]
-        a[first_alone : first_alone + second_alone] = wrong[
-            first_alone : first_alone + second_alone
-        ]
-        found = metrics.paired_test(metrics.accuracy, a, b, labels, num_samples=3000)
-        discordant = first_alone + second_alone
+        a[first_alone:discordant] = wrong[first_alone:discordant]
+        order = rng.permutation(200)
+        a, b, y = a[order], b[order], labels[order]
+        found = metrics.paired_test(metric, a, b, y, num_samples=2000)
         want = scipy.stats.binomtest(first_alone, discordant).pvalue
         assert (
-            abs(found.p_value - want) < 4 * math.sqrt(want * (1 - want) / 3000) + 1e-3
+            abs(found.p_value - want) < 4 * math.sqrt(want * (1 - want) / 2000) + 1e-3
         )
-        difference = (first_alone - second_alone) / 200
-        assert math.isclose(found.difference, difference, abs_tol=1e-12)
-        assert found.low <= difference <= found.high
+        mean = (first_alone - second_alone) / 200
+        assert math.isclose(found.difference, scale * mean, abs_tol=1e-12)
+        assert found.low <= found.difference + 1e-12 and found.difference <= found.high
         # The interval of a mean of -1, 0 and 1.
-        half = 1.96 * math.sqrt(discordant / 200 - difference**2) / math.sqrt(200)
-        np.testing.assert_allclose(found.high - found.low, 2 * half, rtol=0.15)
+        half = 1.96 * math.sqrt(discordant / 200 - mean**2) / math.sqrt(200)
+        width = found.high - found.low
+        np.testing.assert_allclose(width, 2 * half * abs(scale), rtol=0.15)
 
 
 def test_the_paired_test_is_scipys_permutation_test():
