@@ -54,6 +54,7 @@ class State(NamedTuple):
       nll: Sum of -log p[y] over the others.
       brier: Sum of Brier scores.
       entropy: Sum of entropies.
+      within: Sum of the mean entropies of samples.
       bin_counts: (bins, C + 1) examples by the probability of each class, and by the
         top one.
       bin_scores: (bins, C + 1) sums of those probabilities.
@@ -69,6 +70,7 @@ class State(NamedTuple):
     nll: Sum
     brier: Sum
     entropy: Sum
+    within: Sum
     bin_counts: jax.Array
     bin_scores: Sum
     bin_positives: jax.Array
@@ -118,6 +120,7 @@ def init(num_classes: int, num_bins: int = NUM_BINS) -> State:
         nll=real(),
         brier=real(),
         entropy=real(),
+        within=real(),
         bin_counts=whole(num_bins, columns),
         bin_scores=real(num_bins, columns),
         bin_positives=whole(num_bins, columns),
@@ -155,7 +158,10 @@ def update(
             f"need probs of shape (B, {columns - 1}), or samples (S, B, {columns - 1}),"
             f" and labels of shape (B,), got {values.shape} and {labels.shape}."
         )
-    values = _mean(values, log_probs)
+    samples = values.reshape(-1, *values.shape[-2:])  # (S, B, C)
+    samples = samples.astype(jnp.promote_types(values.dtype, jnp.float32))
+    within = jnp.mean(_entropy(jnp.exp(samples) if log_probs else samples), axis=0)
+    values = _mean(samples, log_probs)
     mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
     valid = _valid(jnp.exp(values) if log_probs else values, labels)
     counts = mask & valid
@@ -173,7 +179,6 @@ def update(
     rank = jnp.sum(before, axis=1)  # of the label, from 0
     logs = of_label[:, 0] if log_probs else jnp.log(of_label[:, 0])
     possible = jnp.isfinite(logs)
-    log_p = jnp.log(jnp.where(p > 0.0, p, 1.0))
 
     def number(rows):
         return jnp.sum(rows & counts, dtype=jnp.int32)
@@ -189,7 +194,8 @@ def update(
         impossible=number(~possible),
         nll=_total(jnp.where(possible, -logs, 0.0)),
         brier=_total(jnp.sum((p - onehot) ** 2, axis=1)),
-        entropy=_total(-jnp.sum(p * log_p, axis=1)),
+        entropy=_total(_entropy(p)),
+        within=_total(jnp.where(counts, within, 0.0)),
         bin_counts=bin_counts,
         bin_scores=bin_scores,
         bin_positives=bin_positives,
@@ -214,7 +220,8 @@ def compute(state: State) -> dict[str, float]:
       state: What has been seen.
 
     Returns:
-      accuracy, top5_accuracy, nll, brier and its three parts, ece, mce, sce, entropy.
+      accuracy, top5_accuracy, nll, brier and its three parts, ece, mce, sce, entropy,
+      mutual_information (0 of predictions that are no samples).
 
     Raises:
       ValueError: Nothing has been seen, or rows that are no distributions, or labels
@@ -252,6 +259,8 @@ def compute(state: State) -> dict[str, float]:
         "mce": top.largest_gap(),
         "sce": sum(gaps) / (count * len(classes)),
         "entropy": _value(seen.entropy) / count,
+        "mutual_information": max(0.0, _value(seen.entropy) - _value(seen.within))
+        / count,
     }
 
 
@@ -276,14 +285,18 @@ def _value(x: Sum) -> float:
     return float(_pair(x))
 
 
-def _mean(values: jax.Array, log_probs: bool) -> jax.Array:
-    """(B, C) mean over samples, if there are any, in float32 at least."""
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    if values.ndim == 2:
-        return values
+def _mean(samples: jax.Array, log_probs: bool) -> jax.Array:
+    """(S, B, C) -> (B, C)."""
+    if len(samples) == 1:  # to the bit
+        return samples[0]
     if log_probs:
-        return jax.nn.logsumexp(values, axis=0) - jnp.log(len(values))
-    return jnp.mean(values, axis=0)
+        return jax.nn.logsumexp(samples, axis=0) - jnp.log(len(samples))
+    return jnp.mean(samples, axis=0)
+
+
+def _entropy(p: jax.Array) -> jax.Array:
+    """In nats, with 0 log 0 = 0."""
+    return -jnp.sum(p * jnp.log(jnp.where(p > 0.0, p, 1.0)), axis=-1)
 
 
 def _valid(p: jax.Array, labels: jax.Array) -> jax.Array:
