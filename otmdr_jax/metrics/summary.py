@@ -84,8 +84,8 @@ def summary(
       log_probs: Whether `probs` are logarithms of probabilities.
 
     Returns:
-      A dictionary of floats in a fixed order. `top5_accuracy` with more than five
-      classes alone, `mutual_information` with samples alone.
+      A dictionary of floats in a fixed order. `top5_accuracy` is 1 with five classes or
+      fewer; `mutual_information` is there with samples alone.
 
     Example:
       >>> from otmdr_jax import metrics
