@@ -333,6 +333,7 @@ def test_a_level_that_is_whole_is_not_rounded_up():
     probs = np.stack([p, 1 - p], axis=1)
     found = calibration.fit_conformal(probs, [0] * 149, alpha=0.18, score="lac")
     assert found.threshold == 1 - p[122]
+    assert found.sets(probs[122:124])[:, 0].tolist() == [True, False]
 
 
 # -- bad input ------------------------------------------------------------------------

@@ -178,6 +178,19 @@ def test_a_state_goes_through_jit_scan_and_bfloat16():
     assert streaming.compute(state)["brier"] == 0.5
 
 
+def test_float64_batches_leave_a_state_its_dtypes():
+    probs, labels = predictions(4, 32, CLASSES)
+    with jax.enable_x64(True):
+        before = streaming.init(CLASSES, 10)
+        state = streaming.update(before, jnp.asarray(probs), jnp.asarray(labels))
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+        got = streaming.compute(state)
+    want = metrics.summary(probs, labels, num_bins=10)
+    for name in got.keys() & want.keys():
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-12, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("probs", "labels"),
     [

@@ -352,4 +352,6 @@ def _total(terms: jax.Array) -> Sum:
         one, other, rest = (Sum(found.high[part], found.low[part]) for part in parts)
         pairs = _add(one, other)
         found = Sum(*(jnp.concatenate(x) for x in zip(pairs, rest, strict=True)))
-    return Sum(found.high[0], found.low[0])
+    high = found.high[0].astype(jnp.float32)  # a state's dtype, whatever the batch's
+    low = found.high[0] - high.astype(terms.dtype) + found.low[0]
+    return Sum(high, low.astype(jnp.float32))
