@@ -71,6 +71,19 @@ def test_accelerator_in_its_smoke_form(tmp_path):
         assert all(math.isfinite(value) for value in gap.values())
 
 
+def test_metrics_in_its_smoke_form(tmp_path):
+    file = tmp_path / "m.json"
+    out = run("metrics.py", "--smoke", "--scikit-learn", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert record["examples"] == 2000 and "| `summary` |" in out
+    for dtype in ("float32", "float64"):
+        times = record["results"][dtype]["times"]
+        assert {"ece", "ovr_auroc", "smooth_ece", "entropy", "summary"} <= set(times)
+        assert all(x["seconds"] > 0 and x["n"] == 1 for x in times.values())
+        assert record["results"][dtype]["extra_memory"] > 0
+    assert abs(record["scikit_learn_difference"]) < 1e-12
+
+
 def test_memory_in_its_smoke_form(tmp_path):
     file = tmp_path / "m.json"
     out = run("memory.py", "--smoke", "--variants", "remat", "--json", str(file))

@@ -417,6 +417,20 @@ def test_ensembles_page_shows_the_committed_measurement(monkeypatch):
     assert benchmark.table(record) in shown("ensembles.md", "ensemble")
 
 
+def test_metrics_page_shows_the_committed_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import metrics as benchmark
+
+    record = json.loads((RESULTS / "metrics_cpu.json").read_text())
+    assert benchmark.table(record["results"]) in shown("metrics.md", "metrics")
+    page = " ".join((ROOT / "docs" / "metrics.md").read_text().split())
+    assert record["examples"] == 1_000_000 and record["classes"] == 100
+    assert f"took {record['scikit_learn_seconds']:.0f} s" in page
+    assert f"{record['processor']}, {record['cores']} cores" in page
+    rounds = {(x["n"]) for r in record["results"].values() for x in r["times"].values()}
+    assert f"median of {rounds.pop()}" in page and not rounds
+
+
 def test_models_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import models as benchmark

@@ -29,7 +29,7 @@ LAYERS = [
         "parallel",
         "precision",
     },  # leaves: never each other
-    {"centers"},
+    {"centers", "calibration"},
     {"config", "methods", "progress", "windows"},
     {"optimizers", "members"},
     {"building"},

@@ -100,7 +100,8 @@ class TestRun:
             each, mean = np.exp(saved["member_log_probs"]), np.exp(saved["log_probs"])
         np.testing.assert_allclose(each.mean(axis=0), mean, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(
-            trio.metrics["nll"], metrics.nll(trio.log_probs, small.test.labels)
+            trio.metrics["nll"],
+            metrics.nll(trio.log_probs, small.test.labels, log_probs=True),
         )
         result = json.loads((trio.folder / "result.json").read_text())
         for m, row in enumerate(result["members"]):

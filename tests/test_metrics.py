@@ -1,8 +1,9 @@
-"""Metrics against scikit-learn and loops written from their definitions."""
+"""Scores and calibration errors against scikit-learn and their definitions."""
 
 import math
 
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -15,26 +16,13 @@ settings = hypothesis.settings(
 )
 
 
-def predictions(seed, n, classes, sharpness):
+def predictions(seed, n, classes, sharpness=2.0):
+    """Probabilities and labels that they say something about."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(n, classes)) * sharpness
-    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    return log_probs, rng.integers(0, classes, n)
-
-
-def ece_loop(log_probs, labels, num_bins):
-    probs, total = np.exp(log_probs), 0.0
-    for b in range(num_bins):
-        lo, hi = b / num_bins, (b + 1) / num_bins
-        inside = [
-            (max(p), int(np.argmax(p) == y))
-            for p, y in zip(probs, labels, strict=True)
-            if lo < max(p) <= hi
-        ]
-        if inside:
-            conf, acc = np.mean(inside, axis=0)
-            total += len(inside) / len(labels) * abs(acc - conf)
-    return total
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    noisy = logits + rng.gumbel(size=logits.shape) * 2.0
+    return probs, noisy.argmax(axis=1)
 
 
 cases = st.tuples(
@@ -42,74 +30,430 @@ cases = st.tuples(
 )
 
 
+# -- the definitions, one example and bin at a time -----------------------------------
+
+
+def gap(members):
+    """|bin| times |mean probability - frequency| of (probability, hit) pairs."""
+    return abs(sum(p for p, _ in members) - sum(hit for _, hit in members))
+
+
+def inside(pairs, b, num_bins):
+    lo, hi = np.linspace(0, 1, num_bins + 1)[b : b + 2]
+    return [(p, hit) for p, hit in pairs if lo < p <= hi]
+
+
+def equal_count(pairs, num_bins):
+    pairs = sorted(pairs, key=lambda pair: pair[0])
+    size = len(pairs) // num_bins
+    cuts = [b * size for b in range(num_bins)] + [len(pairs)]
+    return [pairs[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+def top_pairs(probs, labels):
+    rows = zip(probs, labels, strict=True)
+    return [(max(p), int(np.argmax(p) == y)) for p, y in rows]
+
+
+def class_pairs(probs, labels, c):
+    return [(p[c], int(y == c)) for p, y in zip(probs, labels, strict=True)]
+
+
+def ece_loop(probs, labels, num_bins=15):
+    pairs = top_pairs(probs, labels)
+    bins = [inside(pairs, b, num_bins) for b in range(num_bins)]
+    return sum(gap(members) for members in bins) / len(labels)
+
+
+def sce_loop(probs, labels, num_bins=15):
+    total = 0.0
+    for c in range(probs.shape[1]):
+        pairs = class_pairs(probs, labels, c)
+        total += sum(gap(inside(pairs, b, num_bins)) for b in range(num_bins))
+    return total / probs.size
+
+
+def tace_loop(probs, labels, num_bins=15, threshold=1e-3):
+    total = 0.0
+    for c in range(probs.shape[1]):
+        pairs = [x for x in class_pairs(probs, labels, c) if x[0] > threshold]
+        total += sum(gap(members) for members in equal_count(pairs, num_bins))
+    return total / probs.size
+
+
+def ece_mass_loop(probs, labels, num_bins=15):
+    bins = equal_count(top_pairs(probs, labels), num_bins)
+    return sum(gap(members) for members in bins) / len(labels)
+
+
 @settings
 @hypothesis.given(cases)
-def test_against_scikit_learn_and_a_loop(case):
-    log_probs, labels = predictions(*case)
-    classes = list(range(log_probs.shape[1]))
-    probs = np.exp(log_probs)
-    got = metrics.evaluate(log_probs, labels)
-    np.testing.assert_allclose(
-        got["accuracy"], sk.accuracy_score(labels, probs.argmax(axis=1))
-    )
-    np.testing.assert_allclose(
-        got["nll"], sk.log_loss(labels, probs, labels=classes), rtol=1e-10
-    )
+def test_scores_are_scikit_learns(case):
+    probs, labels = predictions(*case)
+    classes = list(range(probs.shape[1]))
+    assert metrics.accuracy(probs, labels) == sk.accuracy_score(labels, probs.argmax(1))
+    want = sk.log_loss(labels, probs, labels=classes)
+    np.testing.assert_allclose(metrics.nll(probs, labels), want, rtol=1e-10)
     if len(set(labels)) > 1:  # scikit-learn's own requirement
+        want = sk.brier_score_loss(labels, probs, labels=classes, scale_by_half=False)
+        np.testing.assert_allclose(metrics.brier(probs, labels), want, rtol=1e-10)
+        for k in range(2, len(classes)):
+            want = sk.top_k_accuracy_score(labels, probs, k=k, labels=classes)
+            np.testing.assert_allclose(metrics.top_k_accuracy(probs, labels, k), want)
+    assert metrics.top_k_accuracy(probs, labels, 1) == metrics.accuracy(probs, labels)
+    assert metrics.top_k_accuracy(probs, labels, len(classes)) == 1.0
+
+
+@settings
+@hypothesis.given(cases, st.sampled_from([1, 4, 15]))
+def test_calibration_errors_are_those_of_the_definitions(case, num_bins):
+    probs, labels = predictions(*case)
+    for function, loop in (
+        (metrics.ece, ece_loop),
+        (metrics.sce, sce_loop),
+        (metrics.tace, tace_loop),
+    ):
+        got = function(probs, labels, num_bins=num_bins)
+        assert isinstance(got, float)
+        np.testing.assert_allclose(got, loop(probs, labels, num_bins), atol=1e-12)
+    got = metrics.ece(probs, labels, num_bins, cut="mass")
+    want = ece_mass_loop(probs, labels, num_bins)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+    got = metrics.ace(probs, labels, num_bins)
+    want = tace_loop(probs, labels, num_bins, 0.0)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_the_defaults_agree_with_the_definitions():
+    probs, labels = predictions(0, 1000, 12, 4.0)
+    assert (probs < 1e-3).mean() > 0.3  # what the threshold leaves out matters
+    want = {
+        "ece": ece_loop(probs, labels),
+        "sce": sce_loop(probs, labels),
+        "ace": tace_loop(probs, labels, threshold=0.0),
+        "tace": tace_loop(probs, labels),
+    }
+    for name, value in want.items():
         np.testing.assert_allclose(
-            got["brier"],
-            sk.brier_score_loss(labels, probs, labels=classes, scale_by_half=False),
-            rtol=1e-10,
+            getattr(metrics, name)(probs, labels), value, atol=1e-9
         )
-    np.testing.assert_allclose(
-        got["ece"], ece_loop(log_probs, labels, 15), rtol=1e-9, atol=1e-12
-    )
+    assert len({round(value, 6) for value in want.values()}) == 4
+
+
+@settings
+@hypothesis.given(st.integers(0, 99), st.integers(2, 40))
+def test_equal_probabilities_keep_the_order_of_the_examples(seed, n):
+    """Two digits: most bins are cut among equal values. 0 and 1 occur."""
+    rng = np.random.default_rng(seed)
+    tenths = rng.multinomial(10, [0.6, 0.3, 0.1], size=n) / 10
+    labels = rng.integers(0, 3, n)
+    for num_bins in (2, 3, 15):
+        for got, want in (
+            (metrics.sce, sce_loop(tenths, labels, num_bins)),
+            (metrics.ace, tace_loop(tenths, labels, num_bins, 0.0)),
+            (metrics.ece, ece_loop(tenths, labels, num_bins)),
+        ):
+            np.testing.assert_allclose(got(tenths, labels, num_bins), want, atol=1e-12)
+        got = metrics.ece(tenths, labels, num_bins, cut="mass")
+        want = ece_mass_loop(tenths, labels, num_bins)
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_of_tied_classes_the_first_one_counts():
+    tied = [[0.4, 0.4, 0.2]] * 2
+    assert metrics.accuracy(tied, [0, 0]) == 1.0
+    assert metrics.accuracy(tied, [1, 1]) == 0.0
+    assert metrics.top_k_accuracy(tied, [0, 0], 1) == 1.0
+    assert metrics.top_k_accuracy(tied, [1, 1], 1) == 0.0
+
+
+def test_blocks_and_threads_give_what_one_piece_does(monkeypatch):
+    probs, labels = predictions(1, 300, 11)
+    whole = metrics.summary(probs, labels)
+    monkeypatch.setattr("otmdr_jax.metrics.predictions._BLOCK", 64)
+    monkeypatch.setattr("otmdr_jax.metrics.predictions._COLUMNS", 3)
+    monkeypatch.setattr("otmdr_jax.metrics.predictions._THREADED", 0)
+    pieces = metrics.summary(probs, labels)
+    for name, value in whole.items():
+        np.testing.assert_allclose(pieces[name], value, rtol=1e-13, err_msg=name)
 
 
 def test_ece_counts_a_confidence_of_one_and_closes_bins_on_the_right():
     """Pitfalls: confidence 1.0 falls out of the last bin elsewhere."""
-    sure = np.array([[0.0, -np.inf], [0.0, -np.inf]])
+    sure = np.array([[1.0, 0.0], [1.0, 0.0]])
     assert metrics.ece(sure, np.array([0, 1])) == 0.5
-    on_edge = np.log(np.array([[0.8, 0.2]]))
-    bins = metrics.reliability(on_edge, np.array([0]), num_bins=5)
+    bins = metrics.reliability([[0.8, 0.2]], [0], num_bins=5)
     assert bins.counts.tolist() == [0, 0, 0, 1, 0]
-    slightly_over = np.array([[1e-9, -30.0]])
-    assert metrics.reliability(slightly_over, np.array([0])).counts[-1] == 1
+    over = metrics.check([[1e-9, -30.0]], [0], log_probs=True)
+    assert metrics.reliability(over, over.labels).counts[-1] == 1
+    wrong = metrics.check([[1e-9, -30.0]], [1], log_probs=True)
+    assert math.isclose(metrics.sce(wrong, wrong.labels), 1.0, rel_tol=1e-6)
 
 
 def test_ece_is_over_the_whole_set_not_averaged_over_batches():
     """Pitfalls: two batches, each miscalibrated, that cancel in the whole set."""
-    log_probs = np.log(np.full((4, 2), 0.5) + np.array([0.01, -0.01]))
+    probs = np.full((4, 2), 0.5) + np.array([0.01, -0.01])
     labels = np.array([0, 0, 1, 1])
-    assert math.isclose(metrics.ece(log_probs, labels), 0.01, abs_tol=1e-9)
-    halves = [
-        metrics.ece(log_probs[:2], labels[:2]),
-        metrics.ece(log_probs[2:], labels[2:]),
-    ]
+    assert math.isclose(metrics.ece(probs, labels), 0.01, abs_tol=1e-9)
+    halves = [metrics.ece(probs[i : i + 2], labels[i : i + 2]) for i in (0, 2)]
     assert np.mean(halves) > 0.4
 
 
-def test_nll_of_an_impossible_label_is_infinite():
-    assert metrics.nll(np.array([[0.0, -np.inf]]), np.array([1])) == np.inf
+def test_reliability_diagrams():
+    probs, labels = predictions(2, 500, 5)
+    pairs = np.array(top_pairs(probs, labels))
+    bins = metrics.reliability(probs, labels, 10)
+    for b in range(10):
+        members = np.array(inside(pairs, b, 10))
+        assert bins.counts[b] == len(members)
+        if len(members):
+            np.testing.assert_allclose(bins.confidence[b], members[:, 0].mean())
+            np.testing.assert_allclose(bins.accuracy[b], members[:, 1].mean())
+    assert np.isnan(bins.accuracy[0]) and bins.counts[0] == 0  # none below 1 / C
+    mass = metrics.reliability(probs, labels, 7, cut="mass")
+    assert mass.counts.tolist() == [71] * 6 + [74]
+    ordered = np.sort(probs.max(axis=1))
+    np.testing.assert_array_equal(mass.edges[1:-1], ordered[71 * np.arange(1, 7) - 1])
+    gaps = np.abs(bins.accuracy - bins.confidence)
+    np.testing.assert_allclose(metrics.mce(probs, labels, 10), np.nanmax(gaps))
 
 
-def test_metrics_are_computed_in_float64():
-    log_probs, labels = predictions(0, 5000, 10, 2.0)
-    exact = -np.mean(log_probs[np.arange(5000), labels])
-    assert metrics.nll(log_probs, labels) == exact
+def test_fewer_examples_than_bins_of_equal_mass():
+    bins = metrics.reliability([[0.9, 0.1], [0.6, 0.4]], [0, 1], cut="mass")
+    assert bins.counts.tolist() == [0] * 14 + [2]
+    assert bins.edges.tolist() == [0.0] * 15 + [1.0]
+
+
+def test_brier_parts_add_up():
+    probs, labels = predictions(3, 400, 4)
+    probs[:200] = np.eye(4)[probs[:200].argmax(axis=1)]  # 0 and 1 count too
+    parts = metrics.brier_parts(probs, labels, num_bins=8)
+    onehot = np.eye(4)[labels]
+    index = np.maximum(np.ceil(probs * 8) - 1, 0)
+    reliability = resolution = within = 0.0
+    for c in range(4):
+        base = onehot[:, c].mean()
+        for b in range(8):
+            p, y = probs[index[:, c] == b, c], onehot[index[:, c] == b, c]
+            if len(p):
+                reliability += len(p) / 400 * (p.mean() - y.mean()) ** 2
+                resolution += len(p) / 400 * (y.mean() - base) ** 2
+                covariance = np.mean((p - p.mean()) * (y - y.mean()))
+                within += len(p) / 400 * (p.var() - 2 * covariance)
+    base = onehot.mean(axis=0)
+    want = [reliability, resolution, np.sum(base * (1 - base)), within]
+    np.testing.assert_allclose(parts, want, rtol=1e-10)
+    total = reliability - resolution + np.sum(base * (1 - base)) + within
+    np.testing.assert_allclose(metrics.brier(probs, labels), total)
+
+
+def calibrated(seed, n):
+    """Two classes whose labels are drawn from the probabilities."""
+    rng = np.random.default_rng(seed)
+    p = rng.uniform(0.5, 1.0, n)
+    return np.stack([1 - p, p], axis=1), (rng.random(n) < p).astype(int)
+
+
+def test_debiased_ece_is_unbiased_where_the_plain_one_is_not():
+    """On squares, which the correction is exact for; over 400 calibrated sets."""
+    terms, plain = [], []
+    for seed in range(400):
+        probs, labels = calibrated(seed, 150)
+        pairs = np.array(top_pairs(probs, labels))
+        bins = np.array_split(pairs[np.argsort(pairs[:, 0])], 15)
+        accuracy = np.array([x[:, 1].mean() for x in bins])
+        square = np.mean((accuracy - [x[:, 0].mean() for x in bins]) ** 2)
+        square -= np.mean(accuracy * (1 - accuracy) / 9)
+        terms.append(square)
+        plain.append(metrics.ece(probs, labels, cut="mass"))
+        want = math.sqrt(max(0.0, square))
+        np.testing.assert_allclose(metrics.debiased_ece(probs, labels), want, atol=1e-9)
+    error = np.std(terms) / 20
+    assert abs(np.mean(terms)) < 3 * error and error < 1e-3
+    assert np.mean(plain) > 0.08  # what chance alone gives
+
+
+def smooth_direct(confidence, hits, sigma, points=2001):
+    """The integral by midpoints, the reflected kernel as a sum over images."""
+    t = (np.arange(points) + 0.5) / points
+    smooth = np.zeros(points)
+    for p, hit in zip(confidence, hits, strict=True):
+        for image in [p + 2 * k for k in range(-2, 3)]:
+            for center in (image, -image):
+                z = (t - center) / sigma
+                kernel = np.exp(-(z**2) / 2) / (sigma * math.sqrt(2 * math.pi))
+                smooth += (hit - p) * kernel
+    return np.mean(np.abs(smooth / len(hits)))
+
+
+def test_smooth_ece_is_the_fixed_point_of_its_bandwidth():
+    """Too sure below a hit rate and not sure enough above it, or the other way round.
+
+    So that residuals cancel under a wide kernel, inside and at the ends.
+    """
+    rng = np.random.default_rng(0)
+    confidence = np.linspace(0.5, 1.0, 150)
+    probs = np.stack([confidence, 1 - confidence], axis=1)
+    for rate in (0.75, 1.5 - confidence):
+        labels = (rng.random(150) > rate).astype(int)
+        got = metrics.smooth_ece(probs, labels)
+        direct = smooth_direct(confidence, labels == 0, got)
+        np.testing.assert_allclose(got, direct, rtol=2e-4)
+        assert smooth_direct(confidence, labels == 0, got / 2) > 1.05 * got > 0.05
+
+
+def test_smooth_ece_at_the_ends():
+    sure = np.array([[1.0, 0.0]] * 4)
+    assert metrics.smooth_ece(sure, np.zeros(4, int)) < 1e-6
+    # A residual of -1 at 1, smoothed by any kernel, keeps its integral.
+    assert math.isclose(metrics.smooth_ece(sure, np.ones(4, int)), 1.0, rel_tol=1e-6)
+
+
+def test_impossible_labels_and_certain_ones():
+    sure = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert metrics.nll(sure, np.array([0, 0])) == np.inf
+    right, wrong = (metrics.summary(sure, np.array(y)) for y in ([0, 1], [1, 0]))
+    assert right["nll"] == 0.0 and math.copysign(1, right["nll"]) == 1
+    for name in ("brier", "ece", "ece_mass", "mce", "ace", "sce", "aurc", "entropy"):
+        assert right[name] == 0.0, name
+    assert wrong["ece"] == 1.0 and wrong["brier"] == 2.0 and wrong["aurc"] == 1.0
+    assert wrong["sce"] == 0.5  # a probability of 0 lies in no bin
+
+
+def test_logarithms_keep_what_underflows():
+    log_probs = np.array([[0.0, -2000.0], [-1000.0, 0.0]])
+    labels = np.array([1, 0])
+    assert metrics.nll(log_probs, labels, log_probs=True) == 1500.0
+    assert metrics.evaluate(log_probs, labels)["nll"] == 1500.0
+    assert metrics.summary(log_probs, labels, log_probs=True)["nll"] == 1500.0
+    assert metrics.nll(np.exp(log_probs), labels) == np.inf
+
+
+def test_log_probabilities_give_the_same_summary():
+    probs, labels = predictions(4, 200, 6)
+    got = metrics.summary(np.log(probs), labels, log_probs=True)
+    for name, value in metrics.summary(probs, labels).items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-9, err_msg=name)
+    four = metrics.evaluate(np.log(probs), labels)
+    assert tuple(four) == metrics.NAMES and four == {n: got[n] for n in metrics.NAMES}
+
+
+def test_a_summary_is_what_the_functions_say():
+    probs, labels = predictions(6, 300, 7)
+    found = metrics.summary(probs, labels, num_bins=9)
+    with_bins = {"ece", "mce", "sce", "ace", "tace", "debiased_ece"}
+    names = with_bins | {"accuracy", "nll", "brier", "smooth_ece", "aac", "aurc"}
+    names |= {f"misclassification_{x}" for x in ("auroc", "aupr", "fpr95")}
+    for name in names | {"ovr_auroc"}:
+        bins = {"num_bins": 9} if name in with_bins else {}
+        want = getattr(metrics, name)(probs, labels, **bins)
+        assert math.isclose(found.pop(name), want, rel_tol=1e-13), name
+    parts = metrics.brier_parts(probs, labels, 9)
+    assert list(found.items()) == [
+        ("top5_accuracy", metrics.top_k_accuracy(probs, labels, 5)),
+        ("brier_reliability", parts.reliability),
+        ("brier_resolution", parts.resolution),
+        ("brier_uncertainty", parts.uncertainty),
+        ("ece_mass", metrics.ece(probs, labels, 9, cut="mass")),
+        ("entropy", metrics.entropy(probs).mean()),
+    ]
+
+
+def test_of_samples_the_mean_probability_counts():
+    samples = np.stack([predictions(seed, 50, 4)[0] for seed in range(3)])
+    labels = predictions(0, 50, 4)[1]
+    for function in (metrics.accuracy, metrics.nll, metrics.brier, metrics.tace):
+        want = function(samples.mean(axis=0), labels)
+        assert math.isclose(function(samples, labels), want, rel_tol=1e-12)
+    want = metrics.nll(samples, labels)
+    got = metrics.nll(np.log(samples), labels, log_probs=True)
+    assert math.isclose(got, want, rel_tol=1e-12)
+    found = metrics.summary(samples, labels)
+    mean = samples.mean(axis=0)
+    entropy = -np.sum(mean * np.log(mean), axis=1)
+    within = -np.sum(samples * np.log(samples), axis=2).mean(axis=0)
+    np.testing.assert_allclose(metrics.entropy(samples), entropy)
+    np.testing.assert_allclose(metrics.mutual_information(samples), entropy - within)
+    np.testing.assert_allclose(found["mutual_information"], np.mean(entropy - within))
+    assert metrics.mutual_information(samples[[0, 0]]).max() < 1e-15
+    with pytest.raises(ValueError, match=r"\(S, N, C\), got \(50, 4\)"):
+        metrics.mutual_information(mean)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_sums_are_in_float64_whatever_comes(dtype):
+    probs, labels = predictions(5, 5000, 10)
+    probs = jnp.asarray(probs, dtype)
+    probs = probs / probs.sum(axis=1, keepdims=True)
+    if dtype == "bfloat16":  # rows of it sum to 1 +- 0.01: those that do by chance
+        sums = np.asarray(probs, np.float64).sum(axis=1)
+        keep = np.abs(sums - 1) < 1e-3
+        assert keep.sum() > 500
+        probs, labels = probs[keep], labels[keep]
+    exact = np.asarray(probs).astype(np.float64)
+    for name, value in metrics.summary(exact, labels).items():
+        got = metrics.summary(probs, jnp.asarray(labels))[name]
+        assert math.isclose(got, value, rel_tol=1e-12), name
+
+
+# -- bad input ------------------------------------------------------------------------
+
+HALF = np.full((2, 2), 0.5)
 
 
 @pytest.mark.parametrize(
-    ("log_probs", "labels", "message"),
+    ("probs", "labels", "message"),
     [
-        (np.zeros((3, 2)), np.zeros(2, int), r"\(N, C\)"),
+        (np.full((3, 2), 0.5), np.zeros(2, int), r"\(N, C\).*\(3, 2\) and \(2,\)"),
+        (HALF, np.eye(2, dtype=int), "argmax of one-hot"),
         (np.zeros((0, 2)), np.zeros(0, int), "empty set"),
-        (np.log(np.full((2, 2), 0.5)), np.zeros(2), "integers"),
-        (np.log(np.full((2, 2), 0.5)), np.array([0, 2]), r"0\.\.1 for 2 classes"),
-        (np.array([[2.0, 1.0]]), np.array([0]), "log_softmax"),
-        (np.array([[np.nan, 0.0]]), np.array([0]), "sums to nan"),
+        (np.ones((2, 1)), np.zeros(2, int), "at least two classes"),
+        (HALF, np.zeros(2), "integers, got dtype float64"),
+        (HALF, np.array([0, 2]), r"0\.\.1 for 2 classes, got 0\.\.2"),
+        (HALF, np.array([-1, 0]), r"0\.\.1 for 2 classes, got -1\.\.0"),
+        (np.array([[0.5, 0.5], [2.0, 1.0]]), [0, 0], r"row 1 is \[2.* logits\? "),
+        (np.array([[1.5, -0.5]]), [0], "logits.*jax.nn.softmax"),
+        (np.log(HALF), [0, 1], r"log-probabilities\? Give np.exp"),
+        (np.array([[0.5, 0.4]]), [0], "sums to 0.9. Divide rows"),
+        (np.array([[np.nan, 0.5]]), [0], "row 0 holds NaN"),
+        (np.array([[np.inf, 0.5]]), [0], "probabilities that sum to 1"),
+        (np.array([[0.5j, 0.5]]), [0], "real numbers"),
+        (np.array([["a", "b"]]), [0], "real numbers"),
     ],
 )
-def test_bad_input_is_refused(log_probs, labels, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        metrics.evaluate(log_probs, labels)
+def test_bad_input_is_refused(probs, labels, message):
+    for name in (
+        "accuracy nll brier ece sce ace tace aac misclassification_auroc ovr_auroc "
+        "top_k_accuracy brier_parts reliability mce debiased_ece smooth_ece aurc "
+        "risk_coverage summary"
+    ).split():
+        with pytest.raises((ValueError, TypeError), match=message):
+            getattr(metrics, name)(probs, labels)
+
+
+@pytest.mark.parametrize(
+    ("log_probs", "message"),
+    [
+        ([[2.0, 1.0]], "sum to 10.107.*jax.nn.log_softmax"),
+        ([[np.nan, 0.0]], "row 0 holds NaN"),
+        ([[0.5, 0.5]], "sum to 3.29"),
+    ],
+)
+def test_bad_log_probabilities_are_refused(log_probs, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.evaluate(log_probs, [0])
+
+
+def test_bad_options_are_refused():
+    probs, labels = predictions(0, 20, 3)
+    with pytest.raises(ValueError, match="num_bins must be at least 1, got 0"):
+        metrics.ece(probs, labels, 0)
+    with pytest.raises(ValueError, match="one of width, mass, got 'count'"):
+        metrics.ece(probs, labels, cut="count")
+    with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
+        metrics.tace(probs, labels, threshold=1.0)
+    with pytest.raises(ValueError, match=r"1\.\.3, the number of classes, got 4"):
+        metrics.top_k_accuracy(probs, labels, 4)
+    checked = metrics.check(probs, labels)
+    with pytest.raises(ValueError, match="come with their labels"):
+        metrics.accuracy(checked, (labels + 1) % 3)

@@ -366,7 +366,8 @@ def test_reliability_pools_the_seeds():
     figure = report.reliability_figure(runs, num_bins=10)
     log_probs = np.concatenate([runs[0].log_probs, runs[2].log_probs])
     labels = np.concatenate([runs[0].labels, runs[2].labels])
-    bins = metrics.reliability(log_probs, labels, 10)
+    checked = metrics.check(log_probs, labels, log_probs=True)
+    bins = metrics.reliability(checked, labels, 10)
     full = bins.counts > 0
     ax, bars = panel(figure, "reliability:SAM")
     np.testing.assert_allclose(heights(bars["Accuracy"]), bins.accuracy[full])
@@ -378,8 +379,8 @@ def test_reliability_pools_the_seeds():
     ends = [patch.get_y() + patch.get_height() for patch in gap]
     np.testing.assert_allclose([p.get_y() for p in gap], bins.accuracy[full])
     np.testing.assert_allclose(ends, bins.confidence[full])
-    ece = metrics.ece(log_probs, labels, 10)
-    assert abs(ece - metrics.ece(log_probs, labels)) > 1e-3  # the bins matter
+    ece = metrics.ece(checked, labels, 10)
+    assert abs(ece - metrics.ece(checked, labels)) > 1e-3  # the bins matter
     assert ax.get_title() == f"SAM\nECE {ece:.4f}"
     below, bars = panel(figure, "histogram:SAM")
     np.testing.assert_allclose(heights(bars["Examples"]), 100 * bins.counts / 120)
@@ -399,7 +400,8 @@ def test_one_panel_for_each_label(count):
 def test_runs_without_numbers_are_left_out_of_reliability():
     broken = make(seed=1)._replace(log_probs=np.full((60, 4), np.nan, np.float32))
     ax, _ = panel(report.reliability_figure([make(), broken]), "reliability:SAM")
-    ece = metrics.ece(*predictions(0))
+    log_probs, labels = predictions(0)
+    ece = metrics.ece(np.exp(log_probs), labels)
     assert ax.get_title() == f"SAM\nECE {ece:.4f}, 1 of 2 runs"
     ax, _ = panel(report.reliability_figure([broken]), "reliability:SAM")
     assert ax.texts[0].get_text() == "no finite predictions"

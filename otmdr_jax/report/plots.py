@@ -291,7 +291,8 @@ def _draw_reliability(
         return 0.0
     log_probs = np.concatenate([run.log_probs for run in pooled])
     labels = np.concatenate([run.labels for run in pooled])
-    bins = metrics.reliability(log_probs, labels, num_bins)
+    checked = metrics.check(log_probs, labels, log_probs=True)
+    bins = metrics.reliability(checked, labels, num_bins)
     centers = (bins.edges[:-1] + bins.edges[1:]) / 2
     width = 1.0 / num_bins
     full = bins.counts > 0
@@ -319,7 +320,7 @@ def _draw_reliability(
     share = 100.0 * bins.counts / bins.counts.sum()
     bottom.bar(centers, share, label="Examples", **style, **_EXAMPLES)
     left_out = f", {len(pooled)} of {len(runs)} runs" if len(pooled) < len(runs) else ""
-    ece = metrics.ece(log_probs, labels, num_bins)
+    ece = metrics.ece(checked, labels, num_bins)
     top.set_title(f"{name}\nECE {ece:.4f}{left_out}", fontsize=LARGE)
     return float(share.max())
 

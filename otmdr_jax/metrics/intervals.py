@@ -1,0 +1,235 @@
+"""How far chance moves a metric: intervals, and a test of two models on the same set.
+
+Both are about the examples: what another test set of this size might have given. What
+another seed of training might have given is another question; for that compare seeds.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from otmdr_jax.metrics.predictions import Array
+
+NUM_SAMPLES = 1_000
+LEVEL = 0.95
+
+Metric = Callable[[Array, Array], float]
+
+
+class Interval(NamedTuple):
+    """A metric and its confidence interval.
+
+    Attributes:
+      value: On the set itself.
+      low: Lower end.
+      high: Upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """Two models on the same examples: what :func:`paired_test` gives.
+
+    Attributes:
+      difference: Metric of the first less that of the second.
+      low: Lower end of the difference's confidence interval.
+      high: Upper end.
+      p_value: Of no difference, two-sided, at least 1 / (num_samples + 1).
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def bootstrap(
+    metric: Metric,
+    probs: Array,
+    labels: Array,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Interval:
+    """A metric's confidence interval by the bootstrap over examples.
+
+    Percentiles of the metric over sets that are drawn from the examples with
+    replacement. Resampling adds chance a second time: what chance alone makes positive,
+    such as the ECE of a calibrated model, is larger on resampled sets, and its interval
+    lies too high. (Efron's BCa corrects for that, at N further evaluations.)
+
+    Args:
+      metric: (probs, labels) -> number, such as `metrics.nll`.
+      probs: (N, C) predictions, or samples (S, N, C), in the form that the metric
+        takes.
+      labels: (N,) integers.
+      num_samples: How many sets are drawn.
+      level: Probability of the interval, in (0, 1).
+      seed: Of the draws.
+
+    Returns:
+      :class:`Interval`.
+
+    Raises:
+      ValueError: Fewer than one sample, a level out of range; what the metric raises,
+        on the set or on a resampled one.
+
+    Reference: Efron, `Bootstrap Methods: Another Look at the Jackknife
+    <https://doi.org/10.1214/aos/1176344552>`_, 1979.
+
+    Example:
+      >>> import numpy as np
+      >>> from otmdr_jax import metrics
+      >>> found = metrics.bootstrap(metrics.accuracy, [[0.9, 0.1]] * 100, [0, 1] * 50)
+      >>> found.value, round(found.low, 1), round(found.high, 1)
+      (0.5, 0.4, 0.6)
+    """
+    found = bootstrap_all(
+        lambda p, y: {"": metric(p, y)},
+        probs,
+        labels,
+        num_samples=num_samples,
+        level=level,
+        seed=seed,
+    )
+    return found[""]
+
+
+def bootstrap_all(
+    measure: Callable[[Array, Array], dict[str, float]],
+    probs: Array,
+    labels: Array,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """:func:`bootstrap` of several metrics at once, on the same drawn sets.
+
+    Args:
+      measure: (probs, labels) -> name -> number, such as `metrics.summary`. What is NaN
+        on a drawn set is left out there.
+      probs: As in :func:`bootstrap`.
+      labels: As in :func:`bootstrap`.
+      num_samples: As in :func:`bootstrap`.
+      level: As in :func:`bootstrap`.
+      seed: As in :func:`bootstrap`.
+
+    Returns:
+      Name -> :class:`Interval`.
+
+    Example:
+      >>> import numpy as np
+      >>> from otmdr_jax import metrics
+      >>> log_probs = np.log([[0.9, 0.1]] * 100)
+      >>> found = metrics.bootstrap_all(metrics.evaluate, log_probs, [0, 1] * 50)
+      >>> found["accuracy"].value, list(found)
+      (0.5, ['accuracy', 'nll', 'brier', 'ece'])
+    """
+    _check(num_samples, level)
+    probs, labels = np.asarray(probs), np.asarray(labels)
+    values = measure(probs, labels)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(num_samples):
+        rows = rng.integers(0, len(labels), len(labels))
+        drawn.append(measure(probs[..., rows, :], labels[rows]))
+    ends = (1.0 - level) / 2, (1.0 + level) / 2
+    return {
+        name: Interval(value, *_quantiles([x[name] for x in drawn], ends))
+        for name, value in values.items()
+    }
+
+
+def paired_test(
+    metric: Metric,
+    probs: Array,
+    other: Array,
+    labels: Array,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Comparison:
+    """Whether two models differ in a metric on the same examples.
+
+    The p-value is that of a randomisation test: if the models were alike, swapping
+    their predictions of an example would change nothing, so each is swapped with
+    probability 1/2, and the p-value is the share of such differences that are as large
+    as the one that is observed, itself included. It holds for any metric, of any
+    distribution, and is exact but for the number of draws. The interval is that of
+    :func:`bootstrap`, both models on the same drawn examples.
+
+    Args:
+      metric: (probs, labels) -> number.
+      probs: (N, C) predictions of the first model, in the form that the metric takes.
+      other: (N, C) predictions of the second one for the same examples.
+      labels: (N,) integers.
+      num_samples: How many sets are drawn, and as many swaps.
+      level: Probability of the interval, in (0, 1).
+      seed: Of the draws.
+
+    Returns:
+      :class:`Comparison`.
+
+    Raises:
+      ValueError: Predictions of different shapes, fewer than one sample, a level out of
+        range.
+
+    Reference: Fisher, 1935; Noreen, 1989; Dietterich, `Approximate Statistical Tests
+    for Comparing Supervised Classification Learning Algorithms
+    <https://doi.org/10.1162/089976698300017197>`_, 1998.
+
+    Example:
+      >>> from otmdr_jax import metrics
+      >>> sure, unsure = [[0.9, 0.1]] * 20, [[0.6, 0.4]] * 20
+      >>> found = metrics.paired_test(metrics.nll, sure, unsure, [0] * 20)
+      >>> round(found.difference, 4), round(found.p_value, 3)
+      (-0.4055, 0.001)
+    """
+    _check(num_samples, level)
+    first, second, labels = np.asarray(probs), np.asarray(other), np.asarray(labels)
+    if first.shape != second.shape:
+        raise ValueError(
+            "a paired test needs predictions of the same examples, got shapes "
+            f"{first.shape} and {second.shape}."
+        )
+
+    def gap(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> float:
+        return metric(a, y) - metric(b, y)
+
+    observed = gap(first, second, labels)
+    rng = np.random.default_rng(seed)
+    drawn, as_large = [], 1
+    for _ in range(num_samples):
+        rows = rng.integers(0, len(labels), len(labels))
+        drawn.append(gap(first[..., rows, :], second[..., rows, :], labels[rows]))
+        swap = (rng.random(len(labels)) < 0.5)[:, None]
+        swapped = np.where(swap, second, first), np.where(swap, first, second)
+        # Equal differences may be summed in another order.
+        as_large += abs(gap(*swapped, labels)) >= abs(observed) * (1.0 - 1e-9)
+    ends = _quantiles(drawn, ((1.0 - level) / 2, (1.0 + level) / 2))
+    return Comparison(observed, *ends, as_large / (num_samples + 1))
+
+
+def _quantiles(values: list[float], ends: tuple[float, float]) -> tuple[float, float]:
+    defined = np.array(values)[~np.isnan(values)]
+    if not len(defined):
+        return float("nan"), float("nan")
+    # With infinite values there is nothing to interpolate between.
+    low = np.quantile(defined, ends[0], method="lower")
+    high = np.quantile(defined, ends[1], method="higher")
+    return float(low), float(high)
+
+
+def _check(num_samples: int, level: float) -> None:
+    if num_samples < 1 or not 0.0 < level < 1.0:
+        raise ValueError(
+            "need num_samples >= 1 and a level in (0, 1), got "
+            f"{num_samples} and {level}."
+        )

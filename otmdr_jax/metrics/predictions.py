@@ -1,0 +1,306 @@
+"""What goes into a metric: probabilities and labels, checked once.
+
+Nothing here or in the metrics copies the whole set to float64: rows are taken a block
+at a time, columns eight at a time, so that a set may fill a large part of the memory.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+Array = Any
+T = TypeVar("T")
+
+# Softmax in float32 over 1,000 classes is off by 1e-6, in bfloat16 by more: 1e-3 lets
+# the former and what was rounded to three digits pass, and stops what is no
+# distribution.
+TOLERANCE = 1e-3
+
+# 2 MiB in float64, so that a block's second pass finds it in a core's cache.
+_BLOCK = 2**18
+_COLUMNS = 8
+# Smaller sets take less time than threads do.
+_THREADED = 2**22
+
+
+class Predictions:
+    """Probabilities and labels that have been checked: what :func:`check` gives.
+
+    Every metric takes it in the place of `probs`, with its own `labels`, so that many
+    metrics of one set check it once.
+
+    Attributes:
+      labels: (N,) integers in 0..C-1.
+      shape: (N, C).
+      size: N C.
+      predicted: (N,) the most probable class, the first one of tied ones.
+      confidence: (N,) its probability.
+      log_of_label: (N,) log-probability of the label, -inf at probability 0.
+    """
+
+    def __init__(self, values: np.ndarray, labels: np.ndarray, log_probs: bool):
+        """Checks all rows: see :func:`check`."""
+        self.labels = labels
+        self.shape = values.shape
+        self.size = values.size
+        self._values = values
+        self._log = log_probs
+        found = parallel(self._check_rows, self._blocks(), values.size)
+        predicted, confidence, of_label = zip(*found, strict=True)
+        self.predicted = np.concatenate(predicted)
+        # exp(log_softmax) of a certain prediction can exceed 1 by a rounding error.
+        self.confidence = np.minimum(np.concatenate(confidence), 1.0)
+        self.log_of_label = np.concatenate(of_label)
+
+    @functools.cached_property
+    def correct(self) -> np.ndarray:
+        """(N,) whether the most probable class is the label."""
+        return self.predicted == self.labels
+
+    def rows(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Blocks of rows: which ones, and their probabilities in float64."""
+        for rows in self._blocks():
+            yield rows, self._probs(self._values[rows].astype(np.float64))
+
+    def columns(self) -> Iterator[slice]:
+        """Blocks of classes, for :meth:`of_classes`."""
+        for start in range(0, self.shape[1], _COLUMNS):
+            yield slice(start, min(start + _COLUMNS, self.shape[1]))
+
+    def of_classes(self, classes: slice) -> np.ndarray:
+        """(classes, N) their probabilities in float64, each class contiguous."""
+        columns = np.array(self._values[:, classes].T, np.float64, order="C")
+        return np.minimum(self._probs(columns), 1.0, out=columns)
+
+    def _probs(self, values: np.ndarray) -> np.ndarray:
+        return np.exp(values, out=values) if self._log else values
+
+    def _blocks(self) -> Iterator[slice]:
+        size = max(1, _BLOCK // self.shape[1])
+        return (slice(i, i + size) for i in range(0, self.shape[0], size))
+
+    def _check_rows(self, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        values = self._values[rows].astype(np.float64)
+        every = np.arange(len(values))
+        predicted = values.argmax(axis=1)  # of the logarithms, where they are given
+        of_label = values[every, self.labels[rows]]
+        probs = self._probs(values)
+        totals = probs.sum(axis=1)
+        # A sum that is right, of numbers that are not negative, has none above 1.
+        bad = ~(np.abs(totals - 1.0) <= TOLERANCE) | ~(probs.min(axis=1) >= 0.0)
+        if bad.any():
+            row = rows.start + int(np.argmax(bad))
+            raise ValueError(_what_is_wrong(self._values[row], row, self._log))
+        if not self._log:
+            with np.errstate(divide="ignore"):
+                of_label = np.log(of_label)
+        return predicted, probs[every, predicted], of_label
+
+
+def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Predictions:
+    """Checks predictions and labels, and says what is wrong with them.
+
+    Args:
+      probs: (N, C) probabilities of C >= 2 classes in any floating dtype, or samples
+        (S, N, C), whose mean probability counts. :class:`Predictions` are taken as they
+        are.
+      labels: (N,) integers in 0..C-1.
+      log_probs: Whether `probs` are logarithms of probabilities.
+
+    Returns:
+      :class:`Predictions`, to hand to several metrics.
+
+    Raises:
+      ValueError: Another shape, an empty set, a single class, NaN, negative numbers,
+        rows that do not sum to 1 to within 1e-3 (logits, say), labels out of range.
+      TypeError: Labels that are not integers, predictions that are not numbers.
+
+    Example:
+      >>> from otmdr_jax import metrics
+      >>> p = metrics.check([[0.9, 0.1], [0.6, 0.4]], [0, 1])
+      >>> metrics.accuracy(p, p.labels), round(metrics.brier(p, p.labels), 2)
+      (0.5, 0.37)
+    """
+    if isinstance(probs, Predictions):
+        if labels is not probs.labels and not np.array_equal(labels, probs.labels):
+            raise ValueError(
+                "checked predictions come with their labels, got others: give "
+                "`p.labels`, or check the predictions with the labels that you mean."
+            )
+        return probs
+    name = "log_probs" if log_probs else "probs"
+    values = _mean(_numbers(probs, name), log_probs)
+    labels = check_labels(labels, values, np.shape(probs), name)
+    return Predictions(values, labels, log_probs)
+
+
+def check_labels(
+    labels: Array, values: np.ndarray, shape: tuple[int, ...], name: str
+) -> np.ndarray:
+    """Checks that labels (N,) are classes of values (N, C); `shape` is what came."""
+    labels = np.asarray(labels)
+    if values.ndim != 2 or labels.shape != values.shape[:1]:
+        raise ValueError(
+            f"need {name} of shape (N, C), or samples (S, N, C), and labels of shape "
+            f"(N,), got {shape} and {labels.shape}. Labels are class numbers: take "
+            "argmax of one-hot ones."
+        )
+    count, classes = values.shape
+    if not count:
+        raise ValueError(f"an empty set has no {name}: got N = 0.")
+    if classes < 2:
+        raise ValueError(
+            f"need {name} of at least two classes, got C = {classes}. Give both "
+            "probabilities of a binary classifier: np.stack([1 - p, p], axis=1)."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1} for {classes} classes, got "
+            f"{labels.min()}..{labels.max()}."
+        )
+    return labels
+
+
+def check_unlabelled(probs: Array) -> Predictions:
+    """The same without labels, for what does not need them."""
+    if isinstance(probs, Predictions):
+        return probs
+    count = np.shape(probs)[-2] if np.ndim(probs) >= 2 else 0
+    return check(probs, np.zeros(count, int))
+
+
+class Ranked(NamedTuple):
+    """Scores in ascending order and the positives among them.
+
+    Of equal scores the earlier example comes first: a stable order.
+
+    Attributes:
+      scores: (n,) as they came.
+      ordered: (n,) ascending.
+      positive: (n,) whether the example at this place of `scores` is positive.
+      of_positives: Ascending scores of the positives.
+    """
+
+    scores: np.ndarray
+    ordered: np.ndarray
+    positive: np.ndarray
+    of_positives: np.ndarray
+
+    def positives_before(self, bounds: np.ndarray) -> np.ndarray:
+        """How many of the first `bound` examples are positive, for each bound."""
+        found = []
+        for bound in bounds:
+            if bound >= len(self.ordered):
+                found.append(len(self.of_positives))
+                continue
+            score = self.ordered[bound]
+            before = int(np.searchsorted(self.of_positives, score))
+            # Where equal scores stand on both sides of the bound, their order counts.
+            ties = int(bound - np.searchsorted(self.ordered, score))
+            if ties:
+                first = np.flatnonzero(self.scores == score)[:ties]
+                before += int(np.count_nonzero(self.positive[first]))
+            found.append(before)
+        return np.array(found, int)
+
+
+# What is measured of a class.
+Measure = Callable[[Ranked], Any]
+
+
+def rank(scores: np.ndarray, positive: np.ndarray) -> Ranked:
+    """Sorts scores: see :class:`Ranked`."""
+    return Ranked(scores, np.sort(scores), positive, np.sort(scores[positive]))
+
+
+def per_class(p: Predictions, *measures: Measure) -> list[np.ndarray]:
+    """Measures of each class: its probabilities ranked, its examples as positives.
+
+    One sort of a class serves all measures.
+
+    Args:
+      p: Checked predictions.
+      *measures: Functions of a class's :class:`Ranked`, to a number or several.
+
+    Returns:
+      For each measure an array with a leading axis of classes.
+    """
+
+    def of_block(classes: slice) -> list[list[Any]]:
+        columns = p.of_classes(classes)
+        ranked = (
+            rank(columns[i], p.labels == c)
+            for i, c in enumerate(range(classes.start, classes.stop))
+        )
+        return [[measure(x) for measure in measures] for x in ranked]
+
+    blocks = parallel(of_block, p.columns(), p.size)
+    rows = [row for block in blocks for row in block]
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def parallel(function: Callable[[Any], T], items: Iterable[Any], size: int) -> list[T]:
+    """`map`, over two threads where there is enough to do.
+
+    NumPy's loops let go of the GIL. Two threads, not all cores: each holds a block, and
+    memory is what they would wait for.
+    """
+    if size < _THREADED or (os.cpu_count() or 1) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
+
+
+def _numbers(probs: Array, name: str) -> np.ndarray:
+    values = np.asarray(probs)
+    if values.dtype.kind in "biu":
+        return values.astype(np.float64)
+    if values.dtype.kind == "V":  # bfloat16 and float8, exact in float32
+        return values.astype(np.float32)
+    if values.dtype.kind != "f":
+        raise TypeError(f"{name} must be real numbers, got dtype {values.dtype}.")
+    return values
+
+
+def _mean(values: np.ndarray, log_probs: bool) -> np.ndarray:
+    """The mean probability over samples: (S, N, C) -> (N, C)."""
+    if values.ndim != 3 or not len(values):
+        return values
+    if not log_probs:
+        return values.mean(axis=0, dtype=np.float64)
+    total = np.logaddexp.reduce(values.astype(np.float64), axis=0)
+    return total - np.log(len(values))
+
+
+def _what_is_wrong(row: np.ndarray, index: int, log_probs: bool) -> str:
+    row = row.astype(np.float64)
+    shown = np.array2string(row[:6], precision=4, separator=", ")
+    shown = shown if len(row) <= 6 else f"{shown[:-1]}, ...]"
+    if np.isnan(row).any():
+        return (
+            f"predictions must be numbers: row {index} holds NaN ({shown}). The model "
+            "may have diverged; leave such rows out, or measure an earlier state."
+        )
+    with np.errstate(over="ignore"):
+        total = float(np.exp(row).sum())
+    if log_probs:
+        return (
+            "log_probs must be logarithms of probabilities that sum to 1 over classes; "
+            f"those of row {index} sum to {total:.6g} ({shown}). Apply "
+            "jax.nn.log_softmax to logits."
+        )
+    problem = (
+        f"probs must be probabilities that sum to 1 over classes, but row {index} is "
+        f"{shown}"
+    )
+    if row.max() <= 0.0 and abs(total - 1.0) <= TOLERANCE:
+        return f"{problem}: log-probabilities? Give np.exp of them."
+    if row.min() < 0.0 or row.max() > 1.0 + TOLERANCE:
+        return f"{problem}: logits? Apply jax.nn.softmax to them."
+    return f"{problem}, which sums to {row.sum():.6g}. Divide rows by their sums."

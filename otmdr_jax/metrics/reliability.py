@@ -1,0 +1,131 @@
+"""Bins of a reliability diagram: their bounds in sorted order, and their sums.
+
+Every calibration error with bins is a sum over sections of sorted scores: of sum p
+minus the number of positives. They differ in what is sorted and where it is cut.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from otmdr_jax.metrics.predictions import Array, Predictions, Ranked, check, rank
+
+# Nguyen et al., 2023, appendix B.2, and the field's usual choice.
+NUM_BINS = 15
+
+Cut = Literal["width", "mass"]
+
+
+class Reliability(NamedTuple):
+    """A reliability diagram: one entry for each bin of top confidence.
+
+    Attributes:
+      edges: (bins + 1,) the bins' edges on [0, 1]; bin i is (edges[i], edges[i + 1]].
+      counts: (bins,) number of examples.
+      confidence: (bins,) mean top confidence, NaN where a bin is empty.
+      accuracy: (bins,) fraction that is right, NaN where a bin is empty.
+    """
+
+    edges: np.ndarray
+    counts: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+
+class BinSums(NamedTuple):
+    """Sections of sorted scores: how many, their sum, the positives among them."""
+
+    counts: np.ndarray
+    scores: np.ndarray
+    positives: np.ndarray
+
+    def gap(self) -> float:
+        """sum_b n_b |mean score - frequency|: a calibration error, not yet divided."""
+        return float(np.abs(self.scores - self.positives).sum())
+
+    def largest_gap(self) -> float:
+        """max_b |mean score - frequency|."""
+        gaps = np.abs(self.scores - self.positives) / np.maximum(self.counts, 1)
+        return float(gaps.max())
+
+
+def reliability(
+    probs: Array, labels: Array, num_bins: int = NUM_BINS, *, cut: Cut = "width"
+) -> Reliability:
+    """The bins of a reliability diagram of the top class.
+
+    Args:
+      probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
+      labels: (N,) integers in 0..C-1.
+      num_bins: How many bins.
+      cut: "width": bins (lo, hi] of equal width on [0, 1]. "mass": bins of N //
+        num_bins examples in the order of confidence, the last one taking the rest.
+
+    Returns:
+      :class:`Reliability`; with "mass" the edges are 0, the highest confidence of each
+      bin but the last, and 1.
+
+    Raises:
+      ValueError: Bad input (see :func:`check`), fewer than one bin, an unknown cut.
+
+    Reference: DeGroot & Fienberg, `The Comparison and Evaluation of Forecasters
+    <https://doi.org/10.2307/2987588>`_, 1983.
+
+    Example:
+      >>> from otmdr_jax import metrics
+      >>> bins = metrics.reliability([[0.9, 0.1], [0.4, 0.6]], [0, 0], num_bins=2)
+      >>> bins.counts, bins.accuracy
+      (array([0, 2]), array([nan, 0.5]))
+    """
+    ranked, bounds = top_bins(check(probs, labels), num_bins, cut)
+    sums = bin_sums(ranked, bounds)
+    edges = np.linspace(0.0, 1.0, num_bins + 1)
+    if cut == "mass":
+        inner = np.maximum(bounds[1:-1], 1) - 1
+        edges[1:-1] = np.where(bounds[1:-1] > 0, ranked.ordered[inner], 0.0)
+    return diagram(edges, sums)
+
+
+def diagram(edges: np.ndarray, bins: BinSums) -> Reliability:
+    """A reliability diagram of the sums of its bins."""
+    with np.errstate(invalid="ignore"):
+        confidence, accuracy = bins.scores / bins.counts, bins.positives / bins.counts
+    return Reliability(edges, bins.counts, confidence, accuracy)
+
+
+def top_bins(p: Predictions, num_bins: int, cut: str) -> tuple[Ranked, np.ndarray]:
+    """The top class's confidence in order, and where its bins begin and end."""
+    cuts = {"width": width_bounds, "mass": mass_bounds}
+    if cut not in cuts:
+        raise ValueError(f"cut must be one of {', '.join(cuts)}, got {cut!r}.")
+    ranked = rank(p.confidence, p.correct)
+    return ranked, cuts[cut](ranked.ordered, num_bins)
+
+
+def width_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
+    """(bins + 1,) bounds of the bins (lo, hi] of [0, 1]; 0 counts in the first one."""
+    _check_bins(num_bins)
+    edges = np.linspace(0.0, 1.0, num_bins + 1)
+    bounds = np.searchsorted(ordered, edges, side="right")
+    bounds[0] = 0
+    return bounds
+
+
+def mass_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
+    """(bins + 1,) bounds of bins of n // bins scores, the last one taking the rest."""
+    _check_bins(num_bins)
+    bounds = np.arange(num_bins + 1) * (len(ordered) // num_bins)
+    bounds[-1] = len(ordered)
+    return bounds
+
+
+def bin_sums(ranked: Ranked, bounds: np.ndarray) -> BinSums:
+    """What lies between neighbouring bounds."""
+    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    sums = np.array([ranked.ordered[a:b].sum() for a, b in pairs])
+    return BinSums(np.diff(bounds), sums, np.diff(ranked.positives_before(bounds)))
+
+
+def _check_bins(num_bins: int) -> None:
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be at least 1, got {num_bins}.")

@@ -1,0 +1,183 @@
+"""Rankings by confidence against scikit-learn and pairs that are counted."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from otmdr_jax import metrics
+from tests.test_metrics import predictions, settings
+
+
+def with_ties(probs):
+    """Coarser probabilities, of which many are equal."""
+    probs = np.round(probs * 12) + 1
+    return probs / probs.sum(axis=1, keepdims=True)
+
+
+@st.composite
+def scored(draw):
+    """Scores with ties and both kinds of examples."""
+    n = draw(st.integers(2, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    positive = rng.random(n) < 0.4
+    positive[:2] = [True, False]
+    return rng.integers(0, draw(st.integers(1, 100)), n) / 100, positive
+
+
+@settings
+@hypothesis.given(scored())
+def test_detection_is_scikit_learns(case):
+    scores, positive = case
+    auroc = sk.roc_auc_score(positive, scores)
+    np.testing.assert_allclose(metrics.auroc(scores, positive), auroc, atol=1e-12)
+    precision = sk.average_precision_score(positive, scores)
+    np.testing.assert_allclose(metrics.average_precision(scores, positive), precision)
+    fpr, tpr, _ = sk.roc_curve(positive, scores, drop_intermediate=False)
+    for rate in (0.3, 0.95, 1.0):
+        want = fpr[np.argmax(tpr >= rate - 1e-12)]
+        np.testing.assert_allclose(metrics.fpr_at_tpr(scores, positive, rate), want)
+
+
+def test_auroc_is_the_fraction_of_pairs_in_order():
+    scores, positive = [0.1, 0.4, 0.4, 0.35, 0.8], [False, True, False, False, True]
+    # (0.4 > 0.1, 0.4 = 0.4, 0.4 > 0.35) and all three below 0.8
+    assert metrics.auroc(scores, positive) == (2.5 + 3) / 6
+
+
+def test_misclassification_is_detected_by_confidence():
+    probs, labels = predictions(0, 400, 5, 3.0)
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    got = metrics.misclassification_auroc(probs, labels)
+    np.testing.assert_allclose(got, sk.roc_auc_score(right, confidence), rtol=1e-12)
+    assert 0.55 < got < 0.95  # it tells which way round
+    got = metrics.misclassification_aupr(probs, labels)
+    want = sk.average_precision_score(~right, -confidence)
+    np.testing.assert_allclose(got, want)
+    fpr, tpr, _ = sk.roc_curve(right, confidence, drop_intermediate=False)
+    want = fpr[np.argmax(tpr >= 0.95)]
+    np.testing.assert_allclose(metrics.misclassification_fpr95(probs, labels), want)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 8])
+def test_one_vs_rest_is_scikit_learns(classes):
+    probs, labels = predictions(1, 300, classes, 3.0)
+    probs = with_ties(probs)
+    want = np.mean([sk.roc_auc_score(labels == c, probs[:, c]) for c in range(classes)])
+    np.testing.assert_allclose(metrics.ovr_auroc(probs, labels), want, rtol=1e-12)
+    if classes > 2:
+        want = sk.roc_auc_score(labels, probs, multi_class="ovr")
+        np.testing.assert_allclose(metrics.ovr_auroc(probs, labels), want, rtol=1e-12)
+
+
+def test_a_class_without_examples_does_not_count():
+    probs, labels = predictions(2, 200, 4)
+    probs, labels = probs[labels != 3], labels[labels != 3]
+    want = np.mean([sk.roc_auc_score(labels == c, probs[:, c]) for c in range(3)])
+    np.testing.assert_allclose(metrics.ovr_auroc(probs, labels), want, rtol=1e-12)
+
+
+def aac_loop(probs, labels, steps=10):
+    order = sorted(range(len(labels)), key=lambda i: probs[i].max())
+    hits = [int(probs[i].argmax() == labels[i]) for i in order]
+    points = [
+        sum(hits[i:]) / len(hits[i:]) for i in range(1, len(hits), len(hits) // steps)
+    ]
+    area = sum((a + b) / 2 for a, b in zip(points[:-1], points[1:], strict=True))
+    return 1 - area / steps
+
+
+@pytest.mark.parametrize("n", [10, 11, 19, 137, 1000, 1003])
+def test_aac_is_the_fields(n):
+    probs, labels = predictions(n, n, 3, 3.0)
+    want = aac_loop(probs, labels)
+    assert abs(metrics.aac(probs, labels) - want) < 1e-12
+    probs = with_ties(probs)  # in the order of the examples
+    assert abs(metrics.aac(probs, labels) - aac_loop(probs, labels)) < 1e-12
+    want = aac_loop(probs, labels, 5)
+    assert abs(metrics.aac(probs, labels, num_steps=5) - want) < 1e-12
+
+
+def test_risk_coverage_does_not_depend_on_the_order_of_equal_confidences():
+    """The mean over all orders of the tied ones."""
+    probs = np.array([[0.9, 0.1], [0.7, 0.3], [0.7, 0.3], [0.7, 0.3], [0.6, 0.4]])
+    labels = np.array([0, 1, 0, 0, 1])
+    curve = metrics.risk_coverage(probs, labels)
+    want = [0, (1 / 3) / 2, (2 / 3) / 3, 1 / 4, 2 / 5]
+    np.testing.assert_allclose(curve.risk, want, atol=1e-15)
+    np.testing.assert_allclose(curve.coverage, np.arange(1, 6) / 5)
+    np.testing.assert_allclose(metrics.aurc(probs, labels), np.mean(want))
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(5)
+        again = metrics.risk_coverage(probs[order], labels[order])
+        np.testing.assert_allclose(again.risk, want, atol=1e-15)
+
+
+def test_aurc_of_distinct_confidences():
+    probs, labels = predictions(3, 200, 4)
+    order = np.argsort(-probs.max(axis=1))
+    wrong = probs.argmax(axis=1)[order] != labels[order]
+    want = np.mean([wrong[:k].mean() for k in range(1, 201)])
+    np.testing.assert_allclose(metrics.aurc(probs, labels), want, rtol=1e-12)
+
+
+def test_aurc_of_the_best_order():
+    """What the docstring says: e + (1 - e) log(1 - e)."""
+    n, e = 20_000, 0.2
+    wrong = np.arange(n) >= n * (1 - e)
+    confidence = np.linspace(0.99, 0.51, n)
+    probs = np.stack([confidence, 1 - confidence], axis=1)
+    want = e + (1 - e) * np.log(1 - e)
+    np.testing.assert_allclose(metrics.aurc(probs, wrong.astype(int)), want, rtol=1e-3)
+
+
+def test_out_of_distribution_examples_are_less_certain():
+    rng = np.random.default_rng(0)
+    inside = np.stack([predictions(seed, 80, 4, 4.0)[0] for seed in range(3)])
+    outside = rng.dirichlet(np.ones(4), (3, 60))
+    truth = [0] * 80 + [1] * 60
+    for score, of_probs in (
+        ("confidence", lambda x: -x.mean(axis=0).max(axis=1)),
+        ("entropy", metrics.entropy),
+        ("mutual_information", metrics.mutual_information),
+    ):
+        scores = np.concatenate([of_probs(inside), of_probs(outside)])
+        want = sk.roc_auc_score(truth, scores)
+        got = metrics.ood_auroc(inside, outside, score)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+    with pytest.raises(ValueError, match="confidence, entropy, mutual_information"):
+        metrics.ood_auroc(inside, outside, "energy")
+
+
+RIGHT = np.array([[0.9, 0.1], [0.8, 0.2]])
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [1, 1]])
+def test_one_kind_alone_is_refused(labels):
+    right = 2 if labels == [0, 0] else 0
+    for name in ("auroc", "aupr", "fpr95"):
+        with pytest.raises(ValueError, match=f"needs both, but {right} of 2 are right"):
+            getattr(metrics, f"misclassification_{name}")(RIGHT, labels)
+    with pytest.raises(
+        ValueError, match=f"two classes, but all labels are {labels[0]}"
+    ):
+        metrics.ovr_auroc(RIGHT, labels)
+    found = metrics.summary(RIGHT, labels)
+    assert np.isnan([found["misclassification_fpr95"], found["ovr_auroc"]]).all()
+
+
+def test_bad_scores_are_refused():
+    for function in (metrics.auroc, metrics.average_precision, metrics.fpr_at_tpr):
+        with pytest.raises(ValueError, match="0 of 2 examples are positive"):
+            function([0.1, 0.2], [False, False])
+        with pytest.raises(ValueError, match="got NaN"):
+            function([0.1, np.nan], [False, True])
+        with pytest.raises(ValueError, match=r"\(N,\), got \(2,\) and \(3,\)"):
+            function([0.1, 0.2], [False, True, True])
+        with pytest.raises(TypeError, match="bools, got dtype int64"):
+            function([0.1, 0.2], [0, 1])
+    with pytest.raises(ValueError, match=r"\(0, 1\], got 0"):
+        metrics.fpr_at_tpr([0.1, 0.2], [False, True], 0.0)
+    with pytest.raises(ValueError, match="num_steps = 10 for N = 2"):
+        metrics.aac(RIGHT, [0, 1])
