@@ -125,7 +125,7 @@ def variances(epochs, draws, batches):
 
             keys = jax.random.split(jax.random.key(0), draws)
             gradients = np.stack([np.asarray(flat(key), np.float64) for key in keys])
-            found[estimator][size] = float(gradients.var(axis=0, ddof=1).sum())
+            found[estimator][str(size)] = float(gradients.var(axis=0, ddof=1).sum())
     return found
 
 

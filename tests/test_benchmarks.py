@@ -114,6 +114,27 @@ def test_ensemble_in_its_smoke_form(tmp_path):
     assert "| 2 | scan |" in out
 
 
+def test_bnn_in_its_smoke_form(tmp_path):
+    file = tmp_path / "b.json"
+    out = run("bnn.py", "--smoke", "--json", str(file))
+    record = json.loads(file.read_text())
+    results = record["results"]
+    assert results["SGVB"]["ratio_to_sgvb"] == 1.0
+    assert [x["gradients"] for x in results.values()] == [1, 2.5, 2, 2, 4.5, 2, 2]
+    assert all(x["peak_mib"] > 0 and x["n"] == 1 for x in results.values())
+    assert set(record["variance"]) == {"weights", "local", "flipout"}
+    assert all(of["8"] > 0 for of in record["variance"].values())
+    assert "| SGVB, flipout |" in out and "| flipout |" in out
+
+
+def test_bnn_digits_in_its_smoke_form(tmp_path):
+    file = tmp_path / "d.json"
+    out = run("bnn_digits.py", "--smoke", "--json", str(file))
+    (row,) = json.loads(file.read_text())["results"]
+    assert row["method"] == "SGVB" and row["n"] == 1 and row["epistemic"]["mean"] > 0
+    assert "| 0.1 | SGVB | 1 |" in out
+
+
 def test_cpu_alternatives_in_their_smoke_form(tmp_path):
     """Every formula is right, and what runs is timed."""
     file = tmp_path / "c.json"

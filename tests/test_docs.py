@@ -417,6 +417,24 @@ def test_ensembles_page_shows_the_committed_measurement(monkeypatch):
     assert benchmark.table(record) in shown("ensembles.md", "ensemble")
 
 
+def test_bayesian_page_shows_the_committed_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bnn as steps
+    import bnn_digits
+
+    record = json.loads((RESULTS / "bnn_cpu.json").read_text())
+    assert steps.table(record) in shown("bayesian.md", "bnn")
+    assert steps.variance_table(record["variance"]) in shown(
+        "bayesian.md", "bnn variance"
+    )
+    assert record["model"] == "wide_resnet_16_2" and record["batch_size"] == 32
+    digits = json.loads((RESULTS / "bnn_digits.json").read_text())
+    assert bnn_digits.table(digits["results"]) in shown("bayesian.md", "bnn digits")
+    config = digits["config"]
+    assert (config["epochs"], config["learning_rate"]) == (28, 0.03)
+    assert (config["prior_std"], config["posterior_std"]) == (0.1, 0.02)
+
+
 def test_metrics_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import metrics as benchmark

@@ -1,5 +1,6 @@
 """The shipped examples, run as a user runs them, shrunk by their own options."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -76,6 +77,51 @@ def test_the_papers_ensembles_are_in_the_zoo(monkeypatch):
         assert config.rho == (0.05, 0.1) and config.epochs == 200
     joint = config_lib.preset("released-ensemble-cifar10")
     assert joint.member_names == ("resnet_10",) * 5 and joint.merge == "sum"
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--released", "--num-particles", "2"], ["--method", "sgvb"]],
+    ids=["paper", "released", "sgvb"],
+)  # fmt: skip
+def test_cifar_bnn_in_its_smoke_form(options, tmp_path):
+    out = run("cifar_bnn.py", "--smoke", *options, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    config = json.loads((folder / "config.json").read_text())
+    released = "--released" in options
+    assert config["posterior_norm"] == ("joint" if released else "per_leaf")
+    assert config["posterior_init"] == ("released" if released else "model")
+    assert config["method"] == ("sgvb" if "sgvb" in options else "otmdr-bnn")
+    assert (config["kl_weight"], config["optimizer"]) == (5e-6, "adam")
+    assert '"epistemic"' in out and f"Run: {folder.relative_to(tmp_path)}" in out
+
+
+def test_the_papers_bayesian_networks_are_in_the_zoo(monkeypatch):
+    """The settings that --smoke does not run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import cifar_bnn
+
+    for model in ("resnet_10", "resnet_18"):
+        for method, released in (
+            ("sgvb", False),
+            ("otmdr-bnn", False),
+            ("otmdr-bnn", True),
+        ):
+            options = argparse.Namespace(
+                method=method, released=released, data="cifar100", model=model,
+                num_particles=1, data_dir=None, dtype="bfloat16", seed=0,
+            )  # fmt: skip
+            config = cifar_bnn.configuration(options)
+            building.check_models(config)
+            assert building.method_options(config) is not None
+            assert config.model == model and config.epochs == 100
+
+
+def test_bnn_regression_covers_its_points(tmp_path):
+    out = run("bnn_regression.py", "--steps", "2000", cwd=tmp_path)
+    assert (tmp_path / "bnn_regression.png").stat().st_size > 10_000
+    for name in ("SGVB", "OT-MDR"):
+        objective = float(re.search(rf"{name}.*: objective ([-\d.]+)", out)[1])
+        assert objective < 20  # from 60 nats an example
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
