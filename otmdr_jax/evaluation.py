@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otmdr_jax import bnn, centers, diversity, landscape, metrics, parallel
+from otmdr_jax import centers, diversity, landscape, metrics, parallel
 from otmdr_jax import data as data_lib
 from otmdr_jax import members as members_lib
 from otmdr_jax.config import TrainConfig
@@ -31,7 +31,7 @@ class Evaluation(NamedTuple):
       metrics: Metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
         split; NaN if a prediction is. Of an ensemble also those of
         :func:`otmdr_jax.diversity.evaluate`, of samples of a posterior "aleatoric" and
-        "epistemic", means in nats: see :func:`otmdr_jax.bnn.uncertainty`.
+        "epistemic", means in nats: see :func:`otmdr_jax.metrics.mutual_information`.
       log_probs: (N, C) log-probabilities: the mean over samples, in log space.
       member_log_probs: (M, N, C) of an ensemble's members, None of a single model.
       members: Metrics of each member, None of a single model.
@@ -221,11 +221,12 @@ def _uncertainty(samples):
     """Its two kinds, where there is more than one sample: means over the set."""
     if len(samples) < 2:
         return {}
-    found = bnn.uncertainty(samples)
-    return {
-        "aleatoric": float(np.mean(found.aleatoric)),
-        "epistemic": float(np.mean(found.epistemic)),
-    }
+    if np.isnan(samples).any():
+        return dict.fromkeys(("aleatoric", "epistemic"), float("nan"))
+    probs = np.exp(samples)
+    epistemic = np.mean(metrics.mutual_information(probs))
+    aleatoric = np.mean(metrics.entropy(probs)) - epistemic
+    return {"aleatoric": float(aleatoric), "epistemic": float(epistemic)}
 
 
 def _mean(samples):

@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from otmdr_jax import bnn, models
+from otmdr_jax import bnn, metrics, models
 from otmdr_jax.bnn import divergence, posterior
 
 positive = st.floats(0.01, 10.0)
@@ -293,6 +293,16 @@ def test_uncertainty_is_that_of_loops(key):
             for row in p
         ]
         assert_allclose(found.epistemic[n], np.mean(kls), rtol=1e-4, atol=1e-6)
+
+
+def test_uncertainty_is_that_of_metrics(key):
+    """On the device here, on the host in float64 there: two codes, one formula."""
+    log_probs = jax.nn.log_softmax(3 * jax.random.normal(key, (7, 20, 5)))
+    found = bnn.uncertainty(log_probs)
+    probs = np.exp(np.asarray(log_probs, np.float64))
+    assert_allclose(found.total, metrics.entropy(probs), rtol=1e-5)
+    want = metrics.mutual_information(probs)
+    assert_allclose(found.epistemic, want, rtol=1e-4, atol=1e-6)
 
 
 def test_likelihood_of_predictions_is_in_log_space():
