@@ -40,6 +40,14 @@ ONE = dataclasses.replace(TINY, epochs=1, prediction="mean")
 METHODS = methods.BAYESIAN
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Small networks compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def small():
     """320 digits, 100 to test on: seconds a run."""
