@@ -116,7 +116,9 @@ def variances(epochs, draws, batches):
                 )
                 return methods.cross_entropy(logits, batch[1])
 
-            grad_fn = bnn.sgvb(loss_fn, num_data=1, kl_weight=0.0, estimator=estimator)
+            grad_fn = bnn.sgvb(
+                loss_fn, num_data=1_437, kl_weight=0.0, estimator=estimator
+            )
 
             @jax.jit
             def flat(key, grad_fn=grad_fn, batch=batch):

@@ -151,9 +151,12 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     mine = _OPTIONS[config.method]
     set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
     if foreign := [name for name in set_ if name not in mine]:
+        hint = ""
+        if "norm" in foreign and "posterior_norm" in mine:
+            hint = " Its norm is posterior_norm."
         raise ValueError(
             f"{config.method} has no option {', '.join(foreign)}"
-            + f"; it has {', '.join(mine)}."
+            + f"; it has {', '.join(mine)}.{hint}"
         )
     if config.num_particles > 1 and config.split in ("ordered", "shared"):
         if not config.noise_std:
@@ -184,6 +187,11 @@ def _check_posterior(config):
         raise ValueError(
             f"prior_std={config.prior_std} is that of the normal prior; the "
             f"{config.prior} prior has none."
+        )
+    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
+        raise ValueError(
+            f"num_samples={config.num_samples} with prediction='mean', which has no "
+            "samples: leave one of them out."
         )
     if config.kl_schedule != "warmup" and config.kl_warmup_epochs != 0:
         raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")

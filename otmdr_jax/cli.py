@@ -258,6 +258,7 @@ def _train(options: Train) -> None:
 def evaluate(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
     from otmdr_jax import (
+        bnn,
         building,
         checkpoint,
         combine,
@@ -275,6 +276,8 @@ def evaluate(options: Evaluate) -> None:
         for name in ("data_dir", "num_samples", "prediction")
         if getattr(options, name) is not None
     }
+    if given.get("prediction") == "mean" and "num_samples" not in given:
+        given["num_samples"] = bnn.NUM_SAMPLES  # the run's own number has no meaning
     config = dataclasses.replace(config, **given)
     building.method_options(config)  # before the data are read
     dataset = programs.load_data(config)
@@ -302,6 +305,7 @@ def evaluate(options: Evaluate) -> None:
     sharp = evaluation.sharpness(config, state, dataset, compiled, without=diverged)
     result = {
         "split": options.split,
+        "checkpoint": options.checkpoint,
         "steps": steps_taken(state),
         **found.metrics,
         "sharpness": sharp["sharpness"],
@@ -313,8 +317,13 @@ def evaluate(options: Evaluate) -> None:
         result["members"] = evaluation.member_rows(
             config, state, found, sharp, restored.meta
         )
+    how = ""
     if posterior := evaluation.posterior_record(compiled, state):
         result["posterior"] = posterior
+        samples = config.prediction == "samples"
+        how = f", {config.num_samples} samples" if samples else ", mean"
+        result["prediction"] = config.prediction
+        result["num_samples"] = config.num_samples if samples else None
     labels = getattr(dataset, options.split).labels
     runs.write_json(folder / "evaluation.json", result)
     latest = options.split == "test" and options.checkpoint == "latest"
@@ -329,7 +338,7 @@ def evaluate(options: Evaluate) -> None:
     run = report.Run(
         folder, label, dataclasses.asdict(config), result, [], found.log_probs, labels
     )
-    title = f"{folder}, step {result['steps']}, {options.split} set"
+    title = f"{folder}, step {result['steps']}, {options.split} set{how}"
     _print_tables(run, title)
     written = [folder / "evaluation.json", folder / "reliability.png"]
     report.plot_reliability([run], folder / "reliability.png")

@@ -87,9 +87,10 @@ class TrainConfig:
     """Noise per coordinate after each ascent step. 0 in the released code; 0.01 in the
     paper (appendix B.1)."""
     split: Literal["random", "ordered", "shared"] | None = None
-    """How the ascent steps share the batch. Default: random for otmdr."""
+    """How the ascent steps share the batch. Default: random for otmdr, otmdr-bnn."""
     norm: Literal["global", "per_leaf"] = "global"
-    """One gradient norm over all parameters, or one for each array."""
+    """One gradient norm over all parameters, or one for each array. That of otmdr-bnn
+    is posterior_norm."""
     merge: Literal["sum", "mean"] | None = None
     """The released code's merged second direction. Default: none, as in the paper."""
     sum_particles: bool = False
@@ -114,7 +115,7 @@ class TrainConfig:
     """Prior of the weights: normal, Blundell's scale mixture (1 and e^-6, half each),
     or normals that are fitted to each array (empirical Bayes)."""
     prior_std: float = 0.1
-    """Standard deviation of the normal prior (released code)."""
+    """Standard deviation of the normal prior; 0.1 in the OT-MDR authors' code."""
     kl_weight: float = 1.0
     """Weight of KL / N beside the mean log-likelihood: 1 is the evidence bound, less a
     cold posterior; 5e-6 in the released code."""
@@ -136,7 +137,7 @@ class TrainConfig:
     """How often a step of otmdr-bnn draws the weights' noise: once (the paper), or at
     each ascent step (released code)."""
     num_samples: int = 30
-    """Samples of the posterior in a prediction (released code)."""
+    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code."""
     prediction: Literal["samples", "mean"] = "samples"
     """Predict with samples of the posterior, or with its mean alone."""
 

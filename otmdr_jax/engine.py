@@ -93,6 +93,7 @@ def build(
       arguments of the loss in that pass.
     """
     roles = Roles() if roles is None else roles
+    default_rho = rho
     gradient_of = jax.value_and_grad(checked(loss_fn, options.has_aux), has_aux=True)
     data_axes = collectives.axes_of(options.axis_name)
     particle_axes = collectives.axes_of(options.particle_axis_name)
@@ -224,7 +225,6 @@ def build(
         )
         return RobustGradient(value, aux, grads, diagnostics)
 
-    default_rho = rho
     return compute
 
 

@@ -313,6 +313,14 @@ def test_likelihood_of_predictions_is_in_log_space():
     assert all(np.all(np.isfinite(x)) for x in found)
 
 
+def test_uncertainty_of_logits_is_refused(key):
+    logits = jax.random.normal(key, (3, 4, 5))
+    with pytest.raises(ValueError, match="log_softmax to logits"):
+        bnn.uncertainty(logits)
+    with pytest.raises(ValueError, match="shape"):
+        bnn.uncertainty(jnp.zeros(3))
+
+
 @hypothesis.given(st.integers(0, 2**31 - 1), st.integers(1, 8))
 @hypothesis.settings(deadline=None, max_examples=20)
 def test_epistemic_uncertainty_lies_between_zero_and_log_samples(seed, samples):
@@ -339,8 +347,15 @@ def test_sigma_of_another_structure():
 def test_a_mask_must_select_something():
     with pytest.raises(ValueError, match="selects nothing"):
         bnn.init({"w": jnp.ones((2, 2))}, mask={"w": False})
+    with pytest.raises(ValueError, match="selects nothing"):
+        bnn.init({"w": jnp.ones((2, 2))}, mask=False)
     with pytest.raises(ValueError, match="selects nothing.*mask=True"):
         bnn.init({"scale": jnp.ones(2), "bias": jnp.ones(2)})
+
+
+def test_what_is_a_posterior_already():
+    with pytest.raises(TypeError, match="bnn.mean"):
+        bnn.init(bnn.init(jnp.ones((2, 2))))
 
 
 def test_a_mask_of_another_structure():
@@ -400,6 +415,7 @@ def test_samples_need_a_key():
         (lambda: bnn.ScaleMixture(weight=1.0), "weight must lie"),
         (lambda: bnn.FittedNormal("layer"), "per must be"),
         (lambda: bnn.blundell(0), "num_batches"),
+        (lambda: bnn.warmup(0), "num_steps"),
         (lambda: bnn.convert_beta(1.0, "batch", num_data=9), "needs batch_size"),
         (lambda: bnn.convert_beta(1.0, "epoch", num_data=9), "scale must be"),
         (lambda: bnn.kl(one(0.0, 1.0), key=jax.random.key(0), num_samples=0), "num_s"),

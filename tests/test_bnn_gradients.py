@@ -626,6 +626,25 @@ def test_options_that_cannot_work(options, error, message):
         bnn.value_and_grad(toy.regression, num_data=N, **options)
 
 
+@pytest.mark.parametrize("build", [bnn.value_and_grad, bnn.sgvb])
+def test_arguments_of_a_call_that_cannot_work(problem, key, build):
+    q, data = problem
+    grad_fn = build(toy.regression, num_data=N)
+    with pytest.raises(TypeError, match="call a schedule"):
+        grad_fn(q, data, key=key, kl_weight=bnn.warmup(3))
+    with pytest.raises(ValueError, match="kl_weight must be"):
+        grad_fn(q, data, key=key, kl_weight=-1.0)
+    with pytest.raises(ValueError, match="num_data=5 is less than a batch of 12"):
+        build(toy.regression, num_data=5)(q, data, key=key)
+
+
+def test_an_option_of_the_other_method():
+    with pytest.raises(TypeError, match="unknown options rho; there are .*estimator"):
+        bnn.sgvb(toy.regression, num_data=N, rho=0.1)
+    with pytest.raises(TypeError, match="unknown options estimator; .*sigma_gradient"):
+        bnn.value_and_grad(toy.regression, num_data=N, estimator="local")
+
+
 def test_an_unknown_estimator():
     with pytest.raises(ValueError, match="estimator must be one of.*flipout"):
         bnn.sgvb(toy.regression, num_data=N, estimator="reinforce")

@@ -165,7 +165,7 @@ def test_inputs_of_zero_have_a_gradient(estimator, key):
     def loss(w, batch):
         return jnp.mean((batch @ w) ** 2)
 
-    _, grads = bnn.sgvb(loss, num_data=10, estimator=estimator)(
+    _, grads = bnn.sgvb(loss, num_data=1_000, estimator=estimator)(
         q, jnp.zeros((4, 3)), key=key
     )
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
@@ -223,7 +223,7 @@ def test_variance_of_gradients_is_that_of_the_closed_form(estimator):
     def loss(w, batch):
         return jnp.mean((batch @ w) ** 2)
 
-    grad_fn = bnn.sgvb(loss, num_data=9, kl_weight=0.0, estimator=estimator)
+    grad_fn = bnn.sgvb(loss, num_data=999, kl_weight=0.0, estimator=estimator)
     q = bnn.init(jnp.ones((4, 1)), jnp.float32(sigma))
     keys = jax.random.split(jax.random.key(0), DRAWS)
     found = jax.vmap(lambda k: grad_fn(q, jnp.float32(x), key=k)[1].mean)(keys)
@@ -253,7 +253,11 @@ def test_microbatches_have_noise_of_their_own(estimator, key):
 
     def gradient(size):
         grad_fn = bnn.sgvb(
-            loss, num_data=10, estimator=estimator, has_aux=True, microbatch_size=size
+            loss,
+            num_data=1_000,
+            estimator=estimator,
+            has_aux=True,
+            microbatch_size=size,
         )
         keys = jax.random.split(key, 500)
         aux = jax.vmap(lambda k: grad_fn(q, jnp.ones((8, 3)), key=k)[0][1])(keys)

@@ -36,7 +36,7 @@ TINY = TrainConfig(
     log_every=2, seed=3, optimizer="adam", learning_rate=0.01, schedule="plateau",
     num_samples=5, posterior_std=0.02,
 )  # fmt: skip
-ONE = dataclasses.replace(TINY, epochs=1, prediction="mean")
+ONE = dataclasses.replace(TINY, epochs=1, prediction="mean", num_samples=30)
 METHODS = methods.BAYESIAN
 
 
@@ -313,7 +313,7 @@ class TestRuns:
         mesh = "data=2,particle=2"
         chosen = dataclasses.replace(
             TINY, mesh=mesh, split="shared", epochs=1, num_particles=2,
-            sync_batchnorm=True, prediction="mean", log_every=1,
+            sync_batchnorm=True, prediction="mean", num_samples=30, log_every=1,
         )  # fmt: skip
         got = training.train(chosen, small, show_progress=False)
         one = dataclasses.replace(chosen, mesh="data=1", sync_batchnorm=False)
@@ -379,7 +379,13 @@ class TestCommandLine:
         assert (runs / "sgvb" / "signal_to_noise.png").stat().st_size > 10_000
         found = json.loads((runs / "sgvb" / "evaluation.json").read_text())
         assert len(found["posterior"]["snr_counts"]) == 60
+        assert (found["prediction"], found["num_samples"]) == ("samples", 2)
+        with pytest.raises(SystemExit):  # the run has a number of its own
+            cli.main(["evaluate", str(runs / "sgvb"), "--prediction", "mean",
+                      "--num-samples", "3"])  # fmt: skip
+        assert "leave one of them out" in capsys.readouterr().err
         cli.main(["evaluate", str(runs / "sgvb"), "--prediction", "mean"])
+        assert "mean" in capsys.readouterr().out
         at_mean = json.loads((runs / "sgvb" / "evaluation.json").read_text())
         assert at_mean["nll"] != found["nll"] and "epistemic" not in at_mean
         assert (runs / "sgvb" / "result.json").read_bytes() == before
@@ -486,12 +492,13 @@ class TestPresets:
     [
         (dict(method="sgvb", rho=(0.1,)), "sgvb has no option rho"),
         (dict(method="otmdr-bnn", estimator="local"), "has no option estimator"),
-        (dict(method="otmdr-bnn", norm="per_leaf"), "has no option norm"),
+        (dict(method="otmdr-bnn", norm="per_leaf"), "norm is posterior_norm"),
         (dict(method="otmdr", prior_std=0.2), "otmdr has no option prior_std"),
         (dict(method="sgd", num_samples=5), "sgd has no option num_samples"),
         (dict(method="sgvb", members="2", ensemble="joint"), "joint ensemble"),
         (dict(method="sgvb", dtype="float16", estimator="local"), "float16"),
         (dict(method="sgvb", prior="fitted", prior_std=0.2), "has none"),
+        (dict(method="sgvb", prediction="mean", num_samples=9), "leave one of them"),
         (dict(method="sgvb", kl_schedule="warmup"), "needs kl_warmup_epochs"),
         (dict(method="sgvb", kl_warmup_epochs=1.0), "needs --kl-schedule"),
         (dict(method="otmdr-bnn", num_particles=2, split="shared"), "equal particles"),
@@ -521,7 +528,7 @@ def test_bad_numbers_and_words(options, message):
 
 def test_devices_of_a_data_axis_hold_the_same_posterior(small):
     """After a run on four devices every device's copy has the same bits."""
-    chosen = dataclasses.replace(TINY, mesh="data=4", epochs=1, prediction="mean")
+    chosen = dataclasses.replace(ONE, mesh="data=4")
     state = training.train(chosen, small, show_progress=False).state
     for leaf in jax.tree.leaves(state.params):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]

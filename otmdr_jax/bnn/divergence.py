@@ -168,4 +168,6 @@ def warmup(num_steps: int, weight: float = 1.0) -> Callable[[Any], jax.Array]:
     Reference: Sonderby et al., `Ladder Variational Autoencoders
     <https://arxiv.org/abs/1602.02282>`_, NIPS 2016.
     """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps!r}.")
     return optax.linear_schedule(0.0, weight, num_steps)

@@ -17,6 +17,7 @@ point estimates are weights that do not.
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -123,6 +124,8 @@ def sgvb(
       Kingma & Welling, `Auto-Encoding Variational Bayes
       <https://arxiv.org/abs/1312.6114>`_, ICLR 2014; Blundell et al., 2015.
     """
+    known = _own_options(sgvb_gradient)
+    _refuse(set(options) - known, known)
     return _plain_face(sgvb_gradient(loss_fn, **options), options)
 
 
@@ -205,7 +208,8 @@ def robust_gradient(
         if weight_noise == "each_step":
             for s in range(1, steps):
                 kappas[s] = posterior.noise(q, jax.random.fold_in(noise_key, s))
-        weight = default if kl_weight is None else kl_weight
+        _check_size(batch, num_data)
+        weight = default if kl_weight is None else _check_weight(kl_weight)
 
         def by_pass(taken):
             kappa = kappas[min(taken, steps - 1)]
@@ -267,7 +271,8 @@ def sgvb_gradient(
 
     def fn(q, batch, *args, key=None, kl_weight=None, **kwargs):
         noise_key, local_key = _two_keys(q, key)
-        weight = default if kl_weight is None else kl_weight
+        _check_size(batch, num_data)
+        weight = default if kl_weight is None else _check_weight(kl_weight)
         own: dict[str, Any] = {"weight": weight}
         if estimator == "weights":
             own["kappa"] = posterior.noise(q, noise_key)
@@ -340,8 +345,8 @@ def _two_keys(q, key):
     posterior.check(q)
     if key is None:
         raise ValueError(
-            "the weight noise kappa is random: pass key=jax.random.key(...), a fresh "
-            "one each step."
+            "the weight noise kappa is random: pass key=jax.random.key(...) by name, a "
+            "fresh one each step."
         )
     return jax.random.split(key)
 
@@ -366,16 +371,25 @@ def _means_and_scales(q):
 
 def _check_options(options):
     known = {field.name for field in dataclasses.fields(Options)}
-    if unknown := sorted(set(options) - known):
+    _refuse(set(options) - known, known | _own_options(robust_gradient))
+
+
+def _own_options(function):
+    return {p.name for p in inspect.signature(function).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY}  # fmt: skip
+
+
+def _refuse(unknown, known):
+    if unknown:
         raise TypeError(
-            f"unknown options {', '.join(unknown)}; there are those of "
-            "bnn.robust_gradient and otmdr_jax.value_and_grad."
+            f"unknown options {', '.join(sorted(unknown))}; "
+            f"there are {', '.join(sorted(known))}."
         )
 
 
 def _check_weight(weight):
     if isinstance(weight, jax.core.Tracer):
-        return
+        return weight
     if callable(weight):
         raise TypeError(
             "kl_weight must be a number: call a schedule with the step and pass its "
@@ -383,3 +397,13 @@ def _check_weight(weight):
         )
     if not math.isfinite(float(weight)) or float(weight) < 0:
         raise ValueError(f"kl_weight must be finite and not negative, got {weight!r}.")
+    return weight
+
+
+def _check_size(batch, num_data):
+    size = engine.batch_size(batch)
+    if size > num_data:
+        raise ValueError(
+            f"num_data={num_data} is less than a batch of {size}: it is the number of "
+            "examples in the training set, not of batches."
+        )

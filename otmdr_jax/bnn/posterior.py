@@ -69,8 +69,14 @@ def init(params: PyTree, sigma: Any = SIGMA, mask: Any = None) -> MeanField:
       >>> q.point["dense"]["kernel"], q.point["norm"]["scale"].tolist()
       (None, [1.0, 1.0])
     """
-    if mask is True:
-        mask = jax.tree.map(lambda _: True, params)
+    if isinstance(params, MeanField):
+        raise TypeError(
+            "init takes the parameters of a model, got a posterior: take its mean with "
+            "bnn.mean(q) first."
+        )
+    if isinstance(mask, bool):
+        everywhere = mask
+        mask = jax.tree.map(lambda _: everywhere, params)
     named = resolve_mask(weights_and_biases if mask is None else mask, params)
     if not any(jax.tree.leaves(named)):
         raise ValueError(
@@ -247,8 +253,10 @@ def check(q: Any) -> MeanField:
             "expected a posterior, a MeanField as bnn.init(params) returns it, got "
             f"{type(q).__name__}."
         )
-    shapes = [jax.tree.map(jnp.shape, part) for part in (q.mean, q.raw_scale)]
-    if shapes[0] != shapes[1] or not jax.tree.leaves(q.mean):
+    parts = q.mean, q.raw_scale
+    shapes = [[jnp.shape(leaf) for leaf in jax.tree.leaves(part)] for part in parts]
+    alike: Any = [jax.tree.structure(part) for part in parts]
+    if alike[0] != alike[1] or shapes[0] != shapes[1] or not shapes[0]:
         raise ValueError(
             "mean and raw_scale of a posterior must have the same leaves and shapes, "
             f"at least one, got\n  mean:      {shapes[0]}\n  raw_scale: {shapes[1]}"

@@ -100,11 +100,15 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
     """Splits the uncertainty of a prediction into its two kinds.
 
     Args:
-      log_probs: (S, ..., C) log-probabilities of S samples.
+      log_probs: (S, ..., C) log-probabilities of S samples; not logits.
 
     Returns:
       An :class:`Uncertainty` of arrays (...). The epistemic part is never negative and
       at most log S.
+
+    Raises:
+      ValueError: No axis of samples; values that are no log-probabilities (checked
+        outside of `jax.jit` alone).
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,6 +120,20 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
     Reference: Depeweg et al., `Decomposition of Uncertainty in Bayesian Deep Learning
     <https://arxiv.org/abs/1710.07283>`_, ICML 2018.
     """
+    if jnp.ndim(log_probs) < 2:
+        raise ValueError(
+            "log_probs must be of shape (samples, ..., classes), got "
+            f"{jnp.shape(log_probs)}."
+        )
+    sums = jax.nn.logsumexp(log_probs, axis=-1)
+    if not isinstance(sums, jax.core.Tracer):
+        worst = float(jnp.max(jnp.abs(sums)))  # NaN is not refused: it shows
+        if worst > 1e-2:
+            raise ValueError(
+                "log_probs must be logarithms of probabilities that sum to 1 over the "
+                f"last axis; one sums to exp({worst:.3g}) or exp(-{worst:.3g}). Apply "
+                "jax.nn.log_softmax to logits."
+            )
     total = _entropy(log_mean_probs(log_probs))
     aleatoric = jnp.mean(_entropy(log_probs), axis=0)
     return Uncertainty(total, aleatoric, jnp.maximum(total - aleatoric, 0.0))

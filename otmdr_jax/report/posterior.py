@@ -71,7 +71,9 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     left.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
     left.set_ylim(bottom=0.0)
     left.set_title("Weights (% in bins of 2 dB)", fontsize=plots.LARGE)
-    left.set_xlabel("Signal-to-noise ratio |μ| / σ (dB)", fontsize=plots.LARGE)
+    left.set_xlabel(
+        "Signal-to-noise ratio |μ| / σ (dB); ends: and beyond", fontsize=plots.LARGE
+    )
     right.set_title("Mean ratio of a layer (dB)", fontsize=plots.LARGE)
     if len(every) <= _MAX_NAMES:
         right.set_xticks(np.arange(len(every)) + 1, every, rotation=30, ha="right")
