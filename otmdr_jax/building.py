@@ -39,7 +39,7 @@ def methods_of(
             smoothing=config.smoothing,
             loss_scaling=config.dtype == "float16",
             **method_options(config),
-            **_posterior_options(config, num_train, steps_per_epoch),
+            **_posterior_options(config, num_train, total_steps, steps_per_epoch),
             **_axis_names(mesh),
         )
         if isinstance(network, members.JointModel):
@@ -130,7 +130,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "microbatch_size": "microbatch_size", "estimator": "estimator", **_POSTERIOR
     },
     "otmdr-bnn": {
-        **{n: n for n in _ROBUST if n not in ("norm", "sum_particles")},
+        **{n: n for n in _ROBUST if n != "norm"},
         **_OTMDR_BNN,
         **_POSTERIOR,
     },
@@ -201,7 +201,7 @@ def _check_posterior(config):
         )
 
 
-def _posterior_options(config, num_train, steps_per_epoch):
+def _posterior_options(config, num_train, total_steps, steps_per_epoch):
     """What a Bayesian method takes beside; nothing for others."""
     if config.method not in methods.BAYESIAN:
         return {}
@@ -214,7 +214,13 @@ def _posterior_options(config, num_train, steps_per_epoch):
     if config.kl_schedule == "blundell":
         weight = bnn.blundell(steps_per_epoch, weight)
     elif config.kl_schedule == "warmup":
-        weight = bnn.warmup(round(config.kl_warmup_epochs * steps_per_epoch), weight)
+        steps = round(config.kl_warmup_epochs * steps_per_epoch)
+        if not 1 <= steps < total_steps:
+            raise ValueError(
+                f"kl_warmup_epochs={config.kl_warmup_epochs} is {steps} steps of a run "
+                f"of {total_steps}: it must be at least one and less than all."
+            )
+        weight = bnn.warmup(steps, weight)
     return {
         "num_data": num_train,
         "sigma": config.posterior_std,

@@ -318,7 +318,8 @@ def evaluate(options: Evaluate) -> None:
             config, state, found, sharp, restored.meta
         )
     how = ""
-    if posterior := evaluation.posterior_record(compiled, state):
+    diverged = tuple(restored.meta.get("diverged", ()))
+    if posterior := evaluation.posterior_record(compiled, state, diverged):
         result["posterior"] = posterior
         samples = config.prediction == "samples"
         how = f", {config.num_samples} samples" if samples else ", mean"

@@ -342,6 +342,8 @@ def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig
         learning_rate=1e-3,
         schedule="plateau",
         weight_decay=0.0,
+        # Adam's 1e-8 beside the gradient of the sum over 50,000 examples.
+        adam_eps=1e-8 / 50_000,
     )
     options = bnn.preset(
         "released" if "released" in version else "paper", num_particles
@@ -353,6 +355,7 @@ def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig
         common |= dict(
             batch_size=1024, activation="softplus", posterior_init="released"
         )
+        common["sum_particles"] = num_particles > 1
     options["posterior_norm"] = options.pop("norm")
     return TrainConfig(method="otmdr-bnn", **common, **options)
 

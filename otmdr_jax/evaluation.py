@@ -158,28 +158,37 @@ def sharpness(
     return result
 
 
-def posterior_record(programs: Programs, state: PyTree) -> dict[str, Any]:
+def posterior_record(
+    programs: Programs, state: PyTree, without: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """What is logged of a posterior; nothing where there is none.
 
     Args:
       programs: Compiled functions.
       state: The run's state.
+      without: Members that do not count, as they diverged.
 
     Returns:
       sigma and snr_db, for each layer the mean standard deviation and the mean
       signal-to-noise ratio in decibel; snr_counts, the histogram of the ratios, see
-      :class:`otmdr_jax.bnn.Summary`. Of an ensemble means, and sums, over members.
+      :class:`otmdr_jax.bnn.Summary`. Of an ensemble means, and sums, over members;
+      layers of members that differ are named by member, as "1/head/kernel".
     """
     if programs.posterior is None:
         return {}
     found = programs.posterior(state)
-    return {
-        name: {
-            layer: float(np.mean([getattr(one, name)[layer] for one in found]))
-            for layer in getattr(found[0], name)
-        }
-        for name in ("sigma", "snr_db")
-    } | {"snr_counts": np.sum([one.counts for one in found], axis=0).tolist()}
+    kept = [m for m in range(len(found)) if m not in without] or range(len(found))
+    alike = all(one.sigma.keys() == found[0].sigma.keys() for one in found)
+    record: dict[str, Any] = {}
+    for name in ("sigma", "snr_db"):
+        values: dict[str, list[float]] = {}
+        for m in kept:
+            for layer, value in getattr(found[m], name).items():
+                own = layer if alike else f"{m}/{layer}"
+                values.setdefault(own, []).append(float(value))
+        record[name] = {layer: float(np.mean(x)) for layer, x in values.items()}
+    counts = np.sum([found[m].counts for m in kept], axis=0)
+    return record | {"snr_counts": counts.tolist()}
 
 
 def member_rows(

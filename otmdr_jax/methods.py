@@ -147,10 +147,10 @@ def create(
     copies = options.get("num_particles", 1) if sum_particles and own else 1
 
     def init(key, example_images):
-        init_key, key = jax.random.split(key)
+        # A third key, that models of one weight vector have the keys they had.
+        init_key, key, center_key = jax.random.split(key, 3)
         params, model_state = model.init(init_key, example_images)
-        # A key of its own, of which the others do not depend.
-        params = center.init(jax.random.split(init_key, 3)[2], params)
+        params = center.init(center_key, params)
         # Three arrays, not one three times: the state is made to be donated.
         step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         opt_state = optimizer.init(params)

@@ -30,9 +30,7 @@ def schedule(
       state, see :func:`learning_rate`.
 
     Example:
-      >>> from otmdr_jax import centers
-    from otmdr_jax.config import TrainConfig
-    from otmdr_jax.methods import BAYESIAN
+      >>> from otmdr_jax.config import TrainConfig
       >>> lr = schedule(TrainConfig(schedule="step", learning_rate=1.0), 100, 10)
       >>> [round(float(lr(step)), 3) for step in (0, 29, 30, 60, 80)]
       [1.0, 1.0, 0.2, 0.04, 0.008]
@@ -87,11 +85,15 @@ def create(
         # A momentum of 0 would keep a trace for nothing.
         parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
     elif config.optimizer == "adam":
-        parts.append(optax.adam(rate, b1=config.momentum))
+        parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
     else:
         parts.append(
             optax.adamw(
-                rate, b1=config.momentum, weight_decay=config.weight_decay, mask=mask
+                rate,
+                b1=config.momentum,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                mask=mask,
             )
         )
     if config.schedule == "plateau":

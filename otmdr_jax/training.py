@@ -386,7 +386,8 @@ class Loop:
                 best = self.meta["best"]
                 if best is None or score > best["score"]:
                     self.meta["best"] = {"step": step, "score": score, **values}
-        record = posterior_record(self.programs, state)
+        without = tuple(self.meta["diverged"])
+        record = posterior_record(self.programs, state, without)
         if record and not self._is_logged("posterior", step):
             self._log({"step": step, "split": "posterior", **record})
         return score, found
@@ -559,7 +560,7 @@ def final_result(
     }
     if found.members is not None:
         result["members"] = member_rows(config, state, found, sharp, meta)
-    if record := posterior_record(programs, state):
+    if record := posterior_record(programs, state, tuple(meta.get("diverged", ()))):
         result["posterior"] = record
     return result
 

@@ -11,7 +11,9 @@ convolution meets a stochastic kernel W ~ N(M, S^2), the output is drawn instead
     \qquad\text{(flipout)}
 
 Each takes two products where one was. Stochastic leaves in any other place (biases,
-depthwise kernels on CPUs) are sampled once for the batch.
+depthwise kernels on CPUs, kernels that are indexed, masked or used in a loop) are
+sampled as weights: once for all examples of a micro-batch on a device. Where no product
+has noise of its own, there is an error.
 
 OT-MDR cannot use either: its ascent steps walk from *one* weight vector mu + sigma
 kappa, on several parts of the batch, and a perturbation of fixed length is one of that
@@ -81,10 +83,16 @@ def call(
     """
     leaves, treedef = jax.tree.flatten(posterior.mean(q))
 
-    def flat(leaves, args, kwargs):
+    # Flags and words stay what they are: the program may depend on them.
+    others, others_treedef = jax.tree.flatten((args, kwargs))
+    arrays = {i: x for i, x in enumerate(others) if hasattr(x, "dtype")}
+
+    def flat(leaves, arrays):
+        own = [arrays.get(i, x) for i, x in enumerate(others)]
+        args, kwargs = jax.tree.unflatten(others_treedef, own)
         return function(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
 
-    program, shape = jax.make_jaxpr(flat, return_shape=True)(leaves, args, kwargs)
+    program, shape = jax.make_jaxpr(flat, return_shape=True)(leaves, arrays)
     noisy = _Noisy(estimator, key)
     inputs: list[Any] = list(leaves)
     stds, kappas = posterior.std(q), posterior.noise(q, noisy.next_key())
@@ -93,8 +101,14 @@ def call(
         if stochastic:
             mean, std, kappa = map(next, parts)
             inputs[i] = _Gaussian(mean, std, std * kappa)
-    inputs += jax.tree.leaves((args, kwargs))
+    inputs += jax.tree.leaves(arrays)
     found = _run(program, inputs, noisy)
+    if not noisy.products:
+        raise ValueError(
+            f"estimator={estimator!r} found no dense layer or convolution that takes a "
+            "stochastic kernel as it is: nothing would have noise of its own. Use "
+            "estimator='weights'."
+        )
     return jax.tree.unflatten(jax.tree.structure(shape), map(_value, found))
 
 
@@ -117,6 +131,7 @@ class _Noisy:
 
     def __init__(self, estimator, key):
         self.estimator, self._key, self._count = estimator, key, 0
+        self.products = 0  # that had noise of their own
 
     def next_key(self):
         self._count += 1
@@ -133,6 +148,7 @@ class _Noisy:
             where examples cannot be told.
         """
         mean = multiply(x, kernel.mean)
+        self.products += 1
         if self.estimator == "local":
             variance = multiply(jnp.square(x), jnp.square(kernel.std))
             zeta = jax.random.normal(self.next_key(), mean.shape, mean.dtype)
@@ -174,6 +190,14 @@ def _evaluate(eqn, values, noisy):
         return _rematerialised(eqn, values, noisy)
     if name in _TRANSPARENT and len(values) == 1:
         return [values[0].map(lambda x: _bind(eqn, [x])[0])]
+    if (
+        name in ("mul", "div")
+        and stochastic == [True, False]
+        and not jnp.ndim(values[1])
+    ):
+        return [values[0].map(lambda x: _bind(eqn, [x, values[1]])[0])]
+    if name == "mul" and stochastic == [False, True] and not jnp.ndim(values[0]):
+        return [values[1].map(lambda x: _bind(eqn, [values[0], x])[0])]
     if name in _LAYERS and sum(stochastic) == 1:
         place = stochastic.index(True)
         axes = _LAYERS[name](eqn, place)

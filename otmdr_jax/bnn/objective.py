@@ -202,12 +202,12 @@ def robust_gradient(
     default = kl_weight
 
     def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
-        noise_key, key = _two_keys(q, key)
+        noise_key, key, later_key = _keys(q, key)
         steps = len(compute_rho if rho is None else check_rho(rho))
         kappas = [posterior.noise(q, noise_key)] * steps
         if weight_noise == "each_step":
             for s in range(1, steps):
-                kappas[s] = posterior.noise(q, jax.random.fold_in(noise_key, s))
+                kappas[s] = posterior.noise(q, jax.random.fold_in(later_key, s))
         _check_size(batch, num_data)
         weight = default if kl_weight is None else _check_weight(kl_weight)
 
@@ -270,7 +270,7 @@ def sgvb_gradient(
     axes = collectives.axes_of(axis_name)
 
     def fn(q, batch, *args, key=None, kl_weight=None, **kwargs):
-        noise_key, local_key = _two_keys(q, key)
+        noise_key, local_key, _ = _keys(q, key)
         _check_size(batch, num_data)
         weight = default if kl_weight is None else _check_weight(kl_weight)
         own: dict[str, Any] = {"weight": weight}
@@ -294,7 +294,7 @@ def _objective(loss_fn, num_data, prior_std, prior, options, estimator="weights"
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     number = isinstance(num_data, numbers.Real) and not isinstance(num_data, bool)
-    if not number or not num_data >= 1:
+    if not number or not 1 <= num_data < math.inf:
         raise ValueError(
             "num_data must be the number of examples in the training set, at least 1, "
             f"which the KL divergence is divided by; got {num_data!r}."
@@ -341,14 +341,14 @@ def _plain_face(compute, options):
     return grad_fn
 
 
-def _two_keys(q, key):
+def _keys(q, key):
     posterior.check(q)
     if key is None:
         raise ValueError(
             "the weight noise kappa is random: pass key=jax.random.key(...) by name, a "
             "fresh one each step."
         )
-    return jax.random.split(key)
+    return jax.random.split(key, 3)
 
 
 def _mask_function(mask):

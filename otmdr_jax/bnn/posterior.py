@@ -22,6 +22,9 @@ PyTree = Any
 # softplus(-5), where the code released with Nguyen et al., 2023 starts.
 SIGMA = 0.0067
 
+# The logarithm of a float32 softplus is finite from here on.
+SMALLEST_SIGMA = 1e-37
+
 
 class MeanField(NamedTuple):
     """A mean-field Gaussian posterior; a pytree, to be trained by any optimizer.
@@ -288,7 +291,7 @@ def map_means(function: Callable[[PyTree], PyTree], q: MeanField) -> PyTree:
       function: The model's parameters to a pytree of bools.
       q: The posterior.
     """
-    named = function(mean(q))
+    named = resolve_mask(function, mean(q))
     means = jax.tree.map(
         lambda m, n: None if m is None else n, q.mean, named, is_leaf=_is_none
     )
@@ -314,11 +317,11 @@ def _raw_scale(leaf, sigma):
     """The inverse of softplus; log(e^s - 1) would lose all digits of a small s."""
     if not isinstance(sigma, jax.core.Tracer):
         with jax.ensure_compile_time_eval():
-            good = bool(jnp.all((sigma > 0) & jnp.isfinite(sigma)))
+            good = bool(jnp.all((sigma >= SMALLEST_SIGMA) & jnp.isfinite(sigma)))
         if not good:
             raise ValueError(
-                f"sigma must be positive and finite, got {sigma!r}: it is a standard "
-                "deviation. For a point estimate leave a leaf out of mask."
+                f"sigma must be positive and finite (at least {SMALLEST_SIGMA}), got "
+                f"{sigma!r}: it is a standard deviation. For a point estimate leave a leaf out of mask."
             )
     sigma = jnp.asarray(sigma, _wide(leaf).dtype)
     raw = sigma + jnp.log(-jnp.expm1(-sigma))

@@ -4,6 +4,7 @@ r"""Prediction with a posterior: the mean over S samples of its models.
     \theta_s \sim Q
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,7 +82,8 @@ def predict(
     if mean_only:
         found = function(posterior.mean(q), *args)
         return jax.tree.map(lambda x: jnp.asarray(x)[None], found)
-    whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+    whole = isinstance(num_samples, numbers.Integral)
+    whole = whole and not isinstance(num_samples, bool)
     if not whole or num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
     if key is None:
@@ -93,7 +95,9 @@ def predict(
     def of_sample(wait, key):
         return function(posterior.sample(q, wait(key)), *args)
 
-    return mapping.each(of_sample, [jax.random.split(key, num_samples)], sample_map)
+    return mapping.each(
+        of_sample, [jax.random.split(key, int(num_samples))], sample_map
+    )
 
 
 def uncertainty(log_probs: jax.Array) -> Uncertainty:

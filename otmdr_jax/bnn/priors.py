@@ -39,6 +39,8 @@ class Normal:
 
     def __post_init__(self):
         """Checks the standard deviation."""
+        if not jax.tree.leaves(self.std):
+            raise ValueError(f"std of a prior must be positive, got {self.std!r}.")
         for std in jax.tree.leaves(self.std):
             _check_positive("std", std)
 
@@ -67,6 +69,13 @@ class Normal:
     def _stds(self, like):
         if jax.tree_util.all_leaves([self.std]):  # one number for all
             return jax.tree.map(lambda _: self.std, like)
+        structures: Any = [jax.tree.structure(x) for x in (self.std, like)]
+        if structures[0] != structures[1]:
+            raise ValueError(
+                "std of a prior must be a number, or one for each stochastic leaf (None "
+                f"for point estimates):\n  std:    {structures[0]}\n"
+                f"  leaves: {structures[1]}"
+            )
         return self.std
 
 
@@ -159,7 +168,8 @@ class FittedNormal:
 
 def check_prior(prior: Any) -> Any:
     """Raises TypeError unless an object can serve as a prior."""
-    if not hasattr(prior, "kl") and not hasattr(prior, "log_prob"):
+    known = hasattr(prior, "kl") or hasattr(prior, "log_prob")
+    if isinstance(prior, type) or not known:
         raise TypeError(
             "prior must have kl(mean, std) or log_prob(weights), as bnn.Normal(0.1), "
             f"bnn.ScaleMixture() or bnn.FittedNormal() have, got {prior!r}."
