@@ -153,6 +153,10 @@ class TrainConfig:
     """Peak learning rate (appendix B.1)."""
     momentum: float = 0.9
     """Momentum of sgd, first moment of adam (released code)."""
+    adam_eps: float = 1e-8
+    """What adam and adamw add to the root of the second moment. The gradient of a
+    posterior is per example: its presets divide this by the number of examples, for
+    the steps of an objective that is summed over the data set."""
     nesterov: bool = False
     """Nesterov momentum of sgd (released code: off)."""
     weight_decay: float = 5e-4
@@ -240,7 +244,7 @@ class TrainConfig:
             "kl_warmup_epochs",
         ):  # fmt: skip
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
-        for name in ("posterior_std", "prior_std"):
+        for name in ("posterior_std", "prior_std", "adam_eps"):
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")

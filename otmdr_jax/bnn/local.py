@@ -190,14 +190,15 @@ def _evaluate(eqn, values, noisy):
         return _rematerialised(eqn, values, noisy)
     if name in _TRANSPARENT and len(values) == 1:
         return [values[0].map(lambda x: _bind(eqn, [x])[0])]
-    if (
-        name in ("mul", "div")
-        and stochastic == [True, False]
-        and not jnp.ndim(values[1])
-    ):
-        return [values[0].map(lambda x: _bind(eqn, [x, values[1]])[0])]
-    if name == "mul" and stochastic == [False, True] and not jnp.ndim(values[0]):
-        return [values[1].map(lambda x: _bind(eqn, [values[0], x])[0])]
+    if name in ("mul", "div") and sum(stochastic) == 1:
+        place = stochastic.index(True)
+        factor = values[1 - place]
+        if not jnp.ndim(factor) and (name == "mul" or place == 0):
+
+            def scaled(x):
+                return _bind(eqn, [x, factor] if place == 0 else [factor, x])[0]
+
+            return [values[place].map(scaled)]
     if name in _LAYERS and sum(stochastic) == 1:
         place = stochastic.index(True)
         axes = _LAYERS[name](eqn, place)

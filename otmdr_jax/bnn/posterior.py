@@ -321,7 +321,8 @@ def _raw_scale(leaf, sigma):
         if not good:
             raise ValueError(
                 f"sigma must be positive and finite (at least {SMALLEST_SIGMA}), got "
-                f"{sigma!r}: it is a standard deviation. For a point estimate leave a leaf out of mask."
+                f"{sigma!r}: it is a standard deviation. For a point estimate leave a "
+                "leaf out of mask."
             )
     sigma = jnp.asarray(sigma, _wide(leaf).dtype)
     raw = sigma + jnp.log(-jnp.expm1(-sigma))

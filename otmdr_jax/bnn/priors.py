@@ -72,8 +72,8 @@ class Normal:
         structures: Any = [jax.tree.structure(x) for x in (self.std, like)]
         if structures[0] != structures[1]:
             raise ValueError(
-                "std of a prior must be a number, or one for each stochastic leaf (None "
-                f"for point estimates):\n  std:    {structures[0]}\n"
+                "std of a prior must be a number, or one for each stochastic leaf and "
+                f"None for point estimates:\n  std:    {structures[0]}\n"
                 f"  leaves: {structures[1]}"
             )
         return self.std
