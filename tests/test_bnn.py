@@ -333,7 +333,7 @@ def test_epistemic_uncertainty_lies_between_zero_and_log_samples(seed, samples):
 # --- bad input ---
 
 
-@pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("sigma", [0.0, -1.0, 1e-40, float("nan"), float("inf")])
 def test_sigma_must_be_positive(sigma):
     with pytest.raises(ValueError, match="sigma must be positive"):
         bnn.init(jnp.ones((2, 2)), sigma=sigma)
@@ -415,6 +415,8 @@ def test_samples_need_a_key():
         (lambda: bnn.ScaleMixture(weight=1.0), "weight must lie"),
         (lambda: bnn.FittedNormal("layer"), "per must be"),
         (lambda: bnn.blundell(0), "num_batches"),
+        (lambda: bnn.blundell(2.5), "num_batches"),
+        (lambda: bnn.Normal(None), "std of a prior must be positive"),
         (lambda: bnn.warmup(0), "num_steps"),
         (lambda: bnn.convert_beta(1.0, "batch", num_data=9), "needs batch_size"),
         (lambda: bnn.convert_beta(1.0, "epoch", num_data=9), "scale must be"),

@@ -152,6 +152,8 @@ VERSIONS = {
     "released": RELEASED,
     "center_first": PAPER | {"sigma_gradient": "center_first"},
     "global": PAPER | {"norm": "global"},
+    "each_step at the center": PAPER | {"weight_noise": "each_step"},
+    "three radii": RELEASED | {"radii": (0.05, 0.1, 0.02)},
     "mean": RELEASED | {"merge": "mean", "norm": "global"},
 }
 
@@ -161,6 +163,7 @@ VERSIONS = {
 @pytest.mark.parametrize("particles", [1, 2, 3])
 def test_a_full_step_is_that_of_numpy(key, version, particles, split):
     options = {"merge": None} | VERSIONS[version]
+    radii = options.pop("radii", RHO)
     _, data = toy.regression_problem(batch=13)
     params = {
         "w": jnp.array([0.5, -1.0, 0.2, 2.0]),
@@ -178,7 +181,7 @@ def test_a_full_step_is_that_of_numpy(key, version, particles, split):
         num_data=N,
         prior_std=prior_std,
         kl_weight=weight,
-        rho=RHO,
+        rho=radii,
         num_particles=particles,
         noise_std=noise_std,
         split=split,
@@ -186,10 +189,11 @@ def test_a_full_step_is_that_of_numpy(key, version, particles, split):
     )(q, data, key=key)
 
     # The draws: the library's own, everything else by hand.
-    kappa_key, rest = jax.random.split(key)
-    kappas = [posterior.noise(q, kappa_key)] * 2
+    kappa_key, rest, later = jax.random.split(key, 3)
+    kappas = [posterior.noise(q, kappa_key)] * len(radii)
     if options["weight_noise"] == "each_step":
-        kappas[1] = posterior.noise(q, jax.random.fold_in(kappa_key, 1))
+        for s in range(1, len(radii)):
+            kappas[s] = posterior.noise(q, jax.random.fold_in(later, s))
     kappas = [{k: np.float64(kappa[k]) for k in "wb"} for kappa in kappas]
     split_key, noise_key = jax.random.split(rest)
     keys = [(split_key, noise_key)]
@@ -201,7 +205,7 @@ def test_a_full_step_is_that_of_numpy(key, version, particles, split):
 
     values, g_mus, at_particles, firsts, points = [], [], [], [], []
     for of_split, of_noise in keys:
-        parts = split_batch(data, 2, of_split if split == "random" else None)
+        parts = split_batch(data, len(radii), of_split if split == "random" else None)
         mu, total = dict(reference.mu), None
         for s, part in enumerate(parts):
             _, g, raw, _ = reference(mu, kappas[s], part)
@@ -223,9 +227,9 @@ def test_a_full_step_is_that_of_numpy(key, version, particles, split):
                 e = jax.random.normal(
                     jax.random.fold_in(step_key, i), np.shape(mu[k]), jnp.float32
                 )
-                step = RHO[s] * direction[k] / length
+                step = radii[s] * direction[k] / length
                 mu[k] = mu[k] + step + noise_std * np.float64(e)
-        value, g_mu, g_raw, g_point = reference(mu, kappas[1], data)
+        value, g_mu, g_raw, g_point = reference(mu, kappas[-1], data)
         values.append(value)
         g_mus.append(g_mu)
         at_particles.append(g_raw)
@@ -549,6 +553,36 @@ def test_weight_noise_is_the_same_on_all_devices_of_a_data_axis(problem, key, sy
         assert_allclose(each, np.full(4, want), rtol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+@pytest.mark.parametrize("micro", [None, 2])
+def test_devices_have_local_noise_of_their_own(key, estimator, micro):
+    """Equal examples on all devices, whose mean has a quarter of one's variance."""
+    q = bnn.init(jnp.ones((3, 1)), sigma=1.0)
+    mesh = parallel.make_mesh("data=4")
+
+    def loss_fn(w, batch):
+        out = batch @ w
+        mine = jax.lax.axis_index("data") == jnp.arange(4)
+        return jnp.mean(out), jnp.where(mine, 4 * out[0, 0], 0.0)
+
+    grad_fn = bnn.sgvb(
+        loss_fn, num_data=N, has_aux=True, axis_name="data", estimator=estimator,
+        microbatch_size=micro,
+    )  # fmt: skip
+    mapped = jax.jit(
+        jax.shard_map(
+            lambda q, b, k: grad_fn(q, b, key=k)[0][1],
+            mesh=mesh,
+            in_specs=(P(), P("data"), P()),
+            out_specs=P(),
+        )
+    )
+    keys = jax.random.split(key, 300)
+    each = np.array([mapped(q, jnp.ones((16, 3)), k) for k in keys])  # (300, 4)
+    between = np.corrcoef(each.T)[~np.eye(4, dtype=bool)]
+    assert np.all(np.abs(between) < 0.25)
+
+
 def test_particles_spread_over_devices(problem, key):
     q, data = problem
     mesh = parallel.make_mesh("particle=2")
@@ -599,7 +633,7 @@ def test_cost_in_gradients(key, sigma_gradient, particles, gradients):
 
 
 @pytest.mark.parametrize("build", [bnn.value_and_grad, bnn.sgvb])
-@pytest.mark.parametrize("num_data", [None, 0, -5, "all", True])
+@pytest.mark.parametrize("num_data", [None, 0, -5, "all", True, float("inf")])
 def test_num_data_is_required(build, num_data):
     with pytest.raises(ValueError, match="num_data must be the number of examples"):
         build(toy.regression, num_data=num_data)
@@ -614,6 +648,7 @@ def test_num_data_is_required(build, num_data):
         (dict(prior_std=-0.1), ValueError, "std of a prior must be positive"),
         (dict(prior_std=0.1, prior=bnn.Normal()), ValueError, "not both"),
         (dict(prior="normal"), TypeError, "prior must have"),
+        (dict(prior=bnn.Normal), TypeError, "prior must have"),
         (dict(kl_weight=-1.0), ValueError, "kl_weight must be"),
         (dict(kl_weight=bnn.warmup(3)), TypeError, "call a schedule"),
         (dict(rho=()), ValueError, "one radius for each"),
@@ -648,6 +683,19 @@ def test_an_option_of_the_other_method():
 def test_an_unknown_estimator():
     with pytest.raises(ValueError, match="estimator must be one of.*flipout"):
         bnn.sgvb(toy.regression, num_data=N, estimator="reinforce")
+
+
+@pytest.mark.parametrize("build", [bnn.value_and_grad, bnn.sgvb])
+def test_a_mask_of_another_structure(problem, key, build):
+    q, data = problem
+    if build is bnn.value_and_grad:
+        grad_fn = build(toy.regression, num_data=N, mask={"v": True})
+        with pytest.raises(ValueError, match="structure of the parameters"):
+            grad_fn(q, data, key=key)
+    with pytest.raises(ValueError, match="one for each stochastic leaf"):
+        build(toy.regression, num_data=N, prior=bnn.Normal({"v": 0.1}))(
+            q, data, key=key
+        )
 
 
 @pytest.mark.parametrize("build", [bnn.value_and_grad, bnn.sgvb])

@@ -38,6 +38,7 @@ LAYERS = {
     "(w @ x.T).T": (lambda w, x: (w @ x.T).T, (4, 6)),
     "jit": (jax.jit(lambda w, x: x @ w), (6, 4)),
     "checkpoint": (jax.checkpoint(lambda w, x: x @ w), (6, 4)),
+    "half": (lambda w, x: 2 * x @ (w * 0.5), (6, 4)),
     "vmap": (lambda w, x: jax.vmap(lambda row: row @ w)(x), (6, 4)),
 }
 
@@ -88,17 +89,18 @@ def test_convolutions_have_the_distribution_of_sampled_weights(layer, estimator)
     assert abs(between) < 0.07
 
 
-def test_flipout_keeps_one_set_of_weights_for_an_example():
+@pytest.mark.parametrize("layer", [convolution, zoo_convolution])
+def test_flipout_keeps_one_set_of_weights_for_an_example(layer):
     """Within an example outputs stay as correlated as with sampled weights, but signs.
 
     At two positions of an image with equal inputs, one kernel gives equal outputs.
     """
     q = bnn.init(jnp.ones((3, 3, 2, 4)), 0.5)
     x = jnp.ones((2, 6, 6, 2))
-    y = local.call(convolution, q, "flipout", jax.random.key(0), x)
+    y = local.call(layer, q, "flipout", jax.random.key(0), x)
     assert_allclose(y[:, 0, 0], y[:, 1, 1], rtol=1e-5)
     assert not np.allclose(y[0], y[1])
-    noisy = local.call(convolution, q, "local", jax.random.key(0), x)
+    noisy = local.call(layer, q, "local", jax.random.key(0), x)
     assert not np.allclose(noisy[:, 0, 0], noisy[:, 1, 1], rtol=1e-3)
 
 
@@ -156,6 +158,45 @@ def test_a_module_of_another_library(estimator, key):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_kernels_that_are_rounded_keep_noise_of_their_own(estimator, key):
+    """As in a model that computes in bfloat16."""
+    q = bnn.init(jnp.ones((8, 4)), sigma=0.5)
+
+    def function(w, x):
+        return x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
+
+    y = local.call(function, q, estimator, key, jnp.ones((5, 8)))
+    assert y.dtype == jnp.bfloat16 and not np.allclose(y[0], y[1], atol=0.1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_flags_and_words_of_a_loss_stay_what_they_are(estimator, key):
+    q = bnn.init(jnp.ones((8, 4)), sigma=0.5)
+
+    def loss_fn(w, batch, kind, twice=False):
+        assert kind == "squares"
+        loss = jnp.mean((batch @ w) ** 2)
+        return 2 * loss if twice else loss
+
+    grad_fn = bnn.sgvb(loss_fn, num_data=100, kl_weight=0.0, estimator=estimator)
+    one, two = (
+        grad_fn(q, jnp.ones((5, 8)), "squares", twice=twice, key=key)[0]
+        for twice in (False, True)
+    )
+    assert_allclose(two, 2 * one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_loss_without_layers_is_refused(estimator, key):
+    q = bnn.init(jnp.ones((2, 4)))
+    grad_fn = bnn.sgvb(
+        lambda w, b: jnp.sum(w[None][0] ** 2), num_data=100, estimator=estimator
+    )
+    with pytest.raises(ValueError, match="found no dense layer or convolution"):
+        grad_fn(q, jnp.ones((5, 8)), key=key)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -27,7 +27,6 @@ from otmdr_jax import (
     report,
     training,
 )
-from otmdr_jax.bnn import posterior
 from otmdr_jax.config import TrainConfig
 from tests.test_training import assert_same_bits, stop_after
 
@@ -458,7 +457,8 @@ class TestPresets:
         assert (released.weight_noise, released.split) == ("each_step", "ordered")
         assert (released.activation, released.batch_size) == ("softplus", 1024)
         assert released.posterior_init == "released" and released.noise_std == 0.01
-        assert config.preset(f"released-bnn-{data_name}", 2).split == "random"
+        two = config.preset(f"released-bnn-{data_name}", 2)
+        assert two.split == "random" and two.sum_particles
 
     @pytest.mark.parametrize("name", bnn.PRESETS)
     def test_those_of_the_gradient_are_the_same(self, name):
@@ -501,6 +501,8 @@ class TestPresets:
         (dict(method="sgvb", prediction="mean", num_samples=9), "leave one of them"),
         (dict(method="sgvb", kl_schedule="warmup"), "needs kl_warmup_epochs"),
         (dict(method="sgvb", kl_warmup_epochs=1.0), "needs --kl-schedule"),
+        (dict(method="sgvb", kl_schedule="warmup", kl_warmup_epochs=0.01), "0 steps"),
+        (dict(method="sgvb", kl_schedule="warmup", kl_warmup_epochs=99.0), "than all"),
         (dict(method="otmdr-bnn", num_particles=2, split="shared"), "equal particles"),
         (dict(method="sgvb", mesh="particle=2"), "no particles to spread"),
     ],
@@ -536,8 +538,97 @@ def test_devices_of_a_data_axis_hold_the_same_posterior(small):
         assert all(np.array_equal(copy, copies[0]) for copy in copies)
 
 
-def test_noise_of_weights_is_that_of_sampling(key):
-    """What a step draws and what `sample` draws are one thing."""
-    q = bnn.init({"w": jnp.ones((3, 2))}, sigma=0.5)
-    drawn = posterior.at(q, posterior.noise(q, key))
-    assert_allclose(drawn["w"], bnn.sample(q, key)["w"])
+def first_steps(small, **options):
+    """The states before and after, and the numbers, of four steps."""
+    chosen = dataclasses.replace(TINY, method="sgvb", noise_std=0.0, **options)
+    compiled = programs.compile_programs(chosen, small)
+    state_key, data_key = programs.run_keys(0)
+    order = compiled.epoch_order(data_key)
+    states, numbers = [compiled.init(state_key)], []
+    for i in range(4):
+        copy = jax.tree.map(jnp.copy, states[-1])  # a step takes its state
+        state, found = compiled.train_step(copy, tuple(small.train), order, np.int32(i))
+        states.append(state)
+        numbers.append(found)
+    return states, numbers
+
+
+@pytest.mark.parametrize(
+    ("schedule", "weights"),
+    [
+        (dict(), [0.3] * 4),
+        (dict(kl_schedule="warmup", kl_warmup_epochs=0.4), [0.0, 0.15, 0.3, 0.3]),
+        (dict(kl_schedule="blundell"), 0.3 * 5 * 32 / 31 / 2.0 ** np.arange(1, 5)),
+    ],
+    ids=["constant", "warmup", "blundell"],
+)
+def test_options_of_the_objective_are_those_of_the_configuration(
+    small, schedule, weights
+):
+    """From the numbers of steps: loss - likelihood = weight KL / N, N = 320."""
+    states, numbers = first_steps(
+        small, kl_weight=0.3, prior_std=0.25, posterior_std=0.05, **schedule
+    )
+    assert_allclose(bnn.std(states[0].params)["conv1"]["kernel"], 0.05, rtol=1e-4)
+    assert small.train.num_examples == 320
+    for state, found, weight in zip(states, numbers, weights, strict=False):
+        kl = 0.0
+        for mean, std in zip(
+            *map(jax.tree.leaves, (state.params.mean, bnn.std(state.params))),
+            strict=True,
+        ):
+            m, s = np.float64(mean), np.float64(std)
+            kl += np.sum(np.log(0.25 / s) + (s**2 + m**2) / (2 * 0.25**2) - 0.5)
+        assert_allclose(found["kl"], kl, rtol=1e-4)
+        beside = float(found["loss"] - found["likelihood_term"])
+        assert_allclose(beside, weight * kl / 320, rtol=1e-3, atol=1e-4)
+
+
+def test_the_presets_steps_are_those_of_a_summed_objective():
+    """Adam's epsilon has a scale: beside gradients per example it is smaller."""
+    found = config.preset("paper-bnn-cifar10")
+    tx = optimizers.create(found, 100, 10)
+    theirs = optax.adam(1e-3)
+    grads = {"w": jnp.array([1e-3, 1e-9, -3e-12])}  # per example
+    whole = jax.tree.map(lambda g: 50_000 * g, grads)
+    ours, _ = tx.update(grads, tx.init(grads), grads, value=jnp.ones(()))
+    want, _ = theirs.update(whole, theirs.init(whole))
+    assert_allclose(ours["w"], want["w"], rtol=1e-4)
+
+
+def test_members_of_different_architectures_log_their_posteriors(small):
+    chosen = dataclasses.replace(
+        ONE, members="cnn_small,wide_resnet_10_1", method="sgvb", noise_std=0.0,
+        steps=2, epochs=1,
+    )  # fmt: skip
+    result = training.train(chosen, small, show_progress=False)
+    found = result.metrics["posterior"]
+    assert {"0/conv1/kernel", "1/head/kernel"} <= set(found["sigma"])
+    weights = sum(x.size for s in result.state for x in jax.tree.leaves(s.params.mean))
+    assert sum(found["snr_counts"]) == weights
+
+
+def test_members_that_diverged_do_not_count():
+    def summary(value):
+        layers = {"w": jnp.float32(value)}
+        return bnn.Summary(layers, layers, jnp.full(60, int(value)))
+
+    class Programs:
+        posterior = staticmethod(lambda state: [summary(1), summary(5), summary(3)])
+
+    found = evaluation.posterior_record(Programs, None, without=(1,))
+    assert found["sigma"] == {"w": 2.0} and found["snr_counts"] == [4] * 60
+
+
+def test_uncertainty_of_an_ensemble_is_that_of_the_members_that_count(small):
+    chosen = dataclasses.replace(TINY, members="2", method="sgvb", noise_std=0.0)
+    compiled = programs.compile_programs(chosen, small)
+    state = compiled.init(programs.run_keys(0)[0])
+    samples = np.asarray(
+        compiled.predict(state, jnp.asarray(small.test.images)), np.float64
+    )  # (2 x 5, N, C)
+    found = evaluation.evaluate(
+        chosen, state, small, "test", compiled, without=(1,)
+    ).metrics
+    entropy = -np.sum(samples[:5] * np.exp(samples[:5]), axis=-1).mean()
+    assert_allclose(found["aleatoric"], entropy, rtol=1e-4)
