@@ -611,7 +611,7 @@ def passes(q, data, key, **options):
         return jnp.mean((batch["x"] @ w) ** 2)
 
     build = options.pop("build", bnn.value_and_grad)
-    step = jax.jit(build(loss_fn, num_data=N, **options))
+    step = jax.jit(build(loss_fn, num_data=2 * N, **options))
     cost = step.lower(q, data, key=key).compile().cost_analysis()
     return cost["flops"]
 
