@@ -69,14 +69,15 @@ def evaluate(
     """
     programs = compile_programs(config, dataset) if programs is None else programs
     examples = getattr(dataset, split)
-    chunks: list[np.ndarray] = []
+    count = len(config.member_names) if config.members is not None else 1
+    chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     title = f"evaluating the {split} set"
     mesh = programs.mesh
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
 
         def fetch(log_probs, mask):
-            chunks.append(np.asarray(log_probs)[:, mask])  # (S, B, C)
-            bar.update(sum(chunk.shape[1] for chunk in chunks), {})
+            chunks.append(_by_member(np.asarray(log_probs)[:, mask], count))
+            bar.update(sum(means.shape[1] for means, _ in chunks), {})
 
         # Fetched one batch behind: the device has work while the host sends the next.
         ahead: collections.deque[Any] = collections.deque()
@@ -86,28 +87,22 @@ def evaluate(
             if len(ahead) > 1:
                 fetch(*ahead.popleft())
         fetch(*ahead.popleft())
-    samples = np.concatenate(chunks, axis=1).astype(np.float64)  # (M S, N, C)
+    members = np.concatenate([means for means, _ in chunks], axis=1)  # (M, N, C)
+    entropies = [x for _, x in chunks if x is not None]
+    within = np.concatenate(entropies, axis=1) if entropies else None  # (M, N)
     labels = examples.labels
-    if config.members is None:
-        log_probs = _mean(samples)
-        found = _metrics(log_probs, labels) | _uncertainty(samples)
-        return Evaluation(found, log_probs)
-    count = len(config.member_names)
-    by_member = samples.reshape(count, -1, *samples.shape[1:])  # (M, S, N, C)
     kept = [m for m in range(count) if m not in without] or list(range(count))
-    of_kept = by_member[kept]
-    log_probs = _mean(of_kept.reshape(-1, *samples.shape[1:]))
-    found = _metrics(log_probs, labels)
-    of_members = np.stack([_mean(own) for own in by_member])  # (M, N, C)
-    if by_member.shape[1] > 1:
-        found |= _uncertainty(of_kept.reshape(-1, *samples.shape[1:]))
-    if len(kept) > 1 and not np.isnan(of_kept).any():
-        found |= diversity.evaluate(of_members[kept], labels)
+    log_probs = _mean(members[kept])
+    found = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
+    if config.members is None:
+        return Evaluation(found, log_probs)
+    if len(kept) > 1 and not np.isnan(members[kept]).any():
+        found |= diversity.evaluate(members[kept], labels)
     each = [
-        _metrics(mine, labels) | _uncertainty(own)
-        for mine, own in zip(of_members, by_member, strict=True)
+        _metrics(mine, labels) | _uncertainty(mine, within, [m])
+        for m, mine in enumerate(members)
     ]
-    return Evaluation(found, log_probs, of_members, each)
+    return Evaluation(found, log_probs, members, each)
 
 
 def sharpness(
@@ -226,15 +221,33 @@ def _metrics(log_probs, labels):
     return metrics.evaluate(log_probs, labels)
 
 
-def _uncertainty(samples):
+def _by_member(samples, count):
+    """What is kept of a batch's samples. # (M S, B, C) -> (M, B, C), (M, B).
+
+    Each member's mean probability in log space, and the mean entropy of its samples:
+    None where there is but one sample.
+    """
+    samples = samples.reshape(count, -1, *samples.shape[1:]).astype(np.float64)
+    means = np.stack([_mean(own) for own in samples])
+    if samples.shape[1] == 1:
+        return means, None
+    within = np.full(means.shape[:2], np.nan)
+    if not np.isnan(samples).any():
+        for m, own in enumerate(samples):
+            each = [metrics.entropy(np.exp(sample)) for sample in own]
+            within[m] = np.mean(each, axis=0)
+    return means, within
+
+
+def _uncertainty(log_probs, within, members):
     """Its two kinds, where there is more than one sample: means over the set."""
-    if len(samples) < 2:
+    if within is None:
         return {}
-    if np.isnan(samples).any():
+    aleatoric = np.mean(within[members])
+    if np.isnan(log_probs).any() or np.isnan(aleatoric):
         return dict.fromkeys(("aleatoric", "epistemic"), float("nan"))
-    probs = np.exp(samples)
-    epistemic = np.mean(metrics.mutual_information(probs))
-    aleatoric = np.mean(metrics.entropy(probs)) - epistemic
+    # The mean of what metrics.mutual_information gives for each example.
+    epistemic = max(np.mean(metrics.entropy(np.exp(log_probs))) - aleatoric, 0.0)
     return {"aleatoric": float(aleatoric), "epistemic": float(epistemic)}
 
 
