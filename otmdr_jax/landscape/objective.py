@@ -1,0 +1,210 @@
+"""The mean loss of a whole set, its gradient and Hessian, in the memory of a batch."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import tree
+from otmdr_jax.perturbation import resolve_mask
+
+PyTree = Any
+LossSum = Callable[[PyTree, PyTree], tuple[jax.Array, jax.Array]]
+Leaves = list[jax.Array]
+
+
+class Objective:
+    r"""The mean loss of a set as a function of the leaves that move.
+
+    .. math:: L(\theta) = \sum_b \ell_b(\theta) / \sum_b n_b
+
+    with (\ell_b, n_b) what `loss_sum` gives of batch b. Its programs are compiled once
+    for a `loss_sum`, however many solutions and sets are measured with it.
+
+    Args:
+      loss_sum: (params, batch) -> (sum of losses, number of examples).
+      params: The solution.
+      batches: The set. An iterator is read into a list, anything else is iterated over
+        again in each pass and must give the same batches.
+      mask: A pytree of bools, or a function of `params` to one, True where a leaf
+        moves; None for all floating leaves.
+
+    Attributes:
+      center: The leaves of the solution that move.
+
+    Raises:
+      ValueError: No leaf moves, or the mask has another structure than `params`.
+      TypeError: A leaf that moves is not a real floating array.
+    """
+
+    def __init__(
+        self,
+        loss_sum: LossSum,
+        params: PyTree,
+        batches: Iterable[PyTree],
+        mask: PyTree | None = None,
+    ):
+        """Chooses the leaves that move; see the class."""
+        leaves, self._treedef = jax.tree.flatten(params)
+        resolved = resolve_mask(mask, params)
+        self._moving = (
+            tuple(tree.is_floating(x) for x in leaves)
+            if resolved is None
+            else tuple(jax.tree.leaves(resolved))
+        )
+        moving, self._fixed = _divide(leaves, self._moving)
+        for x in moving:
+            if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+                raise TypeError(
+                    "leaves of params that move must be real floating arrays, got one "
+                    f"of dtype {jnp.result_type(x)}: leave it out with mask."
+                )
+        if not sum(jnp.size(x) for x in moving):
+            raise ValueError(
+                "no leaf of params moves: params needs a floating leaf where mask is "
+                "True."
+            )
+        self.center: Leaves = [jnp.asarray(x) for x in moving]
+        self._batches = list(batches) if isinstance(batches, Iterator) else batches
+        self._programs = _compiled(loss_sum, self._treedef, self._moving)
+
+    def loss(self, weights: Leaves) -> float:
+        """The mean loss; one pass over the set."""
+        loss_of = self._programs[0]
+        return self._pass(lambda batch, _: (loss_of(weights, self._fixed, batch), ()))[
+            0
+        ]
+
+    def gradient(self, weights: Leaves) -> tuple[float, Leaves]:
+        """The mean loss and its gradient, in float32 or wider; one pass."""
+        accumulate = self._programs[1]
+        loss, count, total = self._pass(
+            lambda batch, total: accumulate(total, weights, self._fixed, batch),
+            _zeros(self.center),
+        )
+        return loss, _divided(total, count)
+
+    def product(self, vector: Sequence[jax.typing.ArrayLike]) -> Leaves:
+        """The Hessian at the center times a vector, in float32 or wider; one pass."""
+        accumulate = self._programs[2]
+        tangent = [
+            jnp.asarray(v, w.dtype) for v, w in zip(vector, self.center, strict=True)
+        ]
+        _, count, total = self._pass(
+            lambda batch, total: accumulate(
+                total, self.center, tangent, self._fixed, batch
+            ),
+            _zeros(self.center),
+        )
+        return _divided(total, count)
+
+    def restore(self, weights: Sequence[Any], fixed: Any = None) -> PyTree:
+        """A pytree like the parameters of the leaves that move.
+
+        Args:
+          weights: The leaves that move.
+          fixed: What stands in the place of the others; None for their own values.
+        """
+        others = self._fixed
+        if fixed is not None:
+            others = [jnp.full_like(x, fixed) for x in others]
+        return _join(self._treedef, self._moving, weights, others)
+
+    def leaves(self, params: PyTree) -> list[Any]:
+        """The leaves that move, of a pytree like the parameters."""
+        got: Any = jax.tree.structure(params)
+        if got != self._treedef:
+            raise ValueError(
+                "expected a pytree of the structure of params.\n"
+                f"  params: {self._treedef}\n  got:    {got}"
+            )
+        return _divide(jax.tree.leaves(params), self._moving)[0]
+
+    def _pass(self, step, carry=()):
+        """Mean loss, number of examples, carry. Sums are fetched one batch behind.
+
+        So the device has work while the host reads the next batch, and no more than
+        two batches are alive.
+        """
+        loss = examples = 0.0
+        ahead = None
+        for batch in self._batches:
+            sums, carry = step(batch, carry)
+            if ahead is not None:
+                loss, examples = loss + float(ahead[0]), examples + float(ahead[1])
+            ahead = sums
+        if ahead is None:
+            raise ValueError("the set needs at least one batch, got none.")
+        loss, examples = loss + float(ahead[0]), examples + float(ahead[1])
+        if not examples > 0:
+            raise ValueError(
+                "the set needs at least one example: the numbers of examples that "
+                f"loss_sum returned add up to {examples:g}."
+            )
+        return loss / examples, examples, carry
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(loss_sum, treedef, moving):
+    """Loss, gradient and Hessian product of one batch, added to what came before."""
+
+    def loss_of(weights, fixed, batch):
+        result = loss_sum(_join(treedef, moving, weights, fixed), batch)
+        if (
+            not isinstance(result, tuple)
+            or len(result) != 2
+            or any(map(jnp.shape, result))
+        ):
+            raise TypeError(
+                "loss_sum(params, batch) must return two scalars, the sum of the "
+                "losses and the number of examples; got the shapes "
+                f"{jax.tree.map(jnp.shape, result)}."
+            )
+        return result
+
+    def gradient(weights, fixed, batch):
+        return jax.value_and_grad(loss_of, has_aux=True)(weights, fixed, batch)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add_gradient(total, weights, fixed, batch):
+        sums, more = gradient(weights, fixed, batch)
+        return sums, _added(total, more)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add_product(total, weights, tangent, fixed, batch):
+        # Forward over reverse: one more pass forward, and the memory of a gradient.
+        def along(w):
+            sums, grads = gradient(w, fixed, batch)
+            return grads, sums
+
+        _, more, sums = jax.jvp(along, (weights,), (tangent,), has_aux=True)
+        return sums, _added(total, more)
+
+    return jax.jit(loss_of), add_gradient, add_product
+
+
+def _zeros(leaves):
+    return [jnp.zeros_like(x, dtype=tree.accumulation_dtype(x)) for x in leaves]
+
+
+def _added(total, more):
+    return [t + m.astype(t.dtype) for t, m in zip(total, more, strict=True)]
+
+
+@jax.jit
+def _divided(total, count):
+    return [x / jnp.asarray(count, x.dtype) for x in total]
+
+
+def _divide(leaves, moving):
+    return (
+        [x for x, m in zip(leaves, moving, strict=True) if m],
+        [x for x, m in zip(leaves, moving, strict=True) if not m],
+    )
+
+
+def _join(treedef, moving, weights, fixed):
+    first, second = iter(weights), iter(fixed)
+    return treedef.unflatten([next(first) if m else next(second) for m in moving])
