@@ -7,6 +7,13 @@ BatchNorm are measured as they predict: evaluate them with `train=False` in `los
 since with statistics of the batch the loss of a set would depend on how it is cut.
 """
 
+from otmdr_jax.landscape.hessian import (
+    Spectrum,
+    Trace,
+    hessian_eigenvalues,
+    hessian_product,
+    hessian_trace,
+)
 from otmdr_jax.landscape.sharpness import (
     AverageSharpness,
     Sharpness,
@@ -18,7 +25,12 @@ from otmdr_jax.landscape.sharpness import (
 __all__ = [
     "AverageSharpness",
     "Sharpness",
+    "Spectrum",
+    "Trace",
     "average_sharpness",
+    "hessian_eigenvalues",
+    "hessian_product",
+    "hessian_trace",
     "sam_gap",
     "worst_in_ball",
 ]
