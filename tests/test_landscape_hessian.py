@@ -221,6 +221,18 @@ class TestTrace:
         assert found.value == pytest.approx(np.mean(found.samples))
         assert len(np.unique(found.samples)) == 400
 
+    def test_signs_differ_between_leaves_of_one_shape(self, key):
+        """a'b has trace 0; the same signs in both would give 2 x 50 each time."""
+
+        def bilinear(params, batch):
+            return jnp.vdot(params["a"], params["b"]), 1
+
+        params = {"a": jnp.ones(50), "b": jnp.ones(50)}
+        found = landscape.hessian_trace(bilinear, params, ONE, key=key)
+        assert abs(found.value) < 4 * found.standard_error
+        # Two entries of 1 a row pair: the variance of a probe is 2 x 100.
+        assert found.standard_error == pytest.approx(np.sqrt(200 / 100), rel=0.3)
+
     def test_is_the_average_sharpness_of_small_noise(self, key):
         _, matrix = rotated([3.0, 2.0, 1.0, -1.0])
         at = (quadratic(matrix), jnp.zeros(4), ONE)

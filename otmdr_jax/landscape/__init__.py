@@ -21,16 +21,26 @@ from otmdr_jax.landscape.sharpness import (
     sam_gap,
     worst_in_ball,
 )
+from otmdr_jax.landscape.slices import (
+    Subspace,
+    loss_grid,
+    random_direction,
+    through,
+)
 
 __all__ = [
     "AverageSharpness",
     "Sharpness",
     "Spectrum",
+    "Subspace",
     "Trace",
     "average_sharpness",
     "hessian_eigenvalues",
     "hessian_product",
     "hessian_trace",
+    "loss_grid",
+    "random_direction",
     "sam_gap",
+    "through",
     "worst_in_ball",
 ]

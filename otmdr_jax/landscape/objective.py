@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from otmdr_jax import tree
 from otmdr_jax.perturbation import resolve_mask
@@ -73,9 +74,34 @@ class Objective:
     def loss(self, weights: Leaves) -> float:
         """The mean loss; one pass over the set."""
         loss_of = self._programs[0]
-        return self._pass(lambda batch, _: (loss_of(weights, self._fixed, batch), ()))[
-            0
-        ]
+        loss, *_ = self._pass(
+            lambda batch, _: (loss_of(weights, self._fixed, batch), ())
+        )
+        return float(loss)
+
+    def losses(self, directions: Sequence[Leaves], points: np.ndarray) -> np.ndarray:
+        """Mean losses at the center plus combinations of directions; one pass.
+
+        Args:
+          directions: D lists like the center.
+          points: (G, D) coefficients.
+
+        Returns:
+          (G,) losses in float64.
+        """
+        loss_at = self._programs[3]
+        coefficients = np.asarray(points, np.float32)
+
+        def step(batch, _):
+            # A call for each point: on CPUs no slower than a loop in the program, and
+            # vectorised convolutions took twice as long.
+            sums = [
+                loss_at(self.center, directions, c, self._fixed, batch)
+                for c in coefficients
+            ]
+            return ([loss for loss, _ in sums], sums[0][1]), ()
+
+        return self._pass(step)[0]
 
     def gradient(self, weights: Leaves) -> tuple[float, Leaves]:
         """The mean loss and its gradient, in float32 or wider; one pass."""
@@ -84,7 +110,7 @@ class Objective:
             lambda batch, total: accumulate(total, weights, self._fixed, batch),
             _zeros(self.center),
         )
-        return loss, _divided(total, count)
+        return float(loss), _divided(total, count)
 
     def product(self, vector: Sequence[jax.typing.ArrayLike]) -> Leaves:
         """The Hessian at the center times a vector, in float32 or wider; one pass."""
@@ -128,16 +154,16 @@ class Objective:
         So the device has work while the host reads the next batch, and no more than
         two batches are alive.
         """
-        loss = examples = 0.0
+        totals = np.float64(0), 0.0
         ahead = None
         for batch in self._batches:
             sums, carry = step(batch, carry)
             if ahead is not None:
-                loss, examples = loss + float(ahead[0]), examples + float(ahead[1])
+                totals = _fetched(totals, ahead)
             ahead = sums
         if ahead is None:
             raise ValueError("the set needs at least one batch, got none.")
-        loss, examples = loss + float(ahead[0]), examples + float(ahead[1])
+        loss, examples = _fetched(totals, ahead)
         if not examples > 0:
             raise ValueError(
                 "the set needs at least one example: the numbers of examples that "
@@ -182,7 +208,22 @@ def _compiled(loss_sum, treedef, moving):
         _, more, sums = jax.jvp(along, (weights,), (tangent,), has_aux=True)
         return sums, _added(total, more)
 
-    return jax.jit(loss_of), add_gradient, add_product
+    @jax.jit
+    def loss_at(center, directions, coefficients, fixed, batch):
+        weights = []
+        for w, *along in zip(center, *directions, strict=True):
+            moved = w.astype(tree.accumulation_dtype(w))
+            for c, d in zip(coefficients, along, strict=True):
+                moved = moved + c.astype(moved.dtype) * d
+            weights.append(moved.astype(w.dtype))
+        return loss_of(weights, fixed, batch)
+
+    return jax.jit(loss_of), add_gradient, add_product, loss_at
+
+
+def _fetched(totals, sums):
+    losses, examples = jax.device_get(sums)
+    return totals[0] + np.asarray(losses, np.float64), totals[1] + float(examples)
 
 
 def _zeros(leaves):
