@@ -16,6 +16,9 @@ def least_squares(params, batch):
     return jnp.sum(residual**2), len(batch["y"])
 
 
+LINE = jnp.array([0.1, 0.2, 0.3])
+
+
 def halves(data):
     return [jax.tree.map(lambda x: x[:5], data), jax.tree.map(lambda x: x[5:], data)]
 
@@ -153,6 +156,10 @@ class TestRandomDirection:
         other = landscape.random_direction(params, jax.random.key(1))
         assert not np.allclose(other["conv"], one["conv"])
 
+    def test_leaves_of_one_shape_differ(self, key):
+        found = landscape.random_direction([jnp.ones((4, 4)), jnp.ones((4, 4))], key)
+        assert not np.isclose(found[0], found[1]).any()
+
     def test_mask_holds_leaves(self, key):
         mask = {"conv": False, "dense": True, "bias": True}
         found = landscape.random_direction(self.params(key), key, mask=mask)
@@ -203,6 +210,11 @@ class TestThrough:
             ((jnp.ones(3), jnp.ones(3)), "coincide"),
             ((jnp.zeros(3), jnp.ones(3), 2 * jnp.ones(3)), "one line"),
             ((jnp.zeros(3), jnp.ones(3), jnp.zeros(3)), "one line"),
+            # On the line to rounding.
+            (
+                (LINE, LINE + 0.7, LINE + 0.3 * jnp.full(3, 0.7)),
+                "one line",
+            ),
             ((jnp.zeros(3), jnp.ones(2)), "same structure and shapes"),
             ((jnp.zeros(3), {"w": jnp.ones(3)}), "same structure and shapes"),
         ],
