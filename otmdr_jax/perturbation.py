@@ -121,7 +121,21 @@ def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
 
 
 def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
-    """ASAM's T: |w| (without the authors' constant 0.01), or one."""
+    """ASAM's T of a leaf: |w| (without the authors' constant 0.01), or one.
+
+    Args:
+      w: A leaf of the weights.
+      adaptive: Whether to scale by |w|.
+
+    Returns:
+      |w|, or a scalar 1, in float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.perturbation import element_scale
+      >>> element_scale(jnp.array([-2.0, 0.5]), adaptive=True).tolist()
+      [2.0, 0.5]
+    """
     dtype = tree.accumulation_dtype(w)
     return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
 
 from otmdr_jax import landscape, models
 from tests.zoo import quick_compilation  # noqa: F401
@@ -246,6 +247,25 @@ class TestTrace:
             landscape.hessian_trace(
                 quadratic(np.eye(3)), jnp.ones(3), ONE, key=key, num_probes=1
             )
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_batches_may_be_spread_over_devices(devices, key):
+    params, batches, dense = network()
+    x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    spread = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("data")))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    found = landscape.hessian_eigenvalues(network_loss, params, [spread], 2, tol=1e-5)
+    want = np.linalg.eigvalsh(dense)[::-1][:2]
+    np.testing.assert_allclose(found.values, want, rtol=1e-4)
+    traced = landscape.hessian_trace(
+        network_loss, params, [spread], key=key, num_probes=10
+    )
+    one = landscape.hessian_trace(
+        network_loss, network()[0], batches, key=key, num_probes=10
+    )
+    np.testing.assert_allclose(traced.samples, one.samples, rtol=1e-3)
 
 
 # -- a network of the zoo -------------------------------------------------------------
