@@ -78,10 +78,11 @@ class TestProduct:
         want = np.where(moves, dense @ np.where(moves, v, 0), 0)
         np.testing.assert_allclose(ravel_pytree(got)[0], want, rtol=1e-4, atol=1e-5)
 
-    def test_refuses_a_vector_of_another_structure(self):
+    def test_refuses_a_vector_of_another_structure_or_shape(self):
         params, batches, _ = network()
-        with pytest.raises(ValueError, match="structure of params"):
-            landscape.hessian_product(network_loss, params, batches, params["in"])
+        for vector in (params["in"], params | {"bias": jnp.ones(4)}):
+            with pytest.raises(ValueError, match="structure and shapes of params"):
+                landscape.hessian_product(network_loss, params, batches, vector)
 
 
 class TestEigenvalues:

@@ -101,8 +101,8 @@ class TestGrid:
             (dict(axes=[[]]), "vector of finite numbers"),
             (dict(axes=[0.5]), "vector of finite numbers"),
             (dict(axes=[[np.inf]]), "vector of finite numbers"),
-            (dict(directions=[{"w": jnp.ones(2)}]), "same structure"),
-            (dict(directions=[jnp.ones(3)]), "same structure and shapes"),
+            (dict(directions=[{"w": jnp.ones(2)}]), "structure and shapes of params"),
+            (dict(directions=[jnp.ones(3)]), "structure and shapes of params"),
             (dict(batches=[]), "at least one batch"),
         ],
     )

@@ -86,7 +86,7 @@ def hessian_product(
     Reference: Pearlmutter, 1994.
     """
     whole = Objective(loss_sum, params, batches, mask)
-    return whole.restore(whole.product(whole.leaves(vector)), fixed=0)
+    return whole.embed(whole.product(whole.leaves(vector)))
 
 
 def hessian_eigenvalues(
@@ -183,7 +183,7 @@ def hessian_eigenvalues(
     ]
     return Spectrum(
         values.astype(np.float64),
-        [whole.restore([*map(jnp.asarray, unravel(v))], fixed=0) for v in vectors],
+        [whole.embed([*map(jnp.asarray, unravel(v))]) for v in vectors],
         np.asarray(residuals, np.float64),
     )
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class Objective:
 
     def loss(self, weights: Leaves) -> float:
         """The mean loss; one pass over the set."""
-        loss_of = self._programs[0]
+        loss_of = self._programs.loss
         loss, *_ = self._pass(
             lambda batch, _: (loss_of(weights, self._fixed, batch), ())
         )
@@ -89,7 +89,7 @@ class Objective:
         Returns:
           (G,) losses in float64.
         """
-        loss_at = self._programs[3]
+        loss_at = self._programs.loss_at
         coefficients = np.asarray(points, np.float32)
 
         def step(batch, _):
@@ -105,7 +105,7 @@ class Objective:
 
     def gradient(self, weights: Leaves) -> tuple[float, Leaves]:
         """The mean loss and its gradient, in float32 or wider; one pass."""
-        accumulate = self._programs[1]
+        accumulate = self._programs.add_gradient
         loss, count, total = self._pass(
             lambda batch, total: accumulate(total, weights, self._fixed, batch),
             _zeros(self.center),
@@ -114,7 +114,7 @@ class Objective:
 
     def product(self, vector: Sequence[jax.typing.ArrayLike]) -> Leaves:
         """The Hessian at the center times a vector, in float32 or wider; one pass."""
-        accumulate = self._programs[2]
+        accumulate = self._programs.add_product
         tangent = [
             jnp.asarray(v, w.dtype) for v, w in zip(vector, self.center, strict=True)
         ]
@@ -126,33 +126,30 @@ class Objective:
         )
         return _divided(total, count)
 
-    def restore(self, weights: Sequence[Any], fixed: Any = None) -> PyTree:
-        """A pytree like the parameters of the leaves that move.
-
-        Args:
-          weights: The leaves that move.
-          fixed: What stands in the place of the others; None for their own values.
-        """
-        others = self._fixed
-        if fixed is not None:
-            others = [jnp.full_like(x, fixed) for x in others]
-        return _join(self._treedef, self._moving, weights, others)
-
-    def leaves(self, params: PyTree) -> list[Any]:
-        """The leaves that move, of a pytree like the parameters."""
-        got: Any = jax.tree.structure(params)
-        if got != self._treedef:
+    def leaves(self, vector: PyTree) -> list[Any]:
+        """The leaves that move, of a pytree of the structure and shapes of params."""
+        leaves = jax.tree.leaves(vector)
+        got: Any = jax.tree.structure(vector)
+        chosen, _ = _divide(leaves, self._moving) if got == self._treedef else ([], [])
+        shapes = [jnp.shape(x) for x in chosen]
+        if shapes != [w.shape for w in self.center]:
             raise ValueError(
-                "expected a pytree of the structure of params.\n"
-                f"  params: {self._treedef}\n  got:    {got}"
+                "a vector or direction must have the structure and shapes of params.\n"
+                f"  params: {self._treedef} {[w.shape for w in self.center]}\n"
+                f"  got:    {got} {[jnp.shape(x) for x in leaves]}"
             )
-        return _divide(jax.tree.leaves(params), self._moving)[0]
+        return chosen
+
+    def embed(self, vector: Sequence[Any]) -> PyTree:
+        """The inverse of :meth:`leaves`, zero where a leaf does not move."""
+        zeros = [jnp.zeros_like(x) for x in self._fixed]
+        return _join(self._treedef, self._moving, vector, zeros)
 
     def _pass(self, step, carry=()):
         """Mean loss, number of examples, carry. Sums are fetched one batch behind.
 
-        So the device has work while the host reads the next batch, and no more than
-        two batches are alive.
+        So the device has work while the host reads the next batch, and few batches
+        are alive.
         """
         totals = np.float64(0), 0.0
         ahead = None
@@ -172,10 +169,17 @@ class Objective:
         return loss / examples, examples, carry
 
 
+class _Programs(NamedTuple):
+    """Compiled functions of one batch; two of them add to what came before."""
+
+    loss: Callable[..., Any]
+    add_gradient: Callable[..., Any]
+    add_product: Callable[..., Any]
+    loss_at: Callable[..., Any]
+
+
 @functools.lru_cache(maxsize=16)
 def _compiled(loss_sum, treedef, moving):
-    """Loss, gradient and Hessian product of one batch, added to what came before."""
-
     def loss_of(weights, fixed, batch):
         result = loss_sum(_join(treedef, moving, weights, fixed), batch)
         if (
@@ -218,7 +222,7 @@ def _compiled(loss_sum, treedef, moving):
             weights.append(moved.astype(w.dtype))
         return loss_of(weights, fixed, batch)
 
-    return jax.jit(loss_of), add_gradient, add_product, loss_at
+    return _Programs(jax.jit(loss_of), add_gradient, add_product, loss_at)
 
 
 def _fetched(totals, sums):

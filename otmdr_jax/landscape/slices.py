@@ -119,7 +119,7 @@ def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subsp
     """
     solutions = [first, second] if third is None else [first, second, third]
     for other in solutions[1:]:
-        _check_like(first, other, "solutions")
+        _check_like(first, other)
     x = _difference(second, first)
     length = float(tree.norm(x))
     if not length > 0:
@@ -190,8 +190,6 @@ def loss_grid(
                 "each of axes must be a vector of finite numbers, at least one; got "
                 f"shape {axis.shape}."
             )
-    for direction in directions:
-        _check_like(params, direction, "params and directions")
     whole = Objective(loss_sum, params, batches)
     points = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1)
     losses = whole.losses(
@@ -201,13 +199,13 @@ def loss_grid(
     return losses.reshape(points.shape[:-1])
 
 
-def _check_like(first, other, names):
+def _check_like(first, other):
     one: Any = jax.tree.structure(first)
     two: Any = jax.tree.structure(other)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(t)] for t in (first, other)]
     if one != two or shapes[0] != shapes[1]:
         raise ValueError(
-            f"{names} must have the same structure and shapes.\n"
+            "solutions must have the same structure and shapes.\n"
             f"  first: {one} {shapes[0]}\n  other: {two} {shapes[1]}"
         )
 
