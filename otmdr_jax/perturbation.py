@@ -67,7 +67,7 @@ def ascend(
     moving = [True] * len(w) if mask is None else jax.tree.leaves(mask)
 
     # Steps are computed in float32 or wider; only the new weights are rounded.
-    t = [_element_scale(x, adaptive) for x in w]
+    t = [element_scale(x, adaptive) for x in w]
     tg = [ti * gi.astype(ti.dtype) for ti, gi in zip(t, g, strict=True)]
     counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
     total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
@@ -120,8 +120,22 @@ def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
     return jax.tree.map(bool, mask)
 
 
-def _element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
-    """ASAM's T: |w| (without the authors' constant 0.01), or one."""
+def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
+    """ASAM's T of a leaf: |w| (without the authors' constant 0.01), or one.
+
+    Args:
+      w: A leaf of the weights.
+      adaptive: Whether to scale by |w|.
+
+    Returns:
+      |w|, or a scalar 1, in float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.perturbation import element_scale
+      >>> element_scale(jnp.array([-2.0, 0.5]), adaptive=True).tolist()
+      [2.0, 0.5]
+    """
     dtype = tree.accumulation_dtype(w)
     return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
 

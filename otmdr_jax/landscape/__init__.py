@@ -1,0 +1,46 @@
+"""How the loss behaves around a solution: the sharpness that OT-MDR trades against.
+
+Everything is a quantity of a whole set. The loss is `loss_sum(params, batch) -> (sum of
+losses, number of examples)`, the set an iterable of batches; sums over batches are
+divided by the number of examples, so that batches may differ in size. Networks with
+BatchNorm are measured as they predict: evaluate them with `train=False` in `loss_sum`,
+since with statistics of the batch the loss of a set would depend on how it is cut.
+"""
+
+from otmdr_jax.landscape.hessian import (
+    Spectrum,
+    Trace,
+    hessian_eigenvalues,
+    hessian_product,
+    hessian_trace,
+)
+from otmdr_jax.landscape.sharpness import (
+    AverageSharpness,
+    Sharpness,
+    average_sharpness,
+    sam_gap,
+    worst_in_ball,
+)
+from otmdr_jax.landscape.slices import (
+    Subspace,
+    loss_grid,
+    random_direction,
+    through,
+)
+
+__all__ = [
+    "AverageSharpness",
+    "Sharpness",
+    "Spectrum",
+    "Subspace",
+    "Trace",
+    "average_sharpness",
+    "hessian_eigenvalues",
+    "hessian_product",
+    "hessian_trace",
+    "loss_grid",
+    "random_direction",
+    "sam_gap",
+    "through",
+    "worst_in_ball",
+]

@@ -1,0 +1,277 @@
+r"""The Hessian of a whole set's mean loss: its eigenvalues, eigenvectors and trace.
+
+It is never built: all comes from products :math:`H v`, one pass over the set each.
+ReLUs have the Hessian of the smooth piece that the solution lies on.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otmdr_jax import tree
+from otmdr_jax.landscape.objective import LossSum, Objective
+
+PyTree = Any
+
+# SciPy's names, and up to here the whole matrix is as cheap as ARPACK's subspace.
+_WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
+_SMALL = 20
+
+
+class Spectrum(NamedTuple):
+    r"""What :func:`hessian_eigenvalues` finds.
+
+    Attributes:
+      values: (k,) eigenvalues in float64, in the order that was asked for.
+      vectors: k eigenvectors, pytrees like the parameters of norm 1, zero where a leaf
+        does not move. The sign is such that the largest entry is positive.
+      residuals: (k,) :math:`\|H v - \lambda v\|_2`: so far from each value there is an
+        eigenvalue at the most.
+    """
+
+    values: np.ndarray
+    vectors: list[PyTree]
+    residuals: np.ndarray
+
+
+class Trace(NamedTuple):
+    """What :func:`hessian_trace` estimates.
+
+    Attributes:
+      value: The mean of `samples`.
+      standard_error: Of that mean, by the probes that were drawn.
+      samples: (n,) one estimate for each probe.
+    """
+
+    value: float
+    standard_error: float
+    samples: np.ndarray
+
+
+def hessian_product(
+    loss_sum: LossSum,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    vector: PyTree,
+    *,
+    mask: PyTree | None = None,
+) -> PyTree:
+    r"""The Hessian of the mean loss times a vector, :math:`\nabla^2 L(\theta) v`.
+
+    Args:
+      loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
+        once, so pass the same function object each time.
+      params: The solution.
+      batches: The set, in batches of any sizes; iterated over once.
+      vector: A pytree like `params`.
+      mask: A pytree of bools, or a function of `params` to one, True where a leaf
+        moves; None for all floating leaves. The Hessian is that of these leaves.
+
+    Returns:
+      A pytree like `params`, zero where a leaf does not move; in float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import landscape
+      >>> def loss_sum(w, batch):
+      ...     return 0.5 * (w[0] ** 2 + 9 * w[1] ** 2), 1
+      >>> v = jnp.array([1.0, 2.0])
+      >>> landscape.hessian_product(loss_sum, jnp.zeros(2), [None], v)
+      Array([ 1., 18.], dtype=float32)
+
+    Reference: Pearlmutter, 1994.
+    """
+    whole = Objective(loss_sum, params, batches, mask)
+    return whole.embed(whole.product(whole.leaves(vector)))
+
+
+def hessian_eigenvalues(
+    loss_sum: LossSum,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    k: int = 1,
+    *,
+    which: str = "largest",
+    tol: float = 1e-3,
+    max_restarts: int = 100,
+    mask: PyTree | None = None,
+) -> Spectrum:
+    r"""Eigenvalues and eigenvectors of the Hessian at an end of its spectrum.
+
+    By ARPACK's implicitly restarted Lanczos method, in SciPy: its vectors are kept
+    orthogonal, so that multiple eigenvalues come as often as they occur, and its memory
+    on the host is that of :math:`\max(20, 2 k + 1) + k` vectors. It starts from a fixed
+    random vector. Up to 20 weights the matrix is built.
+
+    Args:
+      loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
+        once, so pass the same function object each time.
+      params: The solution.
+      batches: The set, in batches of any sizes; iterated over once for each product, at
+        least :math:`\max(20, 2 k + 1)` times, and k times for the residuals.
+      k: How many.
+      which: "largest", the most positive first; "smallest", the most negative first;
+        "magnitude", the largest absolute values first.
+      tol: Relative error of the eigenvalues; 1e-3 as in PyHessian.
+      max_restarts: Restarts before it gives up; 100, PyHessian's number of iterations.
+      mask: A pytree of bools, or a function of `params` to one, True where a leaf
+        moves; None for all floating leaves. The Hessian is that of these leaves.
+
+    Returns:
+      A :class:`Spectrum`.
+
+    Raises:
+      ValueError: k or `which` is not possible, or the Hessian is not finite.
+      RuntimeError: It has not converged.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import landscape
+      >>> def loss_sum(w, batch):
+      ...     return 0.5 * (w[0] ** 2 + 9 * w[1] ** 2), 1
+      >>> found = landscape.hessian_eigenvalues(loss_sum, jnp.zeros(2), [None], k=2)
+      >>> found.values.tolist(), found.vectors[0].tolist()
+      ([9.0, 1.0], [0.0, 1.0])
+
+    Reference: Lehoucq et al., 1998 (ARPACK); Yao et al., 2020 (PyHessian).
+    """
+    if which not in _WHICH:
+        raise ValueError(f"which must be one of {list(_WHICH)}, got {which!r}.")
+    if not tol > 0:
+        raise ValueError(f"tol must be a positive number, got {tol!r}.")
+    if max_restarts < 1:
+        raise ValueError(f"max_restarts must be at least 1, got {max_restarts}.")
+    whole = Objective(loss_sum, params, batches, mask)
+    shapes = [w.shape for w in whole.center]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    size = int(ends[-1])
+    if not 1 <= k <= size:
+        raise ValueError(f"k must be between 1 and the {size} weights, got {k}.")
+    dtype = np.result_type(*(tree.accumulation_dtype(w) for w in whole.center))
+
+    def unravel(vector):
+        parts = np.split(np.ravel(vector), ends[:-1])
+        return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)]
+
+    def times(vector):
+        leaves = jax.device_get(whole.product(unravel(vector)))
+        result = np.concatenate([np.ravel(x) for x in leaves]).astype(dtype)
+        if not np.isfinite(result).all():
+            raise ValueError(
+                "the Hessian is not finite at these parameters: check the loss there, "
+                "or use a wider dtype."
+            )
+        return result
+
+    if size <= max(_SMALL, 2 * k + 1):
+        columns = np.stack([times(row) for row in np.eye(size, dtype=dtype)])
+        values, vectors = np.linalg.eigh((columns + columns.T) / 2)
+    else:
+        values, vectors = _arpack(times, size, dtype, k, which, tol, max_restarts)
+    sort_by = {"largest": -values, "smallest": values, "magnitude": -np.abs(values)}
+    order = np.argsort(sort_by[which], kind="stable")[:k]
+    values, vectors = values[order], vectors.T[order]
+    peaks = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1)
+    vectors = vectors * np.where(peaks < 0, -1, 1).astype(dtype)
+    residuals = [
+        np.linalg.norm(times(v) - value * v)
+        for value, v in zip(values, vectors, strict=True)
+    ]
+    return Spectrum(
+        values.astype(np.float64),
+        [whole.embed([*map(jnp.asarray, unravel(v))]) for v in vectors],
+        np.asarray(residuals, np.float64),
+    )
+
+
+def hessian_trace(
+    loss_sum: LossSum,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    *,
+    key: jax.Array,
+    num_probes: int = 100,
+    mask: PyTree | None = None,
+) -> Trace:
+    r"""The trace of the Hessian, the sum of its eigenvalues, by Hutchinson's method.
+
+    .. math:: \frac{1}{n} \sum_i z_i^\top H z_i, \quad z_i \in \{-1, 1\}^P
+
+    Without bias; the variance of a probe is :math:`2 \sum_{i \ne j} H_{ij}^2`. The
+    number of probes is fixed; PyHessian stops as soon as two means are alike, which
+    may be by chance.
+
+    Args:
+      loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
+        once, so pass the same function object each time.
+      params: The solution.
+      batches: The set, in batches of any sizes; iterated over `num_probes` times.
+      key: A PRNG key: the same one gives the same probes.
+      num_probes: Probes z, at least 2; 100 as in PyHessian. The standard error falls
+        with its root.
+      mask: A pytree of bools, or a function of `params` to one, True where a leaf
+        moves; None for all floating leaves. The Hessian is that of these leaves.
+
+    Returns:
+      A :class:`Trace`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import landscape
+      >>> def loss_sum(w, batch):
+      ...     return 0.5 * (w[0] ** 2 + 9 * w[1] ** 2) + w[0] * w[1], 1
+      >>> found = landscape.hessian_trace(
+      ...     loss_sum, jnp.zeros(2), [None], key=jax.random.key(0))
+      >>> abs(found.value - 10) < 3 * found.standard_error
+      True
+
+    Reference: Hutchinson, 1990; Yao et al., 2020 (PyHessian).
+    """
+    if num_probes < 2:
+        raise ValueError(
+            f"num_probes must be at least 2, for a standard error; got {num_probes}."
+        )
+    whole = Objective(loss_sum, params, batches, mask)
+    samples = np.empty(num_probes)
+    for i in range(num_probes):
+        probe = _rademacher(whole.center, jax.random.fold_in(key, i))
+        samples[i] = sum(map(float, _dots(probe, whole.product(probe))))
+    error = np.std(samples, ddof=1) / math.sqrt(num_probes)
+    return Trace(float(np.mean(samples)), float(error), samples)
+
+
+def _arpack(times, size, dtype, k, which, tol, max_restarts):
+    # SciPy comes with JAX; its sparse part is read where it is needed.
+    from scipy.sparse import linalg
+
+    start = np.random.default_rng(0).normal(size=size).astype(dtype)
+    if not times(start).any():  # ARPACK refuses to start: all eigenvalues are zero
+        return np.zeros(k, dtype), np.eye(size, k, dtype=dtype)
+    operator = linalg.LinearOperator((size, size), matvec=times, dtype=dtype)
+    try:
+        return linalg.eigsh(
+            operator, k, which=_WHICH[which], v0=start, tol=tol, maxiter=max_restarts
+        )
+    except linalg.ArpackNoConvergence as error:
+        raise RuntimeError(
+            f"{len(error.eigenvalues)} of {k} eigenvalues converged to tol={tol:g} "
+            f"within {max_restarts} restarts: raise tol or max_restarts. "
+            "Eigenvalues at an end where they crowd, as small ones near 0, take long."
+        ) from error
+
+
+@jax.jit
+def _rademacher(center, key):
+    return [
+        jax.random.rademacher(jax.random.fold_in(key, i), w.shape, w.dtype)
+        for i, w in enumerate(center)
+    ]
+
+
+@jax.jit
+def _dots(first, second):
+    return [jnp.sum(x.astype(y.dtype) * y) for x, y in zip(first, second, strict=True)]

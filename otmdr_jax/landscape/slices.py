@@ -1,0 +1,226 @@
+r"""Slices through the loss of a whole set: along lines and planes in weight space.
+
+.. math:: f(a, b) = L(\theta + a\, x + b\, y)
+
+with random directions x and y, eigenvectors of the Hessian, or those through several
+solutions. At every point BatchNorm has the running statistics that `loss_sum` uses.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otmdr_jax import tree
+from otmdr_jax.landscape.objective import LossSum, Objective
+from otmdr_jax.perturbation import resolve_mask
+
+PyTree = Any
+
+
+class Subspace(NamedTuple):
+    """A line or plane through solutions, as :func:`through` finds it.
+
+    Attributes:
+      origin: The first solution.
+      directions: One or two pytrees like it, orthogonal and of equal length.
+      points: (n, d) coordinates of the n solutions: (0, ...), (1, ...) and, of three,
+        where the third lies.
+    """
+
+    origin: PyTree
+    directions: tuple[PyTree, ...]
+    points: np.ndarray
+
+
+def random_direction(
+    params: PyTree,
+    key: jax.Array,
+    *,
+    filter_axis: int = -1,
+    mask: PyTree | None = None,
+) -> PyTree:
+    r"""A Gaussian direction whose filters have the norms of the parameters' filters.
+
+    .. math:: d_{ij} \leftarrow d_{ij} \|\theta_{ij}\|_2 / \|d_{ij}\|_2
+
+    for filter j of leaf i, so that networks whose weights differ in size are shown at
+    the scale of their weights. Leaves of less than two axes (biases, BatchNorm) get 0.
+
+    Args:
+      params: The solution.
+      key: A PRNG key: the same one gives the same direction before it is normalised, so
+        that two runs of one architecture can be compared along it.
+      filter_axis: The axis of the outputs, each of which is a filter: the last as in
+        Flax; 0 for Equinox and PyTorch.
+      mask: A pytree of bools, or a function of `params` to one, True where the
+        direction may differ from 0; None for everywhere.
+
+    Returns:
+      A pytree like `params`, in float32 or wider.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import landscape
+      >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 2.0]]), "bias": jnp.ones(2)}
+      >>> d = landscape.random_direction(params, jax.random.key(0))
+      >>> jnp.linalg.norm(d["kernel"], axis=0).round(4).tolist(), d["bias"].tolist()
+      ([5.0, 2.0], [0.0, 0.0])
+
+    Reference: Li et al., 2018, section 4, with `ignore="biasbn"` of their code.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    resolved = resolve_mask(mask, params)
+    moving = [True] * len(leaves) if resolved is None else jax.tree.leaves(resolved)
+    found = []
+    for i, (w, moves) in enumerate(zip(leaves, moving, strict=True)):
+        w = jnp.asarray(w)
+        if not moves or w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+            found.append(jnp.zeros_like(w))
+            continue
+        dtype = tree.accumulation_dtype(w)
+        d = jax.random.normal(jax.random.fold_in(key, i), w.shape, dtype)
+        others = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
+
+        def norms(x, axes=others):
+            return jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
+
+        found.append(d * norms(w.astype(dtype)) / norms(d))
+    return jax.tree.unflatten(treedef, found)
+
+
+def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subspace:
+    r"""The line through two solutions, or the plane through three.
+
+    The first lies at 0, the second at 1: the unit of both axes is the distance between
+    them. The second axis points from the line to the third solution.
+
+    Args:
+      first: A solution, a pytree.
+      second: Another, of the same structure and shapes.
+      third: A third, or None for the line.
+
+    Returns:
+      A :class:`Subspace`, to hand to :func:`loss_grid`.
+
+    Raises:
+      ValueError: They differ in structure or shape, or they coincide or lie on a line.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import landscape
+      >>> plane = landscape.through(jnp.zeros(2), jnp.array([2.0, 0.0]), jnp.ones(2))
+      >>> plane.points.tolist(), plane.directions[1].tolist()
+      ([[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]], [0.0, 2.0])
+
+    Reference: Goodfellow et al., 2015 (lines); Garipov et al., 2018 (planes).
+    """
+    solutions = [first, second] if third is None else [first, second, third]
+    for other in solutions[1:]:
+        _check_like(first, other)
+    x = _difference(second, first)
+    length = float(tree.norm(x))
+    if not length > 0:
+        raise ValueError(
+            "the first and the second solution coincide: no line is theirs."
+        )
+    if third is None:
+        return Subspace(first, (x,), np.array([[0.0], [1.0]]))
+    away = _difference(third, first)
+    along = _dot(away, x) / length**2
+    across = jax.tree.map(lambda d, e: d - jnp.asarray(along, d.dtype) * e, away, x)
+    height = float(tree.norm(across))
+    if not height > 1e-5 * float(tree.norm(away)):
+        raise ValueError(
+            "the three solutions lie on one line: leave the third out, and read the "
+            "line's axis further."
+        )
+    y = jax.tree.map(lambda d: d * jnp.asarray(length / height, d.dtype), across)
+    points = np.array([[0.0, 0.0], [1.0, 0.0], [along, height / length]])
+    return Subspace(first, (x, y), points)
+
+
+def loss_grid(
+    loss_sum: LossSum,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    directions: Sequence[PyTree],
+    axes: Sequence[Any],
+) -> np.ndarray:
+    r"""The mean loss on a grid of points :math:`\theta + \sum_i c_i d_i`.
+
+    One compiled function evaluates a point on a batch; the set is read once.
+
+    Args:
+      loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
+        once, so pass the same function object each time.
+      params: The solution, where all coefficients are 0.
+      batches: The set, in batches of any sizes; iterated over once.
+      directions: D pytrees like `params`: one for a line, two for a plane.
+      axes: D vectors of coefficients, in units of the directions.
+
+    Returns:
+      (len(axes[0]), ...) losses in float64, D axes in the order of the directions; not
+      finite where a loss is not.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import landscape
+      >>> def loss_sum(w, batch):
+      ...     return w[0] ** 2 + 10 * w[1], 1
+      >>> landscape.loss_grid(loss_sum, jnp.zeros(2), [None],
+      ...     [jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])], [[-1, 0, 2], [0, 1]])
+      array([[ 1., 11.],
+             [ 0., 10.],
+             [ 4., 14.]])
+
+    Reference: Li et al., 2018.
+    """
+    if not directions or len(directions) != len(axes):
+        raise ValueError(
+            "directions and axes must be of the same number, at least one; got "
+            f"{len(directions)} directions and {len(axes)} axes."
+        )
+    grids = [np.asarray(axis, np.float64) for axis in axes]
+    for axis in grids:
+        if axis.ndim != 1 or not axis.size or not np.isfinite(axis).all():
+            raise ValueError(
+                "each of axes must be a vector of finite numbers, at least one; got "
+                f"shape {axis.shape}."
+            )
+    whole = Objective(loss_sum, params, batches)
+    points = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1)
+    losses = whole.losses(
+        [[jnp.asarray(d) for d in whole.leaves(x)] for x in directions],
+        points.reshape(-1, len(grids)),
+    )
+    return losses.reshape(points.shape[:-1])
+
+
+def _check_like(first, other):
+    one: Any = jax.tree.structure(first)
+    two: Any = jax.tree.structure(other)
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(t)] for t in (first, other)]
+    if one != two or shapes[0] != shapes[1]:
+        raise ValueError(
+            "solutions must have the same structure and shapes.\n"
+            f"  first: {one} {shapes[0]}\n  other: {two} {shapes[1]}"
+        )
+
+
+def _difference(first, second):
+    def minus(x, y):
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        if not tree.is_floating(x):
+            return jnp.zeros_like(x)
+        dtype = tree.accumulation_dtype(x)
+        return x.astype(dtype) - y.astype(dtype)
+
+    return jax.tree.map(minus, first, second)
+
+
+def _dot(first, second):
+    pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+    return sum(float(jnp.vdot(x, y)) for x, y in pairs)

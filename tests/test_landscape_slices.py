@@ -1,0 +1,224 @@
+"""Slices against direct evaluation, NumPy's norms and geometry by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otmdr_jax import landscape
+from tests import toy
+
+
+def least_squares(params, batch):
+    residual = batch["x"] @ params["w"] + params["b"] - batch["y"]
+    return jnp.sum(residual**2), len(batch["y"])
+
+
+LINE = jnp.array([0.1, 0.2, 0.3])
+
+
+def halves(data):
+    return [jax.tree.map(lambda x: x[:5], data), jax.tree.map(lambda x: x[5:], data)]
+
+
+class TestGrid:
+    def test_is_direct_evaluation_in_float64(self):
+        params, data = toy.regression_problem()
+        rng = np.random.default_rng(1)
+        x, y = (
+            {"w": np.float32(rng.normal(size=4)), "b": np.float32(rng.normal())}
+            for _ in range(2)
+        )
+        first, second = [-1.0, 0.0, 0.5], [0.0, 2.0]
+        found = landscape.loss_grid(
+            least_squares, params, halves(data), [x, y], [first, second]
+        )
+        assert found.shape == (3, 2) and found.dtype == np.float64
+        for i, a in enumerate(first):
+            for j, b in enumerate(second):
+                w = params["w"] + a * x["w"] + b * y["w"]
+                bias = params["b"] + a * x["b"] + b * y["b"]
+                want = np.mean((data["x"] @ w + bias - data["y"]) ** 2)
+                assert found[i, j] == pytest.approx(want, rel=1e-5)
+
+    def test_along_an_eigenvector_is_a_parabola_of_its_eigenvalue(self):
+        params, data = toy.regression_problem()
+        batches = halves(data)
+        top = landscape.hessian_eigenvalues(least_squares, params, batches)
+        steps = np.linspace(-1, 1, 9)
+        losses = landscape.loss_grid(
+            least_squares, params, batches, top.vectors, [steps]
+        )
+        curvature = np.polynomial.polynomial.polyfit(steps, losses, 2)[2]
+        assert curvature == pytest.approx(top.values[0] / 2, rel=1e-4)
+
+    def test_is_compiled_once_and_reads_the_set_once(self):
+        traced, read = [], []
+
+        def loss_sum(w, batch):
+            traced.append(batch.shape)
+            return jnp.sum(batch @ w), len(batch)
+
+        class Set:
+            def __iter__(self):
+                for n in (3, 3, 2):
+                    read.append(n)
+                    yield np.ones((n, 2), np.float32)
+
+        for scale in (1.0, 2.0):
+            found = landscape.loss_grid(
+                loss_sum, jnp.ones(2) * scale, Set(), [jnp.ones(2)], [range(40)]
+            )
+            np.testing.assert_allclose(found, 2 * (scale + np.arange(40)), rtol=1e-6)
+        assert len(traced) == 2 and read == [3, 3, 2] * 2
+
+    def test_leaves_that_are_no_floats_stay(self):
+        params = {"w": jnp.array([1.0, 2.0]), "pick": jnp.array([1])}
+
+        def loss_sum(params, batch):
+            return params["w"][params["pick"]][0], 1
+
+        direction = {"w": jnp.array([0.0, 3.0]), "pick": jnp.array([-1])}
+        found = landscape.loss_grid(loss_sum, params, [None], [direction], [[0, 1]])
+        np.testing.assert_allclose(found, [2.0, 5.0])
+
+    def test_what_is_not_finite_is_shown(self):
+        def loss_sum(w, batch):
+            return jnp.log(w), 1
+
+        found = landscape.loss_grid(
+            loss_sum, jnp.array(0.0), [None], [jnp.array(1.0)], [[-1, 0, 1]]
+        )
+        np.testing.assert_array_equal(found, [np.nan, -np.inf, 0])
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (dict(directions=[], axes=[]), "same number"),
+            (dict(axes=[[0], [1]]), "same number"),
+            (dict(axes=[[]]), "vector of finite numbers"),
+            (dict(axes=[0.5]), "vector of finite numbers"),
+            (dict(axes=[[np.inf]]), "vector of finite numbers"),
+            (dict(directions=[{"w": jnp.ones(2)}]), "structure and shapes of params"),
+            (dict(directions=[jnp.ones(3)]), "structure and shapes of params"),
+            (dict(batches=[]), "at least one batch"),
+        ],
+    )
+    def test_bad_input_says_what_must_hold(self, call, message):
+        arguments = dict(
+            loss_sum=lambda w, _: (jnp.sum(w), 1),
+            params=jnp.ones(2),
+            batches=[None],
+            directions=[jnp.ones(2)],
+            axes=[[0, 1]],
+        )
+        with pytest.raises(ValueError, match=message):
+            landscape.loss_grid(**arguments | call)
+
+
+class TestRandomDirection:
+    def params(self, key):
+        return {
+            "conv": 3 * jax.random.normal(key, (3, 3, 2, 5)),
+            "dense": jax.random.normal(key, (4, 6)),
+            "bias": jnp.ones(6),
+        }
+
+    @pytest.mark.parametrize("axis", [-1, 0])
+    def test_filters_have_the_norms_of_the_weights(self, axis, key):
+        params = self.params(key)
+        found = landscape.random_direction(params, key, filter_axis=axis)
+        for name in ("conv", "dense"):
+            rows, of_weights = (
+                np.moveaxis(np.asarray(t[name]), axis, 0).reshape(
+                    t[name].shape[axis], -1
+                )
+                for t in (found, params)
+            )
+            np.testing.assert_allclose(
+                np.linalg.norm(rows, axis=1),
+                np.linalg.norm(of_weights, axis=1),
+                rtol=1e-5,
+            )
+            cosine = np.sum(rows * of_weights) / np.sum(of_weights**2)
+            assert abs(cosine) < 0.9
+        assert not found["bias"].any()
+
+    def test_is_that_of_the_key_at_the_scale_of_the_weights(self, key):
+        params = self.params(key)
+        one, two = (landscape.random_direction(params, key) for _ in range(2))
+        jax.tree.map(np.testing.assert_array_equal, one, two)
+        larger = jax.tree.map(lambda x: 7 * x, params)
+        scaled = landscape.random_direction(larger, key)
+        np.testing.assert_allclose(scaled["conv"], 7 * one["conv"], rtol=1e-5)
+        other = landscape.random_direction(params, jax.random.key(1))
+        assert not np.allclose(other["conv"], one["conv"])
+
+    def test_leaves_of_one_shape_differ(self, key):
+        found = landscape.random_direction([jnp.ones((4, 4)), jnp.ones((4, 4))], key)
+        assert not np.isclose(found[0], found[1]).any()
+
+    def test_mask_holds_leaves(self, key):
+        mask = {"conv": False, "dense": True, "bias": True}
+        found = landscape.random_direction(self.params(key), key, mask=mask)
+        assert not found["conv"].any() and found["dense"].all()
+
+
+class TestThrough:
+    @settings(max_examples=30, deadline=None)
+    @given(st.integers(0, 1000))
+    def test_every_solution_is_at_its_point(self, seed):
+        rng = np.random.default_rng(seed)
+        solutions = [
+            {"a": np.float32(rng.normal(size=(2, 3))), "b": np.float32(rng.normal())}
+            for _ in range(3)
+        ]
+        for chosen in (solutions[:2], solutions):
+            found = landscape.through(*chosen)
+            for point, solution in zip(found.points, chosen, strict=True):
+                reached = found.origin
+                for c, d in zip(point, found.directions, strict=True):
+                    reached = jax.tree.map(lambda w, x, c=c: w + c * x, reached, d)
+                for name in ("a", "b"):
+                    np.testing.assert_allclose(
+                        reached[name], solution[name], rtol=1e-3, atol=1e-4
+                    )
+        flat = [np.concatenate([np.ravel(d["a"]), [d["b"]]]) for d in found.directions]
+        assert np.linalg.norm(flat[0]) == pytest.approx(np.linalg.norm(flat[1]), 1e-4)
+        assert abs(flat[0] @ flat[1]) < 1e-4 * (flat[0] @ flat[0])
+
+    def test_grid_over_the_plane_holds_the_losses_of_the_solutions(self):
+        solutions = [toy.regression_problem(seed)[0] for seed in range(3)]
+        _, data = toy.regression_problem()
+        plane = landscape.through(*solutions)
+        for point, solution in zip(plane.points, solutions, strict=True):
+            (found,) = landscape.loss_grid(
+                least_squares,
+                plane.origin,
+                halves(data),
+                plane.directions,
+                point[:, None],
+            ).ravel()
+            want = np.mean((data["x"] @ solution["w"] + solution["b"] - data["y"]) ** 2)
+            assert found == pytest.approx(want, rel=1e-4)
+
+    @pytest.mark.parametrize(
+        ("solutions", "message"),
+        [
+            ((jnp.ones(3), jnp.ones(3)), "coincide"),
+            ((jnp.zeros(3), jnp.ones(3), 2 * jnp.ones(3)), "one line"),
+            ((jnp.zeros(3), jnp.ones(3), jnp.zeros(3)), "one line"),
+            # On the line to rounding.
+            (
+                (LINE, LINE + 0.7, LINE + 0.3 * jnp.full(3, 0.7)),
+                "one line",
+            ),
+            ((jnp.zeros(3), jnp.ones(2)), "same structure and shapes"),
+            ((jnp.zeros(3), {"w": jnp.ones(3)}), "same structure and shapes"),
+        ],
+    )
+    def test_bad_input_says_what_must_hold(self, solutions, message):
+        with pytest.raises(ValueError, match=message):
+            landscape.through(*solutions)
