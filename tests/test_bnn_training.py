@@ -264,7 +264,7 @@ class TestRuns:
         "options",
         [
             dict(kl_schedule="blundell", prior="fitted", dtype="bfloat16"),
-            dict(kl_schedule="warmup", kl_warmup_epochs=1.0, prior="mixture"),
+            dict(kl_schedule="warmup", kl_warmup_epochs=0.5, prior="mixture"),
             dict(dtype="float16", learning_rate=1e-3),
             dict(method="sgvb", estimator="local", noise_std=0.0),
             dict(method="sgvb", estimator="flipout", noise_std=0.0, dtype="bfloat16"),
