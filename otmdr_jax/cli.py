@@ -292,16 +292,16 @@ def evaluate(options: Evaluate) -> None:
     data = programs.fingerprint(dataset)
     programs.check_same_data(restored.meta["data"], data, folder)
     state = restored.state
+    diverged = tuple(restored.meta.get("diverged", ()))
     found = evaluation.evaluate(
         config,
         state,
         dataset,
         options.split,
         compiled,
-        without=tuple(restored.meta.get("diverged", ())),
+        without=diverged,
         show_progress=True,
     )
-    diverged = tuple(restored.meta.get("diverged", ()))
     sharp = evaluation.sharpness(config, state, dataset, compiled, without=diverged)
     result = {
         "split": options.split,
@@ -318,7 +318,6 @@ def evaluate(options: Evaluate) -> None:
             config, state, found, sharp, restored.meta
         )
     how = ""
-    diverged = tuple(restored.meta.get("diverged", ()))
     if posterior := evaluation.posterior_record(compiled, state, diverged):
         result["posterior"] = posterior
         samples = config.prediction == "samples"

@@ -17,7 +17,7 @@ import jax
 
 from otmdr_jax import engine
 from otmdr_jax.engine import Diagnostics, RobustGradient
-from otmdr_jax.options import Options, check_rho
+from otmdr_jax.options import Options, check_names, check_rho
 
 __all__ = [
     "PAPER_RHO",
@@ -178,9 +178,5 @@ def robust_gradient(
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     known = {field.name for field in dataclasses.fields(Options)}
-    if unknown := sorted(set(options) - known):
-        raise TypeError(
-            f"unknown options {', '.join(unknown)}; "
-            f"there are {', '.join(sorted(known))}."
-        )
+    check_names(options, known)
     return engine.build(loss_fn, check_rho(rho), Options(**options))

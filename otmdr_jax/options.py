@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Options:
         _check_count("num_particles", self.num_particles)
         if self.microbatch_size is not None:
             _check_count("microbatch_size", self.microbatch_size)
-        _check_nonnegative("noise_std", self.noise_std)
+        check_number("noise_std", self.noise_std)
         check_word("split", self.split, SPLITS)
         check_word("norm", self.norm, NORMS)
         check_word("merge", self.merge, MERGES)
@@ -87,11 +87,21 @@ def check_rho(rho: Any) -> tuple[jax.typing.ArrayLike, ...]:
             "rho=(0.05, 0.1) for OT-MDR or rho=(0.05,) for one step."
         )
     for radius in radii:
-        _check_nonnegative("rho", radius)
+        check_number("rho", radius)
     return radii
 
 
-def _check_nonnegative(name: str, value: Any) -> None:
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raises unless a value is a finite number that is not negative, or a traced one.
+
+    Args:
+      name: What it is called in errors.
+      value: A number, a scalar array, or a traced scalar, whose value is not checked.
+      positive: Whether 0 is refused too.
+
+    Raises:
+      TypeError: It is no number; ValueError: it is not finite, negative, or no scalar.
+    """
     if isinstance(value, jax.core.Tracer):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got a {value.aval}.")
@@ -99,8 +109,9 @@ def _check_nonnegative(name: str, value: Any) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number and not (hasattr(value, "dtype") and jnp.shape(value) == ()):
         raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
-    if not math.isfinite(float(value)) or float(value) < 0:
-        raise ValueError(f"{name} must be finite and not negative, got {value!r}.")
+    if not math.isfinite(float(value)) or float(value) < 0 or (positive and not value):
+        must = "positive and finite" if positive else "finite and not negative"
+        raise ValueError(f"{name} must be {must}, got {value!r}.")
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -108,6 +119,15 @@ def _check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an integer known at trace time, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}.")
+
+
+def check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for options that are not among the known ones."""
+    if unknown := sorted(set(given) - set(known)):
+        raise TypeError(
+            f"unknown options {', '.join(unknown)}; "
+            f"there are {', '.join(sorted(known))}."
+        )
 
 
 def check_word(name: str, value: Any, known: Sequence[str | None]) -> None:

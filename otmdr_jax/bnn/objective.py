@@ -30,7 +30,13 @@ from otmdr_jax import collectives, engine
 from otmdr_jax.bnn import divergence, local, posterior, priors
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.engine import Diagnostics, Roles
-from otmdr_jax.options import Options, check_rho, check_word
+from otmdr_jax.options import (
+    Options,
+    check_names,
+    check_number,
+    check_rho,
+    check_word,
+)
 
 PyTree = Any
 
@@ -124,8 +130,7 @@ def sgvb(
       Kingma & Welling, `Auto-Encoding Variational Bayes
       <https://arxiv.org/abs/1312.6114>`_, ICLR 2014; Blundell et al., 2015.
     """
-    known = _own_options(sgvb_gradient)
-    _refuse(set(options) - known, known)
+    check_names(options, _own_options(sgvb_gradient))
     return _plain_face(sgvb_gradient(loss_fn, **options), options)
 
 
@@ -192,18 +197,19 @@ def robust_gradient(
         **{**options, "has_aux": True},
     )
     roles = Roles(
-        counts=_means_and_scales if norm == "joint" else None,
-        at_center=None if sigma_gradient == "particle" else _scales,
+        counts=_marks(mean=True) if norm == "joint" else None,
+        at_center=None if sigma_gradient == "particle" else _marks(mean=False),
         center_batch="first" if sigma_gradient == "center_first" else "all",
     )
     objective = _objective(loss_fn, num_data, prior_std, prior, options)
-    compute = engine.build(objective, check_rho(rho), opts, roles)
+    radii = check_rho(rho)
+    compute = engine.build(objective, radii, opts, roles)
     _check_weight(kl_weight)
     default = kl_weight
 
     def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
         noise_key, key, later_key = _keys(q, key)
-        steps = len(compute_rho if rho is None else check_rho(rho))
+        steps = len(radii if rho is None else check_rho(rho))
         kappas = [posterior.noise(q, noise_key)] * steps
         if weight_noise == "each_step":
             for s in range(1, steps):
@@ -218,7 +224,6 @@ def robust_gradient(
         found = compute(q, batch, args, kwargs, key=key, rho=rho, by_pass=by_pass)
         return _unpacked(found)
 
-    compute_rho = check_rho(rho)
     return fn
 
 
@@ -357,21 +362,20 @@ def _mask_function(mask):
     return mask if callable(mask) else lambda params: mask
 
 
-def _scales(q):
-    no = jax.tree.map(lambda _: False, q)
-    yes = jax.tree.map(lambda _: True, q)
-    return MeanField(no.mean, yes.raw_scale, no.point)
+def _marks(mean):
+    """A mask of raw scales, and of means or not."""
 
+    def mask(q):
+        kinds = zip(q, (mean, True, False), strict=True)
+        return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
 
-def _means_and_scales(q):
-    no = jax.tree.map(lambda _: False, q)
-    yes = jax.tree.map(lambda _: True, q)
-    return MeanField(yes.mean, yes.raw_scale, no.point)
+    return mask
 
 
 def _check_options(options):
     known = {field.name for field in dataclasses.fields(Options)}
-    _refuse(set(options) - known, known | _own_options(robust_gradient))
+    known |= _own_options(robust_gradient)
+    check_names(options, known)
 
 
 def _own_options(function):
@@ -379,24 +383,13 @@ def _own_options(function):
             if p.kind is inspect.Parameter.KEYWORD_ONLY}  # fmt: skip
 
 
-def _refuse(unknown, known):
-    if unknown:
-        raise TypeError(
-            f"unknown options {', '.join(sorted(unknown))}; "
-            f"there are {', '.join(sorted(known))}."
-        )
-
-
 def _check_weight(weight):
-    if isinstance(weight, jax.core.Tracer):
-        return weight
     if callable(weight):
         raise TypeError(
             "kl_weight must be a number: call a schedule with the step and pass its "
             "value, grad_fn(..., kl_weight=schedule(step))."
         )
-    if not math.isfinite(float(weight)) or float(weight) < 0:
-        raise ValueError(f"kl_weight must be finite and not negative, got {weight!r}.")
+    check_number("kl_weight", weight)
     return weight
 
 

@@ -7,11 +7,12 @@ of the stochastic leaves; None stands for a point estimate, which has no prior.
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from otmdr_jax.options import check_number
 
 PyTree = Any
 
@@ -42,7 +43,7 @@ class Normal:
         if not jax.tree.leaves(self.std):
             raise ValueError(f"std of a prior must be positive, got {self.std!r}.")
         for std in jax.tree.leaves(self.std):
-            _check_positive("std", std)
+            check_number("std of a prior", std, positive=True)
 
     def log_prob(self, weights: PyTree) -> jax.Array:
         """Log p(w) in nats, summed over all weights."""
@@ -106,8 +107,8 @@ class ScaleMixture:
 
     def __post_init__(self):
         """Checks the numbers."""
-        _check_positive("wide_std", self.wide_std)
-        _check_positive("narrow_std", self.narrow_std)
+        check_number("wide_std of a prior", self.wide_std, positive=True)
+        check_number("narrow_std of a prior", self.narrow_std, positive=True)
         if not 0 < self.weight < 1:
             raise ValueError(f"weight must lie between 0 and 1, got {self.weight!r}.")
 
@@ -180,13 +181,3 @@ def check_prior(prior: Any) -> Any:
 def _total(of_leaf, *trees):
     parts = jax.tree.leaves(jax.tree.map(of_leaf, *trees))
     return sum(parts, start=jnp.zeros(()))
-
-
-def _check_positive(name, value):
-    if isinstance(value, jax.core.Tracer):
-        return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number and not (hasattr(value, "dtype") and jnp.shape(value) == ()):
-        raise TypeError(f"{name} of a prior must be a number, got {value!r}.")
-    if not math.isfinite(float(value)) or float(value) <= 0:
-        raise ValueError(f"{name} of a prior must be positive, got {value!r}.")
