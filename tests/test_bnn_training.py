@@ -25,6 +25,7 @@ from otmdr_jax import (
     optimizers,
     programs,
     report,
+    sharpness,
     training,
 )
 from otmdr_jax.config import TrainConfig

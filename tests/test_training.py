@@ -26,6 +26,7 @@ from otmdr_jax import (
     optimizers,
     programs,
     runs,
+    sharpness,
     training,
 )
 from otmdr_jax.config import TrainConfig
