@@ -55,6 +55,51 @@ def read(
     Raises:
       ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
     """
+    return _read(
+        name,
+        _split_names,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        download=download,
+        in_memory=in_memory,
+    )
+
+
+def read_test(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    download: bool = False,
+    in_memory: bool | None = True,
+) -> tuple[Split, int]:
+    """Reads the test split alone of a prepared TFDS set, which may have no other.
+
+    Args:
+      name: see :func:`read`.
+      data_dir: likewise.
+      cache_dir: likewise.
+      download: likewise.
+      in_memory: likewise.
+
+    Returns:
+      (test, num_classes).
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
+    """
+    return _read(
+        name,
+        _test_name,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        download=download,
+        in_memory=in_memory,
+    )
+
+
+def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
+    """The splits that `choose` names of a builder, and the number of classes."""
     tfds = _import_tfds()
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     builder = _find(tfds, name, data_dir)
@@ -69,7 +114,7 @@ def read(
         _prepare(builder, name)
     _check_format(builder, name, data_dir)
     image_key, label_key = _keys(tfds, builder, name)
-    splits = _split_names(builder, name)
+    splits = choose(builder, name)
     if in_memory is None:
         in_memory = fits_in_memory(_nbytes(builder, splits, image_key))
     folder = pathlib.Path(builder.data_path)
@@ -81,6 +126,8 @@ def read(
         "fingerprint": cache.fingerprint(folder),
         "contents": " ".join((*splits, image_key, label_key)),
     }
+    if choose is _test_name:
+        identity["name"] += "-test"  # beside the file of all splits
     directory = pathlib.Path(cache_dir or cache.default_directory()).expanduser()
     columns, read_split = ("images", "labels"), _decode
     if not in_memory:
@@ -104,8 +151,7 @@ def read(
             first = _lazy(tfds, builder, split, image_key, first)
         return Split(first, labels)
 
-    train, test = map(made, splits)
-    return train, test, builder.info.features[label_key].num_classes
+    return *map(made, splits), builder.info.features[label_key].num_classes
 
 
 def _nbytes(builder, splits: Sequence[str], image_key: str) -> int:
@@ -218,6 +264,17 @@ def _split_names(builder, name: str) -> tuple[str, str]:
     raise ValueError(
         f'{name!r} must have the splits "train" and "test" (or "validation"), and it '
         f"has {splits}. Save your own split as an .npz file and load that."
+    )
+
+
+def _test_name(builder, name: str) -> tuple[str]:
+    splits = list(builder.info.splits)
+    for split in ("test", "validation"):
+        if split in splits:
+            return (split,)
+    raise ValueError(
+        f'{name!r} must have the split "test" (or "validation"), and it has {splits}. '
+        "Save your own split as an .npz file and load that."
     )
 
 
