@@ -35,7 +35,7 @@ LAYERS = [
     {"building"},
     {"programs", "checkpoint", "runs"},
     {"evaluation", "restoring"},
-    {"training"},
+    {"training", "shift"},
     {"combine"},
     {"report"},
     {"demo"},

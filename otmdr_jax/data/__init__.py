@@ -37,7 +37,7 @@ from otmdr_jax.data.device import (
     take,
 )
 from otmdr_jax.data.lazy import LazyImages
-from otmdr_jax.data.sources import load, load_test
+from otmdr_jax.data.sources import TestInfo, describe_test, load, load_test
 from otmdr_jax.data.stream import fits_on_device, stream_batches
 
 __all__ = [
@@ -46,10 +46,12 @@ __all__ = [
     "Dataset",
     "LazyImages",
     "Split",
+    "TestInfo",
     "augment",
     "check_corruption",
     "check_severity",
     "corrupt",
+    "describe_test",
     "epoch_order",
     "eval_batches",
     "fits_on_device",

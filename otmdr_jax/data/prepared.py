@@ -7,6 +7,7 @@ count is checked against the dataset's own metadata, and array_record verifies a
 checksum of every record: a damaged folder gives an error, never fewer or other images.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -98,12 +99,41 @@ def read_test(
     )
 
 
-def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
-    """The splits that `choose` names of a builder, and the number of classes."""
+def describe_test(
+    name: str, *, data_dir: str | os.PathLike | None = None
+) -> tuple[int, tuple[int | None, ...], int]:
+    """What :func:`read_test` would read, from the metadata: no record is opened.
+
+    Args:
+      name: see :func:`read`.
+      data_dir: likewise.
+
+    Returns:
+      (num_examples, image shape, num_classes); None for sizes that the metadata leave
+      open.
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
+    """
+    tfds, builder = _open_builder(name, data_dir, download=False)
+    image_key, label_key = _keys(tfds, builder, name)
+    (split,) = _test_name(builder, name)
+    features = builder.info.features
+    return (
+        builder.info.splits[split].num_examples,
+        tuple(features[image_key].shape),
+        features[label_key].num_classes,
+    )
+
+
+def _open_builder(name, data_dir, *, download):
+    """TFDS, and the builder of a set that is prepared in the right format."""
     tfds = _import_tfds()
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     builder = _find(tfds, name, data_dir)
-    if not builder.is_prepared():
+    with _without_warnings():  # the error below says it, and what to do
+        ready = builder.is_prepared()
+    if not ready:
         if not download:
             raise FileNotFoundError(
                 f"{name!r} must be prepared in {str(builder.data_path)!r}, and it is "
@@ -113,6 +143,12 @@ def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
             )
         _prepare(builder, name)
     _check_format(builder, name, data_dir)
+    return tfds, builder
+
+
+def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
+    """The splits that `choose` names of a builder, and the number of classes."""
+    tfds, builder = _open_builder(name, data_dir, download=download)
     image_key, label_key = _keys(tfds, builder, name)
     splits = choose(builder, name)
     if in_memory is None:
@@ -204,6 +240,21 @@ def _find(tfds, name: str, data_dir: str | None):
             f"{name!r}; {hint}. For prepared data of your own, check data_dir "
             f"({data_dir!r})."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Holds back what TFDS logs as a warning."""
+    log = logging.getLogger("absl")
+
+    def serious(record):
+        return record.levelno > logging.WARNING
+
+    log.addFilter(serious)
+    try:
+        yield
+    finally:
+        log.removeFilter(serious)
 
 
 def _prepare(builder, name: str) -> None:

@@ -4,7 +4,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -179,6 +179,47 @@ def load_test(
             in_memory=in_memory,
         )
     return check_split(test, num_classes, "test")
+
+
+class TestInfo(NamedTuple):
+    """What :func:`describe_test` tells of a set's test split.
+
+    Attributes:
+      num_examples: N.
+      image_shape: (H, W, C); None where only the images know.
+      num_classes: C, of an .npz file the largest label plus one.
+    """
+
+    num_examples: int
+    image_shape: tuple[int | None, ...]
+    num_classes: int
+
+
+def describe_test(
+    name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
+) -> TestInfo:
+    """Says what :func:`load_test` would load; nothing of a TFDS set is decoded.
+
+    Args:
+      name: as for :func:`load_test`.
+      data_dir: likewise.
+
+    Returns:
+      A :class:`TestInfo`.
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError, TypeError: as :func:`load_test`, where
+        the set is not there or cannot be read.
+
+    Example:
+      >>> describe_test("digits")
+      TestInfo(num_examples=360, image_shape=(8, 8, 1), num_classes=10)
+    """
+    text = os.fspath(name)
+    if text.endswith(".npz") or text == "digits":
+        split, num_classes = load_test(text)
+        return TestInfo(split.num_examples, split.images.shape[1:], num_classes)
+    return TestInfo(*prepared.describe_test(text, data_dir=data_dir))
 
 
 def _digits() -> tuple[Split, Split]:
