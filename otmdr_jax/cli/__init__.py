@@ -11,13 +11,14 @@ try:
 except ImportError:
     sys.exit("otmdr needs tyro, which is not installed: pip install otmdr-jax[train]")
 
-from otmdr_jax.cli import about, compare, ensemble, evaluate, train
+from otmdr_jax.cli import about, compare, ensemble, evaluate, shift, train
 from otmdr_jax.cli.common import EXPECTED
 
 # A command -> its options and what it does, in the order of a first session.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (train.Train, train.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
+    "shift": (shift.Shift, shift.run),
     "compare": (compare.Compare, compare.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
     "demo": (about.Demo, about.run_demo),

@@ -251,9 +251,14 @@ def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
         Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(groups))
     ]
     names = [
-        _plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
+        plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
         for label, group in groups.items()
     ]
+    legend(figure, handles, names)
+
+
+def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Puts a legend under a figure, which grows by its height."""
     # About 115 small letters fit in the width; a handle takes the place of seven.
     columns = max(1, min(len(names), 115 // (max(map(len, names)) + 7)))
     rows = math.ceil(len(names) / columns)
@@ -283,7 +288,7 @@ def _draw_reliability(
     top: Any, bottom: Any, label: str, runs: Sequence[Run], num_bins: int
 ) -> float:
     """Draws one label's panel; returns the highest bar of its histogram."""
-    name = _plain(textwrap.fill(label, 30))
+    name = plain(textwrap.fill(label, 30))
     pooled = _pool(runs)
     if not pooled:
         top.set_title(name, fontsize=LARGE)
@@ -364,6 +369,6 @@ def _say(ax: Any, text: str) -> None:
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=LARGE)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as a formula."""
     return text.replace("$", r"\$")

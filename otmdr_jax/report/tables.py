@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from otmdr_jax.report.grid import print_grid
 from otmdr_jax.report.reading import Run, by_label
 
 
@@ -194,55 +195,16 @@ def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> No
       ValueError: No rows.
     """
     header, body = _grid(rows)
-    header = [header[0], "n", *header[1:]]
-    try:
-        import rich.console
-        import rich.table
-        import rich.text
-    except ImportError:
-        print(_plain_table(rows, header, body, title))
-        return
-    table = rich.table.Table(title=rich.text.Text(title) if title else None)
-    for i, name in enumerate(header):
-        table.add_column(rich.text.Text(name), justify="right" if i else "left")
-    for row, (label, cells) in zip(rows, body, strict=True):
-        numbers_ = [
-            rich.text.Text(text, style="bold green" if best else "")
-            for text, best in cells
-        ]
-        table.add_row(rich.text.Text(label), str(row.n), *numbers_)
-    if console is None:
-        console = rich.console.Console()
-        if not console.is_terminal:  # a file or a pipe has no width to keep to
-            wide = console.options.update(width=10_000)
-            needed = rich.console.Measurement.get(console, wide, table).maximum
-            console = rich.console.Console(width=max(console.width, needed))
-    console.print(table)
+    lines = [
+        [(label, None), (str(row.n), None), *cells]
+        for row, (label, cells) in zip(rows, body, strict=True)
+    ]
+    print_grid([header[0], "n", *header[1:]], lines, console, title)
 
 
 def markdown_cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def _plain_table(rows, header, body, title: str) -> str:
-    lines = [header]
-    for row, (label, cells) in zip(rows, body, strict=True):
-        texts = [f"{text} *" if best else f"{text}  " for text, best in cells]
-        lines.append([label, str(row.n), *texts])
-    # The two places of the best mark: headings end where the numbers do.
-    lines[0] = [*header[:2], *(f"{name}  " for name in header[2:])]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [
-        "  ".join(
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    shown.insert(1, "-" * max(map(len, shown)))
-    note = ["* best of its column"] if any(b for _, c in body for _, b in c) else []
-    return "\n".join([*([title] if title else []), *shown, *note])
 
 
 def _resolve(column: Column | str, runs: Sequence[Run]) -> Column:
