@@ -1,5 +1,9 @@
 """Shifted test sets: corruptions against SciPy, PIL and NumPy, sets read for real."""
 
+import dataclasses
+import io
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +11,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otmdr_jax import data
+from otmdr_jax import (
+    bnn,
+    cli,
+    data,
+    evaluation,
+    metrics,
+    programs,
+    report,
+    shift,
+    training,
+)
+from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import corruptions
-from tests.sets import gray_examples, gray_features, real_cifar10
+from otmdr_jax.shift import sets
+from tests.sets import encoded, gray_examples, gray_features, real_cifar10
 
 KEYS = ("picture", "kind")
 SHAPES = [(8, 8, 1), (32, 32, 3), (11, 20, 2), (64, 48, 3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Small programs compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def images_of(shape, num=4, seed=0):
@@ -305,3 +329,428 @@ def test_test_splits_of_files_and_digits(tmp_path):
     split, classes = data.load_test("digits")
     np.testing.assert_array_equal(split.labels, data.load("digits").test.labels)
     assert classes == 10
+
+
+# -- a state's record --
+
+TINY = TrainConfig(
+    mesh="data=1", data="digits", method="sgd", steps=4, batch_size=64, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    digits = data.load("digits")
+    return dataclasses.replace(
+        digits,
+        train=data.Split(*(x[:300] for x in digits.train)),
+        test=data.Split(*(x[:90] for x in digits.test)),
+    )
+
+
+def state_of(config, dataset):
+    compiled = programs.compile_programs(config, dataset)
+    return compiled, compiled.init(programs.run_keys(config.seed)[0])
+
+
+KINDS = {
+    "one model": {},
+    "an ensemble": {"members": "3"},
+    "a posterior": {"method": "sgvb", "num_samples": 4, "posterior_std": 0.05},
+    "an ensemble of posteriors": {
+        "method": "sgvb", "num_samples": 3, "posterior_std": 0.05, "members": "2",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_record_is_the_evaluation_of_corrupted_sets(kind, small):
+    config = dataclasses.replace(TINY, eval_batch_size=32, **KINDS[kind])
+    compiled, state = state_of(config, small)
+    record = shift.evaluate(
+        config,
+        state,
+        small,
+        compiled,
+        corruptions=["rotation", "gaussian_noise"],
+        severities=[2, 5],
+        seed=7,
+    )
+    clean = evaluation.evaluate(config, state, small, programs=compiled)
+    assert record["clean"] == clean.metrics
+    assert (record["num_examples"], record["step"], record["seed"]) == (90, 0, 7)
+    names = [(row["name"], row["severity"]) for row in record["corruptions"]]
+    assert names == [(n, s) for n in ("rotation", "gaussian_noise") for s in (2, 5)]
+    for row in record["corruptions"]:
+        # The whole set at once, where the record was made in batches of 32.
+        key = jax.random.key(7)
+        key = jax.random.fold_in(key, data.CORRUPTIONS.index(row["name"]))
+        images = data.corrupt(key, small.test.images, row["name"], row["severity"])
+        changed = data.Split(np.asarray(images), small.test.labels)
+        moved = dataclasses.replace(small, test=changed)
+        want = evaluation.evaluate(config, state, moved, programs=compiled).metrics
+        assert want != clean.metrics
+        assert row == {"name": row["name"], "severity": row["severity"], **want}
+    # Foreign sets, against samples and metrics of their own.
+    noise = sets.uniform_noise(small, None, 7)
+    raw = []
+    for split in (small.test, noise):
+        log_probs = np.asarray(compiled.predict(state, split.images), np.float64)
+        raw.append(np.exp(log_probs))  # (S, N, C)
+    scores = {row["score"]: row for row in record["ood"]}
+    several = kind != "one model"
+    assert set(scores) == set(shift.SCORES[: 3 if several else 2])
+    for score, row in scores.items():
+        want = metrics.ood_auroc(*raw, score)
+        assert row["auroc"] == pytest.approx(want, abs=1e-3)
+        assert (row["name"], row["num_examples"]) == ("uniform_noise", 90)
+
+
+@pytest.mark.parametrize("kind", list(KINDS)[1:])
+def test_mutual_information_is_that_of_the_samples(kind, small):
+    config = dataclasses.replace(TINY, **KINDS[kind])
+    compiled, state = state_of(config, small)
+    found = evaluation.predict(config, state, small.test, compiled)
+    samples = np.exp(np.asarray(compiled.predict(state, small.test.images), float))
+    want = metrics.mutual_information(samples)
+    np.testing.assert_allclose(found.mutual_information(), want, atol=1e-6)
+    assert want.max() > 1e-4
+    # Of members that do not count there is nothing in it.
+    if config.members is not None:
+        count = len(config.member_names)
+        found = evaluation.predict(config, state, small.test, compiled, without=(0,))
+        each = samples.reshape(count, -1, *samples.shape[1:])[1:]
+        want = metrics.mutual_information(each.reshape(-1, *samples.shape[1:]))
+        np.testing.assert_allclose(found.mutual_information(), want, atol=1e-6)
+
+
+def test_detection_is_scikit_learns():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    inside = np.round(rng.normal(size=300), 1)  # with ties
+    outside = np.round(rng.normal(1.0, 1.5, size=170), 1)
+    found = shift.detect(inside, outside)
+    scores = np.concatenate([inside, outside])
+    is_outside = np.arange(470) >= 300
+    assert found["auroc"] == pytest.approx(sklearn.roc_auc_score(is_outside, scores))
+    want = sklearn.average_precision_score(is_outside, scores)
+    assert found["aupr"] == pytest.approx(want)
+    fpr, tpr, _ = sklearn.roc_curve(~is_outside, -scores, drop_intermediate=False)
+    assert found["fpr95"] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    assert np.isnan(list(shift.detect(inside, np.array([np.nan])).values())).all()
+
+
+def test_a_diverged_state_has_a_record_of_nan(small):
+    compiled, state = state_of(TINY, small)
+    nans = jax.tree.map(lambda x: x * np.nan, state.params)
+    record = shift.evaluate(
+        TINY,
+        state._replace(params=nans),
+        small,
+        compiled,
+        corruptions=["contrast"],
+        severities=[1],
+    )
+    assert np.isnan(record["clean"]["nll"]) and np.isnan(record["ood"][0]["auroc"])
+    assert [row["score"] for row in record["ood"]] == ["confidence", "entropy"]
+
+
+def test_fewer_examples_are_spread_evenly(small):
+    compiled, state = state_of(TINY, small)
+    record = shift.evaluate(
+        TINY, state, small, compiled, corruptions=(), max_examples=30
+    )
+    rows = np.linspace(0, 89, 30).astype(int)
+    part = data.Split(*(x[rows] for x in small.test))
+    moved = dataclasses.replace(small, test=part)
+    want = evaluation.evaluate(TINY, state, moved, programs=compiled).metrics
+    assert record["clean"] == want and record["num_examples"] == 30
+    assert record["ood"][0]["num_examples"] == 30 and not record["corruptions"]
+
+
+def test_lazy_images_stay_lazy_where_some_are_chosen(small):
+    images = small.test.images
+    lazy = data.LazyImages(lambda rows: images[rows], images.shape)
+    split = sets.spread(data.Split(lazy, small.test.labels), 7)
+    assert isinstance(split.images, data.LazyImages)
+    rows = np.linspace(0, 89, 7).astype(int)
+    np.testing.assert_array_equal(split.images[:], images[rows])
+    np.testing.assert_array_equal(split.labels, small.test.labels[rows])
+
+
+BAD = {
+    "kind": (dict(corruptions=["fog"]), "must be one of gaussian_noise"),
+    "twice": (dict(corruptions=["contrast"] * 2), "named once each"),
+    "severity": (dict(severities=[0]), "severity must be one of 1, 2, 3, 4, 5"),
+    "no severity": (dict(severities=[]), "corruptions need severities"),
+    "examples": (dict(max_examples=0), "max_examples must be an int of at least 1"),
+    "name": (dict(other_sets=["nowhere"]), "name must be"),
+    "size": (dict(other_sets=["cifar10_1/v6"]), "must be prepared"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_an_error_before_anything_is_computed(case, small, tmp_path):
+    options, message = BAD[case]
+    config = dataclasses.replace(TINY, data_dir=str(tmp_path))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        shift.evaluate(config, None, small, object(), **options)
+
+
+def test_floats_of_another_scale_cannot_be_corrupted(small):
+    floats = data.Split(small.test.images / np.float32(20), small.test.labels)
+    with pytest.raises(ValueError, match=r"floats in \[0, 12.75\].*--corruptions"):
+        shift.evaluate(TINY, None, dataclasses.replace(small, test=floats), object())
+    noise = sets.uniform_noise(dataclasses.replace(small, test=floats), None, 0)
+    assert noise.images.dtype == np.float32
+    assert 12.0 < noise.images.max() <= 12.75 and noise.images.min() < 0.5
+
+
+# -- sets of TFDS, as TFDS's own writer prepares them --
+
+VERSIONS = {"cifar10": "3.0.2", "cifar10_1": "1.1.0", "cifar10_corrupted": "1.0.0",
+            "svhn_cropped": "3.1.0"}  # fmt: skip
+
+
+def prepare_photographs(folder, name, **splits):
+    """A small set under TFDS's name, version and config, with its features."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    registered = pytest.importorskip("tensorflow_datasets.core.registered")
+    family, _, config = name.partition("/")
+    version = tfds.core.Version(VERSIONS[family])
+
+    def generate(self, split):
+        for i, (image, label) in enumerate(zip(*split, strict=True)):
+            yield i, {"image": encoded(image), "label": int(label)}
+
+    body = {
+        "__module__": "__main__",
+        "VERSION": version,
+        "_info": lambda self: tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(32, 32, 3)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+        ),
+        "_split_generators": lambda self, manager: {
+            split: self._generate_examples(values) for split, values in splits.items()
+        },
+        "_generate_examples": generate,
+    }
+    if config:
+        own = tfds.core.BuilderConfig(name=config, version=version)
+        body["BUILDER_CONFIGS"] = [own]
+    title = "".join(part.title() for part in family.split("_"))
+    title = {"cifar10_1": "Cifar10_1"}.get(family, title)
+    with registered.skip_registration():
+        builder = type(title, (tfds.core.GeneratorBasedBuilder,), body)
+    builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    assert (folder / name / VERSIONS[family]).is_dir()
+
+
+def photographs(num, seed):
+    images = images_of((32, 32, 3), num, seed)
+    return images, np.arange(num, dtype=np.int32) % 10
+
+
+@pytest.fixture(scope="module")
+def photograph_run(tmp_path_factory):
+    """A run on sets under the names of CIFAR-10 and what belongs to it."""
+    folder = tmp_path_factory.mktemp("photographs")
+    tfds = folder / "tfds"
+    prepare_photographs(
+        tfds, "cifar10", train=photographs(60, 0), test=photographs(40, 1)
+    )
+    prepare_photographs(tfds, "cifar10_1/v6", test=photographs(30, 2))
+    prepare_photographs(tfds, "cifar10_corrupted/fog_3", test=photographs(40, 3))
+    prepare_photographs(tfds, "svhn_cropped", train=photographs(5, 4),
+                        test=photographs(20, 5))  # fmt: skip
+    config = dataclasses.replace(
+        TINY,
+        data="cifar10",
+        data_dir=str(tfds),
+        cache_dir=str(folder / "cache"),
+        batch_size=20,
+        steps=2,
+    )
+    training.train(config, output=folder / "run", show_progress=False)
+    return folder / "run", config
+
+
+def test_the_command_reads_what_is_prepared_and_names_what_is_not(
+    photograph_run, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
+    folder, config = photograph_run
+    cli.main(["shift", str(folder), "--corruptions", "rotation", "contrast",
+              "--severities", "1", "3", "--quiet"])  # fmt: skip
+    shown = capsys.readouterr().out
+    record = json.loads((folder / "shift.json").read_text(), parse_constant=pytest.fail)
+    assert record["step"] == 2 and record["split"] == "test"
+    assert [row["severity"] for row in record["corruptions"]] == [1, 3, 1, 3]
+    by_name = {row["name"]: row for row in record["sets"]}
+    assert {n: row["num_examples"] for n, row in by_name.items()} == {
+        "cifar10_1/v6": 30,
+        "cifar10_corrupted/fog_3": 40,
+    }
+    dataset = programs.load_data(config)
+    compiled = programs.compile_programs(config, dataset)
+    restored = training_state(folder)
+    for name, seed in (("cifar10_1/v6", 2), ("cifar10_corrupted/fog_3", 3)):
+        num = by_name[name]["num_examples"]
+        other = dataclasses.replace(dataset, test=data.Split(*photographs(num, seed)))
+        want = evaluation.evaluate(config, restored, other, programs=compiled).metrics
+        for metric, value in want.items():
+            assert by_name[name][metric] == pytest.approx(value, abs=1e-6), metric
+    ood = {(row["name"], row["score"]): row["num_examples"] for row in record["ood"]}
+    assert ood == {
+        (name, score): num
+        for name, num in (("svhn_cropped", 20), ("uniform_noise", 40))
+        for score in ("confidence", "entropy")
+    }
+    missing = {row["name"]: row["why"] for row in record["missing"]}
+    assert set(missing) == {"cifar10_1/v4", "cifar10_corrupted", "cifar100"}
+    assert "tfds.builder('cifar100'" in missing["cifar100"]
+    # At the severities that were asked for; fog_3 alone is there.
+    assert missing["cifar10_corrupted"].startswith("29 of its sets")
+    for text in ("rotation", "CIFAR-10-C", "cifar10_1/v6", "svhn_cropped",
+                 "Missing: cifar100", "Written: "):  # fmt: skip
+        assert text in shown, text
+    assert (folder / "shift.png").stat().st_size > 10_000
+
+
+def training_state(folder):
+    from otmdr_jax import restoring
+
+    return restoring.open_run(folder).state
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sets", "cifar10_1/v4"], "'cifar10_1/v4' must be prepared"),
+        (["--ood", "cifar100"], "'cifar100' must be prepared"),
+        (["--sets", "digits"], "images of 'digits' are (8, 8, 1)"),
+        (["--severities", "6"], "severity must be one of 1, 2, 3, 4, 5"),
+    ],
+)
+def test_what_was_asked_for_must_be_there(photograph_run, options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["shift", str(photograph_run[0]), "--quiet", *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_sets_of_other_classes_are_no_test_sets(photograph_run, tmp_path):
+    config = photograph_run[1]
+    dataset = programs.load_data(config)
+    of_five = dataclasses.replace(dataset, num_classes=5)
+    with pytest.raises(ValueError, match="classes of 'svhn_cropped' are 10, .* 5"):
+        sets.find_sets(["svhn_cropped"], [1], of_five, config.data_dir)
+    images, labels = photographs(6, 0)
+    np.savez(tmp_path / "six.npz", test_images=images, test_labels=labels)
+    path = str(tmp_path / "six.npz")
+    assert sets.find_sets([path], [1], dataset, None).present == [(path, 6)]
+    with pytest.raises(ValueError, match="are 6, .* 5"):
+        sets.find_sets([path], [1], of_five, None)
+    floats = images.astype(np.float32) / 255
+    np.savez(tmp_path / "six.npz", test_images=floats, test_labels=labels)
+    where = dict(data_dir=None, cache_dir=None, max_examples=None, seed=0)
+    with pytest.raises(TypeError, match="float32, .* uint8"):
+        sets.read(path, dataset, **where)
+
+
+def test_what_a_test_split_is_can_be_told_without_reading_it(photograph_run):
+    config = photograph_run[1]
+    found = data.describe_test("cifar10_1/v6", data_dir=config.data_dir)
+    assert found == (30, (32, 32, 3), 10)
+
+
+def test_the_commands_corruptions_are_all_there_are():
+    assert cli.shift.CORRUPTIONS == data.CORRUPTIONS
+
+
+# -- reports --
+
+
+def record_of(scale=1.0, names=("contrast", "rotation"), levels=(1, 2, 5)):
+    def values(x):
+        return {"accuracy": 1 - scale * x, "nll": scale * x, "ece": x / 10}
+
+    rows = [
+        {"name": name, "severity": s, **values((i + 1) * s / 20)}
+        for i, name in enumerate(names)
+        for s in levels
+    ]
+    return {"clean": values(0.0), "corruptions": rows, "sets": [], "ood": [],
+            "missing": []}  # fmt: skip
+
+
+def lines_of(ax):
+    return {line.get_gid(): line.get_xydata() for line in ax.lines}
+
+
+def test_the_figure_shows_each_corruption_and_their_mean():
+    pytest.importorskip("matplotlib")
+    records = [("A", record_of()), ("B", record_of(0.5, levels=(1, 5)))]
+    accuracy, nll, _ = report.shift_figure(records).axes
+    assert set(lines_of(accuracy)) == {
+        f"{name}:{label}"
+        for name in ("mean", "contrast", "rotation")
+        for label in ("A", "B")
+    }
+    want = [[0, 100.0], [1, 92.5], [2, 85.0], [5, 62.5]]
+    np.testing.assert_allclose(lines_of(accuracy)["mean:A"], want)
+    want = [[0, 0.0], [1, 0.05], [5, 0.25]]
+    np.testing.assert_allclose(lines_of(nll)["rotation:B"], want)
+    # The mean is of what all corruptions have.
+    uneven = record_of()
+    uneven["corruptions"].pop()
+    (ax, *_) = report.shift_figure([("A", uneven)]).axes
+    assert lines_of(ax)["mean:A"][:, 0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="needs a record with corruptions"):
+        report.shift_figure([("A", record_of(names=()))])
+
+
+def test_the_table_has_accuracies_by_severity_and_means(capsys):
+    console_lib = pytest.importorskip("rich.console")
+    record = record_of()
+    record["corruptions"][1]["nll"] = None  # a diverged state's, in JSON
+    record["sets"] = [
+        {"name": "cifar10_corrupted/jpeg_compression_4", "num_examples": 10,
+         "accuracy": 0.25, "nll": 2.0, "ece": 0.5},
+    ]  # fmt: skip
+    record["missing"] = [{"name": "svhn_cropped", "why": "not there"}]
+    console = console_lib.Console(file=io.StringIO(), width=100)
+    report.print_shift(record, "Title", console)
+    lines = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for line in console.file.getvalue().splitlines()
+        if line.startswith("│")
+    ]
+    assert lines == [
+        ["clean", "", "", "", "100.00", "0.0000", "0.0000"],
+        ["contrast", "95.00", "90.00", "75.00", "86.67", "-", "0.0133"],
+        ["rotation", "90.00", "80.00", "50.00", "73.33", "0.2667", "0.0267"],
+        ["mean", "92.50", "85.00", "62.50", "80.00", "-", "0.0200"],
+        ["jpeg compression", "25.00", "25.00", "2.0000", "0.5000"],
+    ]
+    assert "Missing: svhn_cropped: not there" in capsys.readouterr().out
+
+
+def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
+    """What bnn.uncertainty says of samples is what the record's means are of."""
+    config = dataclasses.replace(TINY, **KINDS["a posterior"])
+    compiled, state = state_of(config, small)
+    record = shift.evaluate(
+        config, state, small, compiled, corruptions=["contrast"], severities=[5]
+    )
+    key = jax.random.fold_in(jax.random.key(0), data.CORRUPTIONS.index("contrast"))
+    images = data.corrupt(key, small.test.images, "contrast", 5)
+    want = bnn.uncertainty(compiled.predict(state, images))
+    (row,) = record["corruptions"]
+    assert row["epistemic"] == pytest.approx(float(want.epistemic.mean()), abs=1e-5)
+    assert row["aleatoric"] == pytest.approx(float(want.aleatoric.mean()), rel=1e-5)
