@@ -373,6 +373,43 @@ def test_performance_page_says_who_is_faster():
     assert f"n = {of_flags}: <!-- alternatives flags -->" in page
 
 
+def test_shift_page_shows_the_committed_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import corruptions
+    import shift_digits
+
+    record = json.loads((RESULTS / "corruptions_cpu.json").read_text())
+    assert corruptions.table(record["results"]) in shown("shift.md", "corruptions")
+    record = json.loads((RESULTS / "shift_digits.json").read_text())
+    assert record["seeds"] == 3
+    table = shift_digits.table(record["results"])
+    assert table in shown("shift.md", "shift digits")
+
+
+def test_shift_page_shows_the_parameters_of_the_corruptions():
+    from otmdr_jax.data import CORRUPTIONS, corruptions
+
+    rows = {
+        cells[1].strip(" `"): re.findall(r"[\d.]+", cells[3])
+        for line in (ROOT / "docs" / "shift.md").read_text().splitlines()
+        if len(cells := line.split("|")) == 5 and "= " in cells[3]
+    }
+    parameters = zip(
+        CORRUPTIONS,
+        (
+            corruptions.NOISE_STD,
+            corruptions.BLUR_STD,
+            corruptions.CONTRAST,
+            corruptions.BRIGHTNESS,
+            corruptions.PIXELATE,
+            corruptions.DEGREES,
+        ),
+        strict=True,
+    )
+    for name, values in parameters:
+        assert [float(x) for x in rows[name]] == list(values), name
+
+
 def test_scaling_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import scaling

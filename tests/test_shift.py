@@ -164,8 +164,11 @@ def test_noise_is_normal_with_its_deviation(shape, severity):
     smooth = noise.ravel() + rng.uniform(-0.5, 0.5, noise.size) / 255
     assert stats.kstest(smooth / expected, "norm").pvalue > 1e-3
     # Pixels, channels and images have draws of their own.
-    first, second = noise[:-1].ravel(), noise[1:].ravel()
-    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(first.size)
+    pairs = [(noise[:-1], noise[1:]), (noise[:, 1:], noise[:, :-1])]
+    pairs += [(noise[..., 1:], noise[..., :-1])] if shape[-1] > 1 else []
+    for first, second in pairs:
+        correlation = np.corrcoef(first.ravel(), second.ravel())[0, 1]
+        assert abs(correlation) < 5 / np.sqrt(first.size)
     black = corrupt(np.zeros((num, *shape), np.uint8), "gaussian_noise", severity)
     assert abs((black == 0).mean() - stats.norm.cdf(0.5 / 255 / std)) < 0.02
 
@@ -202,13 +205,18 @@ def test_an_images_draw_depends_on_its_position_alone(name):
 
 
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
-def test_one_program_serves_all_severities_and_positions(name):
-    clean = images_of((9, 9, 1))
-    corrupt(clean, name, 1)
-    before = corruptions._corrupt._cache_size()
-    for severity in (2, 5, np.int64(3), jnp.int32(4)):
-        corrupt(clean, name, severity, first=7)
-    assert corruptions._corrupt._cache_size() == before
+def test_one_program_serves_all_severities_and_positions(name, monkeypatch):
+    clean, traces = images_of((9, 7, 1)), []
+    function = corruptions._KINDS[name]
+
+    def counted(*args):
+        traces.append(name)
+        return function(*args)
+
+    monkeypatch.setitem(corruptions._KINDS, name, counted)
+    for severity in (1, 2, 5, np.int64(3), jnp.int32(4)):
+        corrupt(clean, name, severity, first=7 * int(severity))
+    assert len(traces) == 1
     inside = jax.jit(lambda s: data.corrupt(jax.random.key(0), clean, name, s))
     # Another program may round a half to the other side.
     for severity, same in ((4, 4), (9, 5)):  # out of range: the nearest
@@ -754,3 +762,15 @@ def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
     (row,) = record["corruptions"]
     assert row["epistemic"] == pytest.approx(float(want.epistemic.mean()), abs=1e-5)
     assert row["aleatoric"] == pytest.approx(float(want.aleatoric.mean()), rel=1e-5)
+
+
+def test_a_mesh_of_devices_predicts_the_same_of_corrupted_images(small):
+    config = dataclasses.replace(TINY, mesh="data=4", eval_batch_size=32)
+    mesh = programs.make_mesh(config)
+    spread = programs.compile_programs(config, small, mesh)
+    compiled, state = state_of(TINY, small)
+    change = shift.evaluation._corruption("gaussian_noise", 5, 1)
+    want = evaluation.predict(TINY, state, small.test, compiled, change=change)
+    everywhere = spread.init(programs.run_keys(config.seed)[0])
+    got = evaluation.predict(config, everywhere, small.test, spread, change=change)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
