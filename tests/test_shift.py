@@ -714,6 +714,9 @@ def test_the_figure_shows_each_corruption_and_their_mean():
     np.testing.assert_allclose(lines_of(accuracy)["mean:A"], want)
     want = [[0, 0.0], [1, 0.05], [5, 0.25]]
     np.testing.assert_allclose(lines_of(nll)["rotation:B"], want)
+    third = [*records, ("C", record_of(0.7))]
+    accuracy = report.shift_figure(third).axes[0]
+    assert set(lines_of(accuracy)) == {"mean:A", "mean:B", "mean:C"}
     # The mean is of what all corruptions have.
     uneven = record_of()
     uneven["corruptions"].pop()

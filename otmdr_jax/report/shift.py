@@ -20,6 +20,7 @@ _SHOWN = (
     ("nll", "NLL", 1.0, 4),
     ("ece", "ECE", 1.0, 4),
 )
+_MOST_WITH_LINES = 2  # methods: the lines of more hide each other
 _CLEAN, _MEAN = "clean", "mean"
 _PUBLISHED = "cifar10_corrupted/"
 
@@ -47,7 +48,8 @@ def shift_figure(records: Sequence[tuple[str, Record]]) -> Any:
     """Accuracy, NLL and ECE against the severity of corruptions; 0 is the clean set.
 
     A thick line is the mean over corruptions, a thin one a corruption. Of one method
-    each corruption has a colour of its own, of several each method.
+    each corruption has a colour of its own, of several each method; of more than two
+    the means alone are shown.
 
     Args:
       records: (label, record) of each method; those without corruptions are left out.
@@ -74,7 +76,8 @@ def shift_figure(records: Sequence[tuple[str, Record]]) -> Any:
         for i, (label, record) in enumerate(shown):
             curves = _curves(record["clean"], record["corruptions"], metric)
             thick = {"color": "black"} if alone else plots.line_style(i)
-            for k, (name, curve) in enumerate(curves.items()):
+            single = curves.items() if len(shown) <= _MOST_WITH_LINES else ()
+            for k, (name, curve) in enumerate(single):
                 thin = plots.line_style(k) if alone else {**thick, "alpha": 0.35}
                 gid = f"{name}:{label}"
                 line = _draw(ax, curve, scale, gid, linewidth=0.9, **thin)
