@@ -16,27 +16,9 @@ from _common import environment
 from _record import markdown, write_json
 
 from otmdr_jax import data, demo, programs, report, shift, training
+from otmdr_jax.report.shift import mean_record
 
 NAMES = {"accuracy": (100, 2), "nll": (1, 4), "ece": (1, 4)}
-
-
-def mean_record(records):
-    """A record whose numbers are means over those of some seeds."""
-
-    def mean(rows):
-        first = rows[0]
-        return first | {
-            name: statistics.mean(row[name] for row in rows)
-            for name, value in first.items()
-            if isinstance(value, float)
-        }
-
-    found = dict(records[0])
-    found["clean"] = mean([record["clean"] for record in records])
-    for part in ("corruptions", "ood"):
-        groups = zip(*(record[part] for record in records), strict=True)
-        found[part] = [mean(rows) for rows in groups]
-    return found
 
 
 def of_corruptions(record, name):

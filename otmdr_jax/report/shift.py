@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from otmdr_jax.report import plots
-from otmdr_jax.report.grid import Entry, print_grid
+from otmdr_jax.report import plots, records
 
 Record = dict[str, Any]
 
@@ -26,12 +25,12 @@ _PUBLISHED = "cifar10_corrupted/"
 
 
 def plot_shift(
-    records: Sequence[tuple[str, Record]], path: str | pathlib.Path
+    found: Sequence[tuple[str, Record]], path: str | pathlib.Path
 ) -> pathlib.Path:
     """Draws records: see :func:`shift_figure`.
 
     Args:
-      records: (label, record) of each method.
+      found: (label, record) of each method.
       path: The picture's file; its ending picks the format.
 
     Returns:
@@ -41,10 +40,10 @@ def plot_shift(
       ImportError: matplotlib is not installed.
       ValueError: No record has corruptions.
     """
-    return plots.save(shift_figure(records), path)
+    return plots.save(shift_figure(found), path)
 
 
-def shift_figure(records: Sequence[tuple[str, Record]]) -> Any:
+def shift_figure(found: Sequence[tuple[str, Record]], *, narrow: bool = False) -> Any:
     """Accuracy, NLL and ECE against the severity of corruptions; 0 is the clean set.
 
     A thick line is the mean over corruptions, a thin one a corruption. Of one method
@@ -52,7 +51,8 @@ def shift_figure(records: Sequence[tuple[str, Record]]) -> Any:
     the means alone are shown.
 
     Args:
-      records: (label, record) of each method; those without corruptions are left out.
+      found: (label, record) of each method; those without corruptions are left out.
+      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of three axes. A line's gid is "mean:LABEL" or
@@ -65,12 +65,13 @@ def shift_figure(records: Sequence[tuple[str, Record]]) -> Any:
     Reference: Ovadia et al., `Can You Trust Your Model's Uncertainty?
     <https://arxiv.org/abs/1906.02530>`_, NeurIPS 2019, whose figures are these.
     """
-    shown = [(label, record) for label, record in records if record["corruptions"]]
+    shown = [(label, record) for label, record in found if record["corruptions"]]
     if not shown:
         raise ValueError("a picture of shifts needs a record with corruptions.")
     alone = len(shown) == 1
-    figure = plots.new_figure(plots.WIDTH, 2.7)
-    axes = figure.subplots(1, 3)
+    size = (plots.NARROW, 6.6) if narrow else (plots.WIDTH, 2.7)
+    figure = plots.new_figure(*size)
+    axes = figure.subplots(*((3, 1) if narrow else (1, 3)))
     handles: dict[str, Any] = {}
     for ax, (metric, title, scale, _) in zip(axes, _SHOWN, strict=True):
         for i, (label, record) in enumerate(shown):
@@ -99,59 +100,120 @@ def shift_figure(records: Sequence[tuple[str, Record]]) -> Any:
     return figure
 
 
-def print_shift(record: Record, title: str = "", console: Any = None) -> None:
+def print_shift(record: Record, title: str = "") -> None:
     """Prints a record: a line for each corruption, set and foreign set.
 
     Args:
       record: The record.
       title: A line above the first table.
-      console: A `rich.console.Console`; default: standard output.
     """
-    print_grid(*_by_severity(record["corruptions"], record["clean"]), console, title)
-    published = [x for x in record["sets"] if x["name"].startswith(_PUBLISHED)]
-    if published:
-        rows = []
-        for row in published:
-            name, _, severity = row["name"].removeprefix(_PUBLISHED).rpartition("_")
-            rows.append({**row, "name": name, "severity": int(severity)})
-        print_grid(*_by_severity(rows, None), console, "CIFAR-10-C")
-    others = [x for x in record["sets"] if x not in published]
-    if others:
-        header = ["Test set", "n", *(name for _, name, *_ in _SHOWN)]
-        print_grid(
-            header,
-            [_line(x["name"], str(x["num_examples"]), *_numbers(x)) for x in others],
-            console,
-            "Other test sets",
-        )
-    if record["ood"]:
-        names = "auroc", "aupr", "fpr95"
-        header = ["Set", "n", "Score", *(name.upper() for name in names)]
-        lines = [
-            _line(
-                row["name"],
-                str(row["num_examples"]),
-                row["score"].replace("_", " "),
-                *(_text(row[name], 1.0, 4) for name in names),
-            )
-            for row in record["ood"]
-        ]
-        print_grid(header, lines, console, "Out of distribution")
+    records.print_lines(corruption_table(record), title)
+    for name, table in (
+        ("CIFAR-10-C", published_table(record)),
+        ("Other test sets", set_table(record)),
+        ("Out of distribution", ood_table({"": record})),
+    ):
+        if table[1]:
+            records.print_lines(table, name)
     for row in record["missing"]:
         print(f"Missing: {row['name']}: {row['why']}")
 
 
-def _by_severity(
-    rows: Sequence[Record], clean: Record | None
-) -> tuple[list[str], list[list[Entry]]]:
+def corruption_table(record: Record) -> records.Table:
     """A line for each corruption: accuracies, then means over its severities."""
+    return _by_severity(record["corruptions"], record["clean"])
+
+
+def published_table(record: Record) -> records.Table:
+    """The same of CIFAR-10-C's files, without the clean set."""
+    rows = []
+    for row in record["sets"]:
+        if row["name"].startswith(_PUBLISHED):
+            name, _, severity = row["name"].removeprefix(_PUBLISHED).rpartition("_")
+            rows.append({**row, "name": name, "severity": int(severity)})
+    return _by_severity(rows, None)
+
+
+def set_table(record: Record) -> records.Table:
+    """A line for each of the other test sets."""
+    rows = [x for x in record["sets"] if not x["name"].startswith(_PUBLISHED)]
+    header = ["Test set", "n", *(name for _, name, *_ in _SHOWN)]
+    return header, [[x["name"], str(x["num_examples"]), *_numbers(x)] for x in rows]
+
+
+def ood_table(found: dict[str, Record]) -> records.Table:
+    """A line for each foreign set and score, of each label."""
+    names = "auroc", "aupr", "fpr95"
+    alone = list(found) == [""]
+    header = [*([] if alone else ["Method"]), "Set", "n", "Score"]
+    lines = [
+        [
+            *([] if alone else [label]),
+            row["name"],
+            str(row["num_examples"]),
+            row["score"].replace("_", " "),
+            *(_text(row[name], 1.0, 4) for name in names),
+        ]
+        for label, record in found.items()
+        for row in record["ood"]
+    ]
+    return [*header, *(name.upper() for name in names)], lines
+
+
+def summary_table(found: dict[str, Record]) -> records.Table:
+    """A line for each label: the clean set, and the mean over its corruptions."""
+    _, title, *_ = _SHOWN[0]
+    header = ["Method", f"Clean {title.lower()}"]
+    header += [f"Corrupted {name}" for _, name, *_ in _SHOWN]
+    lines = []
+    for label, record in found.items():
+        rows = record["corruptions"]
+        means = {metric: _average(rows, metric) for metric, *_ in _SHOWN}
+        lines.append([label, _numbers(record["clean"])[0], *_numbers(means)])
+    return header, lines
+
+
+def mean_record(found: Sequence[Record]) -> Record:
+    """One record whose numbers are means over those of several runs.
+
+    Rows that not all of them have are left out; a mean is None where a number is.
+    """
+
+    def mean(rows):
+        first = rows[0]
+        names = [name for name in first if all(name in row for row in rows)]
+        return {name: _mean_of([row[name] for row in rows]) for name in names}
+
+    result = {**found[0], "clean": mean([record["clean"] for record in found])}
+    for part, keys in (
+        ("corruptions", ("name", "severity")),
+        ("sets", ("name",)),
+        ("ood", ("name", "score")),
+    ):
+        every = [
+            {tuple(row[key] for key in keys): row for row in record[part]}
+            for record in found
+        ]
+        common = [key for key in every[0] if all(key in rows for rows in every)]
+        result[part] = [mean([rows[key] for rows in every]) for key in common]
+    return result
+
+
+def _mean_of(values):
+    """The mean of measures; of what is the same in all runs that itself."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return None if None in values else float(np.mean(values))
+
+
+def _by_severity(rows: Sequence[Record], clean: Record | None) -> records.Table:
     levels = sorted({row["severity"] for row in rows})
     _, title, scale, digits = _SHOWN[0]
     header = ["Corruption", *(f"{level}" for level in levels)]
     header += [title, *(name for _, name, *_ in _SHOWN[1:])]
     lines = []
     if clean is not None:
-        lines.append(_line(_CLEAN, *[""] * len(levels), *_numbers(clean)))
+        lines.append([_CLEAN, *[""] * len(levels), *_numbers(clean)])
     groups: dict[str, list[Record]] = {}
     for row in rows:
         groups.setdefault(row["name"], []).append(row)
@@ -162,12 +224,8 @@ def _by_severity(
         ]
         means = {metric: _average(group, metric) for metric, *_ in _SHOWN}
         texts = [_text(x, scale, digits) for x in each]
-        lines.append(_line(name.replace("_", " "), *texts, *_numbers(means)))
+        lines.append([name.replace("_", " "), *texts, *_numbers(means)])
     return header, lines
-
-
-def _line(*texts: str) -> list[Entry]:
-    return [(text, None) for text in texts]
 
 
 def _numbers(values: Record) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.report.grid import print_grid
 from otmdr_jax.report.reading import Run, by_label
 
 
@@ -195,16 +194,70 @@ def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> No
       ValueError: No rows.
     """
     header, body = _grid(rows)
-    lines = [
-        [(label, None), (str(row.n), None), *cells]
-        for row, (label, cells) in zip(rows, body, strict=True)
-    ]
-    print_grid([header[0], "n", *header[1:]], lines, console, title)
+    header = [header[0], "n", *header[1:]]
+    try:
+        import rich.table
+        import rich.text
+    except ImportError:
+        print(_plain_table(rows, header, body, title))
+        return
+    table = rich.table.Table(title=rich.text.Text(title) if title else None)
+    for i, name in enumerate(header):
+        table.add_column(rich.text.Text(name), justify="right" if i else "left")
+    for row, (label, cells) in zip(rows, body, strict=True):
+        numbers_ = [
+            rich.text.Text(text, style="bold green" if best else "")
+            for text, best in cells
+        ]
+        table.add_row(rich.text.Text(label), str(row.n), *numbers_)
+    (wide_console(table) if console is None else console).print(table)
+
+
+def wide_console(table: Any) -> Any:
+    """A console on standard output, wide enough for a rich table in a file or pipe."""
+    from rich.console import Console, Measurement
+
+    console = Console()
+    if console.is_terminal:
+        return console
+    # Nobody's window is too narrow.
+    wide = console.options.update(width=10_000)
+    needed = Measurement.get(console, wide, table).maximum
+    return Console(width=max(console.width, needed))
 
 
 def markdown_cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _plain_table(rows, header, body, title: str) -> str:
+    lines = [header]
+    for row, (label, cells) in zip(rows, body, strict=True):
+        texts = [f"{text} *" if best else f"{text}  " for text, best in cells]
+        lines.append([label, str(row.n), *texts])
+    # The two places of the best mark: headings end where the numbers do.
+    lines[0] = [*header[:2], *(f"{name}  " for name in header[2:])]
+    text = aligned_text(lines[0], lines[1:], title)
+    best = any(b for _, c in body for _, b in c)
+    return f"{text}\n* best of its column" if best else text
+
+
+def aligned_text(
+    header: Sequence[str], lines: Sequence[Sequence[str]], title: str = ""
+) -> str:
+    """A table as text whose columns are aligned, for where rich is not installed."""
+    every = [header, *lines]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+    shown = [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in every
+    ]
+    shown.insert(1, "-" * max(map(len, shown)))
+    return "\n".join([*([title] if title else []), *shown])
 
 
 def _resolve(column: Column | str, runs: Sequence[Run]) -> Column:
