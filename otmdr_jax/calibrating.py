@@ -70,10 +70,11 @@ def calibrate(
     }
     if fit == "folds":
         record["how"] = f"2 folds x {num_repeats} of {len(labels)} test examples"
+        # First what takes no time, and sees whether alpha can be.
+        sets = _sets_on_folds(log_probs, labels, alpha, num_repeats, seed)
         found = [
             _on_folds(name, log_probs, labels, num_repeats, seed) for name in methods
         ]
-        sets = _sets_on_folds(log_probs, labels, alpha, num_repeats, seed)
     else:
         held_out = _validation_predictions(folder, data_dir, show_progress)
         record["how"] = (

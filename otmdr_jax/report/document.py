@@ -91,12 +91,12 @@ def markdown(document: Document) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def html_page(document: Document, wide: dict[str, Any]) -> str:
+def html_page(document: Document, wide: dict[str, bytes]) -> str:
     """The page as one HTML file.
 
     Args:
       document: What it holds.
-      wide: The pictures that Markdown shows, by name: drawn once for both.
+      wide: The pictures that Markdown shows, as PNG by name: drawn once for both.
 
     Raises:
       ImportError: markdown-it-py is not installed.
@@ -136,16 +136,18 @@ def html_page(document: Document, wide: dict[str, Any]) -> str:
     )
 
 
-def _figure(picture: Picture, wide: Any) -> str:
+def _figure(picture: Picture, wide: bytes) -> str:
     alt = html.escape(picture.alt, quote=True)
-    width = round(96 * wide.get_figwidth())
+    # A CSS inch has 96 pixels; a PNG says its width behind its first chunk's name.
+    width = round(96 * int.from_bytes(wide[16:20], "big") / plots.DPI)
+    narrow = plots.png(picture.draw(True))
     return (
         "<figure><picture>"
-        f'<source media="(max-width: 640px)" srcset="{_data(picture.draw(True))}">'
+        f'<source media="(max-width: 640px)" srcset="{_data(narrow)}">'
         f'<img src="{_data(wide)}" alt="{alt}" width="{width}">'
         "</picture></figure>"
     )
 
 
-def _data(figure: Any) -> str:
-    return "data:image/png;base64," + base64.b64encode(plots.png(figure)).decode()
+def _data(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -68,7 +68,8 @@ def write(
     if command:
         ending = document.Section("Command", (f"```\n{command}\n```",))
         page = page._replace(sections=(*page.sections, ending))
-    figures = {picture.name: picture.draw(False) for picture in page.pictures}
+    # Drawn once: a second layout may move a line by a fraction of a pixel.
+    pictures = {one.name: plots.png(one.draw(False)) for one in page.pictures}
     texts = {
         # The marker comes first: a report that was cut off can be written again.
         "results.json": _json(_results(title, rows, runs)),
@@ -76,14 +77,14 @@ def write(
         "report.md": document.markdown(page),
     }
     if whole:
-        texts["report.html"] = document.html_page(page, figures)
+        texts["report.html"] = document.html_page(page, pictures)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         scratch = folder / f"{name}.tmp"
         scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, folder / name)
-    for name, figure in figures.items():
-        plots.save(figure, folder / f"{name}.png")
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
     return folder / list(texts)[-1]
 
 

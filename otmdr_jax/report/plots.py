@@ -28,7 +28,7 @@ COLOURS = (
     "#000000",
 )
 _STYLES = ("-", "--", ":", "-.")  # for an eighth label and more
-WIDTH, _DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
+WIDTH, DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
 NARROW = 4.0  # inches: letters of a readable size on a phone
 SMALL, LARGE = 8, 9  # points: ticks and legends, labels and titles
 
@@ -178,14 +178,14 @@ def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
     """Writes a figure; the same figure gives the same bytes."""
     path = pathlib.Path(path)
     metadata = {"Software": None} if path.suffix == ".png" else None
-    figure.savefig(path, dpi=_DPI, metadata=metadata)
+    figure.savefig(path, dpi=DPI, metadata=metadata)
     return path
 
 
 def png(figure: Any) -> bytes:
     """A figure as the bytes of its file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, metadata={"Software": None}, format="png")
+    figure.savefig(buffer, dpi=DPI, metadata={"Software": None}, format="png")
     return buffer.getvalue()
 
 
@@ -197,7 +197,7 @@ def new_figure(width: float, height: float) -> Any:
         raise ImportError(
             "plots need matplotlib: pip install otmdr-jax[train]"
         ) from error
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
 def panel_columns(panels: int) -> int:
