@@ -1,7 +1,6 @@
 """Shifted test sets: corruptions against SciPy, PIL and NumPy, sets read for real."""
 
 import dataclasses
-import io
 import json
 
 import jax
@@ -24,6 +23,8 @@ from otmdr_jax import (
 )
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import corruptions
+from otmdr_jax.report import content
+from otmdr_jax.report import shift as tables
 from otmdr_jax.shift import sets
 from tests.sets import encoded, gray_examples, gray_features, real_cifar10
 
@@ -726,30 +727,76 @@ def test_the_figure_shows_each_corruption_and_their_mean():
         report.shift_figure([("A", record_of(names=()))])
 
 
-def test_the_table_has_accuracies_by_severity_and_means(capsys):
-    console_lib = pytest.importorskip("rich.console")
+def test_the_tables_have_accuracies_by_severity_and_means(capsys):
     record = record_of()
     record["corruptions"][1]["nll"] = None  # a diverged state's, in JSON
     record["sets"] = [
         {"name": "cifar10_corrupted/jpeg_compression_4", "num_examples": 10,
          "accuracy": 0.25, "nll": 2.0, "ece": 0.5},
+        {"name": "mine.npz", "num_examples": 7, "accuracy": 0.5, "nll": 1.0,
+         "ece": 0.25},
     ]  # fmt: skip
+    record["ood"] = [ood_row("entropy", 0.75)]
     record["missing"] = [{"name": "svhn_cropped", "why": "not there"}]
-    console = console_lib.Console(file=io.StringIO(), width=100)
-    report.print_shift(record, "Title", console)
-    lines = [
-        [cell.strip() for cell in line.strip("│").split("│")]
-        for line in console.file.getvalue().splitlines()
-        if line.startswith("│")
-    ]
+    header, lines = tables.corruption_table(record)
+    assert header == ["Corruption", "1", "2", "5", "Accuracy (%)", "NLL", "ECE"]
     assert lines == [
         ["clean", "", "", "", "100.00", "0.0000", "0.0000"],
         ["contrast", "95.00", "90.00", "75.00", "86.67", "-", "0.0133"],
         ["rotation", "90.00", "80.00", "50.00", "73.33", "0.2667", "0.0267"],
         ["mean", "92.50", "85.00", "62.50", "80.00", "-", "0.0200"],
-        ["jpeg compression", "25.00", "25.00", "2.0000", "0.5000"],
     ]
-    assert "Missing: svhn_cropped: not there" in capsys.readouterr().out
+    _, lines = tables.published_table(record)
+    assert lines == [["jpeg compression", "25.00", "25.00", "2.0000", "0.5000"]]
+    _, lines = tables.set_table(record)
+    assert lines == [["mine.npz", "7", "50.00", "1.0000", "0.2500"]]
+    _, lines = tables.ood_table({"A": record})
+    assert lines == [["A", "noise", "9", "entropy", "0.7500", "0.5000", "-"]]
+    _, lines = tables.summary_table({"A": record_of()})
+    assert lines == [["A", "100.00", "80.00", "0.2000", "0.0200"]]
+    report.print_shift(record, "Title")
+    shown = capsys.readouterr().out
+    for text in ("Title", "rotation", "CIFAR-10-C", "mine.npz", "entropy",
+                 "Missing: svhn_cropped: not there"):  # fmt: skip
+        assert text in shown
+
+
+def ood_row(score, auroc):
+    return {"name": "noise", "num_examples": 9, "score": score, "auroc": auroc,
+            "aupr": 0.5, "fpr95": None}  # fmt: skip
+
+
+def test_a_mean_record_is_of_what_all_runs_have():
+    first, second = record_of(), record_of(0.5, levels=(1, 5))
+    first["ood"] = [ood_row("entropy", 0.75), ood_row("confidence", 0.5)]
+    second["ood"] = [ood_row("entropy", 0.25)]
+    second["clean"]["epistemic"] = 0.1
+    found = tables.mean_record([first, second])
+    assert found["clean"] == record_of()["clean"]
+    rows = {(row["name"], row["severity"]): row for row in found["corruptions"]}
+    assert list(rows) == [(n, s) for n in ("contrast", "rotation") for s in (1, 5)]
+    assert rows["rotation", 5]["nll"] == pytest.approx((0.5 + 0.25) / 2)
+    assert rows["contrast", 1]["ece"] == pytest.approx(0.005)
+    assert found["ood"] == [ood_row("entropy", 0.5)]
+    second["clean"]["nll"] = None
+    assert tables.mean_record([first, second])["clean"]["nll"] is None
+
+
+def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
+    folder, _ = photograph_run
+    run = report.read_run(folder, "Mine")
+    record = {**record_of(), "ood": [ood_row("entropy", 0.75)]}
+    (folder / "shift.json").write_text(json.dumps(record))
+    section = content._shift([run])
+    picture, summary, _, ood, _ = section.parts
+    assert set(lines_of(picture.draw(False).axes[0])) == {
+        "mean:Mine", "contrast:Mine", "rotation:Mine",
+    }  # fmt: skip
+    assert "| Mine | 100.00 | 80.00 | 0.2000 | 0.0200 |" in summary
+    assert "| Mine | noise | 9 | entropy | 0.7500 |" in ood
+    (folder / "shift.json").unlink()
+    (gone,) = content._shift([run]).parts
+    assert "otmdr shift RUN" in str(gone)
 
 
 def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
