@@ -752,7 +752,8 @@ def test_the_tables_have_accuracies_by_severity_and_means(capsys):
     assert lines == [["mine.npz", "7", "50.00", "1.0000", "0.2500"]]
     _, lines = tables.ood_table({"A": record})
     assert lines == [["A", "noise", "9", "entropy", "0.7500", "0.5000", "-"]]
-    _, lines = tables.summary_table({"A": record_of()})
+    header, lines = tables.summary_table({"A": record_of()})
+    assert header[1:3] == ["Clean accuracy (%)", "Corrupted accuracy (%)"]
     assert lines == [["A", "100.00", "80.00", "0.2000", "0.0200"]]
     report.print_shift(record, "Title")
     shown = capsys.readouterr().out

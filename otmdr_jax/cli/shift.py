@@ -20,7 +20,7 @@ class Shift:
     """Evaluate a run on shifted images: prints a table, writes shift.json, shift.png.
 
     Corruptions are computed, sets of TFDS are used where they are prepared; nothing is
-    downloaded. Several runs in one picture: see the documentation.
+    downloaded. otmdr report shows what was found of several runs.
 
     Examples:
     otmdr shift runs/digits-cnn_small-otmdr-seed0

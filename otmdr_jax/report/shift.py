@@ -162,9 +162,9 @@ def ood_table(found: dict[str, Record]) -> records.Table:
 
 def summary_table(found: dict[str, Record]) -> records.Table:
     """A line for each label: the clean set, and the mean over its corruptions."""
-    _, title, *_ = _SHOWN[0]
-    header = ["Method", f"Clean {title.lower()}"]
-    header += [f"Corrupted {name}" for _, name, *_ in _SHOWN]
+    accuracy, *others = (title for _, title, *_ in _SHOWN)
+    titles = [accuracy.lower(), *others]
+    header = ["Method", f"Clean {titles[0]}", *(f"Corrupted {x}" for x in titles)]
     lines = []
     for label, record in found.items():
         rows = record["corruptions"]
