@@ -20,6 +20,7 @@ from otmdr_jax.cli import (
     evaluate,
     report,
     sharpness,
+    shift,
     train,
 )
 from otmdr_jax.cli.common import EXPECTED
@@ -30,6 +31,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "calibrate": (calibrate.Calibrate, calibrate.run),
     "sharpness": (sharpness.Sharpness, sharpness.run),
+    "shift": (shift.Shift, shift.run),
     "report": (report.Report, report.run),
     "compare": (compare.Compare, compare.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
