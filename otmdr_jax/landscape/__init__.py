@@ -27,6 +27,7 @@ from otmdr_jax.landscape.slices import (
     random_direction,
     through,
 )
+from otmdr_jax.landscape.trajectory import trajectory_plane
 
 __all__ = [
     "AverageSharpness",
@@ -42,5 +43,6 @@ __all__ = [
     "random_direction",
     "sam_gap",
     "through",
+    "trajectory_plane",
     "worst_in_ball",
 ]
