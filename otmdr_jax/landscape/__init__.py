@@ -24,6 +24,7 @@ from otmdr_jax.landscape.sharpness import (
 from otmdr_jax.landscape.slices import (
     Subspace,
     loss_grid,
+    points_at_once,
     random_direction,
     through,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "hessian_product",
     "hessian_trace",
     "loss_grid",
+    "points_at_once",
     "random_direction",
     "sam_gap",
     "through",

@@ -178,8 +178,8 @@ def loss_grid(
       directions: D pytrees like `params`: one for a line, two for a plane.
       axes: D vectors of coefficients, in units of the directions.
       at_once: Points that are evaluated at once, with so many times the activations:
-        the same grid to rounding. None: 1 on CPUs, where more are slower; elsewhere as
-        many as fit in half of the device's free memory, 16 at most.
+        the same grid to rounding. None: that of :func:`points_at_once`, 1 on CPUs,
+        where more are slower.
       known: (n,) losses of the first n points, from an interrupted grid.
       report: Is called about every two seconds with the losses of the points so far,
         (n,) in float64, the known ones among them.
@@ -242,6 +242,31 @@ def loss_grid(
             # The first pass compiles: what it took says little.
             count = max(int(count * min(pace, 8)) // at_once, 1) * at_once
     return losses.reshape(points.shape[:-1])
+
+
+def points_at_once(
+    loss_sum: LossSum,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    directions: Sequence[PyTree],
+) -> int:
+    """How many points :func:`loss_grid` evaluates at once where it is not told.
+
+    On accelerators this depends on the memory that is free: a grid that is to go on to
+    the same bits later has to be told the number that it started with.
+
+    Args:
+      loss_sum: As in :func:`loss_grid`, like all that follow.
+      params: The solution.
+      batches: The set, of which the first batch is read on accelerators.
+      directions: One for a line, two for a plane.
+
+    Returns:
+      1 on CPUs; elsewhere as many as fit in half of the free memory, 16 at most.
+    """
+    whole = Objective(loss_sum, params, batches)
+    moving = [[jnp.asarray(d) for d in whole.leaves(x)] for x in directions]
+    return _fitting(whole, moving, _free_memory())
 
 
 def _free_memory() -> int | None:
