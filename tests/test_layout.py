@@ -34,7 +34,7 @@ LAYERS = [
     {"optimizers", "members"},
     {"building"},
     {"programs", "checkpoint", "runs"},
-    {"evaluation"},
+    {"evaluation", "restoring"},
     {"training"},
     {"combine"},
     {"report"},
