@@ -36,7 +36,7 @@ LAYERS = [
     {"programs", "checkpoint", "runs"},
     {"evaluation", "restoring"},
     {"training"},
-    {"combine"},
+    {"combine", "surface"},
     {"report"},
     {"demo"},
     {"cli"},

@@ -11,7 +11,7 @@ try:
 except ImportError:
     sys.exit("otmdr needs tyro, which is not installed: pip install otmdr-jax[train]")
 
-from otmdr_jax.cli import about, compare, ensemble, evaluate, train
+from otmdr_jax.cli import about, compare, ensemble, evaluate, landscape, train
 from otmdr_jax.cli.common import EXPECTED
 
 # A command -> its options and what it does, in the order of a first session.
@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (train.Train, train.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "compare": (compare.Compare, compare.run),
+    "landscape": (landscape.Landscape, landscape.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
     "demo": (about.Demo, about.run_demo),
     "info": (about.Info, about.run_info),

@@ -251,7 +251,7 @@ def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
         Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(groups))
     ]
     names = [
-        _plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
+        plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
         for label, group in groups.items()
     ]
     # About 115 small letters fit in the width; a handle takes the place of seven.
@@ -283,7 +283,7 @@ def _draw_reliability(
     top: Any, bottom: Any, label: str, runs: Sequence[Run], num_bins: int
 ) -> float:
     """Draws one label's panel; returns the highest bar of its histogram."""
-    name = _plain(textwrap.fill(label, 30))
+    name = plain(textwrap.fill(label, 30))
     pooled = _pool(runs)
     if not pooled:
         top.set_title(name, fontsize=LARGE)
@@ -364,6 +364,6 @@ def _say(ax: Any, text: str) -> None:
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=LARGE)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as a formula."""
     return text.replace("$", r"\$")
