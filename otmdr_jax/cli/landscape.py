@@ -117,6 +117,8 @@ def run(options: Landscape) -> None:
         except training.Interrupted as stop:
             print(f"otmdr: {stop}", file=sys.stderr)
             sys.exit(128 + stop.signum)
+    if plan.member is not None:
+        labels = [f"{label}: member {plan.member}" for label in labels]
     if not compared:
         labels = [" and ".join(dict.fromkeys(labels))]
     elif len(set(labels)) < len(labels):

@@ -190,7 +190,7 @@ def _slice(plan, dimensions, found, steps, path, loss) -> _Slice:
             labels = [str(solution.run.folder) for solution in found]
         names = [f"From {labels[0]} to {labels[1]} (their distance)"]
         if dimensions == 2:
-            names.append(f"Towards {labels[2]} (the same distance)")
+            names.append(f"Towards {labels[2]} (same unit)")
         return _Slice(plane.origin, plane.directions, plane.points, labels, names)
     plane = landscape.trajectory_plane(path, dimensions)
     names = [f"Principal component {i} (distance in weight space)" for i in axes]
