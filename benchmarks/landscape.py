@@ -6,8 +6,8 @@
 The grid is measured as `otmdr landscape` measures it on CPUs, point by point, and with
 several points at once; what compilation takes is in the seconds of a first line. The
 peak is the compiled program's own account of a call. The Hessian's costs are in
-gradients of the whole set: of one product with a vector, and of all that the eigenvalues
-and the trace take.
+gradients of the whole set: of one product with a vector, and of all that the
+eigenvalues and the trace take.
 Expected: 3 minutes on 2 CPU cores.
 """
 

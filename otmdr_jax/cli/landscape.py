@@ -34,7 +34,7 @@ class Landscape:
     kind: Literal["random", "hessian", "runs", "trajectory"] = "random"
     """Directions: random, each filter at the norm of the network's own; the top
     eigenvectors of the Hessian; through two or three runs; or the principal components
-    of a run's checkpoints, which needs --keep-checkpoints in training."""
+    of a run's checkpoints, of which training has to keep enough."""
     points: int = 51
     """Points on each axis."""
     range: tuple[float, float] | None = None
