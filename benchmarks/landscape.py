@@ -25,7 +25,7 @@ from _record import markdown, write_json
 from otmdr_jax import data, landscape, models
 from otmdr_jax.programs import loss_sum
 
-AT_ONCE = (1, 4, 16)
+AT_ONCE = (1, 4)
 
 
 def make_problem(name, count):

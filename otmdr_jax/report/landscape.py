@@ -90,8 +90,8 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
         )  # fmt: skip
         _mark(ax, record)
         _title(ax, label, record)
-        ax.set_xlabel(record["axis_names"][0], fontsize=SMALL)
-        ax.set_ylabel(record["axis_names"][1], fontsize=SMALL)
+        ax.set_xlabel(plain(record["axis_names"][0]), fontsize=SMALL)
+        ax.set_ylabel(plain(record["axis_names"][1]), fontsize=SMALL)
         ax.tick_params(labelsize=SMALL, labelbottom=True, labelleft=True)
         for side, axis in zip("xy", _limits(found), strict=True):
             getattr(ax, f"set_{side}lim")(axis)
@@ -119,7 +119,7 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
     count = len(found)
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    figure = new_figure(6.0 if count == 1 else 9.0, (4.6 if count == 1 else 3.9) * rows)
+    figure = new_figure(6.0 if count == 1 else 9.0, (4.6 if count == 1 else 4.2) * rows)
     from matplotlib import cm, ticker
 
     for i, (label, record, losses) in enumerate(found):
@@ -135,15 +135,17 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
         ax.set_zlim(low, high)
         for side, axis in zip("xy", _limits(found), strict=True):
             getattr(ax, f"set_{side}lim")(axis)
-        ax.set_xlabel(_short(record["axis_names"][0]), fontsize=SMALL)
-        ax.set_ylabel(_short(record["axis_names"][1]), fontsize=SMALL)
+        for side, name in zip("xy", record["axis_names"], strict=True):
+            # The unit on a line of its own: three axes leave little room.
+            name = plain(name).replace(" (", "\n(")
+            getattr(ax, f"set_{side}label")(name, fontsize=SMALL, labelpad=6)
         ax.tick_params(labelsize=SMALL - 1)
         scale.label(ax, "z")
         ax.set_zlabel("")  # that of the colour bar
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(ticker.MaxNLocator(4))
         ax.view_init(elev=28, azim=-60)
-        ax.set_box_aspect((4, 4, 3), zoom=0.95)
+        ax.set_box_aspect((4, 4, 3), zoom=0.88)
         _title(ax, label, record)
     colours = cm.ScalarMappable(scale.norm(), COLOUR_MAP)
     bar = figure.colorbar(colours, ax=figure.axes[:count], shrink=0.6, pad=0.08)
@@ -183,7 +185,7 @@ def line_figure(records: Sequence[Labelled]) -> Any:
             )  # fmt: skip
     ax.set_yscale("log" if scale.wide else "linear")
     scale.label(ax, "y")
-    ax.set_xlabel(found[0][1]["axis_names"][0], fontsize=LARGE)
+    ax.set_xlabel(plain(found[0][1]["axis_names"][0]), fontsize=LARGE)
     ax.set_xlim(_limits(found)[0])
     ax.tick_params(labelsize=SMALL)
     ax.grid(alpha=0.25, linewidth=0.6)
@@ -313,11 +315,6 @@ def _title(ax: Any, label: str, record: Record) -> None:
     lines = _titled(label, record).split("\n")
     lines[0] = textwrap.fill(lines[0], 40)
     ax.set_title(plain("\n".join(lines)), fontsize=LARGE)
-
-
-def _short(name: str) -> str:
-    """An axis's name without its unit: of three axes there is no room for it."""
-    return name.split(" (")[0]
 
 
 def _legend(figure: Any, ax: Any) -> None:
