@@ -1,4 +1,4 @@
-"""What a training state is worth: predictions, metrics, sharpness, over whole sets.
+"""What a training state is worth: predictions and metrics over whole sets.
 
 Of an ensemble these are the metrics of its mean probability; its members' own and how
 much they differ stand beside them. Of a posterior they are those of the mean
@@ -10,18 +10,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otmdr_jax import centers, diversity, landscape, metrics, parallel
 from otmdr_jax import data as data_lib
+from otmdr_jax import diversity, metrics, parallel
 from otmdr_jax import members as members_lib
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.data import Dataset, Split
+from otmdr_jax.data import Dataset
 from otmdr_jax.programs import Programs, compile_programs
 from otmdr_jax.progress import Progress
 
 PyTree = Any
-
-# Sharpness is measured on at most so many training images, evenly spread.
-SHARPNESS_EXAMPLES = 2_000
 
 
 class Evaluation(NamedTuple):
@@ -81,7 +78,7 @@ def evaluate(
 
         # Fetched one batch behind: the device has work while the host sends the next.
         ahead: collections.deque[Any] = collections.deque()
-        for images, _, mask in _batches(config, examples, mesh):
+        for images, _, mask in eval_batches(config, examples, mesh):
             images = parallel.place(images, mesh, parallel.data_spec(mesh))
             ahead.append((programs.predict(state, images), mask))
             if len(ahead) > 1:
@@ -103,54 +100,6 @@ def evaluate(
         for m, mine in enumerate(members)
     ]
     return Evaluation(found, log_probs, members, each)
-
-
-def sharpness(
-    config: TrainConfig,
-    state: PyTree,
-    dataset: Dataset,
-    programs: Programs,
-    *,
-    without: tuple[int, ...] = (),
-) -> dict[str, Any]:
-    """The SAM gap on the training set, BatchNorm with its running statistics.
-
-    Args:
-      config: The run's configuration.
-      state: Its state.
-      dataset: The data.
-      programs: Compiled functions.
-      without: Members that do not count in the means, as they diverged.
-
-    Returns:
-      sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
-      independent members their means, and `member_sharpness`; of a posterior those of
-      its mean.
-    """
-    train = dataset.train
-    chosen = np.linspace(
-        0, train.num_examples - 1, min(train.num_examples, SHARPNESS_EXAMPLES)
-    ).astype(int)
-    part = Split(train.images[chosen], train.labels[chosen])
-    mesh = programs.mesh
-    batches = [
-        parallel.place(batch, mesh, parallel.data_spec(mesh))
-        for batch in _batches(config, part, mesh)
-    ]
-    found = []
-    for i, member in enumerate(members_lib.separate(state)):
-        loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
-        with_state = [(*batch, member.model_state) for batch in batches]
-        weights = centers.weights_of(member.params)
-        found.append(landscape.sam_gap(loss_sum, weights, with_state))
-    kept = [x for i, x in enumerate(found) if i not in without] or found
-    result: dict[str, Any] = {
-        "sharpness": float(np.mean([x.gap for x in kept])),
-        "train_nll": float(np.mean([x.loss for x in kept])),
-    }
-    if len(found) > 1:
-        result["member_sharpness"] = [x.gap for x in found]
-    return result
 
 
 def posterior_record(
@@ -199,7 +148,8 @@ def member_rows(
       config: The run's configuration.
       state: Its state.
       found: Its evaluation.
-      sharp: What :func:`sharpness` gave; members with a joint loss have none.
+      sharp: What :func:`otmdr_jax.sharpness.gap` gave; members with a joint loss have
+        none.
       meta: What is saved beside the state.
     """
     rows = [
@@ -258,7 +208,7 @@ def _mean(samples):
         return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
-def _batches(config, split, mesh):
+def eval_batches(config, split, mesh):
     """Batches for evaluation, of a size that the devices divide."""
     devices = parallel.axis_size(mesh, "data")
     size = min(config.eval_batch_size, split.num_examples)

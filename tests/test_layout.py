@@ -35,6 +35,7 @@ LAYERS = [
     {"building"},
     {"programs", "checkpoint", "runs"},
     {"evaluation", "restoring"},
+    {"sharpness", "calibrating"},
     {"training"},
     {"combine", "surface"},
     {"report"},
