@@ -140,7 +140,9 @@ def test_landscape_in_its_smoke_form(tmp_path):
     out = run("landscape.py", "--smoke", "--json", str(file))
     record = json.loads(file.read_text())
     assert record["points"] == 3 and list(record["grid"]) == ["1", "4"]
-    assert all(x["n"] == 1 and x["peak_mib"] > 0 for x in record["grid"].values())
+    assert all(x["line"]["n"] == 1 for x in record["grid"].values())
+    assert all(x["peak_mib"] > 0 for x in record["grid"].values())
+    assert record["grid"]["1"]["grid"]["n"] == 1
     assert record["hessian"]["gradient"]["gradients"] == 1.0
     assert "| trace, 2 probes |" in out and {"load", "cores", "date"} <= set(record)
 

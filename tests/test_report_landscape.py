@@ -1,9 +1,14 @@
 """Pictures of landscapes: what is on them, and that panels can be compared."""
 
+import json
+
 import numpy as np
 import pytest
 
 from otmdr_jax import report
+from otmdr_jax.report import content
+from otmdr_jax.report.landscape import comparable
+from tests.test_report_page import make
 
 pytest.importorskip("matplotlib")
 
@@ -173,3 +178,41 @@ def test_the_picture_fits_the_dimensions(tmp_path):
 def test_bad_input_says_what_must_hold(draw, pairs, message):
     with pytest.raises(ValueError, match=message):
         draw(pairs)
+
+
+def test_what_belongs_side_by_side():
+    flat = bowl(1)
+
+    def one(kind="random", seed=0, split="train", losses=flat):
+        return record(losses, kind, seed=seed, split=split, num_examples=9)
+
+    pairs = [
+        ("a", one()), ("b", one()), ("c", one(seed=1)), ("d", one(split="test")),
+        ("e", one("hessian")), ("f", one("hessian", seed=1)), ("g", one("runs")),
+        ("h", one("runs")), ("i", one(losses=[1.0, 2.0])),
+    ]  # fmt: skip
+    groups = comparable(pairs)
+    names = ["".join(label for label, _ in group) for group in groups]
+    assert names == ["ab", "c", "d", "ef", "g", "h", "i"]
+
+
+def test_a_report_shows_the_landscapes_of_its_runs(tmp_path):
+    runs = [
+        make("SGD", 0, folder=tmp_path / "a"),
+        make("SAM", 1, folder=tmp_path / "b"),
+    ]
+    for run, scale in zip(runs, (10, 1), strict=True):
+        run.folder.mkdir()
+        one = record(bowl(scale), seed=0, split="train", num_examples=1000)
+        (run.folder / "landscape.json").write_text(json.dumps(one))
+    document = content.everything("Title", runs, "versions")
+    (section,) = [s for s in document.sections if s.title == "Loss landscape"]
+    contours, surface, text = section.parts
+    assert [contours.name, surface.name] == ["landscape", "landscape_surface"]
+    assert "1000 images of the train set" in text and "own norm" in text
+    for narrow in (False, True):
+        both = panels(contours.draw(narrow), "landscape:")
+        assert [ax.get_gid() for ax in both] == [
+            "landscape:SGD (a)", "landscape:SAM (b)",
+        ]  # fmt: skip
+        assert panels(surface.draw(narrow), "surface:")

@@ -9,6 +9,7 @@ from otmdr_jax.config import TrainConfig
 from otmdr_jax.metrics import intervals
 from otmdr_jax.report import (
     examples,
+    landscape,
     plots,
     posterior,
     predictions,
@@ -272,7 +273,43 @@ def _shift(runs):
 
 
 def _landscape(runs):
-    return _missing_section("Loss landscape", runs, records.LANDSCAPE)
+    found = [
+        (_name_of(run), record)
+        for run in runs
+        if (record := records.read_record(run, records.LANDSCAPE)) is not None
+    ]
+    parts: list[Part] = []
+    for i, group in enumerate(landscape.comparable(found), 1):
+        first = group[0][1]
+        number = f"_{i}" if i > 1 else ""
+        figures = (
+            {"landscape_line": landscape.line_figure}
+            if len(first["axes"]) == 1
+            else {
+                "landscape": landscape.contour_figure,
+                "landscape_surface": landscape.surface_figure,
+            }
+        )
+        parts += [
+            Picture(
+                name + number,
+                f"Loss landscape: {', '.join(label for label, _ in group)}",
+                functools.partial(_draw_landscape, figure, group),
+            )
+            for name, figure in figures.items()
+        ]
+        parts.append(
+            f"{landscape.MEANINGS[first['kind']]} Mean loss of "
+            f"{first['num_examples']} images of the {first['split']} set; equal "
+            "colours are equal losses."
+        )
+    return Section(
+        "Loss landscape", (*parts, *_what_is_missing(runs, records.LANDSCAPE))
+    )
+
+
+def _draw_landscape(figure, group, narrow):
+    return figure(group, narrow=narrow)
 
 
 def _missing_section(title, runs, kind):

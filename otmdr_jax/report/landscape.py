@@ -14,11 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from otmdr_jax.report.plots import LARGE, SMALL, line_style, new_figure, plain, save
+from otmdr_jax.report.plots import (
+    LARGE,
+    NARROW,
+    SMALL,
+    line_style,
+    new_figure,
+    plain,
+    save,
+)
 
 Record = Mapping[str, Any]
 Labelled = tuple[str, Record]
 
+# A kind -> its axes in words.
+MEANINGS = {
+    "random": "Random directions; at 1 each filter has moved by its own norm.",
+    "hessian": "Top eigenvectors of the Hessian; axes are distances in weight space.",
+    "runs": "Between runs; the unit is the distance of the first two.",
+    "trajectory": "The plane along which a run's checkpoints spread most; axes are "
+    "distances in weight space.",
+}
 # Even in lightness, and told apart with any colour vision.
 COLOUR_MAP = "viridis"
 _LEVELS = 25
@@ -51,11 +67,35 @@ def plot_landscape(
     return save((surface_figure if surface else contour_figure)(records), path)
 
 
-def contour_figure(records: Sequence[Labelled]) -> Any:
+def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
+    """Groups of landscapes that belong side by side.
+
+    Args:
+      records: Pairs of a label and a record.
+
+    Returns:
+      Lists of pairs whose records are of one kind, on as many axes and the same
+      examples; of random directions also of one seed. Those between runs, and those of
+      trajectories, lie in planes of their own and stand alone.
+    """
+    groups: dict[Any, list[Labelled]] = {}
+    for i, (label, record) in enumerate(records):
+        alone = i if record["kind"] in ("runs", "trajectory") else None
+        seed = record["seed"] if record["kind"] == "random" else None
+        key = (
+            alone, seed, record["kind"], len(record["axes"]), record["split"],
+            record["num_examples"],
+        )  # fmt: skip
+        groups.setdefault(key, []).append((label, record))
+    return list(groups.values())
+
+
+def contour_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
     """Contours of two-dimensional landscapes, a panel each.
 
     Args:
       records: Pairs of a label and a record.
+      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure`: axes with gid "landscape:LABEL", and a colour bar in
@@ -68,10 +108,10 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
     found = _checked(records, 2)
     scale = _Scale([losses for _, _, losses in found])
     count = len(found)
-    columns = min(count, 3)
+    columns = 1 if narrow else min(count, 3)
     rows = math.ceil(count / columns)
-    width = 5.2 if count == 1 else 3.4 * columns + 1.0
-    figure = new_figure(width, (4.4 if count == 1 else 3.7) * rows)
+    width = NARROW if narrow else 5.2 if count == 1 else 3.4 * columns + 1.0
+    figure = new_figure(width, (4.4 if count == 1 and not narrow else 3.7) * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for ax in panels.flat[count:]:
         ax.remove()
@@ -101,11 +141,12 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
     return figure
 
 
-def surface_figure(records: Sequence[Labelled]) -> Any:
+def surface_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
     """Two-dimensional landscapes as surfaces, a panel each, as high as they are lossy.
 
     Args:
       records: Pairs of a label and a record.
+      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure`: three-dimensional axes with gid "surface:LABEL".
@@ -117,9 +158,12 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
     found = _checked(records, 2)
     scale = _Scale([losses for _, _, losses in found])
     count = len(found)
-    columns = min(count, 2)
+    columns = 1 if narrow else min(count, 2)
     rows = math.ceil(count / columns)
-    figure = new_figure(6.0 if count == 1 else 9.0, (4.6 if count == 1 else 4.2) * rows)
+    width, height = (6.0, 4.6) if count == 1 else (9.0, 4.2)
+    figure = (
+        new_figure(NARROW, 3.4 * rows) if narrow else new_figure(width, height * rows)
+    )
     from matplotlib import cm, ticker
 
     for i, (label, record, losses) in enumerate(found):
@@ -153,11 +197,12 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
     return figure
 
 
-def line_figure(records: Sequence[Labelled]) -> Any:
+def line_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
     """One-dimensional landscapes as lines on the same axes.
 
     Args:
       records: Pairs of a label and a record.
+      narrow: A picture for a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of one axes. A line's gid is "landscape:LABEL"; it
@@ -169,7 +214,7 @@ def line_figure(records: Sequence[Labelled]) -> Any:
     """
     found = _checked(records, 1)
     scale = _Scale([losses for _, _, losses in found])
-    figure = new_figure(6.0, 3.6)
+    figure = new_figure(NARROW if narrow else 6.0, 3.6)
     ax = figure.subplots()
     for i, (label, record, losses) in enumerate(found):
         axis = np.asarray(record["axes"][0])
@@ -327,7 +372,7 @@ def _legend(figure: Any, ax: Any) -> None:
         handles,
         names,
         loc="outside lower center",
-        ncols=min(len(names), 3),
+        ncols=min(len(names), 3 if figure.get_figwidth() > NARROW else 2),
         fontsize=SMALL,
         frameon=False,
     )
