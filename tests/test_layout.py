@@ -35,7 +35,7 @@ LAYERS = [
     {"building"},
     {"programs", "checkpoint", "runs"},
     {"evaluation", "restoring"},
-    {"sharpness", "calibrating"},
+    {"sharpness", "calibrating", "shift"},
     {"training"},
     {"combine", "surface"},
     {"report"},

@@ -175,6 +175,12 @@ class TestThePage:
         assert "other: the data at hand are not those of its test set" in missing
         assert "sick, other: their test sets are not gone's" in missing
 
+    def test_a_run_cannot_write_into_the_page(self, tmp_path):
+        run = make("<script>alert(1)</script>", folder=tmp_path / "<img src=x>")
+        path = report.write(tmp_path / "page", [run], "x", whole=True)
+        page = Page(path.read_text())
+        assert "script" not in page.tags and len(page.pictures) == len(page.sources)
+
     def test_an_unknown_baseline_is_refused_before_anything_is_written(self, tmp_path):
         with pytest.raises(ValueError, match="baseline must be one of 'SAM'; got 'x'"):
             report.write(tmp_path / "p", [make()], "x", whole=True, baseline="x")
@@ -243,6 +249,17 @@ class TestPictures:
         for bars in ax.containers:
             heights = [bar.get_height() for bar in bars]
             np.testing.assert_allclose(heights, counts[bars.get_label()])
+
+    def test_a_confidence_on_an_edge_is_in_the_bin_below(self):
+        run = make()
+        half = np.zeros_like(run.log_probs)
+        half[:, :2], half[:, 2:] = np.log(0.5), -np.inf
+        ax = self.axes(
+            predictions.confidence_figure([run._replace(log_probs=half)], 4),
+            "confidence:SAM",
+        )
+        heights = sum(np.array([bar.get_height() for bar in x]) for x in ax.containers)
+        np.testing.assert_allclose(heights, [0, 100, 0, 0])
 
     def test_confusion_is_scikit_learns(self):
         from sklearn.metrics import confusion_matrix

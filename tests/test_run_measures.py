@@ -126,6 +126,22 @@ class TestCalibrate:
             assert abs(one["coverage"] - 0.8) < 3 * np.sqrt(0.16 / 360), one
             assert 0 < one["size"] < 10
 
+    def test_conformal_sets_are_of_the_other_half(self, run):
+        record = calibrating.calibrate(run, ["temperature"], num_repeats=1, seed=4)
+        arrays = np.load(run / "predictions.npz")
+        probs, labels = np.exp(arrays["log_probs"].astype(float)), arrays["labels"]
+        one, two = np.array_split(np.random.default_rng(4).permutation(360), 2)
+        covered, sizes = [], []
+        for fitted, measured in ((one, two), (two, one)):
+            scores = np.sort(1 - probs[fitted, labels[fitted]])
+            sets = 1 - probs[measured] <= scores[int(np.ceil(181 * 0.9)) - 1] + 1e-9
+            covered.append(sets[np.arange(180), labels[measured]].mean())
+            sizes.append(sets.sum(axis=1).mean())
+        lac = record["conformal"][0]
+        assert lac["score"] == "lac"
+        assert lac["coverage"] == pytest.approx(np.mean(covered), abs=1e-9)
+        assert lac["size"] == pytest.approx(np.mean(sizes), abs=1e-9)
+
     def test_a_fit_that_fails_is_named(self, run, monkeypatch):
         def fails(logits, labels):
             raise ValueError("it cannot be")

@@ -21,6 +21,7 @@ from otmdr_jax.cli import (
     landscape,
     report,
     sharpness,
+    shift,
     train,
 )
 from otmdr_jax.cli.common import EXPECTED
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "calibrate": (calibrate.Calibrate, calibrate.run),
     "sharpness": (sharpness.Sharpness, sharpness.run),
+    "shift": (shift.Shift, shift.run),
     "landscape": (landscape.Landscape, landscape.run),
     "report": (report.Report, report.run),
     "compare": (compare.Compare, compare.run),

@@ -14,6 +14,7 @@ from otmdr_jax.report import (
     posterior,
     predictions,
     records,
+    shift,
     significance,
     tables,
 )
@@ -269,7 +270,39 @@ def _sharpness(runs):
 
 
 def _shift(runs):
-    return _missing_section("Shift", runs, records.SHIFT)
+    found = {}
+    for label, group in by_label(runs).items():
+        every = [records.read_record(run, records.SHIFT) for run in group]
+        own = [record for record in every if record is not None]
+        if own:
+            found[label] = shift.mean_record(own)
+    parts: list[Part] = []
+    if any(record["corruptions"] for record in found.values()):
+        parts += [
+            Picture(
+                "shift",
+                "Accuracy, NLL and ECE against the severity of corruptions",
+                lambda narrow: shift.shift_figure(list(found.items()), narrow=narrow),
+            ),
+            records.markdown(shift.summary_table(found)),
+            "Corruptions computed on the test images, not the files of CIFAR-10-C; "
+            "means over corruptions, severities and the runs of a method.",
+        ]
+    for label, record in found.items():
+        for name, table in (
+            ("CIFAR-10-C", shift.published_table(record)),
+            ("other test sets", shift.set_table(record)),
+        ):
+            if table[1]:
+                parts += [f"### {label}: {name}", records.markdown(table)]
+    if any(record["ood"] for record in found.values()):
+        parts += [
+            records.markdown(shift.ood_table(found)),
+            "Foreign images told from the test set by uncertainty. AUROC: 0.5 is "
+            "chance; AUPR: foreign images are the positives; FPR95: the share of them "
+            "that pass where 95 % of the test set do.",
+        ]
+    return Section("Shift", (*parts, *_what_is_missing(runs, records.SHIFT)))
 
 
 def _landscape(runs):

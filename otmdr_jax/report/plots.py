@@ -272,6 +272,11 @@ def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
         plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
         for label, group in groups.items()
     ]
+    legend(figure, handles, names)
+
+
+def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Puts a legend under a figure, which grows by its height."""
     # About 115 small letters fit in the width; a handle takes the place of seven.
     letters = round(115 * figure.get_figwidth() / WIDTH)
     columns = max(1, min(len(names), letters // (max(map(len, names)) + 7)))
