@@ -37,7 +37,7 @@ LAYERS = [
     {"evaluation", "restoring"},
     {"sharpness", "calibrating", "shift"},
     {"training"},
-    {"combine"},
+    {"combine", "surface"},
     {"report"},
     {"demo"},
     {"cli"},
