@@ -305,4 +305,5 @@ def _unequal(planned: Sequence[Planned]) -> list[str]:
 
 
 def _file_name(label: str) -> str:
+    label = label.replace(" = ", "=")
     return re.sub(r"[^\w.=-]+", "-", label).strip("-.") or "method"

@@ -73,6 +73,9 @@ def run(options: Sweep) -> None:
     if not finished:
         raise ValueError("all runs diverged: lower learning_rate or rho.")
     baseline = options.baseline or finished[0].label
+    if baseline not in [run.label for run in finished]:
+        print(f"All runs of {baseline} diverged: {finished[0].label} is the baseline.")
+        baseline = finished[0].label
     columns = report.known_columns(finished)
     report.print_table(report.summarise(finished, columns), title=str(output))
     records.print_lines(cost.table(rows), "Cost of a run")

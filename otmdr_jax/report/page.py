@@ -47,8 +47,8 @@ def write(
         images; what is missing is named. Otherwise the table of results, learning
         curves and reliability diagrams.
       baseline: The label that a whole report compares with. Default: the first one.
-      costs: Rows of a sweep, see :func:`otmdr_jax.sweep.run`: what the runs cost, and tests
-        over seeds, in a whole report.
+      costs: Rows of a sweep, see :func:`otmdr_jax.sweep.run`: what the runs cost, and
+        tests over seeds, in a whole report.
 
     Returns:
       The path of report.html, or of report.md where there is none.
