@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def calibrate(
 
     Returns:
       A record: `how` in words, num_examples, num_repeats, seed, alpha; `methods`, a
-      list of name and `why` where the fit failed, else `metrics` (name -> raw,
+      list of name and `why` where the fit failed, else a `note` where it did not
+      converge, `metrics` (name -> raw,
       calibrated, raw_std, calibrated_std; the latter None for "validation") and, of
       temperature scaling, the mean `temperature` of the fits; `conformal`, a list of
       score, coverage and mean set size.
@@ -125,14 +127,17 @@ _measure = functools.partial(metrics.summary, log_probs=True)
 
 def _on_folds(name, log_probs, labels, num_repeats, seed):
     try:
-        found = calibration.cross_calibrate(
-            log_probs, labels, name,
-            measure=_measure, num_repeats=num_repeats, seed=seed,
-        )  # fmt: skip
-    except (ValueError, RuntimeError) as error:  # as of labels that can be parted
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = calibration.cross_calibrate(
+                log_probs, labels, name,
+                measure=_measure, num_repeats=num_repeats, seed=seed,
+            )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
         return {"name": name, "why": str(error)}
     row: dict[str, Any] = {
         "name": name,
+        **_note(name, caught),
         "metrics": {metric: found.metrics[metric]._asdict() for metric in SHOWN},
     }
     if name == "temperature":
@@ -142,7 +147,9 @@ def _on_folds(name, log_probs, labels, num_repeats, seed):
 
 def _held_out(name, held_out, test):
     try:
-        calibrator: Any = calibration.METHODS[name](*held_out)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            calibrator: Any = calibration.METHODS[name](*held_out)
     except (ValueError, RuntimeError) as error:
         return {"name": name, "why": str(error)}
     log_probs, labels = test
@@ -152,6 +159,7 @@ def _held_out(name, held_out, test):
     )
     row: dict[str, Any] = {
         "name": name,
+        **_note(name, caught),
         "metrics": {
             metric: {"raw": raw[metric], "calibrated": calibrated[metric],
                      "raw_std": None, "calibrated_std": None}
@@ -161,6 +169,17 @@ def _held_out(name, held_out, test):
     if name == "temperature":
         row["temperature"] = float(1 / calibrator.weight)
     return row
+
+
+def _note(name, caught):
+    """What a fit's warnings mean for its numbers."""
+    if not any("has not converged" in str(warning.message) for warning in caught):
+        return {}
+    return {
+        "note": f"{name} scaling has no optimum here: it tells the classes of the "
+        "examples it is fitted on apart without error, and is too sure of others. "
+        "There are too few examples for it."
+    }
 
 
 def _sets_on_folds(log_probs, labels, alpha, num_repeats, seed):

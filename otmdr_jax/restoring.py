@@ -65,7 +65,8 @@ def open_run(
     dataset = programs.load_data(config)
     if getattr(dataset, split) is None:
         raise ValueError(
-            f"{folder} was trained without a {split} set: use --split test."
+            f"{folder} was trained without a {split} set (--validation): use the test "
+            "set."
         )
     compiled = programs.compile_programs(config, dataset)
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:

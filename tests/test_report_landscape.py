@@ -213,6 +213,6 @@ def test_a_report_shows_the_landscapes_of_its_runs(tmp_path):
     for narrow in (False, True):
         both = panels(contours.draw(narrow), "landscape:")
         assert [ax.get_gid() for ax in both] == [
-            "landscape:SGD (a)", "landscape:SAM (b)",
+            "landscape:SGD", "landscape:SAM",
         ]  # fmt: skip
         assert panels(surface.draw(narrow), "surface:")

@@ -739,7 +739,7 @@ def test_the_tables_have_accuracies_by_severity_and_means(capsys):
     record["ood"] = [ood_row("entropy", 0.75)]
     record["missing"] = [{"name": "svhn_cropped", "why": "not there"}]
     header, lines = tables.corruption_table(record)
-    assert header == ["Corruption", "1", "2", "5", "Accuracy (%)", "NLL", "ECE"]
+    assert header == ["Corruption", "1", "2", "5", "Accuracy (%)", "NLL (nats)", "ECE"]
     assert lines == [
         ["clean", "", "", "", "100.00", "0.0000", "0.0000"],
         ["contrast", "95.00", "90.00", "75.00", "86.67", "-", "0.0133"],

@@ -1,5 +1,6 @@
 """The command line: a module for each of `otmdr`'s commands."""
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -71,7 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         default = train.default_of(argv[1:]) if kind is train.Train else None
         options = tyro.cli(
-            kind, prog=f"otmdr {argv[0]}", args=argv[1:], default=default
+            kind,
+            prog=f"otmdr {argv[0]}",
+            # As it stands: tyro's own reading leaves the examples out.
+            description=inspect.getdoc(kind),
+            args=argv[1:],
+            default=default,
         )
         function(options)
     except EXPECTED as error:

@@ -56,5 +56,7 @@ def run(options: Calibrate) -> None:
     for method in record["methods"]:
         if why := method.get("why"):
             print(f"{method['name']} failed: {why}")
+        if note := method.get("note"):
+            print(f"Note: {note}")
     records.print_lines(records.conformal_table(record), "Conformal sets")
     print(f"Written: {folder / 'calibration.json'}")

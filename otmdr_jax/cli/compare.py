@@ -26,6 +26,7 @@ def run(options: Compare) -> None:
 
     if not options.runs:
         raise ValueError("name the folders of at least one run.")
+    report.check_folder(options.output)
     found = [report.read_run(run) for run in options.runs]
     found = report.with_distinct_labels(found)
     columns = report.known_columns(found)

@@ -35,6 +35,7 @@ class Report:
 def run(options: Report) -> None:
     """`otmdr report RUN RUN ...`."""
     from otmdr_jax import report
+    from otmdr_jax.report import significance
 
     if not options.runs:
         raise ValueError("name the folders of at least one run.")
@@ -43,12 +44,20 @@ def run(options: Report) -> None:
     baseline = options.baseline
     if baseline in options.runs:
         baseline = found[options.runs.index(baseline)].label
+    elif baseline is not None:
+        baseline = significance.find_baseline([r.label for r in found], baseline)
     command = "otmdr report " + " ".join(options.runs)
     if options.baseline is not None:
         command += f" --baseline {shlex.quote(options.baseline)}"
     columns = report.known_columns(found)
     report.print_table(report.summarise(found, columns), title=options.title)
     path = report.write(
-        options.output, found, options.title, command, whole=True, baseline=baseline
+        options.output,
+        found,
+        options.title,
+        command,
+        whole=True,
+        baseline=baseline,
+        show_progress=True,
     )
     print(f"Report: {path}")

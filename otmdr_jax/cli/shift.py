@@ -62,6 +62,7 @@ def run(options: Shift) -> None:
     from otmdr_jax import report, restoring, runs
     from otmdr_jax import shift as shift_lib
 
+    shift_lib.check(options.corruptions, options.severities, options.max_examples)
     given = {} if options.data_dir is None else {"data_dir": options.data_dir}
     opened = restoring.open_run(options.run, options.checkpoint, **given)
     record = shift_lib.evaluate(

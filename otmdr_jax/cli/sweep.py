@@ -46,7 +46,9 @@ def run(options: Sweep) -> None:
     output = pathlib.Path(options.output)
     plan = sweep.plan(options.file, output)
     labels = list(dict.fromkeys(one.label for one in plan.runs))
-    significance.check_baseline(labels, options.baseline)
+    baseline = options.baseline
+    if baseline is not None:
+        baseline = significance.find_baseline(labels, baseline)
     sweep.check(plan.runs)
     report.check_folder(output / "report")
     lines = [
@@ -72,7 +74,7 @@ def run(options: Sweep) -> None:
     ]
     if not finished:
         raise ValueError("all runs diverged: lower learning_rate or rho.")
-    baseline = options.baseline or finished[0].label
+    baseline = baseline or finished[0].label
     if baseline not in [run.label for run in finished]:
         print(f"All runs of {baseline} diverged: {finished[0].label} is the baseline.")
         baseline = finished[0].label

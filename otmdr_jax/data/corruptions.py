@@ -95,14 +95,21 @@ def corrupt(
     images = jnp.asarray(images)
     if images.ndim != 4:
         raise ValueError(
-            f"images must have shape (B, H, W, C), got {images.shape}. Give one image "
-            "an axis: images[None]."
+            f"images must have shape (B, H, W, C), got {images.shape}. Give a batch of "
+            "grey images a channel, images[..., None], one image an axis, image[None]."
         )
     if images.dtype != jnp.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
         raise TypeError(
             f"images must be uint8 (0..255) or floats in [0, 1], got {images.dtype}. "
             "Convert them: images.astype(jnp.uint8) if the values are 0..255."
         )
+    if images.dtype != jnp.uint8 and not isinstance(images, jax.core.Tracer):
+        low, high = float(jnp.min(images)), float(jnp.max(images))
+        if low < 0.0 or high > 1.0:
+            raise ValueError(
+                f"float images must lie in [0, 1], got [{low:.4g}, {high:.4g}]: divide "
+                "by their largest value, or pass uint8."
+            )
     # As arrays, or every severity and position would be a program of its own.
     place = jnp.asarray(severity, jnp.int32), jnp.asarray(first, jnp.int32)
     return _corrupt(key, images, *place, name=name)

@@ -18,6 +18,7 @@ from otmdr_jax.report.plots import (
     LARGE,
     NARROW,
     SMALL,
+    legend,
     line_style,
     new_figure,
     plain,
@@ -38,9 +39,9 @@ MEANINGS = {
 # Even in lightness, and told apart with any colour vision.
 COLOUR_MAP = "viridis"
 _LEVELS = 25
-# A logarithmic scale where losses span more than 30 times the smallest; it ends at so
+# A logarithmic scale where losses span more than 10 times the smallest; it ends at so
 # much of the largest, since a loss may be 0.
-_WIDE, _SMALLEST = 30.0, 1e-6
+_WIDE, _SMALLEST = 10.0, 1e-6
 _NAN = "#BBBBBB"  # where the loss is not finite
 _MARKERS = ("o", "s", "^", "D", "v")
 
@@ -130,8 +131,9 @@ def contour_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
         )  # fmt: skip
         _mark(ax, record)
         _title(ax, label, record)
-        ax.set_xlabel(plain(record["axis_names"][0]), fontsize=SMALL)
-        ax.set_ylabel(plain(record["axis_names"][1]), fontsize=SMALL)
+        for side, name in zip("xy", record["axis_names"], strict=True):
+            text = plain(textwrap.fill(name, 36))
+            getattr(ax, f"set_{side}label")(text, fontsize=SMALL)
         ax.tick_params(labelsize=SMALL, labelbottom=True, labelleft=True)
         for side, axis in zip("xy", _limits(found), strict=True):
             getattr(ax, f"set_{side}lim")(axis)
@@ -182,14 +184,15 @@ def surface_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
         for side, name in zip("xy", record["axis_names"], strict=True):
             # The unit on a line of its own: three axes leave little room.
             name = plain(name).replace(" (", "\n(")
-            getattr(ax, f"set_{side}label")(name, fontsize=SMALL, labelpad=10)
+            getattr(ax, f"set_{side}label")(name, fontsize=SMALL, labelpad=8)
         ax.tick_params(labelsize=SMALL - 1, pad=3)
         scale.label(ax, "z")
         ax.set_zlabel("")  # that of the colour bar
         for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_locator(ticker.MaxNLocator(4))
+            # Not at the ends: there those of two axes meet.
+            axis.set_major_locator(ticker.MaxNLocator(4, prune="both"))
         ax.view_init(elev=28, azim=-60)
-        ax.set_box_aspect((4, 4, 3), zoom=0.84)
+        ax.set_box_aspect((4, 4, 3), zoom=0.72 if narrow else 0.84)
         _title(ax, label, record)
     colours = cm.ScalarMappable(scale.norm(), COLOUR_MAP)
     bar = figure.colorbar(colours, ax=figure.axes[:count], shrink=0.6, pad=0.08)
@@ -230,7 +233,8 @@ def line_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
             )  # fmt: skip
     ax.set_yscale("log" if scale.wide else "linear")
     scale.label(ax, "y")
-    ax.set_xlabel(plain(found[0][1]["axis_names"][0]), fontsize=LARGE)
+    name = textwrap.fill(found[0][1]["axis_names"][0], 45)
+    ax.set_xlabel(plain(name), fontsize=LARGE)
     ax.set_xlim(_limits(found)[0])
     ax.tick_params(labelsize=SMALL)
     ax.grid(alpha=0.25, linewidth=0.6)
@@ -358,7 +362,8 @@ def _titled(label: str, record: Record) -> str:
 
 def _title(ax: Any, label: str, record: Record) -> None:
     lines = _titled(label, record).split("\n")
-    lines[0] = textwrap.fill(lines[0], 40)
+    # Panels are about 3 inches wide: 30 letters.
+    lines[0] = textwrap.fill(lines[0], 30)
     ax.set_title(plain("\n".join(lines)), fontsize=LARGE)
 
 
@@ -368,11 +373,4 @@ def _legend(figure: Any, ax: Any) -> None:
     for handle in handles:
         if handle.get_color() == "white" and handle.get_linestyle() != "None":
             handle.set(color="#888888", markerfacecolor="white")  # on white paper
-    figure.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=min(len(names), 3 if figure.get_figwidth() > NARROW else 2),
-        fontsize=SMALL,
-        frameon=False,
-    )
+    legend(figure, handles, [textwrap.fill(name, 45) for name in names])

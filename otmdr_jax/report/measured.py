@@ -25,6 +25,11 @@ def calibration_section(runs: Sequence[Run]) -> Section:
                 for method in record["methods"]
                 if "why" in method
             ),
+            *(
+                f"**Note:** {method['note']}"
+                for method in record["methods"]
+                if "note" in method
+            ),
             "Conformal sets:",
             records.markdown(records.conformal_table(record)),
         ],
@@ -35,11 +40,7 @@ def calibration_section(runs: Sequence[Run]) -> Section:
 
 def sharpness_section(runs: Sequence[Run]) -> Section:
     """Every measure of sharpness, runs side by side."""
-    found = {
-        name_of(run): record
-        for run in runs
-        if (record := records.read_record(run, records.SHARPNESS)) is not None
-    }
+    found = dict(_records(runs, records.SHARPNESS))
     parts: list[Part] = []
     if found:
         counts = sorted({record["num_examples"] for record in found.values()})
@@ -68,13 +69,16 @@ def shift_section(runs: Sequence[Run]) -> Section:
             Picture(
                 "shift",
                 "Accuracy, NLL and ECE against the severity of corruptions",
-                lambda narrow: shift.shift_figure(list(found.items()), narrow=narrow),
+                lambda narrow: shift.shift_figure(
+                    list(found.items()), narrow=narrow, order=list(by_label(runs))
+                ),
             ),
             records.markdown(shift.summary_table(found)),
             records.markdown(shift.accuracy_table(found)),
-            "Corruptions computed on the test images, not the files of CIFAR-10-C; "
-            "means over severities, over the runs of a method and, above, over "
-            "corruptions.",
+            "Thick lines are means over corruptions, thin ones (of up to two methods) "
+            "a corruption each. Corruptions are computed on the test images, they are "
+            "not the files of CIFAR-10-C; tables show means over severities and the "
+            "runs of a method, the first one over corruptions too.",
         ]
     for label, record in found.items():
         for name, table in (
@@ -95,11 +99,7 @@ def shift_section(runs: Sequence[Run]) -> Section:
 
 def landscape_section(runs: Sequence[Run]) -> Section:
     """Contours and surfaces, of comparable runs on shared axes and colours."""
-    found = [
-        (name_of(run), record)
-        for run in runs
-        if (record := records.read_record(run, records.LANDSCAPE)) is not None
-    ]
+    found = _records(runs, records.LANDSCAPE)
     parts: list[Part] = []
     for i, group in enumerate(landscape.comparable(found), 1):
         first = group[0][1]
@@ -122,8 +122,8 @@ def landscape_section(runs: Sequence[Run]) -> Section:
         ]
         parts.append(
             f"{landscape.MEANINGS[first['kind']]} Mean loss of "
-            f"{first['num_examples']} images of the {first['split']} set; equal "
-            "colours are equal losses."
+            f"{first['num_examples']} images of the {first['split']} set"
+            + ("." if len(first["axes"]) == 1 else "; equal colours are equal losses.")
         )
     return Section(
         "Loss landscape", (*parts, *_what_is_missing(runs, records.LANDSCAPE))
@@ -143,13 +143,24 @@ def _of_records(
 ) -> Section:
     """A section with a record's tables for each run that has one."""
     parts: list[Part] = []
-    for run in runs:
-        record = records.read_record(run, kind)
-        if record is not None:
-            parts += [f"### {name_of(run)}", *parts_of(record)]
+    for name, record in _records(runs, kind):
+        parts += [f"### {name}", *parts_of(record)]
     if parts:
         parts.append(note)
     return Section(title, (*parts, *_what_is_missing(runs, kind)))
+
+
+def _records(
+    runs: Sequence[Run], kind: tuple[str, str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The records that are there, by the label, and the folder where it has several."""
+    found = [(run, records.read_record(run, kind)) for run in runs]
+    there = [(run, record) for run, record in found if record is not None]
+    labels = [run.label for run, _ in there]
+    return [
+        (run.label if labels.count(run.label) == 1 else name_of(run), record)
+        for run, record in there
+    ]
 
 
 def _what_is_missing(runs, kind) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otmdr_jax import __version__
+from otmdr_jax.progress import Progress
 from otmdr_jax.report import content, document, plots, significance, tables
 from otmdr_jax.report.reading import Run, by_label
 
@@ -29,6 +30,7 @@ def write(
     whole: bool = False,
     baseline: str | None = None,
     costs: Sequence[dict[str, Any]] | None = None,
+    show_progress: bool = False,
 ) -> pathlib.Path:
     """Writes a report on runs, or replaces an earlier one.
 
@@ -49,6 +51,8 @@ def write(
       baseline: The label that a whole report compares with. Default: the first one.
       costs: Rows of a sweep, see :func:`otmdr_jax.sweep.run`: what the runs cost, and
         tests over seeds, in a whole report.
+
+      show_progress: Whether to show how many pictures are drawn.
 
     Returns:
       The path of report.html, or of report.md where there is none.
@@ -72,7 +76,12 @@ def write(
         ending = document.Section("Command", (f"```\n{command}\n```",))
         page = page._replace(sections=(*page.sections, ending))
     # Drawn once: a second layout may move a line by a fraction of a pixel.
-    pictures = {one.name: plots.png(one.draw(False)) for one in page.pictures}
+    every = list(page.pictures)
+    pictures = {}
+    with Progress(len(every), 0, "drawing", show_progress, "pictures") as bar:
+        for i, one in enumerate(every, 1):
+            pictures[one.name] = plots.png(one.draw(False))
+            bar.update(i, {})
     texts = {
         # The marker comes first: a report that was cut off can be written again.
         "results.json": _json(_results(title, rows, runs)),

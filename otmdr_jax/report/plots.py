@@ -163,7 +163,8 @@ def reliability_figure(
         top.set_gid(f"reliability:{label}")
         bottom.set_gid(f"histogram:{label}")
         highest = max(highest, _draw_reliability(top, bottom, label, group, num_bins))
-        _label_panel(top, bottom, first=column == 0, last=i + columns >= len(groups))
+        last = narrow or i + columns >= len(groups)
+        _label_panel(top, bottom, first=column == 0, last=last)
     for ax in grid[1::2].flat:
         ax.set_ylim(0.0, 1.08 * highest or 1.0)
     for i in range(len(groups), lines * columns):

@@ -100,7 +100,8 @@ def confusion_figure(
     from matplotlib.colors import PowerNorm
 
     groups = by_label(runs)
-    figure, panels = _panels(groups, 0.95, narrow, 2)
+    # Squares, and the colour bar beside them.
+    figure, panels = _panels(groups, 0.84 if narrow else 0.9, narrow, 2)
     image = None
     for ax, (label, group) in zip(panels, groups.items(), strict=True):
         ax.set_gid(f"confusion:{label}")

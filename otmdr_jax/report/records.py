@@ -5,6 +5,8 @@ A table is a heading and lines of text: printed in a terminal, or Markdown on a 
 
 import json
 import pathlib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from otmdr_jax.report.reading import Run
@@ -18,6 +20,8 @@ CALIBRATION = ("calibration.json", "otmdr calibrate")
 SHIFT = ("shift.json", "otmdr shift")
 LANDSCAPE = ("landscape.json", "otmdr landscape")
 
+# Also of a bold one, of a difference, and the mark of one that is not known.
+_NUMBER = re.compile(r"[*+<≥ -]*\d|-$")
 _MEASURES = {
     "train_nll": "Training NLL (nats)",
     "sam_gap": "SAM's gap, ρ = 0.05 (nats)",
@@ -106,7 +110,8 @@ def conformal_table(record: dict[str, Any]) -> Table:
 def markdown(table: Table) -> str:
     """A table as Markdown."""
     header, lines = table
-    rule = [":--"] + ["--:"] * (len(header) - 1)
+    columns = list(zip(*lines, strict=True)) or [()] * len(header)
+    rule = [":--" if not i or _is_text(c) else "--:" for i, c in enumerate(columns)]
     return "\n".join(
         f"| {' | '.join(map(markdown_cell, line))} |" for line in (header, rule, *lines)
     )
@@ -134,6 +139,11 @@ def print_lines(table: Table, title: str) -> None:
 def number(value: float | None) -> str:
     """A number of any size to four digits; "-" for none."""
     return "-" if value is None else f"{value:.4g}"
+
+
+def _is_text(column: Sequence[str]) -> bool:
+    """Whether a column holds words, which stand at its left."""
+    return not any(_NUMBER.match(cell) for cell in column)
 
 
 def _with_error(row: dict[str, Any]) -> str:

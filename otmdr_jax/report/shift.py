@@ -16,7 +16,7 @@ Record = dict[str, Any]
 # Metric, title, what it is multiplied by, digits.
 _SHOWN = (
     ("accuracy", "Accuracy (%)", 100.0, 2),
-    ("nll", "NLL", 1.0, 4),
+    ("nll", "NLL (nats)", 1.0, 4),
     ("ece", "ECE", 1.0, 4),
 )
 _MOST_WITH_LINES = 2  # methods: the lines of more hide each other
@@ -43,7 +43,12 @@ def plot_shift(
     return plots.save(shift_figure(found), path)
 
 
-def shift_figure(found: Sequence[tuple[str, Record]], *, narrow: bool = False) -> Any:
+def shift_figure(
+    found: Sequence[tuple[str, Record]],
+    *,
+    narrow: bool = False,
+    order: Sequence[str] | None = None,
+) -> Any:
     """Accuracy, NLL and ECE against the severity of corruptions; 0 is the clean set.
 
     A thick line is the mean over corruptions, a thin one a corruption. Of one method
@@ -53,6 +58,7 @@ def shift_figure(found: Sequence[tuple[str, Record]], *, narrow: bool = False) -
     Args:
       found: (label, record) of each method; those without corruptions are left out.
       narrow: Panels below each other, for a phone.
+      order: Labels in the order of their colours. Default: those of `found`.
 
     Returns:
       A `matplotlib.figure.Figure` of three axes. A line's gid is "mean:LABEL" or
@@ -76,7 +82,8 @@ def shift_figure(found: Sequence[tuple[str, Record]], *, narrow: bool = False) -
     for ax, (metric, title, scale, _) in zip(axes, _SHOWN, strict=True):
         for i, (label, record) in enumerate(shown):
             curves = _curves(record["clean"], record["corruptions"], metric)
-            thick = {"color": "black"} if alone else plots.line_style(i)
+            place = i if order is None else list(order).index(label)
+            thick = {"color": "black"} if alone else plots.line_style(place)
             single = curves.items() if len(shown) <= _MOST_WITH_LINES else ()
             for k, (name, curve) in enumerate(single):
                 thin = plots.line_style(k) if alone else {**thick, "alpha": 0.35}

@@ -81,6 +81,20 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
     return found
 
 
+def find_baseline(labels: Iterable[str], baseline: str) -> str:
+    """The label that is meant: upper and lower case are alike where it is one's alone.
+
+    Raises:
+      ValueError: There is none.
+    """
+    known = list(labels)
+    alike = [x for x in known if x.lower() == baseline.lower()]
+    if baseline not in known and len(set(alike)) == 1:
+        return alike[0]
+    check_baseline(known, baseline)
+    return baseline
+
+
 def check_baseline(labels: Iterable[str], baseline: str | None) -> None:
     """Raises ValueError unless the baseline is one of the labels, or None."""
     if baseline is not None and baseline not in (known := list(labels)):

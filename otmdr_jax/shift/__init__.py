@@ -10,7 +10,7 @@ CIFAR-10-C), and sets of other classes, which a model should be uncertain about.
 """
 
 from otmdr_jax.shift.detection import SCORES, detect, scores
-from otmdr_jax.shift.evaluation import evaluate
+from otmdr_jax.shift.evaluation import check, evaluate
 from otmdr_jax.shift.sets import AUTO, CIFAR10_C, UNIFORM_NOISE
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "CIFAR10_C",
     "SCORES",
     "UNIFORM_NOISE",
+    "check",
     "detect",
     "evaluate",
     "scores",

@@ -73,14 +73,7 @@ def evaluate(
         corrupted.
       TypeError: A set's images have another dtype.
     """
-    names = _once("corruptions", map(data_lib.check_corruption, corruptions))
-    levels = _once("severities", map(data_lib.check_severity, severities))
-    if names and not levels:
-        raise ValueError("corruptions need severities: name some of 1..5.")
-    if max_examples is not None and not _is_count(max_examples):
-        raise ValueError(
-            f"max_examples must be an int of at least 1, got {max_examples!r}."
-        )
+    names, levels = check(corruptions, severities, max_examples)
     if names:
         _check_range(dataset.test)
     others = sets.find_sets(other_sets, levels, dataset, config.data_dir)
@@ -126,6 +119,21 @@ def evaluate(
         **rows,
         "missing": [*others.missing, *outside.missing],
     }
+
+
+def check(
+    corruptions: Sequence[str], severities: Sequence[int], max_examples: int | None
+) -> tuple[list[str], list[int]]:
+    """Raises ValueError unless these can be asked for, before anything is loaded."""
+    names = _once("corruptions", map(data_lib.check_corruption, corruptions))
+    levels = _once("severities", map(data_lib.check_severity, severities))
+    if names and not levels:
+        raise ValueError("corruptions need severities: name some of 1..5.")
+    if max_examples is not None and not _is_count(max_examples):
+        raise ValueError(
+            f"max_examples must be an int of at least 1, got {max_examples!r}."
+        )
+    return names, levels
 
 
 @dataclasses.dataclass
