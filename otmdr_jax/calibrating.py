@@ -52,8 +52,8 @@ def calibrate(
 
     Raises:
       FileNotFoundError: No run, or one that is not finished.
-      ValueError: Unknown words, predictions that are not finite, a run without a
-        validation set.
+      ValueError: Unknown words, num_repeats below 1, alpha out of (0, 1), predictions
+        that are not finite, a run without a validation set.
     """
     if fit not in ("folds", "validation"):
         raise ValueError(f"fit must be 'folds' or 'validation', got {fit!r}.")
@@ -62,6 +62,9 @@ def calibrate(
         raise ValueError(f"methods must be some of {known}; got {', '.join(unknown)}.")
     if not methods:
         raise ValueError("name at least one method of calibration.")
+    if num_repeats < 1:
+        raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
+    conformal.check_alpha(alpha)
     log_probs, labels = _test_predictions(pathlib.Path(folder))
     record: dict[str, Any] = {
         "fit": fit,
@@ -72,7 +75,6 @@ def calibrate(
     }
     if fit == "folds":
         record["how"] = f"2 folds x {num_repeats} of {len(labels)} test examples"
-        # First what takes no time, and sees whether alpha can be.
         sets = _sets_on_folds(log_probs, labels, alpha, num_repeats, seed)
         found = [
             _on_folds(name, log_probs, labels, num_repeats, seed) for name in methods

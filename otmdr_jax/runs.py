@@ -159,6 +159,56 @@ def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
     _replace(path, (json.dumps(_strict(record), indent=2) + "\n").encode())
 
 
+def check_record(path: pathlib.Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Refuses to replace a record of other settings, before a new one is made.
+
+    Args:
+      path: The record's JSON file, which may not be there.
+      settings: What the new record's numbers depend on; it will hold them under that
+        name.
+      overwrite: Whether it may be replaced whatever it is.
+
+    Raises:
+      FileExistsError: The file is a record of other settings, or does not say of which.
+    """
+    if overwrite or not path.exists():
+        return
+    try:
+        theirs = json.loads(path.read_text())["settings"]
+        names = set(theirs) | set(settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(
+            f"{path} is there and does not say of which settings it is. Replace it "
+            "with --overwrite, or move it away."
+        ) from error
+    if any(theirs.get(name) != _strict(settings.get(name)) for name in names):
+        raise other_settings(
+            f"{path.parent} holds a {path.name}", theirs, settings, "move it away"
+        )
+
+
+def other_settings(
+    what: str, theirs: dict[str, Any], ours: dict[str, Any], instead: str
+) -> FileExistsError:
+    """The error that something of other settings stands in the way, with what differs.
+
+    Args:
+      what: Who holds what, in words.
+      theirs: Its settings.
+      ours: Those that are asked for.
+      instead: What else can be done than to replace it.
+    """
+    differ = [
+        f"  {name}: {theirs.get(name)!r}, now {_strict(ours.get(name))!r}"
+        for name in dict.fromkeys((*ours, *theirs))
+        if theirs.get(name) != _strict(ours.get(name))
+    ]
+    return FileExistsError(
+        "\n".join([f"{what} of other settings:", *differ])
+        + f"\nReplace it with --overwrite, or {instead}."
+    )
+
+
 def _scalars(record: dict[str, Any]) -> dict[str, Any]:
     """The numbers of an event by name: those of members and of layers too."""
     found: dict[str, Any] = {}

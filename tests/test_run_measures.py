@@ -10,6 +10,7 @@ from otmdr_jax import (
     calibrating,
     calibration,
     cli,
+    evaluation,
     landscape,
     metrics,
     models,
@@ -153,12 +154,15 @@ class TestCalibrate:
             )
             assert record["methods"] == [{"name": "vector", "why": "it cannot be"}]
 
-    def test_bad_input_is_refused(self, run, tmp_path):
+    def test_bad_input_is_refused(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("ran"))
         for options, message in (
             ({"methods": ["platt"]}, "some of temperature, vector.*got platt"),
             ({"methods": []}, "at least one method"),
             ({"fit": "test"}, "'folds' or 'validation', got 'test'"),
             ({"alpha": 1.5}, "alpha must lie in"),
+            ({"alpha": 0.0, "fit": "validation"}, "alpha must lie in"),
+            ({"num_repeats": 0}, "num_repeats must be at least 1, got 0"),
         ):
             with pytest.raises(ValueError, match=message):
                 calibrating.calibrate(run, **options)
@@ -276,3 +280,33 @@ def test_the_commands_write_and_the_report_shows(run, capsys, tmp_path):
         cli.main(["report", str(run), "--output", str(run)])
     assert "holds no report" in capsys.readouterr().err
     assert not (run / "report.md").exists()
+
+
+def test_records_of_other_settings_are_not_replaced(run, capsys, monkeypatch):
+    few = ["--num-examples", "50", "--num-probes", "2"]
+    for command, name, options, others, differs in (
+        ("calibrate", "calibration", ["--methods", "temperature"], ["--alpha", "0.2"],
+         "alpha: 0.1, now 0.2"),
+        ("sharpness", "sharpness", few, ["--num-probes", "3"],
+         "num_examples: 50, now 1150"),
+    ):  # fmt: skip
+        path = run / f"{name}.json"
+        cli.main([command, str(run), *options, "--overwrite"])
+        cli.main([command, str(run), *options])  # the same: replaced freely
+        before = path.read_bytes()
+        settings = json.loads(before)["settings"]
+        assert settings["step"] == runs.read_result(run)["steps"] > 0
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for module, function in (
+                (calibrating, "calibrate"),
+                (sharpness, "measure"),
+            ):
+                patch.setattr(module, function, lambda *_, **__: pytest.fail("ran"))
+            with pytest.raises(SystemExit):
+                cli.main([command, str(run), *others])
+        assert path.read_bytes() == before
+        text = capsys.readouterr().err
+        assert differs in text and "Replace it with --overwrite" in text
+        cli.main([command, str(run), *options, *others, "--overwrite"])
+        assert json.loads(path.read_bytes())["settings"] != settings

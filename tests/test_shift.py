@@ -596,7 +596,7 @@ def test_the_command_reads_what_is_prepared_and_names_what_is_not(
     monkeypatch.setenv("COLUMNS", "120")
     folder, config = photograph_run
     cli.main(["shift", str(folder), "--corruptions", "rotation", "contrast",
-              "--severities", "1", "3", "--quiet"])  # fmt: skip
+              "--severities", "1", "3", "--quiet", "--overwrite"])  # fmt: skip
     shown = capsys.readouterr().out
     record = json.loads((folder / "shift.json").read_text(), parse_constant=pytest.fail)
     assert record["step"] == 2 and record["split"] == "test"
@@ -649,7 +649,7 @@ def training_state(folder):
 )
 def test_what_was_asked_for_must_be_there(photograph_run, options, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["shift", str(photograph_run[0]), "--quiet", *options])
+        cli.main(["shift", str(photograph_run[0]), "--quiet", "--overwrite", *options])
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -665,17 +665,75 @@ def test_sets_of_other_classes_are_no_test_sets(photograph_run, tmp_path):
     assert sets.find_sets([path], [1], dataset, None).present == [(path, 6)]
     with pytest.raises(ValueError, match="are 6, .* 5"):
         sets.find_sets([path], [1], of_five, None)
-    floats = images.astype(np.float32) / 255
-    np.savez(tmp_path / "six.npz", test_images=floats, test_labels=labels)
-    where = dict(data_dir=None, cache_dir=None, max_examples=None, seed=0)
-    with pytest.raises(TypeError, match="float32, .* uint8"):
-        sets.read(path, dataset, **where)
+
+
+def test_a_dtype_is_checked_before_anything_is_computed(photograph_run, tmp_path):
+    config = photograph_run[1]
+    dataset = programs.load_data(config)
+    images, labels = photographs(6, 0)
+    path = str(tmp_path / "halves.npz")
+    halves = (images / 255).astype(np.float16)
+    np.savez(path, test_images=halves, test_labels=labels)
+    for options in ({"other_sets": [path]}, {"ood": [path]}):
+        with pytest.raises(TypeError, match="halves.npz' are float32, .* uint8"):
+            # No programs: what would predict fails in another way.
+            shift.evaluate(config, None, dataset, object(), **options)
+    # Of "auto" such sets are missing; of a run on floats all of TFDS are.
+    floats = data.Split(dataset.test.images / np.float32(255), dataset.test.labels)
+    of_floats = dataclasses.replace(dataset, test=floats)
+    found = sets.find_sets(["auto"], [3], of_floats, config.data_dir)
+    missing = {row["name"]: row["why"] for row in found.missing}
+    assert not found.present
+    assert (
+        "are uint8, and those that the model was trained on float32"
+        in (missing["cifar10_1/v6"])
+    )
+    found = sets.find_ood(["auto"], of_floats, config.data_dir)
+    assert [name for name, _ in found.present] == ["uniform_noise"]
+
+
+def test_a_record_of_other_settings_is_not_replaced(
+    photograph_run, capsys, monkeypatch
+):
+    folder, _ = photograph_run
+    path = folder / "shift.json"
+
+    def otmdr(*options):
+        cli.main(["shift", str(folder), "--quiet", "--sets", "--corruptions", *options])
+
+    def refused(*options):
+        before = path.read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(shift, "evaluate", lambda *a, **k: pytest.fail("evaluated"))
+            with pytest.raises(SystemExit):
+                otmdr(*options)
+        assert path.read_bytes() == before
+        return capsys.readouterr().err
+
+    quick = ("--ood", "uniform_noise", "--max-examples", "10")
+    otmdr(*quick, "--overwrite")
+    settings = json.loads(path.read_text())["settings"]
+    assert settings == {
+        "step": 2, "corruptions": [], "severities": [1, 2, 3, 4, 5], "sets": [],
+        "ood": ["uniform_noise"], "max_examples": 10, "seed": 0,
+    }  # fmt: skip
+    otmdr(*quick)  # the same: replaced freely
+    text = refused("--ood", "uniform_noise")
+    assert "max_examples: 10, now None" in text and "--overwrite" in text
+    # Another step, and a record that says nothing.
+    path.write_text(json.dumps({"settings": {**settings, "step": 1}}))
+    assert "step: 1, now 2" in refused(*quick)
+    for content in ("{}", "[1]", "{"):
+        path.write_text(content)
+        assert "does not say of which settings" in refused(*quick)
+    otmdr(*quick, "--overwrite")
+    assert json.loads(path.read_text())["settings"] == settings
 
 
 def test_what_a_test_split_is_can_be_told_without_reading_it(photograph_run):
     config = photograph_run[1]
     found = data.describe_test("cifar10_1/v6", data_dir=config.data_dir)
-    assert found == (30, (32, 32, 3), 10)
+    assert found == (30, (32, 32, 3), 10, np.uint8)
 
 
 def test_the_commands_corruptions_are_all_there_are():

@@ -139,8 +139,7 @@ def fit_conformal(
       array([[ True,  True, False],
              [ True,  True,  True]])
     """
-    if not 0.0 < alpha < 1.0:
-        raise ValueError(f"alpha must lie in (0, 1), got {alpha}.")
+    check_alpha(alpha)
     if score not in ("lac", "aps", "raps"):
         raise ValueError(f"score must be one of lac, aps, raps, got {score!r}.")
     if not 0.0 <= penalty < math.inf or free_ranks < 0:
@@ -172,6 +171,12 @@ def coverage(sets: Array, labels: Array) -> float:
     sets = np.asarray(sets)
     labels = check_labels(labels, sets, sets.shape, "sets")
     return float(np.mean(sets[np.arange(len(labels)), labels]))
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises ValueError unless such a share of labels may be missed."""
+    if not 0.0 < alpha < 1.0:
+        raise ValueError(f"alpha must lie in (0, 1), got {alpha}.")
 
 
 def _threshold(predictor: Conformal, p: Predictions, alpha: float, seed: int) -> float:

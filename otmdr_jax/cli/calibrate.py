@@ -33,6 +33,8 @@ class Calibrate:
     """Seed of the halves."""
     data_dir: str | None = None
     """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    overwrite: bool = False
+    """Replace a calibration.json of other settings, or of another step."""
 
 
 def run(options: Calibrate) -> None:
@@ -41,6 +43,17 @@ def run(options: Calibrate) -> None:
     from otmdr_jax.report import records
 
     folder = pathlib.Path(options.run)
+    # Of what was predicted; without a result calibrate says what is missing.
+    finished = (folder / "result.json").is_file()
+    settings = {
+        "step": runs.read_result(folder).get("steps") if finished else None,
+        "methods": options.methods,
+        "fit": options.fit,
+        "num_repeats": options.num_repeats if options.fit == "folds" else None,
+        "alpha": options.alpha,
+        "seed": options.seed,
+    }
+    runs.check_record(folder / "calibration.json", settings, options.overwrite)
     record = calibrating.calibrate(
         folder,
         options.methods,
@@ -50,7 +63,7 @@ def run(options: Calibrate) -> None:
         seed=options.seed,
         data_dir=options.data_dir,
     )
-    runs.write_json(folder / "calibration.json", record)
+    runs.write_json(folder / "calibration.json", {**record, "settings": settings})
     title = f"{folder}: {record['how']}"
     records.print_lines(records.calibration_table(record), title)
     for method in record["methods"]:

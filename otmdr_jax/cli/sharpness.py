@@ -28,17 +28,27 @@ class Sharpness:
     """Seed of the directions."""
     data_dir: str | None = None
     """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    overwrite: bool = False
+    """Replace a sharpness.json of other settings, or of another step."""
 
 
 def run(options: Sharpness) -> None:
     """`otmdr sharpness RUN`."""
-    from otmdr_jax import restoring, runs, sharpness
+    from otmdr_jax import members, restoring, runs, sharpness
     from otmdr_jax.report import records
 
     given = {} if options.data_dir is None else {"data_dir": options.data_dir}
     folder, config, dataset, programs, state, _, diverged = restoring.open_run(
         options.run, options.checkpoint, split="train", **given
     )
+    settings = {
+        "step": members.steps_taken(state),
+        "num_examples": min(options.num_examples, dataset.train.num_examples),
+        "num_eigenvalues": options.num_eigenvalues,
+        "num_probes": options.num_probes,
+        "seed": options.seed,
+    }
+    runs.check_record(folder / "sharpness.json", settings, options.overwrite)
     record = sharpness.measure(
         config,
         state,
@@ -51,7 +61,7 @@ def run(options: Sharpness) -> None:
         seed=options.seed,
         show_progress=True,
     )
-    runs.write_json(folder / "sharpness.json", record)
+    runs.write_json(folder / "sharpness.json", {**record, "settings": settings})
     title = f"{folder}, step {record['step']}, {record['num_examples']} images"
     records.print_lines(records.sharpness_table({"Value": record}), title)
     print(f"Written: {folder / 'sharpness.json'}")

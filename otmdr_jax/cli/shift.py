@@ -53,18 +53,30 @@ class Shift:
     """Which checkpoint: latest, best (on the validation set), or a step."""
     data_dir: str | None = None
     """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    overwrite: bool = False
+    """Replace a shift.json of other settings, or of another step."""
     quiet: bool = False
     """Show no progress."""
 
 
 def run(options: Shift) -> None:
     """`otmdr shift RUN`."""
-    from otmdr_jax import report, restoring, runs
+    from otmdr_jax import members, report, restoring, runs
     from otmdr_jax import shift as shift_lib
 
     shift_lib.check(options.corruptions, options.severities, options.max_examples)
     given = {} if options.data_dir is None else {"data_dir": options.data_dir}
     opened = restoring.open_run(options.run, options.checkpoint, **given)
+    settings = {
+        "step": members.steps_taken(opened.state),
+        "corruptions": options.corruptions,
+        "severities": options.severities,
+        "sets": options.sets,
+        "ood": options.ood,
+        "max_examples": options.max_examples,
+        "seed": options.seed,
+    }
+    runs.check_record(opened.folder / "shift.json", settings, options.overwrite)
     record = shift_lib.evaluate(
         opened.config,
         opened.state,
@@ -80,7 +92,7 @@ def run(options: Shift) -> None:
         show_progress=not options.quiet,
     )
     written = [opened.folder / "shift.json"]
-    runs.write_json(written[0], record)
+    runs.write_json(written[0], {**record, "settings": settings})
     count = record["num_examples"]
     title = f"{opened.folder}, step {record['step']}, {count} test examples"
     report.print_shift(record, f"{title}: accuracy (%) by severity, and means")

@@ -101,7 +101,7 @@ def read_test(
 
 def describe_test(
     name: str, *, data_dir: str | os.PathLike | None = None
-) -> tuple[int, tuple[int | None, ...], int]:
+) -> tuple[int, tuple[int | None, ...], int, np.dtype]:
     """What :func:`read_test` would read, from the metadata: no record is opened.
 
     Args:
@@ -109,8 +109,8 @@ def describe_test(
       data_dir: likewise.
 
     Returns:
-      (num_examples, image shape, num_classes); None for sizes that the metadata leave
-      open.
+      (num_examples, image shape, num_classes, dtype of images as they are stored); None
+      for sizes that the metadata leave open.
 
     Raises:
       ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
@@ -123,6 +123,7 @@ def describe_test(
         builder.info.splits[split].num_examples,
         tuple(features[image_key].shape),
         features[label_key].num_classes,
+        np.dtype(features[image_key].np_dtype),
     )
 
 

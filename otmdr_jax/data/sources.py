@@ -188,11 +188,13 @@ class TestInfo(NamedTuple):
       num_examples: N.
       image_shape: (H, W, C); None where only the images know.
       num_classes: C, of an .npz file the largest label plus one.
+      dtype: Of the images: uint8, or float32 of any floats.
     """
 
     num_examples: int
     image_shape: tuple[int | None, ...]
     num_classes: int
+    dtype: np.dtype
 
 
 def describe_test(
@@ -212,14 +214,17 @@ def describe_test(
         the set is not there or cannot be read.
 
     Example:
-      >>> describe_test("digits")
-      TestInfo(num_examples=360, image_shape=(8, 8, 1), num_classes=10)
+      >>> describe_test("digits")[:3]
+      (360, (8, 8, 1), 10)
     """
     text = os.fspath(name)
     if text.endswith(".npz") or text == "digits":
         split, num_classes = load_test(text)
-        return TestInfo(split.num_examples, split.images.shape[1:], num_classes)
-    return TestInfo(*prepared.describe_test(text, data_dir=data_dir))
+        images = split.images
+        return TestInfo(len(images), images.shape[1:], num_classes, images.dtype)
+    count, shape, classes, dtype = prepared.describe_test(text, data_dir=data_dir)
+    floats = np.issubdtype(dtype, np.floating)
+    return TestInfo(count, shape, classes, np.dtype(np.float32) if floats else dtype)
 
 
 def _digits() -> tuple[Split, Split]:

@@ -133,12 +133,14 @@ def _count(name, dataset, data_dir, same_classes) -> int:
     """The number of examples of a set that fits."""
     if name == UNIFORM_NOISE:
         return dataset.test.num_examples
-    count, shape, num_classes = data_lib.describe_test(name, data_dir=data_dir)
+    count, shape, num_classes, dtype = data_lib.describe_test(name, data_dir=data_dir)
     if any(
         size is not None and size != want
         for size, want in zip(shape, dataset.image_shape, strict=True)
     ):
         raise ValueError(_unfit(name, "images", shape, dataset.image_shape))
+    if dtype != dataset.test.images.dtype:
+        raise TypeError(_unfit(name, "images", dtype, dataset.test.images.dtype))
     # The classes that a file has no example of are not known.
     few = name.endswith(".npz") and num_classes <= dataset.num_classes
     if same_classes and num_classes != dataset.num_classes and not few:
@@ -183,7 +185,8 @@ def read(
       seed: Of uniform noise.
 
     Raises:
-      ValueError, TypeError: Its images are of another shape or dtype after all.
+      ValueError: Its images are of another shape after all, which the metadata left
+        open.
     """
     if name == UNIFORM_NOISE:
         return uniform_noise(dataset, max_examples, seed)
@@ -193,9 +196,6 @@ def read(
     if split.images.shape[1:] != dataset.image_shape:
         shape = split.images.shape[1:]
         raise ValueError(_unfit(name, "images", shape, dataset.image_shape))
-    if split.images.dtype != dataset.test.images.dtype:
-        dtypes = split.images.dtype, dataset.test.images.dtype
-        raise TypeError(_unfit(name, "images", *dtypes))
     return spread(split, max_examples)
 
 
