@@ -159,7 +159,12 @@ def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
     _replace(path, (json.dumps(_strict(record), indent=2) + "\n").encode())
 
 
-def check_record(path: pathlib.Path, settings: dict[str, Any], overwrite: bool) -> None:
+def check_record(
+    path: pathlib.Path,
+    settings: dict[str, Any],
+    overwrite: bool,
+    instead: str = "move it away",
+) -> None:
     """Refuses to replace a record of other settings, before a new one is made.
 
     Args:
@@ -167,6 +172,7 @@ def check_record(path: pathlib.Path, settings: dict[str, Any], overwrite: bool) 
       settings: What the new record's numbers depend on; it will hold them under that
         name.
       overwrite: Whether it may be replaced whatever it is.
+      instead: What else can be done, for the error.
 
     Raises:
       FileExistsError: The file is a record of other settings, or does not say of which.
@@ -179,11 +185,11 @@ def check_record(path: pathlib.Path, settings: dict[str, Any], overwrite: bool) 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileExistsError(
             f"{path} is there and does not say of which settings it is. Replace it "
-            "with --overwrite, or move it away."
+            f"with --overwrite, or {instead}."
         ) from error
     if any(theirs.get(name) != _strict(settings.get(name)) for name in names):
         raise other_settings(
-            f"{path.parent} holds a {path.name}", theirs, settings, "move it away"
+            f"{path.parent} holds a {path.name}", theirs, settings, instead
         )
 
 

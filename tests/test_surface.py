@@ -52,6 +52,8 @@ def trained(tmp_path_factory):
         "joint": {"members": "2", "ensemble": "joint"},
         "mixed": {"members": "cnn_small,wide_resnet_10_1"},
         "diverged": {"members": "3", "seed": 5},
+        "noisy": {"label_noise": 0.3},
+        "split": {"validation": 0.2},
     }
     done = {
         "sgd": training.train(BASE, output=root / "sgd", show_progress=False),
@@ -340,6 +342,44 @@ class TestFiles:
         with pytest.raises(FileExistsError, match="weights"):
             measure([trained("other")], plan, tmp_path)
 
+    def test_what_is_no_landscape_is_said_so(self, trained, tmp_path, monkeypatch):
+        plan = dataclasses.replace(SMALL, dimensions=1)
+        run = [trained("sgd")]
+        measure(run, plan, tmp_path)
+        json_file, exact = tmp_path / "landscape.json", tmp_path / "landscape.npz"
+        with monkeypatch.context() as patch:
+            patch.setattr(measuring, "_grid", lambda *_: pytest.fail("measured"))
+
+            def refused(message, kind=ValueError):
+                files = {p: p.read_bytes() for p in tmp_path.iterdir()}
+                with pytest.raises(kind, match=message):
+                    measure(run, plan, tmp_path)
+                assert files == {p: p.read_bytes() for p in tmp_path.iterdir()}
+
+            exact.unlink()
+            refused("landscape.json must be .* landscape.npz is not beside it.*--over")
+            exact.write_text("no archive")
+            refused("but landscape.npz holds no losses")
+            np.savez(exact, mine=np.ones(3))
+            refused("but landscape.npz holds no losses")
+            for content in ("mine", "[1]", '{"axes": [[1]]}'):
+                json_file.write_text(content)
+                refused("landscape.json must be .* but it holds none")
+            with pytest.raises(ValueError, match="it holds none"):
+                surface.read(tmp_path)
+            json_file.unlink()
+            refused("holds a landscape.npz without the landscape.json", FileExistsError)
+            partial = tmp_path / "landscape.partial.npz"
+            partial.write_text("half of it")
+            refused("landscape.partial.npz should hold .* cannot be read")
+            (tmp_path / "file").write_text("mine")
+            for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+                with pytest.raises(FileExistsError, match="file is a file, and"):
+                    measure(run, plan, folder)
+        record = measure(run, plan, tmp_path, overwrite=True)
+        assert surface.read(tmp_path) == json.loads(json.dumps(record))
+        assert not partial.exists()
+
 
 class TestErrors:
     @pytest.mark.parametrize(
@@ -410,6 +450,101 @@ class TestCommand:
         assert records[0]["axes"] == records[1]["axes"]
         assert (tmp_path / "both" / "landscape.png").exists()
         assert not (folders[1] / "landscape.json").exists()
+
+    def refused(self, capsys, monkeypatch, *arguments):
+        """What is said where nothing may be measured."""
+        with monkeypatch.context() as patch:
+            patch.setattr(measuring, "_grid", lambda *_: pytest.fail("measured"))
+            with pytest.raises(SystemExit) as stop:
+                self.otmdr(*arguments)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    def test_foreign_pictures_are_left_alone(
+        self, trained, tmp_path, capsys, monkeypatch
+    ):
+        both = [trained(name).folder for name in ("sgd", "other")]
+        few = ("--dimensions", "1", "--num-examples", "20")
+        for i, folders in enumerate((both, both[:1])):
+            for name in ("landscape.png", "landscape_surface.png"):
+                mine = tmp_path / str(i) / name
+                mine.parent.mkdir(exist_ok=True)
+                mine.write_text("mine")
+                asked = (*folders, *few, "--output", mine.parent)
+                text = self.refused(capsys, monkeypatch, *asked)
+                assert f"holds {name}, not of" in text and "--overwrite" in text
+                assert [p.name for p in mine.parent.iterdir()] == [name]
+                mine.unlink()
+            # Asked for, a picture that no line needs still stays.
+            mine.write_text("mine")
+            self.otmdr(*asked, "--overwrite")
+            assert mine.read_text() == "mine"
+        (tmp_path / "file").touch()
+        text = self.refused(capsys, monkeypatch, *both, "--output", tmp_path / "file")
+        assert "is a file, and a landscape's files need a folder" in text
+
+    def test_another_comparison_is_left_alone(
+        self, trained, tmp_path, capsys, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        one, two, three = (trained(n).folder for n in ("sgd", "other", "bnn"))
+        few = ("--num-examples", "20")
+        self.otmdr(one, two, *few)
+        output = tmp_path / "landscape-comparison"
+        pictures = [output / "landscape.png", output / "landscape_surface.png"]
+        before = [picture.read_bytes() for picture in pictures]
+        self.otmdr(one, two, *few)  # the same: drawn again
+        text = self.refused(capsys, monkeypatch, one, three, *few)
+        assert "of other settings:\n  runs: [" in text and "--overwrite" in text
+        text = self.refused(capsys, monkeypatch, one, two, *few, "--split", "test")
+        assert "split: 'train', now 'test'" in text
+        text = self.refused(capsys, monkeypatch, one, *few, "--output", output)
+        assert "holds a comparison of landscapes" in text
+        assert [picture.read_bytes() for picture in pictures] == before
+        line = ("--dimensions", "1", "--overwrite")
+        self.otmdr(one, three, *few, *line)
+        assert pictures[0].read_bytes() != before[0] and not pictures[1].exists()
+        # A landscape of its own makes them its pictures, and no comparison's.
+        self.otmdr(one, *few, *line, "--output", output)
+        text = self.refused(capsys, monkeypatch, one, three, *few, *line[:2])
+        assert "holds landscape.png, not of this comparison" in text
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("pair", [], "weights of different shapes (cnn_small, members shown: 1; "),
+            ("noisy", [], "different examples in their train sets (digits-1437-"),
+            ("split", ["--split", "validation"], "without a validation set"),
+        ],
+    )
+    def test_runs_that_cannot_be_compared(
+        self, name, options, message, trained, tmp_path, capsys, monkeypatch
+    ):
+        folders = trained("sgd").folder, trained(name).folder
+        # The run that cannot be shown last: it is seen before the first is measured.
+        order = folders[::-1] if name == "split" else folders
+        output = tmp_path / "new"
+        asked = (*order, *options, "--output", output)
+        assert message in self.refused(capsys, monkeypatch, *asked)
+        assert not output.exists()
+
+    def test_runs_that_learned_from_other_labels_share_a_test_set(
+        self, trained, tmp_path
+    ):
+        folders = trained("sgd").folder, trained("noisy").folder
+        few = ("--split", "test", "--dimensions", "1", "--num-examples", "20")
+        self.otmdr(*folders, *few, "--output", tmp_path)
+        assert (tmp_path / "landscape.png").exists()
+
+    def test_a_comparison_looks_at_every_folder_first(
+        self, trained, tmp_path, capsys, monkeypatch
+    ):
+        folders = [trained(name).folder for name in ("sgd", "other")]
+        plan = dataclasses.replace(SMALL, num_examples=20, dimensions=1)
+        measure([trained("other")], plan, tmp_path / "1-other")
+        text = self.refused(capsys, monkeypatch, *folders, "--output", tmp_path)
+        assert "dimensions: 1, now 2" in text
+        assert not (tmp_path / "0-sgd").exists()
 
     def test_between_runs_and_along_a_trajectory(self, trained, tmp_path, capsys):
         folders = [trained(name).folder for name in ("sgd", "other")]

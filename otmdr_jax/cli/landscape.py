@@ -30,7 +30,8 @@ class Landscape:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders of the runs: several of kind random or hessian are compared on the same
-    axes, along the same random directions, on one scale of colours."""
+    axes, along the same random directions, on one scale of colours. They must be of one
+    architecture, and have the same examples in the split that is shown."""
     kind: Literal["random", "hessian", "runs", "trajectory"] = "random"
     """Directions: random, each filter at the norm of the network's own; the top
     eigenvectors of the Hessian; through two or three runs; or the principal components
@@ -62,7 +63,8 @@ class Landscape:
     """Folder of the files. Default: the run's own; of several runs
     landscape-comparison, and of kind runs landscape-runs."""
     overwrite: bool = False
-    """Replace a landscape of other settings, or measure the same one again."""
+    """Replace a landscape of other settings, another comparison or foreign files of
+    these names, or measure the same landscape again."""
     quiet: bool = False
     """Show no progress."""
 
@@ -101,6 +103,23 @@ def run(options: Landscape) -> None:
         if compared
         else [(folders, output)]
     )
+    comparison = None
+    if compared:
+        comparison = {
+            "runs": [str(folder.resolve()) for folder in folders],
+            **dataclasses.asdict(plan),
+            "dimensions": plan.dimensions_of(1),
+            "seed": plan.seed if plan.kind == "random" else None,
+        }
+    surface_goes = surface.check_pictures(output, comparison, options.overwrite)
+    if compared:
+        surface.check_comparison(
+            folders,
+            [target for _, target in jobs],
+            plan,
+            data_dir=options.data_dir,
+            overwrite=options.overwrite,
+        )
     records = []
     for inputs, target in jobs:
         try:
@@ -127,11 +146,12 @@ def run(options: Landscape) -> None:
         ]
     pairs = list(zip(labels, records, strict=True))
     written = [target / "landscape.json" for _, target in jobs]
+    surface.mark_pictures(output, comparison)
     written.append(report.plot_landscape(pairs, output / "landscape.png"))
     path = output / "landscape_surface.png"
     if len(records[0]["axes"]) == 2:
         written.append(report.plot_landscape(pairs, path, surface=True))
-    else:
+    elif surface_goes:
         path.unlink(missing_ok=True)  # of the landscape that was replaced
     _print(pairs)
     print(f"Written: {', '.join(map(str, written))}")

@@ -5,8 +5,17 @@ of all members together (the loss of their mean probability), or the mean of a
 posterior. How it is cut is up to :mod:`otmdr_jax.landscape`, which knows no runs.
 """
 
-from otmdr_jax.surface.files import read
+from otmdr_jax.surface.comparing import check_comparison
+from otmdr_jax.surface.files import check_pictures, mark_pictures, read
 from otmdr_jax.surface.measuring import measure
 from otmdr_jax.surface.plan import KINDS, Plan
 
-__all__ = ["KINDS", "Plan", "measure", "read"]
+__all__ = [
+    "KINDS",
+    "Plan",
+    "check_comparison",
+    "check_pictures",
+    "mark_pictures",
+    "measure",
+    "read",
+]

@@ -13,7 +13,7 @@ from otmdr_jax import landscape
 from otmdr_jax.programs import check_same_data, environment
 from otmdr_jax.progress import Progress
 from otmdr_jax.surface import solutions
-from otmdr_jax.surface.files import Files
+from otmdr_jax.surface.files import Files, check_folder
 from otmdr_jax.surface.plan import Plan
 from otmdr_jax.surface.solutions import Solution
 from otmdr_jax.training import Interrupted
@@ -34,6 +34,30 @@ class _Slice(NamedTuple):
     names: list[str]  # of the axes
     explained: list[float] | None = None
     eigenvalues: list[float] | None = None
+
+
+class Opened(NamedTuple):
+    """Runs that are loaded and can be measured.
+
+    Attributes:
+      found: The runs.
+      dimensions: Axes of the slice.
+      steps: Of the checkpoints of a trajectory, else empty.
+      path: Their weights.
+      statistics: BatchNorm's; None for a network that has none.
+      loss: The loss as a function of weights, and its batches.
+      num_examples: How many are shown.
+      files: Where the landscape will be: nothing of other settings is there.
+    """
+
+    found: list[Solution]
+    dimensions: int
+    steps: list[int]
+    path: list[PyTree]
+    statistics: str | None
+    loss: tuple[Any, list[Any]]
+    num_examples: int
+    files: Files
 
 
 def measure(
@@ -69,14 +93,68 @@ def measure(
 
     Raises:
       FileNotFoundError: A folder is no run, or has no such checkpoint.
-      FileExistsError: The folder holds a landscape of other settings.
+      FileExistsError: The folder holds a landscape of other settings, or foreign files
+        of the names of a landscape's.
       ValueError: The plan is not possible for these runs.
       Interrupted: On Ctrl-C, after the losses so far are saved.
+    """
+    opened = open_runs(folders, plan, output, data_dir=data_dir, overwrite=overwrite)
+    done, found, first = opened.files, opened.found, opened.found[0]
+    if (record := done.finished()) is not None:
+        return record
+    chosen = _slice(
+        plan, opened.dimensions, found, opened.steps, opened.path, opened.loss
+    )
+    axes = plan.axes(opened.dimensions, chosen.points)
+    loss_sum, batches = opened.loss
+    losses, seconds = _grid(
+        done, (loss_sum, chosen.origin, batches, chosen.directions), axes, show_progress
+    )
+    config = first.run.config
+    record = {
+        "kind": plan.kind,
+        "split": plan.split,
+        "num_examples": opened.num_examples,
+        "step": first.step,
+        "seed": plan.seed,
+        "axes": [axis.tolist() for axis in axes],
+        "axis_names": chosen.names,
+        "losses": losses.tolist(),
+        "points": None if chosen.points is None else chosen.points.tolist(),
+        "labels": chosen.labels,
+        "explained_variance": chosen.explained,
+        "eigenvalues": chosen.eigenvalues,
+        "statistics": opened.statistics,
+        "members": list(first.members) if config.members is not None else None,
+        "runs": [str(solution.run.folder) for solution in found],
+        "model": config.model if config.members is None else config.member_names,
+        "method": config.method,
+        "seconds": seconds,
+        "settings": done.settings,
+        **environment(),
+    }
+    done.finish(record, axes, losses, chosen.points)
+    return record
+
+
+def open_runs(
+    folders: Sequence[str | os.PathLike],
+    plan: Plan,
+    output: str | os.PathLike | None,
+    *,
+    data_dir: str | None,
+    overwrite: bool,
+) -> Opened:
+    """Loads what :func:`measure` takes, and checks all that can be before the grid.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: As :func:`measure`.
     """
     dimensions = plan.dimensions_of(len(folders))
     if output is None and len(folders) > 1:
         raise ValueError("a landscape of several runs needs an output folder.")
     target = pathlib.Path(folders[0] if output is None else output)
+    check_folder(target)
     found = [solutions.open_solution(folder, plan, data_dir) for folder in folders]
     _check_alike(found)
     first = found[0]
@@ -104,39 +182,9 @@ def measure(
             [(x.weights, x.model_state) for x in found], path
         ),
     }
-    done = Files(target, settings, overwrite)
-    if (record := done.finished()) is not None:
-        return record
-    chosen = _slice(plan, dimensions, found, steps, path, (loss_sum, batches))
-    axes = plan.axes(dimensions, chosen.points)
-    losses, seconds = _grid(
-        done, (loss_sum, chosen.origin, batches, chosen.directions), axes, show_progress
-    )
-    config = first.run.config
-    record = {
-        "kind": plan.kind,
-        "split": plan.split,
-        "num_examples": count,
-        "step": first.step,
-        "seed": plan.seed,
-        "axes": [axis.tolist() for axis in axes],
-        "axis_names": chosen.names,
-        "losses": losses.tolist(),
-        "points": None if chosen.points is None else chosen.points.tolist(),
-        "labels": chosen.labels,
-        "explained_variance": chosen.explained,
-        "eigenvalues": chosen.eigenvalues,
-        "statistics": statistics,
-        "members": list(first.members) if config.members is not None else None,
-        "runs": [str(solution.run.folder) for solution in found],
-        "model": config.model if config.members is None else config.member_names,
-        "method": config.method,
-        "seconds": seconds,
-        "settings": settings,
-        **environment(),
-    }
-    done.finish(record, axes, losses, chosen.points)
-    return record
+    files = Files(target, settings, overwrite)
+    loss = loss_sum, batches
+    return Opened(found, dimensions, steps, path, statistics, loss, count, files)
 
 
 def _check_alike(found: Sequence[Solution]) -> None:

@@ -164,6 +164,14 @@ def checkpoints_of(solution: Solution, dimensions: int) -> tuple[list[int], list
     return steps, weights
 
 
+def examples(solution: Solution, split: str, num_examples: int) -> Split:
+    """At most so many examples of a part of a run's data, evenly spread."""
+    data: Split = getattr(solution.run.dataset, split)
+    count = min(data.num_examples, num_examples)
+    rows = np.linspace(0, data.num_examples - 1, count).astype(int)
+    return Split(data.images[rows], data.labels[rows])
+
+
 def objective(
     solution: Solution, split: str, num_examples: int, anew: bool
 ) -> tuple[Any, list[Any], int]:
@@ -177,10 +185,8 @@ def objective(
         are one batch then.
     """
     run = solution.run
-    data: Split = getattr(run.dataset, split)
-    count = min(data.num_examples, num_examples)
-    rows = np.linspace(0, data.num_examples - 1, count).astype(int)
-    part = Split(data.images[rows], data.labels[rows])
+    part = examples(solution, split, num_examples)
+    count = part.num_examples
     size = count if anew else min(count, run.config.eval_batch_size)
     batches = [
         (*map(jnp.asarray, batch), solution.model_state)
@@ -191,7 +197,7 @@ def objective(
 
 
 def checksum(*solutions: PyTree) -> int:
-    """A checksum of weights."""
+    """A checksum of weights, or of other arrays."""
     found = 0
     for leaf in jax.tree.leaves(solutions):
         found = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), found)
