@@ -101,10 +101,10 @@ _ROBUST = {
     name: name
     for name in (
         "rho", "num_particles", "noise_std", "split", "norm", "merge", "sum_particles",
-        "particle_map", "sync_perturbation", "microbatch_size",
+        "particle_map", "sync_perturbation", "microbatch_size", "num_subbatches",
     )
 }  # fmt: skip
-_SAM = ("rho", "norm", "sync_perturbation", "microbatch_size")
+_SAM = ("rho", "norm", "sync_perturbation", "microbatch_size", "num_subbatches")
 _POSTERIOR = {
     "posterior_std": "sigma",
     "posterior_init": "init",
@@ -121,6 +121,14 @@ _OTMDR_BNN = {
     "sigma_gradient": "sigma_gradient",
     "weight_noise": "weight_noise",
 }
+# Of Gaussians around one weight vector: what the data or the optimizer decide too.
+_GAUSSIAN = ("data_factor", "num_samples", "prediction")
+_BSAM = {
+    "b2": "b2",
+    "precision_init": "precision_init",
+    "damping": "damping",
+    "precision_order": "order",
+}
 _OPTIONS: dict[str, dict[str, str]] = {
     "sgd": {"microbatch_size": "microbatch_size"},
     "sam": {name: name for name in _SAM},
@@ -130,11 +138,18 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "microbatch_size": "microbatch_size", "estimator": "estimator", **_POSTERIOR
     },
     "otmdr-bnn": {
-        **{n: n for n in _ROBUST if n != "norm"},
+        **{n: n for n in _ROBUST if n not in ("norm", "num_subbatches")},
         **_OTMDR_BNN,
         **_POSTERIOR,
     },
+    "bsam": {
+        **{name: name for name in _SAM if name != "norm"},
+        **_BSAM,
+        **{name: name for name in _GAUSSIAN},
+    },
 }  # fmt: skip
+# Of the released commands, which cut batches of 200 into parts of 25.
+_SUBBATCHES = {"bsam": 8}
 
 
 def method_options(config: TrainConfig) -> dict[str, Any]:
@@ -167,17 +182,57 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
             )
     if config.method in methods.BAYESIAN:
         _check_posterior(config)
-    return {
-        mine[name]: getattr(config, name) for name in set_ if name not in _POSTERIOR
+    if config.method in methods.VARIATIONAL:
+        _check_variational(config)
+    found = {
+        mine[name]: getattr(config, name)
+        for name in set_
+        if name not in _POSTERIOR and name not in _GAUSSIAN
     }
+    if config.method in _SUBBATCHES:
+        found["num_subbatches"] = num_subbatches(config)
+    return found
 
 
-def _check_posterior(config):
+def num_subbatches(config: TrainConfig) -> int:
+    """How many parts of the batch have a perturbation of their own."""
+    return config.num_subbatches or _SUBBATCHES.get(config.method, 1)
+
+
+def _check_joint(config):
     if config.members is not None and config.ensemble == "joint":
         raise ValueError(
             f"{config.method} with a joint ensemble is not defined: members with a "
             "posterior each are trained with --ensemble independent."
         )
+
+
+def _check_samples(config):
+    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
+        raise ValueError(
+            f"num_samples={config.num_samples} with prediction='mean', which has no "
+            "samples: leave one of them out."
+        )
+
+
+def _check_variational(config):
+    """The update is the method's own: options of other optimizers mean nothing."""
+    _check_joint(config)
+    _check_samples(config)
+    defaults = TrainConfig.__dataclass_fields__
+    for name in ("optimizer", "nesterov", "adam_eps", "decay_all"):
+        if getattr(config, name) != defaults[name].default:
+            raise ValueError(
+                f"{config.method} has an update of its own: leave {name} out, got "
+                f"{getattr(config, name)!r}."
+            )
+    if config.rho is not None and len(config.rho) != 1:
+        raise ValueError(f"{config.method} has one radius, got {config.rho}.")
+
+
+def _check_posterior(config):
+    _check_joint(config)
+    _check_samples(config)
     if config.dtype == "float16" and config.estimator != "weights":
         raise ValueError(
             f"estimator={config.estimator!r} squares standard deviations, which "
@@ -187,11 +242,6 @@ def _check_posterior(config):
         raise ValueError(
             f"prior_std={config.prior_std} is that of the normal prior; the "
             f"{config.prior} prior has none."
-        )
-    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
-        raise ValueError(
-            f"num_samples={config.num_samples} with prediction='mean', which has no "
-            "samples: leave one of them out."
         )
     if config.kl_schedule != "warmup" and config.kl_warmup_epochs != 0:
         raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")
@@ -203,6 +253,13 @@ def _check_posterior(config):
 
 def _posterior_options(config, num_train, total_steps, steps_per_epoch):
     """What a Bayesian method takes beside; nothing for others."""
+    if config.method in methods.VARIATIONAL:
+        return {
+            "num_data": num_train * config.data_factor,
+            "weight_decay": config.weight_decay,
+            "num_samples": config.num_samples,
+            "mean_only": config.prediction == "mean",
+        }
     if config.method not in methods.BAYESIAN:
         return {}
     priors = {

@@ -73,14 +73,16 @@ class TrainConfig:
     """How members of one model are computed: a matter of speed and memory alone."""
 
     # -- method --
-    method: Literal["sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn"] = "otmdr"
+    method: Literal["sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn", "bsam"] = (
+        "otmdr"
+    )
     """What to minimise: the loss (sgd), its worst value nearby, or, over a Gaussian
     posterior of the weights, the negative evidence bound (sgvb) or its worst value
-    nearby (otmdr-bnn)."""
+    nearby (otmdr-bnn, bsam). docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, 0.5 for asam (their
-    papers, CIFAR-10)."""
+    papers, CIFAR-10), 0.01 for bsam (its released commands)."""
     num_particles: int = 1
     """K, the number of particles of otmdr and otmdr-bnn."""
     noise_std: float = 0.0
@@ -88,9 +90,9 @@ class TrainConfig:
     paper (appendix B.1)."""
     split: Literal["random", "ordered", "shared"] | None = None
     """How the ascent steps share the batch. Default: random for otmdr, otmdr-bnn."""
-    norm: Literal["global", "per_leaf"] = "global"
-    """One gradient norm over all parameters, or one for each array. That of otmdr-bnn
-    is posterior_norm."""
+    norm: Literal["global", "per_leaf", "none"] = "global"
+    """One gradient norm over all parameters, one for each array, or none: steps as long
+    as the gradient makes them. That of otmdr-bnn is posterior_norm."""
     merge: Literal["sum", "mean"] | None = None
     """The released code's merged second direction. Default: none, as in the paper."""
     sum_particles: bool = False
@@ -105,7 +107,27 @@ class TrainConfig:
     """Examples that a device differentiates at a time, to save memory. The objective
     stays that of the whole batch, but BatchNorm sees micro-batches. Default: all."""
 
-    # -- posterior (sgvb and otmdr-bnn) --
+    num_subbatches: int | None = None
+    """Equal consecutive parts of the batch, each with a perturbation of its own
+    (m-sharpness), whatever the devices. Default: 8 for bsam (its released commands), 1
+    for the others."""
+
+    # -- bsam --
+    data_factor: float = 1.0
+    """What the number of training examples is multiplied by where it sets a posterior's
+    width, for the augmentation. 4 in bsam's released commands for CIFAR."""
+    b2: float | None = None
+    """How slowly the precision follows the gradients. Default: 0.999 for bsam (its
+    paper)."""
+    precision_init: float = 1.0
+    """Precision of every weight at the start (released code)."""
+    damping: float = 0.1
+    """What is added to the precision (released code)."""
+    precision_order: Literal["released", "paper"] = "released"
+    """Whether bsam divides its step by the precision before its update (the code), or
+    after it (the paper's listing)."""
+
+    # -- posterior (sgvb, otmdr-bnn; of bsam the samples of a prediction) --
     posterior_std: float = 0.0067
     """Standard deviation that every weight starts with: softplus(-5), released code."""
     posterior_init: Literal["model", "released"] = "model"
@@ -148,11 +170,11 @@ class TrainConfig:
     """Spread it over all C classes (Szegedy et al., 2016), or over the other C - 1 (the
     released code)."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Base optimizer of the (robust) gradient."""
+    """Base optimizer of the (robust) gradient. bsam has an update of its own."""
     learning_rate: float = 0.1
     """Peak learning rate (appendix B.1)."""
     momentum: float = 0.9
-    """Momentum of sgd, first moment of adam (released code)."""
+    """Momentum of sgd, first moment of adam and bsam (released code)."""
     adam_eps: float = 1e-8
     """What adam and adamw add to the root of the second moment. The gradient of a
     posterior is per example: its presets divide this by the number of examples, for
@@ -161,7 +183,8 @@ class TrainConfig:
     """Nesterov momentum of sgd (released code: off)."""
     weight_decay: float = 5e-4
     """Decay: added to the gradient for sgd and adam, decoupled for adamw (released
-    code: 5e-4). Not of a posterior, which has a prior; of its point estimates."""
+    code: 5e-4). Not of a posterior, which has a prior; of its point estimates. For bsam
+    it is the prior's precision per example."""
     decay_all: bool = True
     """Decay norms and biases too, as the released code does. With --no-decay-all only
     arrays of two and more axes decay."""
@@ -234,20 +257,26 @@ class TrainConfig:
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "checkpoint_every", "microbatch_size"):
+        for name in (
+            "steps", "checkpoint_every", "microbatch_size", "num_subbatches",
+        ):  # fmt: skip
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             good = value is None or (whole and value >= 1)
             _check(self, name, good, "an integer of at least 1, or left out")
         for name in (
             "learning_rate", "weight_decay", "warmup_epochs", "noise_std", "kl_weight",
-            "kl_warmup_epochs",
+            "kl_warmup_epochs", "damping",
         ):  # fmt: skip
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
-        for name in ("posterior_std", "prior_std", "adam_eps"):
+        for name in (
+            "posterior_std", "prior_std", "adam_eps", "data_factor", "precision_init",
+        ):  # fmt: skip
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        good = self.b2 is None or (isinstance(self.b2, float) and 0 <= self.b2 < 1)
+        _check(self, "b2", good, "in [0, 1), or left out")
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
         _check(self, "validation", self.validation >= 0, "at least 0")
         clip = self.clip_norm

@@ -17,6 +17,7 @@ _NAMES = {
     "otmdr": "OT-MDR",
     "sgvb": "SGVB",
     "otmdr-bnn": "OT-MDR-BNN",
+    "bsam": "bSAM",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # What may differ between runs that are averaged: it is meant to, or changes no number.
