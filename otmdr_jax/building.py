@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from otmdr_jax import bnn, members, methods, models, optimizers
+from otmdr_jax import baselines, bnn, members, methods, models, optimizers
 from otmdr_jax.config import TrainConfig
 
 
@@ -40,6 +40,7 @@ def methods_of(
             loss_scaling=config.dtype == "float16",
             **method_options(config),
             **_posterior_options(config, num_train, total_steps, steps_per_epoch),
+            **_radius_schedule(config, total_steps, steps_per_epoch),
             **_axis_names(mesh),
         )
         if isinstance(network, members.JointModel):
@@ -142,6 +143,17 @@ _OPTIONS: dict[str, dict[str, str]] = {
         **_OTMDR_BNN,
         **_POSTERIOR,
     },
+    "gsam": {
+        **{name: name for name in _SAM},
+        "gsam_alpha": "alpha",
+        "rho_min": "rho_min",
+    },
+    "looksam": {
+        **{name: name for name in _SAM},
+        "look_every": "every",
+        "look_alpha": "alpha",
+    },
+    "fisher-sam": {**{name: name for name in _SAM}, "fisher_eta": "fisher"},
     "bsam": {
         **{name: name for name in _SAM if name != "norm"},
         **_BSAM,
@@ -184,10 +196,17 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
         _check_posterior(config)
     if config.method in methods.VARIATIONAL:
         _check_variational(config)
+    if config.method in ("gsam", "looksam") and len(config.rho or (0,)) != 1:
+        raise ValueError(f"{config.method} has one radius, got {config.rho}.")
+    if config.rho_min is not None and config.schedule == "plateau":
+        raise ValueError(
+            "rho_min needs a learning rate that is known beforehand: use --schedule "
+            "cosine or step."
+        )
     found = {
         mine[name]: getattr(config, name)
         for name in set_
-        if name not in _POSTERIOR and name not in _GAUSSIAN
+        if name not in (*_POSTERIOR, *_GAUSSIAN, "rho_min")
     }
     if config.method in _SUBBATCHES:
         found["num_subbatches"] = num_subbatches(config)
@@ -249,6 +268,20 @@ def _check_posterior(config):
         raise ValueError(
             "kl_schedule='warmup' needs kl_warmup_epochs, over which the weight grows."
         )
+
+
+def _radius_schedule(config, total_steps, steps_per_epoch):
+    """The radius that follows the learning rate, where it does."""
+    if config.rho_min is None:
+        return {}
+    return {
+        "follows": baselines.follow(
+            optimizers.schedule(config, total_steps, steps_per_epoch),
+            (config.rho or (baselines.surgery.RHO,))[0],
+            config.rho_min,
+            config.learning_rate,
+        )
+    }
 
 
 def _posterior_options(config, num_train, total_steps, steps_per_epoch):

@@ -217,8 +217,56 @@ def posterior(
     )
 
 
+def gsam(
+    loss_fn: Callable, own: dict[str, Any], *, follows: Any = None, **options: Any
+) -> Center:
+    """The center of GSAM: one weight vector.
+
+    Args:
+      loss_fn: (params, batch, model_state) -> (loss, aux).
+      own: The method's options.
+      follows: The radius as a schedule of the step; None for a constant one.
+      **options: Of :func:`otmdr_jax.baselines.gsam_gradient`.
+    """
+    compute = baselines.gsam_gradient(loss_fn, has_aux=True, **{**own, **options})
+
+    def gradient(params, batch, model_state, *, key, step, memory, **scaled):
+        rho = None if follows is None else follows(step)
+        return compute(params, batch, model_state, key=key, rho=rho, **scaled), memory
+
+    return Center(
+        init=lambda key, params: params, gradient=gradient, predict=_at_weights
+    )
+
+
+def looksam(loss_fn: Callable, own: dict[str, Any], **options: Any) -> Center:
+    """The center of LookSAM: one weight vector, and the direction of its last climb.
+
+    Args:
+      loss_fn: (params, batch, model_state) -> (loss, aux).
+      own: The method's options.
+      **options: Of :func:`otmdr_jax.baselines.looksam_gradient`.
+    """
+    compute = baselines.looksam_gradient(loss_fn, has_aux=True, **{**own, **options})
+
+    def gradient(params, batch, model_state, *, key, step, memory, **scaled):
+        del step
+        return compute(memory, params, batch, model_state, key=key, **scaled)
+
+    return Center(
+        init=lambda key, params: params,
+        gradient=gradient,
+        predict=_at_weights,
+        start=baselines.periodic.start,
+    )
+
+
 # Those with a gradient of their own: a method -> its center.
-OWN: dict[str, Callable[..., Center]] = {"bsam": bsam}
+OWN: dict[str, Callable[..., Center]] = {
+    "bsam": bsam,
+    "gsam": gsam,
+    "looksam": looksam,
+}
 
 
 def _check_samples(num_samples, mean_only):

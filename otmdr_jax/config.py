@@ -73,16 +73,20 @@ class TrainConfig:
     """How members of one model are computed: a matter of speed and memory alone."""
 
     # -- method --
-    method: Literal["sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn", "bsam"] = (
-        "otmdr"
-    )
-    """What to minimise: the loss (sgd), its worst value nearby, or, over a Gaussian
-    posterior of the weights, the negative evidence bound (sgvb) or its worst value
-    nearby (otmdr-bnn, bsam). docs/baselines.md has the equations."""
+    method: Literal[
+        "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
+        "gsam", "looksam", "fisher-sam", "bsam",
+    ] = "otmdr"  # fmt: skip
+    """What to minimise: the loss (sgd), its worst value nearby (otmdr; sam and its kin
+    asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the weights, the
+    negative evidence bound (sgvb) or its worst value nearby (otmdr-bnn, bsam).
+    docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
-    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, 0.5 for asam (their
-    papers, CIFAR-10), 0.01 for bsam (its released commands)."""
+    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, gsam and looksam, 0.5
+    for asam (their papers, CIFAR-10), 0.01 for bsam (its released commands), 0.1 for
+    fisher-sam (reimplementations). sam takes several too: it climbs that often, each
+    time on the whole batch."""
     num_particles: int = 1
     """K, the number of particles of otmdr and otmdr-bnn."""
     noise_std: float = 0.0
@@ -111,6 +115,22 @@ class TrainConfig:
     """Equal consecutive parts of the batch, each with a perturbation of its own
     (m-sharpness), whatever the devices. Default: 8 for bsam (its released commands), 1
     for the others."""
+
+    # -- gsam, looksam, fisher-sam --
+    gsam_alpha: float = 0.2
+    """Weight of what gsam takes out of the gradient: 0 is sam. 0.2 in its authors'
+    example on CIFAR-10."""
+    rho_min: float | None = None
+    """Radius of gsam where the learning rate is 0; between it and --rho the radius
+    follows the learning rate, as its paper has it. Default: --rho throughout."""
+    look_every: int = 5
+    """How often looksam climbs, in steps: 1 is sam (reimplementations: 5)."""
+    look_alpha: float = 0.7
+    """Length of looksam's remembered direction in lengths of the gradient
+    (reimplementations)."""
+    fisher_eta: float = 1.0
+    """How far the squared gradient bends the ball of fisher-sam: 0 is sam
+    (reimplementations)."""
 
     # -- bsam --
     data_factor: float = 1.0
@@ -253,7 +273,7 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
             "keep_checkpoints", "max_skipped", "num_particles", "num_samples",
-            "plateau_patience",
+            "plateau_patience", "look_every",
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -266,7 +286,7 @@ class TrainConfig:
             _check(self, name, good, "an integer of at least 1, or left out")
         for name in (
             "learning_rate", "weight_decay", "warmup_epochs", "noise_std", "kl_weight",
-            "kl_warmup_epochs", "damping",
+            "kl_warmup_epochs", "damping", "gsam_alpha", "look_alpha", "fisher_eta",
         ):  # fmt: skip
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         for name in (
@@ -275,6 +295,8 @@ class TrainConfig:
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        good = self.rho_min is None or 0 <= self.rho_min < float("inf")
+        _check(self, "rho_min", good, "at least 0, or left out")
         good = self.b2 is None or (isinstance(self.b2, float) and 0 <= self.b2 < 1)
         _check(self, "b2", good, "in [0, 1), or left out")
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")

@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
         looked for a loss scale.
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
       memory: What the method's gradient remembers of the steps before, or None: the
-        precision of bSAM.
+        precision of bSAM, the direction of LookSAM.
     """
 
     params: PyTree
@@ -78,6 +78,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "otmdr": {"rho": PAPER_RHO, "split": "random"},
     "sgvb": None,
     "otmdr-bnn": {"rho": bnn.PAPER_RHO, "split": "random"},
+    "gsam": {"rho": (baselines.surgery.RHO,)},
+    "looksam": {"rho": (baselines.periodic.RHO,)},
+    "fisher-sam": {
+        "rho": (baselines.fisher.RHO,),
+        "split": "shared",
+        "fisher": baselines.fisher.ETA,
+    },
     "bsam": {"rho": (baselines.bayesian_sam.RHO,)},
 }
 
@@ -104,7 +111,8 @@ def create(
 
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
-        for Bayesian networks "sgvb" and "otmdr-bnn"; "bsam".
+        for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam",
+        "looksam", "fisher-sam" and "bsam" of :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
         extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`.

@@ -18,7 +18,10 @@ from otmdr_jax.baselines.bayesian_sam import (
     bsam_gradient,
     bsam_rule,
 )
+from otmdr_jax.baselines.fisher import fisher_sam
+from otmdr_jax.baselines.periodic import LookMemory, looksam, looksam_gradient
 from otmdr_jax.baselines.preconditioned import posterior
+from otmdr_jax.baselines.surgery import follow, gsam, gsam_gradient
 
 __all__ = [
     "BsamState",
@@ -26,5 +29,12 @@ __all__ = [
     "bsam_divisor",
     "bsam_gradient",
     "bsam_rule",
+    "fisher_sam",
+    "follow",
+    "gsam",
+    "gsam_gradient",
+    "looksam",
+    "looksam_gradient",
+    "LookMemory",
     "posterior",
 ]

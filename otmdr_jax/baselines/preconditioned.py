@@ -70,7 +70,7 @@ def posterior(params: PyTree, precision: PyTree, num_data: float) -> bnn.MeanFie
       >>> from otmdr_jax import baselines, bnn
       >>> q = baselines.posterior(jnp.ones(2), jnp.array([4.0, 1.0]), num_data=25)
       >>> bnn.std(q).round(4).tolist()
-      [0.1..., 0.2...]
+      [0.09..., 0.19...]
     """
     sigma = jax.tree.map(lambda p: 1 / jnp.sqrt(num_data * p), precision)
     return bnn.init(params, sigma, mask=True)

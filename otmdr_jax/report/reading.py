@@ -17,6 +17,9 @@ _NAMES = {
     "otmdr": "OT-MDR",
     "sgvb": "SGVB",
     "otmdr-bnn": "OT-MDR-BNN",
+    "gsam": "GSAM",
+    "looksam": "LookSAM",
+    "fisher-sam": "Fisher SAM",
     "bsam": "bSAM",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
