@@ -160,6 +160,14 @@ _OPTIONS: dict[str, dict[str, str]] = {
         **{name: name for name in _GAUSSIAN},
     },
 }  # fmt: skip
+_OPTIONS["ivon"] = {
+    "microbatch_size": "microbatch_size",
+    "b2": "b2",
+    "hess_init": "hess_init",
+    "mc_samples": "mc_samples",
+    "clip_radius": "clip_radius",
+    **{name: name for name in _GAUSSIAN},
+}
 # Of the released commands, which cut batches of 200 into parts of 25.
 _SUBBATCHES = {"bsam": 8}
 
@@ -206,7 +214,7 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     found = {
         mine[name]: getattr(config, name)
         for name in set_
-        if name not in (*_POSTERIOR, *_GAUSSIAN, "rho_min")
+        if name not in (*_POSTERIOR, *_GAUSSIAN, "rho_min", "clip_radius")
     }
     if config.method in _SUBBATCHES:
         found["num_subbatches"] = num_subbatches(config)
@@ -245,6 +253,10 @@ def _check_variational(config):
                 f"{config.method} has an update of its own: leave {name} out, got "
                 f"{getattr(config, name)!r}."
             )
+    if config.method == "ivon" and not config.weight_decay:
+        raise ValueError(
+            "ivon needs a weight decay, the precision of its prior, got weight_decay=0."
+        )
     if config.rho is not None and len(config.rho) != 1:
         raise ValueError(f"{config.method} has one radius, got {config.rho}.")
 

@@ -133,6 +133,51 @@ def bsam(
     )
 
 
+def ivon(
+    loss_fn: Callable,
+    own: dict[str, Any],
+    *,
+    num_data: float,
+    weight_decay: float,
+    hess_init: float = baselines.online_newton.HESS,
+    num_samples: int = bnn.NUM_SAMPLES,
+    mean_only: bool = False,
+    **options: Any,
+) -> Center:
+    """The center of IVON: a mean that is trained, a Hessian that is remembered.
+
+    Args:
+      loss_fn: (params, batch, model_state) -> (loss, aux).
+      own: The method's options.
+      num_data: lambda.
+      weight_decay: delta: that of :func:`otmdr_jax.baselines.ivon_rule`.
+      hess_init: h_0: that of the rule.
+      num_samples: Samples in a prediction.
+      mean_only: Predict with the mean instead.
+      **options: Of :func:`otmdr_jax.baselines.ivon_gradient`.
+    """
+    compute = baselines.ivon_gradient(
+        loss_fn,
+        num_data=num_data,
+        weight_decay=weight_decay,
+        has_aux=True,
+        **{**own, **options},
+    )
+
+    def precision(memory):
+        return baselines.ivon_precision(memory, weight_decay)
+
+    return _gaussian(
+        compute,
+        start=lambda params: baselines.preconditioned.full(params, hess_init),
+        divisor=lambda old, new: precision(new),
+        precision=precision,
+        num_data=num_data,
+        num_samples=num_samples,
+        mean_only=mean_only,
+    )
+
+
 def _gaussian(
     compute, *, start, divisor, precision, num_data, num_samples, mean_only
 ) -> Center:
@@ -266,6 +311,7 @@ OWN: dict[str, Callable[..., Center]] = {
     "bsam": bsam,
     "gsam": gsam,
     "looksam": looksam,
+    "ivon": ivon,
 }
 
 

@@ -75,11 +75,11 @@ class TrainConfig:
     # -- method --
     method: Literal[
         "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
-        "gsam", "looksam", "fisher-sam", "bsam",
+        "gsam", "looksam", "fisher-sam", "bsam", "ivon",
     ] = "otmdr"  # fmt: skip
     """What to minimise: the loss (sgd), its worst value nearby (otmdr; sam and its kin
     asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the weights, the
-    negative evidence bound (sgvb) or its worst value nearby (otmdr-bnn, bsam).
+    negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
     docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
@@ -132,13 +132,13 @@ class TrainConfig:
     """How far the squared gradient bends the ball of fisher-sam: 0 is sam
     (reimplementations)."""
 
-    # -- bsam --
+    # -- bsam and ivon --
     data_factor: float = 1.0
     """What the number of training examples is multiplied by where it sets a posterior's
     width, for the augmentation. 4 in bsam's released commands for CIFAR."""
     b2: float | None = None
     """How slowly the precision follows the gradients. Default: 0.999 for bsam (its
-    paper)."""
+    paper), 0.99999 for ivon (released code)."""
     precision_init: float = 1.0
     """Precision of every weight at the start (released code)."""
     damping: float = 0.1
@@ -146,8 +146,16 @@ class TrainConfig:
     precision_order: Literal["released", "paper"] = "released"
     """Whether bsam divides its step by the precision before its update (the code), or
     after it (the paper's listing)."""
+    hess_init: float = 1.0
+    """Hessian of every weight at the start of ivon; the larger, the less noise
+    (released code)."""
+    mc_samples: int = 1
+    """Samples of the posterior in a step of ivon, a gradient each."""
+    clip_radius: float | None = None
+    """Bound on each coordinate of ivon's step before the learning rate. Default:
+    none."""
 
-    # -- posterior (sgvb, otmdr-bnn; of bsam the samples of a prediction) --
+    # -- posterior (sgvb, otmdr-bnn; of bsam and ivon the samples of a prediction) --
     posterior_std: float = 0.0067
     """Standard deviation that every weight starts with: softplus(-5), released code."""
     posterior_init: Literal["model", "released"] = "model"
@@ -190,11 +198,11 @@ class TrainConfig:
     """Spread it over all C classes (Szegedy et al., 2016), or over the other C - 1 (the
     released code)."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Base optimizer of the (robust) gradient. bsam has an update of its own."""
+    """Base optimizer of the (robust) gradient. bsam and ivon have their own updates."""
     learning_rate: float = 0.1
     """Peak learning rate (appendix B.1)."""
     momentum: float = 0.9
-    """Momentum of sgd, first moment of adam and bsam (released code)."""
+    """Momentum of sgd, first moment of adam, bsam and ivon (released code)."""
     adam_eps: float = 1e-8
     """What adam and adamw add to the root of the second moment. The gradient of a
     posterior is per example: its presets divide this by the number of examples, for
@@ -204,7 +212,7 @@ class TrainConfig:
     weight_decay: float = 5e-4
     """Decay: added to the gradient for sgd and adam, decoupled for adamw (released
     code: 5e-4). Not of a posterior, which has a prior; of its point estimates. For bsam
-    it is the prior's precision per example."""
+    and ivon it is the prior's precision per example."""
     decay_all: bool = True
     """Decay norms and biases too, as the released code does. With --no-decay-all only
     arrays of two and more axes decay."""
@@ -273,7 +281,7 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
             "keep_checkpoints", "max_skipped", "num_particles", "num_samples",
-            "plateau_patience", "look_every",
+            "plateau_patience", "look_every", "mc_samples",
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
@@ -291,6 +299,7 @@ class TrainConfig:
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         for name in (
             "posterior_std", "prior_std", "adam_eps", "data_factor", "precision_init",
+            "hess_init",
         ):  # fmt: skip
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
@@ -303,6 +312,8 @@ class TrainConfig:
         _check(self, "validation", self.validation >= 0, "at least 0")
         clip = self.clip_norm
         _check(self, "clip_norm", clip is None or clip > 0, "positive, or left out")
+        clip = self.clip_radius
+        _check(self, "clip_radius", clip is None or clip > 0, "positive, or left out")
         for name, type_ in typing.get_type_hints(TrainConfig).items():
             _check_literal(self, name, type_)
         _check_members(self)

@@ -34,7 +34,7 @@ class TrainState(NamedTuple):
         looked for a loss scale.
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
       memory: What the method's gradient remembers of the steps before, or None: the
-        precision of bSAM, the direction of LookSAM.
+        precision of bSAM, the Hessian of IVON, the direction of LookSAM.
     """
 
     params: PyTree
@@ -86,6 +86,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
         "fisher": baselines.fisher.ETA,
     },
     "bsam": {"rho": (baselines.bayesian_sam.RHO,)},
+    "ivon": {},
 }
 
 # Those whose center is a posterior.
@@ -93,7 +94,7 @@ BAYESIAN = ("sgvb", "otmdr-bnn")
 
 # Those that train a Gaussian around one weight vector by an update of their own, which
 # takes the place of the base optimizer: see optimizers.create.
-VARIATIONAL = ("bsam",)
+VARIATIONAL = ("bsam", "ivon")
 
 
 def create(
@@ -112,10 +113,11 @@ def create(
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
         for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam",
-        "looksam", "fisher-sam" and "bsam" of :mod:`otmdr_jax.baselines`.
+        "looksam", "fisher-sam", "bsam" and "ivon" of :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
-        extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`.
+        extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`, for
+        "ivon" :func:`otmdr_jax.baselines.ivon_rule`.
       label_smoothing: See :func:`cross_entropy`.
       smoothing: See :func:`cross_entropy`.
       sum_particles: Add the K particles' gradients up instead of averaging them, as

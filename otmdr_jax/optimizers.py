@@ -120,8 +120,11 @@ def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:
 
 def _own_update(config: TrainConfig, rate: optax.Schedule) -> Any:
     """The update of a method that has one, in the place of decay and optimizer."""
-    return baselines.bsam_rule(
-        rate, b1=config.momentum, weight_decay=config.weight_decay
+    own: dict[str, Any] = {"b1": config.momentum, "weight_decay": config.weight_decay}
+    if config.method == "bsam":
+        return baselines.bsam_rule(rate, **own)
+    return baselines.ivon_rule(
+        rate, hess_init=config.hess_init, clip_radius=config.clip_radius, **own
     )
 
 

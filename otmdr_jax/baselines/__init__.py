@@ -19,6 +19,13 @@ from otmdr_jax.baselines.bayesian_sam import (
     bsam_rule,
 )
 from otmdr_jax.baselines.fisher import fisher_sam
+from otmdr_jax.baselines.online_newton import (
+    IvonState,
+    ivon,
+    ivon_gradient,
+    ivon_precision,
+    ivon_rule,
+)
 from otmdr_jax.baselines.periodic import LookMemory, looksam, looksam_gradient
 from otmdr_jax.baselines.preconditioned import posterior
 from otmdr_jax.baselines.surgery import follow, gsam, gsam_gradient
@@ -33,6 +40,11 @@ __all__ = [
     "follow",
     "gsam",
     "gsam_gradient",
+    "ivon",
+    "ivon_gradient",
+    "ivon_precision",
+    "ivon_rule",
+    "IvonState",
     "looksam",
     "looksam_gradient",
     "LookMemory",

@@ -21,6 +21,7 @@ _NAMES = {
     "looksam": "LookSAM",
     "fisher-sam": "Fisher SAM",
     "bsam": "bSAM",
+    "ivon": "IVON",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # What may differ between runs that are averaged: it is meant to, or changes no number.
