@@ -6,43 +6,23 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from otmdr_jax import checkpoint, members, programs, runs, training
+from otmdr_jax import (
+    checkpoint,
+    members,
+    programs,
+    restoring,
+    runs,
+    sharpness,
+    training,
+)
 from otmdr_jax.config import TrainConfig, differences
-from otmdr_jax.evaluation import evaluate, sharpness
+from otmdr_jax.evaluation import evaluate
 from otmdr_jax.methods import TrainState
 
 PyTree = Any
 
 # What members of one ensemble may differ in.
 _FREE = ("model", "members", "seed", "member_data")
-
-
-def restore(
-    config: TrainConfig,
-    compiled: programs.Programs,
-    folder: pathlib.Path,
-    step: int | None = None,
-) -> checkpoint.Restored:
-    """The state of a run on the default device, wherever the run was trained.
-
-    Args:
-      config: The run's configuration.
-      compiled: Its compiled functions, without a mesh.
-      folder: The run's folder.
-      step: Which checkpoint; None for the latest.
-
-    Raises:
-      FileNotFoundError: There is no such checkpoint.
-    """
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
-    )
-    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        return saved.restore(template, step)
 
 
 def combine(
@@ -158,7 +138,7 @@ def _load(paths, configs, dataset, kept, stacked):
     data = programs.fingerprint(dataset)
     for path, found in zip(paths, configs, strict=True):
         compiled = programs.compile_programs(found, dataset)
-        state, own_meta = restore(found, compiled, path)
+        state, own_meta = restoring.restore(found, compiled, path)
         programs.check_same_data(own_meta["data"], data, path)
         diverged += [len(states) + i for i in own_meta.get("diverged", [])]
         states += members.separate(state)
@@ -180,7 +160,9 @@ def _evaluate(new, state, dataset, compiled, meta, show_progress):
         without=tuple(meta["diverged"]),
         show_progress=show_progress,
     )
-    sharp = sharpness(new, state, dataset, compiled, without=tuple(meta["diverged"]))
+    sharp = sharpness.gap(
+        new, state, dataset, compiled, without=tuple(meta["diverged"])
+    )
     result = training.final_result(new, state, compiled, found, sharp, meta)
     result["seconds_per_step"] = float("nan")
     return found, result

@@ -1,4 +1,4 @@
-"""What a training state is worth: predictions, metrics, sharpness, over whole sets.
+"""What a training state is worth: predictions and metrics over whole sets.
 
 Of an ensemble these are the metrics of its mean probability; its members' own and how
 much they differ stand beside them. Of a posterior they are those of the mean
@@ -6,12 +6,14 @@ probability of its samples, with the two kinds of uncertainty beside them.
 """
 
 import collections
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from otmdr_jax import centers, diversity, landscape, metrics, parallel
 from otmdr_jax import data as data_lib
+from otmdr_jax import diversity, metrics, parallel
 from otmdr_jax import members as members_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
@@ -19,9 +21,6 @@ from otmdr_jax.programs import Programs, compile_programs
 from otmdr_jax.progress import Progress
 
 PyTree = Any
-
-# Sharpness is measured on at most so many training images, evenly spread.
-SHARPNESS_EXAMPLES = 2_000
 
 
 class Evaluation(NamedTuple):
@@ -41,6 +40,38 @@ class Evaluation(NamedTuple):
     log_probs: np.ndarray
     member_log_probs: np.ndarray | None = None
     members: list[dict[str, float]] | None = None
+
+
+class Predicted(NamedTuple):
+    """What :func:`predict` gives, of M members: 1 of a single model.
+
+    Attributes:
+      log_probs: (N, C) log-probabilities: the mean over the members that count.
+      members: (M, N, C) of each member, the mean over its samples.
+      within: (M, N) mean entropies of a member's samples, None where it has but one.
+      kept: The members that count.
+    """
+
+    log_probs: np.ndarray
+    members: np.ndarray
+    within: np.ndarray | None
+    kept: list[int]
+
+    def mutual_information(self) -> np.ndarray | None:
+        """(N,) in nats, of all samples of all members that count; None of one sample.
+
+        What :func:`otmdr_jax.metrics.mutual_information` gives of the samples.
+        """
+        kept = self.members[self.kept]
+        if np.isnan(kept).any() or (self.within is None and len(kept) == 1):
+            return None
+        each = (
+            [metrics.entropy(np.exp(one)) for one in kept]
+            if self.within is None
+            else self.within[self.kept]
+        )
+        total = metrics.entropy(np.exp(self.log_probs))
+        return np.maximum(total - np.mean(each, axis=0), 0.0)
 
 
 def evaluate(
@@ -69,88 +100,94 @@ def evaluate(
     """
     programs = compile_programs(config, dataset) if programs is None else programs
     examples = getattr(dataset, split)
-    count = len(config.member_names) if config.members is not None else 1
-    chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     title = f"evaluating the {split} set"
-    mesh = programs.mesh
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
-
-        def fetch(log_probs, mask):
-            chunks.append(_by_member(np.asarray(log_probs)[:, mask], count))
-            bar.update(sum(means.shape[1] for means, _ in chunks), {})
-
-        # Fetched one batch behind: the device has work while the host sends the next.
-        ahead: collections.deque[Any] = collections.deque()
-        for images, _, mask in _batches(config, examples, mesh):
-            images = parallel.place(images, mesh, parallel.data_spec(mesh))
-            ahead.append((programs.predict(state, images), mask))
-            if len(ahead) > 1:
-                fetch(*ahead.popleft())
-        fetch(*ahead.popleft())
-    members = np.concatenate([means for means, _ in chunks], axis=1)  # (M, N, C)
-    entropies = [x for _, x in chunks if x is not None]
-    within = np.concatenate(entropies, axis=1) if entropies else None  # (M, N)
-    labels = examples.labels
-    kept = [m for m in range(count) if m not in without] or list(range(count))
-    log_probs = _mean(members[kept])
-    found = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
-    if config.members is None:
-        return Evaluation(found, log_probs)
-    if len(kept) > 1 and not np.isnan(members[kept]).any():
-        found |= diversity.evaluate(members[kept], labels)
-    each = [
-        _metrics(mine, labels) | _uncertainty(mine, within, [m])
-        for m, mine in enumerate(members)
-    ]
-    return Evaluation(found, log_probs, members, each)
+        found = predict(
+            config,
+            state,
+            examples,
+            programs,
+            without=without,
+            report=lambda done: bar.update(done, {}),
+        )
+    return measure(config, found, examples.labels)
 
 
-def sharpness(
+def predict(
     config: TrainConfig,
     state: PyTree,
-    dataset: Dataset,
+    examples: Split,
     programs: Programs,
     *,
     without: tuple[int, ...] = (),
-) -> dict[str, Any]:
-    """The SAM gap on the training set, BatchNorm with its running statistics.
+    change: Callable[[jax.Array, int], jax.Array] | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Predicted:
+    """Predicts each of some examples once; labels are not looked at.
 
     Args:
       config: The run's configuration.
       state: Its state.
-      dataset: The data.
+      examples: Images of the shape that the programs are for.
       programs: Compiled functions.
-      without: Members that do not count in the means, as they diverged.
+      without: Members that do not count in the ensemble's prediction, as they diverged.
+      change: (images, first) -> images: what is done on the device to each batch, the
+        first of whose images is example `first`. Images that fill up the last batch
+        pass through it too.
+      report: Called with the number of examples that are done.
 
     Returns:
-      sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
-      independent members their means, and `member_sharpness`; of a posterior those of
-      its mean.
+      A :class:`Predicted`.
     """
-    train = dataset.train
-    chosen = np.linspace(
-        0, train.num_examples - 1, min(train.num_examples, SHARPNESS_EXAMPLES)
-    ).astype(int)
-    part = Split(train.images[chosen], train.labels[chosen])
-    mesh = programs.mesh
-    batches = [
-        parallel.place(batch, mesh, parallel.data_spec(mesh))
-        for batch in _batches(config, part, mesh)
+    count = len(config.member_names) if config.members is not None else 1
+    chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
+    mesh, done = programs.mesh, 0
+
+    def fetch(log_probs, mask):
+        nonlocal done
+        chunks.append(_by_member(np.asarray(log_probs)[:, mask], count))
+        done += int(np.count_nonzero(mask))
+        if report is not None:
+            report(done)
+
+    # Fetched one batch behind: the device has work while the host sends the next.
+    ahead: collections.deque[Any] = collections.deque()
+    first = 0
+    for images, _, mask in eval_batches(config, examples, mesh):
+        images = parallel.place(images, mesh, parallel.data_spec(mesh))
+        if change is not None:
+            images = change(images, first)
+        ahead.append((programs.predict(state, images), mask))
+        first += len(mask)
+        if len(ahead) > 1:
+            fetch(*ahead.popleft())
+    fetch(*ahead.popleft())
+    members = np.concatenate([means for means, _ in chunks], axis=1)  # (M, N, C)
+    entropies = [x for _, x in chunks if x is not None]
+    within = np.concatenate(entropies, axis=1) if entropies else None  # (M, N)
+    kept = [m for m in range(count) if m not in without] or list(range(count))
+    return Predicted(_mean(members[kept]), members, within, kept)
+
+
+def measure(config: TrainConfig, found: Predicted, labels: Any) -> Evaluation:
+    """What predictions are worth.
+
+    Args:
+      config: The run's configuration.
+      found: What :func:`predict` gave.
+      labels: (N,) of the same examples.
+    """
+    log_probs, members, within, kept = found
+    values = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
+    if config.members is None:
+        return Evaluation(values, log_probs)
+    if len(kept) > 1 and not np.isnan(members[kept]).any():
+        values |= diversity.evaluate(members[kept], labels)
+    each = [
+        _metrics(mine, labels) | _uncertainty(mine, within, [m])
+        for m, mine in enumerate(members)
     ]
-    found = []
-    for i, member in enumerate(members_lib.separate(state)):
-        loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
-        with_state = [(*batch, member.model_state) for batch in batches]
-        weights = centers.weights_of(member.params)
-        found.append(landscape.sam_gap(loss_sum, weights, with_state))
-    kept = [x for i, x in enumerate(found) if i not in without] or found
-    result: dict[str, Any] = {
-        "sharpness": float(np.mean([x.gap for x in kept])),
-        "train_nll": float(np.mean([x.loss for x in kept])),
-    }
-    if len(found) > 1:
-        result["member_sharpness"] = [x.gap for x in found]
-    return result
+    return Evaluation(values, log_probs, members, each)
 
 
 def posterior_record(
@@ -199,7 +236,8 @@ def member_rows(
       config: The run's configuration.
       state: Its state.
       found: Its evaluation.
-      sharp: What :func:`sharpness` gave; members with a joint loss have none.
+      sharp: What :func:`otmdr_jax.sharpness.gap` gave; members with a joint loss have
+        none.
       meta: What is saved beside the state.
     """
     rows = [
@@ -258,7 +296,7 @@ def _mean(samples):
         return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
-def _batches(config, split, mesh):
+def eval_batches(config, split, mesh):
     """Batches for evaluation, of a size that the devices divide."""
     devices = parallel.axis_size(mesh, "data")
     size = min(config.eval_batch_size, split.num_examples)

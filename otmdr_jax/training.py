@@ -25,7 +25,7 @@ import numpy as np
 
 from otmdr_jax import config as config_lib
 from otmdr_jax import data as data_lib
-from otmdr_jax import members, parallel, progress, runs, windows
+from otmdr_jax import members, parallel, progress, runs, sharpness, windows
 from otmdr_jax.building import check_models, method_options
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
@@ -34,7 +34,6 @@ from otmdr_jax.evaluation import (
     evaluate,
     member_rows,
     posterior_record,
-    sharpness,
 )
 from otmdr_jax.members import steps_taken
 from otmdr_jax.programs import (
@@ -413,7 +412,7 @@ class Loop:
             state,
             self.programs,
             found,
-            sharpness(
+            sharpness.gap(
                 self.config,
                 state,
                 self.dataset,
@@ -540,7 +539,7 @@ def final_result(
       state: Its final state.
       programs: Its compiled functions.
       found: Its evaluation on the test set.
-      sharp: What :func:`otmdr_jax.evaluation.sharpness` gave.
+      sharp: What :func:`otmdr_jax.sharpness.gap` gave.
       meta: What is saved beside the state.
     """
     each = members.separate(state)

@@ -282,3 +282,23 @@ def test_scaling_predicts_by_the_rings_formula(monkeypatch):
     seconds = 3 * 4 * 36_479_194 * 2 * (7 / 8) / 400e9
     np.testing.assert_allclose(row["all_reduce_ms_8"], 1e3 * seconds)
     assert row["efficiency_256"] < row["efficiency_8"] < 1
+
+
+def test_corruptions_in_their_smoke_form(tmp_path):
+    file = tmp_path / "c.json"
+    out = run("corruptions.py", "--smoke", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert {"cnn_small", "rotation", "pixelate"} < set(record["results"])
+    assert record["results"]["cnn_small"]["share"] == 1.0 and "| `rotation` |" in out
+    run("corruptions.py", "--picture", str(tmp_path / "sheet.png"))
+    assert (tmp_path / "sheet.png").stat().st_size > 20_000
+
+
+def test_shift_digits_in_its_smoke_form(tmp_path):
+    file, picture = tmp_path / "s.json", tmp_path / "s.png"
+    options = ["--smoke", "--json", str(file), "--picture", str(picture)]
+    out = run("shift_digits.py", *options)
+    records = json.loads(file.read_text())["results"]["SGD"]
+    assert len(records) == 2 and picture.stat().st_size > 20_000
+    values = [x["accuracy"] for record in records for x in record["corruptions"]]
+    assert len(values) == 24 and f"| {100 * np.mean(values):.2f} ± " in out

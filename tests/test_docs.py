@@ -11,9 +11,11 @@ import typing
 
 import jax
 import pytest
+import tyro
 import yaml
 
 import otmdr_jax
+from otmdr_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -211,7 +213,7 @@ def test_every_preset_that_is_named_exists():
 
 def command_flags():
     """{"train": {"--rho", ...}, ...}, from the dataclasses behind the commands."""
-    from otmdr_jax import cli, config
+    from otmdr_jax import config
 
     def flags(kind):
         found = {"--help"}
@@ -225,14 +227,16 @@ def command_flags():
                 found.add(f"--no-{word}")
         return found
 
-    commands = {
-        name: flags(getattr(cli, name.title()))
-        for name in ("train", "evaluate", "compare", "ensemble", "demo", "info")
-    }
+    commands = {name: flags(kind) for name, (kind, _) in cli.COMMANDS.items()}
     commands["train"] |= flags(config.TrainConfig)
-    commands["evaluate"] -= {"--run"}  # positional
-    commands["compare"] -= {"--runs"}
-    commands["ensemble"] -= {"--runs"}
+    (positional,) = tyro.conf.Positional[str].__metadata__
+    for name, (kind, _) in cli.COMMANDS.items():
+        hints = typing.get_type_hints(kind, include_extras=True)
+        commands[name] -= {
+            f"--{field.replace('_', '-')}"
+            for field, type_ in hints.items()
+            if positional in getattr(type_, "__metadata__", ())
+        }
     return commands
 
 
@@ -270,12 +274,8 @@ def test_every_flag_that_is_named_exists():
                 assert not missing, f"{page.name} names {missing}"
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "evaluate", "compare", "ensemble", "demo", "info"]
-)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_flags_are_those_that_help_prints(command, capsys, monkeypatch):
-    from otmdr_jax import cli
-
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
@@ -371,6 +371,56 @@ def test_performance_page_says_who_is_faster():
     }
     assert f"n = {n} each: <!-- alternatives layers -->" in page
     assert f"n = {of_flags}: <!-- alternatives flags -->" in page
+
+
+def test_shift_page_shows_the_committed_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import corruptions
+    import shift_digits
+
+    record = json.loads((RESULTS / "corruptions_cpu.json").read_text())
+    assert corruptions.table(record["results"]) in shown("shift.md", "corruptions")
+    record = json.loads((RESULTS / "shift_digits.json").read_text())
+    assert record["seeds"] == 3
+    table = shift_digits.table(record["results"])
+    assert table in shown("shift.md", "shift digits")
+    # What the text below says in figures.
+    means = {k: shift_digits.mean_record(v) for k, v in record["results"].items()}
+    members = means["OT-MDR (K = 1), 3 members"]
+    ece = []
+    for found in (means["SGD"], members):
+        worst = [row["ece"] for row in found["corruptions"] if row["severity"] == 5]
+        ece += [found["clean"]["ece"], sum(worst) / len(worst)]
+    auroc = {row["score"]: row["auroc"] for row in members["ood"]}
+    page = " ".join((ROOT / "docs" / "shift.md").read_text().split())
+    sgd, own = (f"from {a:.3f} to {b:.3f}" for a, b in (ece[:2], ece[2:]))
+    assert f"SGD's grows {sgd} at severity 5, that of three members {own}." in page
+    assert f"confidence (AUROC {auroc['confidence']:.2f})" in page
+    assert f"disagree about ({auroc['mutual_information']:.2f})" in page
+
+
+def test_shift_page_shows_the_parameters_of_the_corruptions():
+    from otmdr_jax.data import CORRUPTIONS, corruptions
+
+    rows = {
+        cells[1].strip(" `"): re.findall(r"[\d.]+", cells[3])
+        for line in (ROOT / "docs" / "shift.md").read_text().splitlines()
+        if len(cells := line.split("|")) == 5 and "= " in cells[3]
+    }
+    parameters = zip(
+        CORRUPTIONS,
+        (
+            corruptions.NOISE_STD,
+            corruptions.BLUR_STD,
+            corruptions.CONTRAST,
+            corruptions.BRIGHTNESS,
+            corruptions.PIXELATE,
+            corruptions.DEGREES,
+        ),
+        strict=True,
+    )
+    for name, values in parameters:
+        assert [float(x) for x in rows[name]] == list(values), name
 
 
 def test_scaling_page_shows_the_committed_measurement(monkeypatch):

@@ -20,6 +20,7 @@ from otmdr_jax import (
     metrics,
     programs,
     report,
+    restoring,
     runs,
     training,
 )
@@ -137,7 +138,7 @@ class TestRun:
     def test_evaluation_of_a_checkpoint(self, small, mixed):
         config = runs.read_config(mixed.folder)
         compiled = programs.compile_programs(config, small)
-        restored = combine.restore(config, compiled, mixed.folder)
+        restored = restoring.restore(config, compiled, mixed.folder)
         found = evaluation.evaluate(config, restored.state, small, "test", compiled)
         np.testing.assert_array_equal(found.log_probs, mixed.log_probs)
         assert [row["model"] for row in mixed.metrics["members"]] == [

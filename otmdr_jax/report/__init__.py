@@ -24,6 +24,7 @@ from otmdr_jax.report.reading import (
     read_run,
     with_distinct_labels,
 )
+from otmdr_jax.report.shift import plot_shift, print_shift, shift_figure
 from otmdr_jax.report.tables import (
     DEFAULT_COLUMNS,
     Cell,
@@ -49,10 +50,13 @@ __all__ = [
     "member_runs",
     "plot_learning_curves",
     "plot_reliability",
+    "plot_shift",
     "plot_signal_to_noise",
+    "print_shift",
     "print_table",
     "read_run",
     "reliability_figure",
+    "shift_figure",
     "signal_to_noise_figure",
     "summarise",
     "with_distinct_labels",

@@ -1,0 +1,99 @@
+"""`otmdr evaluate`: metrics of a run at one of its checkpoints."""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from otmdr_jax.cli.common import print_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run: prints a table, writes evaluation.json and reliability.png.
+
+    Of a Bayesian network it also writes signal_to_noise.png.
+
+    An interrupted run gets its result.json and can then be compared with others.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which examples."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best (on the validation set), or a step."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    num_samples: int | None = None
+    """Samples of the posterior of a Bayesian network, instead of the run's own."""
+    prediction: Literal["samples", "mean"] | None = None
+    """Predict with samples of the posterior or with its mean, instead of the run's."""
+
+
+def run(options: Evaluate) -> None:
+    """`otmdr evaluate RUN`."""
+    from otmdr_jax import bnn, evaluation, programs, report, restoring, runs, sharpness
+    from otmdr_jax.members import steps_taken
+
+    given = {
+        name: getattr(options, name)
+        for name in ("data_dir", "num_samples", "prediction")
+        if getattr(options, name) is not None
+    }
+    if given.get("prediction") == "mean" and "num_samples" not in given:
+        given["num_samples"] = bnn.NUM_SAMPLES  # the run's own number has no meaning
+    folder, config, dataset, compiled, state, meta, diverged = restoring.open_run(
+        options.run, options.checkpoint, split=options.split, **given
+    )
+    found = evaluation.evaluate(
+        config,
+        state,
+        dataset,
+        options.split,
+        compiled,
+        without=diverged,
+        show_progress=True,
+    )
+    sharp = sharpness.gap(config, state, dataset, compiled, without=diverged)
+    result = {
+        "split": options.split,
+        "checkpoint": options.checkpoint,
+        "steps": steps_taken(state),
+        **found.metrics,
+        "sharpness": sharp["sharpness"],
+        "train_nll": sharp["train_nll"],
+        "seconds_per_step": None,
+        **programs.environment(),
+    }
+    if found.members is not None:
+        result["members"] = evaluation.member_rows(config, state, found, sharp, meta)
+    how = ""
+    if posterior := evaluation.posterior_record(compiled, state, diverged):
+        result["posterior"] = posterior
+        samples = config.prediction == "samples"
+        how = f", {config.num_samples} samples" if samples else ", mean"
+        result["prediction"] = config.prediction
+        result["num_samples"] = config.num_samples if samples else None
+    labels = getattr(dataset, options.split).labels
+    runs.write_json(folder / "evaluation.json", result)
+    latest = options.split == "test" and options.checkpoint == "latest"
+    latest = latest and not {"num_samples", "prediction"} & set(given)
+    whole = runs.is_finished(folder) and (folder / "predictions.npz").exists()
+    if latest and not whole:
+        # The run's result until it is resumed and finished.
+        runs.write_result(
+            folder, result, found.log_probs, labels, found.member_log_probs
+        )
+    label = report.label_of(dataclasses.asdict(config))
+    run = report.Run(
+        folder, label, dataclasses.asdict(config), result, [], found.log_probs, labels
+    )
+    title = f"{folder}, step {result['steps']}, {options.split} set{how}"
+    print_tables(run, title)
+    written = [folder / "evaluation.json", folder / "reliability.png"]
+    report.plot_reliability([run], folder / "reliability.png")
+    if posterior:
+        written.append(folder / "signal_to_noise.png")
+        report.plot_signal_to_noise([run], written[-1])
+    print(f"Written: {', '.join(map(str, written))}")

@@ -1,0 +1,126 @@
+"""A trained run, ready to be looked at: its options, data, programs and a state."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from otmdr_jax import building, checkpoint, programs, runs
+from otmdr_jax.config import TrainConfig
+from otmdr_jax.data import Dataset
+
+PyTree = Any
+
+
+class Restored(NamedTuple):
+    """What :func:`open_run` gives.
+
+    Attributes:
+      folder: The run's folder.
+      config: Its options, the given ones among them.
+      dataset: Its data.
+      programs: Its compiled functions, on the default device.
+      state: Its state at the checkpoint.
+      meta: What was saved beside the state.
+      diverged: Members that do not count in an ensemble's prediction.
+    """
+
+    folder: pathlib.Path
+    config: TrainConfig
+    dataset: Dataset
+    programs: programs.Programs
+    state: PyTree
+    meta: dict[str, Any]
+    diverged: tuple[int, ...]
+
+
+def open_run(
+    folder: str | os.PathLike,
+    which: str = "latest",
+    *,
+    split: str = "test",
+    **given: Any,
+) -> Restored:
+    """Loads a run's data and one of its checkpoints.
+
+    Args:
+      folder: The run's folder.
+      which: "latest", "best" on the validation set, or a step.
+      split: The part of the data that will be looked at: it must be there.
+      **given: Options instead of the run's own, as `data_dir`.
+
+    Returns:
+      A :class:`Restored`.
+
+    Raises:
+      FileNotFoundError: The folder is no run, or has no such checkpoint.
+      ValueError: There is no such split or checkpoint, or the data are not those that
+        the run was trained on.
+    """
+    folder = pathlib.Path(folder)
+    config = dataclasses.replace(runs.read_config(folder), **given)
+    building.method_options(config)  # before the data are read
+    dataset = programs.load_data(config)
+    if getattr(dataset, split) is None:
+        raise ValueError(
+            f"{folder} was trained without a {split} set: use --split test."
+        )
+    compiled = programs.compile_programs(config, dataset)
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        step = step_of(which, saved)
+    restored = restore(config, compiled, folder, step)
+    data = programs.fingerprint(dataset)
+    programs.check_same_data(restored.meta["data"], data, folder)
+    diverged = tuple(restored.meta.get("diverged", ()))
+    return Restored(
+        folder, config, dataset, compiled, restored.state, restored.meta, diverged
+    )
+
+
+def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:
+    """The step of "latest" (None), "best" or a number in words.
+
+    Raises:
+      ValueError: No such words, or no checkpoint was scored.
+    """
+    if which == "latest":
+        return None
+    if which == "best":
+        step = saved.best_step()
+        if step is None:
+            raise ValueError(
+                "no checkpoint was scored: a run has a best one if it was trained with "
+                "--validation. Use --checkpoint latest."
+            )
+        return step
+    if not which.isdigit():
+        raise ValueError(f"checkpoint must be latest, best or a step, got {which!r}.")
+    return int(which)
+
+
+def restore(
+    config: TrainConfig,
+    compiled: programs.Programs,
+    folder: pathlib.Path,
+    step: int | None = None,
+) -> checkpoint.Restored:
+    """The state of a run on the default device, wherever the run was trained.
+
+    Args:
+      config: The run's configuration.
+      compiled: Its compiled functions, without a mesh.
+      folder: The run's folder.
+      step: Which checkpoint; None for the latest.
+
+    Raises:
+      FileNotFoundError: There is no such checkpoint.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
+    )
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        return saved.restore(template, step)
