@@ -352,7 +352,8 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         "paper-cifar100", "released-cifar10", "released-cifar100",
         "released-mode1.1-cifar10", "released-mode1.1-cifar100",
         "released-ensemble-cifar10", "released-ensemble-cifar100" (five ResNet-10),
-        "sam-cifar10", "sam-cifar100"; of Bayesian ResNet-10 (Table 4; give
+        "sam-cifar10", "sam-cifar100", "bsam-cifar10", "bsam-cifar100" (the released
+        commands of bSAM: ResNet-18); of Bayesian ResNet-10 (Table 4; give
         `model="resnet_18"` for the other column) "paper-bnn-cifar10",
         "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100".
       num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
@@ -381,6 +382,8 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
     version, data = name.rsplit("-", 1)
     if version in _BAYESIAN:
         return _bayesian_preset(version, data, num_particles)
+    if version == "bsam":
+        return _bsam_preset(data)
     common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
     if version == "sam":
         # The radii of Foret et al., which the paper takes over (section 5.1).
@@ -396,6 +399,25 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         # The first of the paper's Table 3, on one loss of the mean probability.
         common |= dict(model="resnet_10", members="5", ensemble="joint")
     return TrainConfig(method="otmdr", **common, **options)
+
+
+def _bsam_preset(data: str) -> TrainConfig:
+    """What the README of Moellenhoff & Khan's code runs, and how it evaluates that."""
+    return TrainConfig(
+        data=data,
+        method="bsam",
+        model="resnet_18",
+        epochs=180,
+        batch_size=200,
+        num_subbatches=8,
+        rho=(0.01,),
+        learning_rate=0.5,
+        warmup_epochs=5,
+        # A prior precision of 10, divided by four times the training set.
+        weight_decay=10 / 200_000,
+        data_factor=4.0,
+        num_samples=32,
+    )
 
 
 def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig:
@@ -433,6 +455,8 @@ PRESETS = (
     *(name for name in presets.PRESETS if "-" in name),
     "sam-cifar10",
     "sam-cifar100",
+    "bsam-cifar10",
+    "bsam-cifar100",
     *(f"{version}-{data}" for version in _BAYESIAN for data in ("cifar10", "cifar100")),
 )
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 SPLITS = ("random", "ordered", "shared")
-NORMS = ("global", "per_leaf", "none")
+NORMS = ("none", "global", "per_leaf")
 MERGES = (None, "sum", "mean")
 PARTICLE_MAPS = MEMBER_MAPS = ("auto", "vmap", "unroll", "scan")
 

@@ -14,6 +14,7 @@ import otmdr_jax
 from otmdr_jax import (
     baselines,
     bnn,
+    building,
     centers,
     cli,
     config,
@@ -450,6 +451,16 @@ class TestTraining:
     def test_numbers_are_checked(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
             TrainConfig(**options)
+
+
+def test_presets_are_the_released_commands():
+    for name in ("cifar10", "cifar100"):
+        found = config.preset(f"bsam-{name}")
+        assert (found.data, found.model, found.epochs) == (name, "resnet_18", 180)
+        assert (found.batch_size, found.num_subbatches, found.rho) == (200, 8, (0.01,))
+        assert found.weight_decay == 10 / (4 * 50_000) and found.num_samples == 32
+        options = building.method_options(found)
+        assert options == {"num_subbatches": 8, "rho": (0.01,)}
 
 
 def test_states_of_other_methods_are_as_they_were(key):
