@@ -85,9 +85,9 @@ class TestSubBatches:
 
     @pytest.mark.parametrize("how", ["unroll", "scan", "vmap"])
     def test_the_map_and_the_devices_change_nothing(self, how, key):
-        """With random halves and noise: parts have the keys that they have alone."""
+        """With noise: parts have the keys that they have on one device."""
         params, data = toy.regression_problem(batch=16)
-        options = dict(num_subbatches=4, noise_std=0.1)
+        options = dict(rho=RHO, split="shared", num_subbatches=4, noise_std=0.1)
         tx = otmdr_jax.otmdr(toy.regression, key, **options)
         want, _ = one_update(tx, params, data)
         options |= dict(particle_map=how)
@@ -424,7 +424,7 @@ class TestMethods:
     ):
         chosen = TrainConfig(
             mesh="data=1", method="looksam", look_every=3, steps=8, batch_size=64,
-            log_every=2, dtype="bfloat16",
+            log_every=2,
         )  # fmt: skip
         straight = training.train(chosen, small, show_progress=False)
         folder = tmp_path / "run"
