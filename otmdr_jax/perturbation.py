@@ -162,7 +162,7 @@ def fisher_scale(g: jax.Array, eta: jax.typing.ArrayLike) -> jax.Array:
       >>> import jax.numpy as jnp
       >>> from otmdr_jax.perturbation import fisher_scale
       >>> fisher_scale(jnp.array([0.0, 3.0]), 1.0).round(4).tolist()
-      [1.0, 0.3162...]
+      [1.0, 0.316...]
     """
     wide = jnp.abs(g).astype(tree.accumulation_dtype(jnp.abs(g)))
     return 1 / jnp.hypot(jnp.ones((), wide.dtype), jnp.sqrt(eta) * wide)
