@@ -285,7 +285,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         predict=jax.jit(predict, out_shardings=everywhere),
         epoch_order=jax.jit(epoch_order, out_shardings=everywhere),
         loss_sums=tuple(
-            _loss_sum(network, mean, std)
+            loss_sum(network, mean, std)
             for network in building.networks(config, num_classes)
         ),
         rate=jax.jit(
@@ -302,17 +302,55 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
 
 
 @functools.lru_cache(maxsize=16)
-def _loss_sum(model, mean, std):
-    """One function object a model, whatever the method: it compiles once."""
+def loss_sum(
+    model: Any, mean: tuple[float, ...], std: tuple[float, ...], train: bool = False
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The loss of a network on a batch: one function object, so that it compiles once.
 
-    def loss_sum(params, batch):
+    Args:
+      model: The network.
+      mean: What normalises the images, as the next.
+      std: Of the data set.
+      train: Normalise by the statistics of the batch instead of the running ones.
+
+    Returns:
+      (params, (images, labels, mask, model_state)) -> (sum of losses, number of
+      examples), of those where the mask is True.
+    """
+
+    def of_batch(params, batch):
         images, labels, mask, model_state = batch
         images = data_lib.normalise(images, mean, std)
-        logits, _ = model.apply(params, model_state, images, train=False)
+        logits, _ = model.apply(params, model_state, images, train=train)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses * mask), jnp.sum(mask)
 
-    return loss_sum
+    return of_batch
+
+
+def step_memory_mib(programs: Programs, dataset: Dataset) -> float:
+    """Memory of a compiled training step, by the compiler's account: nothing is run.
+
+    State, training set, temporaries and what is new in the output, in MiB a device.
+
+    Args:
+      programs: The compiled functions.
+      dataset: The data, for their shapes.
+    """
+    key = run_keys(0)[0]
+    state = jax.eval_shape(programs.init, key)
+    examples = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(dataset.train)
+    )
+    order = jax.eval_shape(programs.epoch_order, key)
+    step: Any = programs.train_step
+    memory = step.lower(state, examples, order, np.int32(0)).compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    ) / 2**20
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:

@@ -117,10 +117,19 @@ def restore(
     Raises:
       FileNotFoundError: There is no such checkpoint.
     """
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        return saved.restore(template(config, compiled), step)
+
+
+def template(config: TrainConfig, compiled: programs.Programs) -> PyTree:
+    """The shapes of a run's state, to be restored to the default device.
+
+    Args:
+      config: The run's configuration.
+      compiled: Its compiled functions, without a mesh.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
+    return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
     )
-    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        return saved.restore(template, step)

@@ -135,6 +135,18 @@ def test_bnn_digits_in_its_smoke_form(tmp_path):
     assert "| 0.1 | SGVB | 1 |" in out
 
 
+def test_landscape_in_its_smoke_form(tmp_path):
+    file = tmp_path / "l.json"
+    out = run("landscape.py", "--smoke", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert record["points"] == 3 and list(record["grid"]) == ["1", "4"]
+    assert all(x["line"]["n"] == 1 for x in record["grid"].values())
+    assert all(x["peak_mib"] > 0 for x in record["grid"].values())
+    assert record["grid"]["1"]["grid"]["n"] == 1
+    assert record["hessian"]["gradient"]["gradients"] == 1.0
+    assert "| trace, 2 probes |" in out and {"load", "cores", "date"} <= set(record)
+
+
 def test_cpu_alternatives_in_their_smoke_form(tmp_path):
     """Every formula is right, and what runs is timed."""
     file = tmp_path / "c.json"

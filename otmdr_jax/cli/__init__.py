@@ -18,9 +18,11 @@ from otmdr_jax.cli import (
     compare,
     ensemble,
     evaluate,
+    landscape,
     report,
     sharpness,
     shift,
+    sweep,
     train,
 )
 from otmdr_jax.cli.common import EXPECTED
@@ -32,9 +34,11 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "calibrate": (calibrate.Calibrate, calibrate.run),
     "sharpness": (sharpness.Sharpness, sharpness.run),
     "shift": (shift.Shift, shift.run),
+    "landscape": (landscape.Landscape, landscape.run),
     "report": (report.Report, report.run),
     "compare": (compare.Compare, compare.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
+    "sweep": (sweep.Sweep, sweep.run),
     "demo": (about.Demo, about.run_demo),
     "info": (about.Info, about.run_info),
 }

@@ -9,6 +9,12 @@ A run folder holds config.json, metrics.jsonl, result.json and predictions.npz:
 Rich and matplotlib are loaded when something is printed or drawn, not before.
 """
 
+from otmdr_jax.report.landscape import (
+    contour_figure,
+    line_figure,
+    plot_landscape,
+    surface_figure,
+)
 from otmdr_jax.report.page import check_folder, write
 from otmdr_jax.report.plots import (
     learning_curves_figure,
@@ -43,11 +49,14 @@ __all__ = [
     "Row",
     "Run",
     "check_folder",
+    "contour_figure",
     "known_columns",
     "label_of",
     "learning_curves_figure",
+    "line_figure",
     "markdown_table",
     "member_runs",
+    "plot_landscape",
     "plot_learning_curves",
     "plot_reliability",
     "plot_shift",
@@ -59,6 +68,7 @@ __all__ = [
     "shift_figure",
     "signal_to_noise_figure",
     "summarise",
+    "surface_figure",
     "with_distinct_labels",
     "write",
 ]
