@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import bnn, centers, precision, tree
+from otmdr_jax import baselines, bnn, centers, precision, tree
 from otmdr_jax.gradients import PAPER_RHO
 
 PyTree = Any
@@ -33,6 +33,8 @@ class TrainState(NamedTuple):
       skipped_in_row: How many of them since the last good one, but for those that
         looked for a loss scale.
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
+      memory: What the method's gradient remembers of the steps before, or None: the
+        precision of bSAM, the Hessian of IVON, the direction of LookSAM.
     """
 
     params: PyTree
@@ -43,6 +45,7 @@ class TrainState(NamedTuple):
     skipped: jax.Array
     skipped_in_row: jax.Array
     loss_scale: precision.LossScale | None = None
+    memory: PyTree = None
 
 
 class Method(NamedTuple):
@@ -56,11 +59,14 @@ class Method(NamedTuple):
         likelihood_term and kl for Bayesian networks.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
         posterior; of one weight vector S is 1.
+      posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
+        without one.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     predict: Callable[[TrainState, jax.Array], jax.Array]
+    posterior: Callable[[TrainState], bnn.MeanField] | None = None
 
 
 # A method -> the options of the robust gradient that make it; None: the plain one.
@@ -72,10 +78,23 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "otmdr": {"rho": PAPER_RHO, "split": "random"},
     "sgvb": None,
     "otmdr-bnn": {"rho": bnn.PAPER_RHO, "split": "random"},
+    "gsam": {"rho": (baselines.surgery.RHO,)},
+    "looksam": {"rho": (baselines.periodic.RHO,)},
+    "fisher-sam": {
+        "rho": (baselines.fisher.RHO,),
+        "split": "shared",
+        "fisher": baselines.fisher.ETA,
+    },
+    "bsam": {"rho": (baselines.bayesian_sam.RHO,)},
+    "ivon": {},
 }
 
 # Those whose center is a posterior.
 BAYESIAN = ("sgvb", "otmdr-bnn")
+
+# Those that train a Gaussian around one weight vector by an update of their own, which
+# takes the place of the base optimizer: see optimizers.create.
+VARIATIONAL = ("bsam", "ivon")
 
 
 def create(
@@ -93,10 +112,12 @@ def create(
 
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
-        for Bayesian networks "sgvb" and "otmdr-bnn".
+        for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam",
+        "looksam", "fisher-sam", "bsam" and "ivon" of :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
-        extra arguments.
+        extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`, for
+        "ivon" :func:`otmdr_jax.baselines.ivon_rule`.
       label_smoothing: See :func:`cross_entropy`.
       smoothing: See :func:`cross_entropy`.
       sum_particles: Add the K particles' gradients up instead of averaging them, as
@@ -107,7 +128,8 @@ def create(
         `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
         `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
         `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
-        :func:`otmdr_jax.centers.posterior`; `num_data` is required.
+        :func:`otmdr_jax.centers.posterior`; `num_data` is required. The others have
+        those of their functions in :mod:`otmdr_jax.centers`.
 
     Returns:
       A :class:`Method`.
@@ -142,6 +164,8 @@ def create(
         loss_fn = precision.scale_loss(loss_fn, has_aux=True)
     if name in BAYESIAN:
         center = centers.posterior(loss_fn, own, **options)
+    elif name in centers.OWN:
+        center = centers.OWN[name](loss_fn, own, **options)
     else:
         center = centers.weights(name, loss_fn, own, options)
     copies = options.get("num_particles", 1) if sum_particles and own else 1
@@ -156,34 +180,40 @@ def create(
         opt_state = optimizer.init(params)
         scale = precision.init() if loss_scaling else None
         return TrainState(
-            params, model_state, opt_state, key, step, skipped, in_row, scale
-        )
+            params, model_state, opt_state, key, step, skipped, in_row, scale,
+            center.start(params),
+        )  # fmt: skip
 
     def step(state, batch):
         key, step_key = jax.random.split(state.key)
         scaled = {"loss_scale": state.loss_scale.scale} if loss_scaling else {}
-        result = center.gradient(
+        result, memory = center.gradient(
             state.params,
             batch,
             state.model_state,
             key=step_key,
             step=state.step,
+            memory=state.memory,
             **scaled,
         )
         model_state, accuracy = result.aux
         grads = jax.tree.map(lambda g: copies * g, result.grads)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=result.value
+            grads,
+            state.opt_state,
+            state.params,
+            value=result.value,
+            **center.arguments(state.memory, memory),
         )
         params = optax.apply_updates(state.params, updates)
         info = result.diagnostics
         # Of every pass: a particle that went astray may still have a finite gradient.
         seen = (result.value, info.center_loss, info.grad_norm, info.ascent_norms)
         finite = jnp.all(jnp.isfinite(jnp.hstack(seen)))
-        params, model_state, opt_state = jax.tree.map(
+        params, model_state, opt_state, memory = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, model_state, opt_state),
-            (state.params, state.model_state, state.opt_state),
+            (params, model_state, opt_state, memory),
+            (state.params, state.model_state, state.opt_state, state.memory),
         )
         # While a loss scale comes down from where gradients overflow, the loss at the
         # center is finite: such a step is skipped, but it is no sign of divergence.
@@ -209,8 +239,9 @@ def create(
             metrics["loss_scale"] = scale.scale
             scale = precision.adjust(scale, finite)
         return TrainState(
-            params, model_state, opt_state, key, state.step + 1, skipped, in_row, scale
-        ), metrics
+            params, model_state, opt_state, key, state.step + 1, skipped, in_row, scale,
+            memory,
+        ), metrics  # fmt: skip
 
     def predict(state, images):
         def log_probs(params):
@@ -219,9 +250,14 @@ def create(
 
         # Of the step: all batches of an evaluation see the same samples.
         key = jax.random.split(state.key, 3)[2]
-        return center.predict(log_probs, state.params, key)
+        return center.predict(log_probs, state.params, key, state.memory)
 
-    return Method(init, step, predict)
+    posterior_of = center.posterior
+    if posterior_of is None:
+        return Method(init, step, predict)
+    return Method(
+        init, step, predict, lambda state: posterior_of(state.params, state.memory)
+    )
 
 
 def cross_entropy(

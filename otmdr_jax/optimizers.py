@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import centers
+from otmdr_jax import baselines, centers
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.methods import BAYESIAN
+from otmdr_jax.methods import BAYESIAN, VARIATIONAL
 
 # The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
 STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
@@ -63,9 +63,9 @@ def create(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that turns the (robust) gradient into an update.
 
-    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer,
-    the plateau factor. `update` takes `value=` (the step's loss), which only the
-    plateau schedule looks at.
+    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer (or
+    the update of a method that has its own), the plateau factor. `update` takes
+    `value=` (the step's loss), which only the plateau schedule looks at.
 
     Args:
       config: All options under "loss and optimizer".
@@ -79,23 +79,10 @@ def create(
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay and config.optimizer != "adamw":
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
-    if config.optimizer == "sgd":
-        # A momentum of 0 would keep a trace for nothing.
-        parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
-    elif config.optimizer == "adam":
-        parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
+    if config.method in VARIATIONAL:
+        parts.append(_own_update(config, rate))
     else:
-        parts.append(
-            optax.adamw(
-                rate,
-                b1=config.momentum,
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
-                mask=mask,
-            )
-        )
+        parts += _base(config, rate, mask)
     if config.schedule == "plateau":
         parts.append(
             optax.contrib.reduce_on_plateau(
@@ -106,6 +93,39 @@ def create(
             )
         )
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:
+    """Decay and base optimizer."""
+    if config.optimizer == "adamw":
+        return [
+            optax.adamw(
+                rate,
+                b1=config.momentum,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                mask=mask,
+            )
+        ]
+    parts: list[Any] = []
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.optimizer == "sgd":
+        # A momentum of 0 would keep a trace for nothing.
+        parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
+    else:
+        parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
+    return parts
+
+
+def _own_update(config: TrainConfig, rate: optax.Schedule) -> Any:
+    """The update of a method that has one, in the place of decay and optimizer."""
+    own: dict[str, Any] = {"b1": config.momentum, "weight_decay": config.weight_decay}
+    if config.method == "bsam":
+        return baselines.bsam_rule(rate, **own)
+    return baselines.ivon_rule(
+        rate, hess_init=config.hess_init, clip_radius=config.clip_radius, **own
+    )
 
 
 def learning_rate(rate: optax.Schedule, step: int, opt_state: Any) -> jax.Array:

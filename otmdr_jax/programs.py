@@ -23,7 +23,6 @@ from otmdr_jax import data as data_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, LazyImages, Split
 from otmdr_jax.gradients import PAPER_RHO
-from otmdr_jax.methods import BAYESIAN
 
 PyTree = Any
 
@@ -122,9 +121,17 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
                 f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
                 "fewer devices, as --mesh data=1."
             )
+    parts = building.num_subbatches(config)
+    if parts > 1 and (parts % data or config.batch_size % parts):
+        raise ValueError(
+            f"{parts} sub-batches of one size, as {config.method} here has them, "
+            f"need a multiple of the {data} devices on data that divides "
+            f"batch_size={config.batch_size}: set --num-subbatches, --batch-size, or "
+            "fewer devices (--mesh data=1)."
+        )
     radii = len(config.rho or PAPER_RHO)
     if config.method in PARTICLES and config.split != "shared":
-        if config.batch_size // data < radii:
+        if config.batch_size // max(data, parts) < radii:
             raise ValueError(
                 f"batch_size={config.batch_size} over {data} devices leaves each fewer "
                 f"examples than the {radii} radii in rho, each of which needs a part: "
@@ -136,9 +143,10 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
 def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
     """A warning where BatchNorm's statistics are of very few images a device."""
     data = parallel.axis_size(mesh, "data")
-    parts = 1
+    # Sub-batches divide a device's images where they are more than the devices.
+    parts = max(building.num_subbatches(config) // data, 1)
     if config.method in PARTICLES and config.split != "shared":
-        parts = len(config.rho or PAPER_RHO)
+        parts *= len(config.rho or PAPER_RHO)
     images = config.batch_size // data // parts
     if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
         return None
@@ -261,7 +269,11 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         return jnp.stack([data_lib.epoch_order(k, num_train) for k in keys])
 
     def posterior(state):
-        return [bnn.summarise(member.params) for member in members.separate(state)]
+        found: list[Any] = [method.posterior for method in methods_]
+        return [
+            bnn.summarise(found[i % len(found)](member))
+            for i, member in enumerate(members.separate(state))
+        ]
 
     example = jnp.zeros((1, *image_shape))
     everywhere = parallel.replicated(mesh)
@@ -282,7 +294,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
                 optimizers.schedule(config, total_steps, steps_per_epoch),
             )
         ),
-        posterior=jax.jit(posterior) if config.method in BAYESIAN else None,
+        posterior=jax.jit(posterior) if methods_[0].posterior else None,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         mesh=mesh,

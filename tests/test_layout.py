@@ -17,9 +17,12 @@ LAYERS = [
     {"batches"},
     {"particles"},
     {"engine"},
+    {"subbatches"},
     {"gradients"},
+    {"adapter"},
     {"presets", "transform", "ensemble"},
     {"bnn"},
+    {"baselines"},
     {
         "metrics",
         "diversity",
@@ -43,7 +46,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = {name for layer in LAYERS[:9] for name in layer}
+CORE = {name for layer in LAYERS[:12] for name in layer}
 
 
 def module_name(path):

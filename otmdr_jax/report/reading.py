@@ -17,6 +17,11 @@ _NAMES = {
     "otmdr": "OT-MDR",
     "sgvb": "SGVB",
     "otmdr-bnn": "OT-MDR-BNN",
+    "gsam": "GSAM",
+    "looksam": "LookSAM",
+    "fisher-sam": "Fisher SAM",
+    "bsam": "bSAM",
+    "ivon": "IVON",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # What may differ between runs that are averaged: it is meant to, or changes no number.
