@@ -36,7 +36,11 @@ def _of_one(config: TrainConfig) -> float:
     rho = config.rho or (own or {}).get("rho", ())
     if config.method in ("sgd", "sgvb"):
         return 1.0
-    if config.method in ("sam", "asam"):
+    if config.method == "ivon":
+        return float(config.mc_samples)
+    if config.method == "looksam":  # every so many steps one more
+        return 1.0 + 1.0 / config.look_every
+    if config.method in ("sam", "asam", "gsam", "fisher-sam", "bsam"):
         return 1.0 + len(rho)
     if config.method not in ("otmdr", "otmdr-bnn"):
         raise ValueError(

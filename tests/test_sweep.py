@@ -213,6 +213,9 @@ class TestCost:
             ({"method": "otmdr-bnn", "num_particles": 2}, 4.5),
             ({"method": "otmdr-bnn", "sigma_gradient": "particle"}, 2),
             ({"method": "sgvb", "members": "2"}, 2),
+            ({"method": "looksam", "look_every": 4}, 1.25),
+            ({"method": "bsam", "num_subbatches": 4}, 2),
+            ({"method": "ivon", "mc_samples": 3}, 3),
         ],
     )
     def test_counts(self, options, count):
