@@ -33,6 +33,7 @@ __all__ = [
 
 # Loaded at first use: `otmdr_jax.models` costs an import of Flax, the core does not.
 _MODULES = (
+    "baselines",
     "bnn",
     "calibration",
     "data",

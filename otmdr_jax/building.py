@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from otmdr_jax import bnn, members, methods, models, optimizers
+from otmdr_jax.baselines import sparse
 from otmdr_jax.config import TrainConfig
 
 
@@ -40,6 +41,7 @@ def methods_of(
             loss_scaling=config.dtype == "float16",
             **method_options(config),
             **_posterior_options(config, num_train, total_steps, steps_per_epoch),
+            **_collecting_options(config, total_steps, steps_per_epoch),
             **_axis_names(mesh),
         )
         if isinstance(network, members.JointModel):
@@ -135,6 +137,19 @@ _OPTIONS: dict[str, dict[str, str]] = {
         **_POSTERIOR,
     },
 }  # fmt: skip
+# Options of methods that ride on another one, beside the other one's.
+_BASE = ("base_method",)
+_AVERAGE = (*_BASE, "collect_start", "average_rate", "collect_every",
+            "batchnorm_examples")  # fmt: skip
+_SPARSE = ("density", "prune_rate", "prune_decay", "mask_every", "growth")
+_RIDING: dict[str, tuple[str, ...]] = {
+    "snapshot": (*_BASE, "cycles"),
+    "fge": (*_BASE, "collect_start", "cycle_epochs", "cycle_rates"),
+    "swa": _AVERAGE,
+    "swag": (*_AVERAGE, "swag_rank", "num_samples", "prediction"),
+    "dst": _SPARSE,
+    "edst": (*_SPARSE, "tickets", "exploration", "escape_rate"),
+}
 
 
 def method_options(config: TrainConfig) -> dict[str, Any]:
@@ -148,7 +163,9 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     """
     defaults = TrainConfig(method=config.method)
     every = {name: None for known in _OPTIONS.values() for name in known}
-    mine = _OPTIONS[config.method]
+    every |= {name: None for known in _RIDING.values() for name in known}
+    own = _OPTIONS[config.gradient_method]
+    mine = {**own, **dict.fromkeys(_RIDING.get(config.method, ()))}
     set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
     if foreign := [name for name in set_ if name not in mine]:
         hint = ""
@@ -167,9 +184,40 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
             )
     if config.method in methods.BAYESIAN:
         _check_posterior(config)
+    if config.method in _RIDING:
+        _check_riding(config)
     return {
-        mine[name]: getattr(config, name) for name in set_ if name not in _POSTERIOR
+        own[name]: getattr(config, name)
+        for name in set_
+        if name in own and name not in _POSTERIOR
     }
+
+
+def _check_riding(config):
+    if config.members is not None and config.ensemble == "joint":
+        raise ValueError(
+            f"{config.method} with a joint ensemble is not defined: each member "
+            "collects its own weights, or has its own masks, with --ensemble "
+            "independent."
+        )
+    _check_prediction(config)
+    if config.method not in optimizers.OWN_SCHEDULE:
+        return
+    defaults = TrainConfig()
+    for name in ("schedule", "warmup_epochs"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: the learning rate of "
+                f"{config.method} is part of the method; leave {name} out."
+            )
+
+
+def _check_prediction(config):
+    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
+        raise ValueError(
+            f"num_samples={config.num_samples} with prediction='mean', which has no "
+            "samples: leave one of them out."
+        )
 
 
 def _check_posterior(config):
@@ -188,11 +236,7 @@ def _check_posterior(config):
             f"prior_std={config.prior_std} is that of the normal prior; the "
             f"{config.prior} prior has none."
         )
-    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
-        raise ValueError(
-            f"num_samples={config.num_samples} with prediction='mean', which has no "
-            "samples: leave one of them out."
-        )
+    _check_prediction(config)
     if config.kl_schedule != "warmup" and config.kl_warmup_epochs != 0:
         raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")
     if config.kl_schedule == "warmup" and not config.kl_warmup_epochs:
@@ -230,3 +274,52 @@ def _posterior_options(config, num_train, total_steps, steps_per_epoch):
         "num_samples": config.num_samples,
         "mean_only": config.prediction == "mean",
     }
+
+
+def _collecting_options(config, total_steps, steps_per_epoch):
+    """What a method that rides on another one takes beside; nothing for others."""
+    if config.method not in _RIDING:
+        return {}
+    options: dict[str, Any] = {}
+    ends: tuple[int, ...] = (total_steps,)
+    if config.method in methods.COLLECTING + methods.AVERAGING:
+        _, ends = optimizers.collection(config, total_steps, steps_per_epoch)
+        options["ends"] = ends
+    if config.method in methods.SPARSE:
+        return options | _sparse_options(config, total_steps, ends)
+    options["base"] = config.base_method
+    if config.method == "swag":
+        mean_only = config.prediction == "mean"
+        options["rank"] = config.swag_rank
+        options["num_samples"] = 0 if mean_only else config.num_samples
+    return options
+
+
+# Steps between updates of masks (the authors' command), and how many updates a run has
+# at the least.
+MASK_EVERY, MASK_UPDATES = 1000, 20
+
+
+def _sparse_options(config, total_steps, ends):
+    every = config.mask_every
+    if every is None:
+        every = min(MASK_EVERY, max(total_steps // MASK_UPDATES, 1))
+    steps = sparse.update_steps(every, ends)
+    if not steps:
+        raise ValueError(
+            f"mask_every={every} leaves no update of the masks in a run of "
+            f"{total_steps} steps: lower it, or train longer."
+        )
+    decay = config.prune_decay or ("constant" if config.method == "edst" else "cosine")
+    rate: Any = config.prune_rate
+    options = {
+        "density": config.density,
+        "rate": sparse.cosine(rate, total_steps) if decay == "cosine" else rate,
+        "steps": steps,
+        "growth": config.growth,
+    }
+    if config.method == "edst":
+        # One step into the next phase: the ticket is kept as it was trained.
+        options["escapes"] = tuple(end + 1 for end in ends[:-1])
+        options["escape_rate"] = config.escape_rate
+    return options

@@ -8,13 +8,16 @@ probability of its samples, with the two kinds of uncertainty beside them.
 import collections
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import centers, diversity, landscape, metrics, parallel
+from otmdr_jax import baselines, centers, diversity, landscape, metrics, parallel
 from otmdr_jax import data as data_lib
 from otmdr_jax import members as members_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
+from otmdr_jax.methods import AVERAGING, COLLECTING
 from otmdr_jax.programs import Programs, compile_programs
 from otmdr_jax.progress import Progress
 
@@ -33,7 +36,8 @@ class Evaluation(NamedTuple):
         :func:`otmdr_jax.diversity.evaluate`, of samples of a posterior "aleatoric" and
         "epistemic", means in nats: see :func:`otmdr_jax.metrics.mutual_information`.
       log_probs: (N, C) log-probabilities: the mean over samples, in log space.
-      member_log_probs: (M, N, C) of an ensemble's members, None of a single model.
+      member_log_probs: (M, N, C) of an ensemble's members, be they trained or collected
+        in one run; None of a single model.
       members: Metrics of each member, None of a single model.
     """
 
@@ -68,15 +72,21 @@ def evaluate(
       An :class:`Evaluation`.
     """
     programs = compile_programs(config, dataset) if programs is None else programs
+    state = settle(config, state, dataset, programs)
     examples = getattr(dataset, split)
+    collected = _collected(config, state)
     count = len(config.member_names) if config.members is not None else 1
+    count = max(collected, count)
     chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     title = f"evaluating the {split} set"
     mesh = programs.mesh
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
 
         def fetch(log_probs, mask):
-            chunks.append(_by_member(np.asarray(log_probs)[:, mask], count))
+            samples = np.asarray(log_probs)[:, mask]
+            if collected:  # the rest of a preallocated ensemble
+                samples = samples[:collected]
+            chunks.append(_by_member(samples, count))
             bar.update(sum(means.shape[1] for means, _ in chunks), {})
 
         # Fetched one batch behind: the device has work while the host sends the next.
@@ -94,7 +104,7 @@ def evaluate(
     kept = [m for m in range(count) if m not in without] or list(range(count))
     log_probs = _mean(members[kept])
     found = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
-    if config.members is None:
+    if config.members is None and not collected:
         return Evaluation(found, log_probs)
     if len(kept) > 1 and not np.isnan(members[kept]).any():
         found |= diversity.evaluate(members[kept], labels)
@@ -103,6 +113,72 @@ def evaluate(
         for m, mine in enumerate(members)
     ]
     return Evaluation(found, log_probs, members, each)
+
+
+def settle(
+    config: TrainConfig, state: PyTree, dataset: Dataset, programs: Programs
+) -> PyTree:
+    """A state to predict with: BatchNorm statistics of averaged weights.
+
+    The mean over batches of the training set, in an order and with augmentation of
+    their own, of the batches' statistics at the weights that predict: what the
+    `bn_update` of SWA's authors computes. One forward pass for each batch and weight
+    vector; the same numbers on any mesh, where each batch is one.
+
+    Args:
+      config: The run's configuration; `batchnorm_examples` bounds the examples.
+      state: Its state.
+      dataset: The data.
+      programs: Compiled functions.
+
+    Returns:
+      The state itself where there is nothing to do: for most methods, before the first
+      average, and for a state that comes from here.
+    """
+    if programs.batch_statistics is None or programs.settle is None:
+        return state
+    one = state[0] if not hasattr(state, "step") else state
+    kept = one.method_state
+    if kept.statistics is not None or not jax.tree.leaves(one.model_state):
+        return state
+    if not _number(kept.number):
+        return state
+    images = dataset.train.images
+    wanted = min(config.batchnorm_examples or len(images), len(images))
+    size = min(config.batch_size, wanted)
+    devices = parallel.axis_size(programs.mesh, "data")
+    size = max(size // devices, 1) * devices
+    order = np.random.default_rng(config.seed).permutation(len(images))
+    # Neither of the two keys that a run has: see programs.run_keys.
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    count = max(wanted // size, 1)
+    total = None
+    for i in range(count):
+        rows = order[i * size : (i + 1) * size]
+        batch = np.asarray(images[rows])
+        batch = parallel.place(batch, programs.mesh, parallel.data_spec(programs.mesh))
+        found = programs.batch_statistics(state, batch, jax.random.fold_in(key, i))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return programs.settle(state, jax.tree.map(lambda x: x / count, total))
+
+
+def predictors(config: TrainConfig, state: PyTree) -> list[PyTree]:
+    """The weight vectors behind a prediction, each as a training state of its own.
+
+    Args:
+      config: The run's configuration.
+      state: Its state, settled where it needs to be.
+
+    Returns:
+      Of an ensemble its members; of a run that collects what it has collected, or the
+      current weights before; of an average of weights the mean.
+    """
+    if _collected(config, state):
+        return baselines.members(state)
+    each = members_lib.separate(state)
+    if config.method in AVERAGING:
+        return [baselines.moments_of(member) for member in each]
+    return each
 
 
 def sharpness(
@@ -127,6 +203,7 @@ def sharpness(
       independent members their means, and `member_sharpness`; of a posterior those of
       its mean.
     """
+    state = settle(config, state, dataset, programs)
     train = dataset.train
     chosen = np.linspace(
         0, train.num_examples - 1, min(train.num_examples, SHARPNESS_EXAMPLES)
@@ -138,7 +215,7 @@ def sharpness(
         for batch in _batches(config, part, mesh)
     ]
     found = []
-    for i, member in enumerate(members_lib.separate(state)):
+    for i, member in enumerate(predictors(config, state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]
         weights = centers.weights_of(member.params)
@@ -202,17 +279,30 @@ def member_rows(
       sharp: What :func:`sharpness` gave; members with a joint loss have none.
       meta: What is saved beside the state.
     """
+    names = config.member_names
+    if config.members is None:  # collected in one run
+        names *= len(found.members or ())
     rows = [
         {"model": name, **values, "diverged": i in meta.get("diverged", ())}
-        for i, (name, values) in enumerate(
-            zip(config.member_names, found.members or (), strict=True)
-        )
+        for i, (name, values) in enumerate(zip(names, found.members or (), strict=True))
     ]
     gaps = sharp.get("member_sharpness", ())
-    states = members_lib.separate(state) if gaps else ()
+    states = predictors(config, state) if gaps else ()
     for row, gap, member in zip(rows, gaps, states, strict=False):
         row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
     return rows
+
+
+def _collected(config, state):
+    """How many members a run of one model has collected; 0 of other runs."""
+    if config.members is not None or config.method not in COLLECTING:
+        return 0
+    return _number(state.method_state.number)
+
+
+def _number(x):
+    """The first entry of an array that may be spread over hosts."""
+    return int(np.ravel(x.addressable_data(0))[0])
 
 
 def _metrics(log_probs, labels):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import bnn, centers, precision, tree
+from otmdr_jax import baselines, bnn, centers, precision, tree
 from otmdr_jax.gradients import PAPER_RHO
 
 PyTree = Any
@@ -33,6 +33,8 @@ class TrainState(NamedTuple):
       skipped_in_row: How many of them since the last good one, but for those that
         looked for a loss scale.
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
+      method_state: What a method keeps of its own, as the members that it collects, or
+        None: see :mod:`otmdr_jax.baselines`.
     """
 
     params: PyTree
@@ -43,6 +45,7 @@ class TrainState(NamedTuple):
     skipped: jax.Array
     skipped_in_row: jax.Array
     loss_scale: precision.LossScale | None = None
+    method_state: PyTree | None = None
 
 
 class Method(NamedTuple):
@@ -56,11 +59,17 @@ class Method(NamedTuple):
         likelihood_term and kl for Bayesian networks.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
         posterior; of one weight vector S is 1.
+      batch_statistics: (state, images) -> BatchNorm statistics of a batch at what
+        predicts, where no training step has seen it; None for most methods.
+      settle: (state, the mean of these over batches) -> a state to predict with, which
+        is not for further steps.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     predict: Callable[[TrainState, jax.Array], jax.Array]
+    batch_statistics: Callable[[TrainState, jax.Array], PyTree] | None = None
+    settle: Callable[[TrainState, PyTree], TrainState] | None = None
 
 
 # A method -> the options of the robust gradient that make it; None: the plain one.
@@ -76,6 +85,16 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 # Those whose center is a posterior.
 BAYESIAN = ("sgvb", "otmdr-bnn")
+
+# Those that ride on a method of one weight vector, "sgd" unless told otherwise: they
+# keep copies of the weights, or average them. docs/collected.md.
+COLLECTING = ("snapshot", "fge", "edst")
+AVERAGING = ("swa", "swag")
+BASES = ("sgd", "sam", "asam", "otmdr")
+# Those of sparse networks: docs/sparse.md.
+SPARSE = ("dst", "edst")
+RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst")
+METHODS |= dict.fromkeys(RIDING)
 
 
 def create(
@@ -93,7 +112,8 @@ def create(
 
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
-        for Bayesian networks "sgvb" and "otmdr-bnn".
+        for Bayesian networks "sgvb" and "otmdr-bnn"; "snapshot", "fge", "swa", "swag",
+        "dst", "edst".
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
         extra arguments.
@@ -107,7 +127,12 @@ def create(
         `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
         `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
         `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
-        :func:`otmdr_jax.centers.posterior`; `num_data` is required.
+        :func:`otmdr_jax.centers.posterior`; `num_data` is required. "snapshot" and
+        "fge" have `base`, the method that they ride on, its options, and `ends` of
+        :func:`otmdr_jax.baselines.collect`; "swa" and "swag" those of
+        :func:`otmdr_jax.baselines.average`; "dst" and "edst" those of
+        :func:`otmdr_jax.baselines.dynamic`, and "edst" `ends`. Their learning rates are
+        the optimizer's.
 
     Returns:
       A :class:`Method`.
@@ -128,6 +153,14 @@ def create(
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
+    if name in RIDING:
+        shared = dict(
+            label_smoothing=label_smoothing,
+            smoothing=smoothing,
+            sum_particles=sum_particles,
+            loss_scaling=loss_scaling,
+        )
+        return _riding(name, model, optimizer, **shared, **options)
     own = METHODS[name]
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -222,6 +255,33 @@ def create(
         return center.predict(log_probs, state.params, key)
 
     return Method(init, step, predict)
+
+
+def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
+    """A method on top of another one."""
+    if base not in BASES or (name in SPARSE and base != "sgd"):
+        known = "sgd" if name in SPARSE else ", ".join(BASES)
+        raise ValueError(f"base of {name} must be one of {known}; got {base!r}.")
+    takes = {
+        "swag": ("rank", "num_samples"),
+        **dict.fromkeys(
+            SPARSE, ("density", "rate", "steps", "growth", "escapes", "escape_rate")
+        ),
+    }
+    own = {key: options.pop(key) for key in takes.get(name, ()) if key in options}
+    if name in SPARSE:
+        # Its key is replaced by one of the method's.
+        optimizer = baselines.dynamic(optimizer, jax.random.key(0), **own)
+    method = create(base, model, optimizer, **options)
+    if name in SPARSE:
+        method = baselines.masked_from_the_start(method)
+    if name in COLLECTING:
+        return baselines.collect(method, ends)
+    if name == "swag":
+        own = {"rank": baselines.RANK, "num_samples": baselines.NUM_SAMPLES, **own}
+    return (
+        baselines.average(method, model, ends, **own) if name in AVERAGING else method
+    )
 
 
 def cross_entropy(

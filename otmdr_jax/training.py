@@ -34,6 +34,8 @@ from otmdr_jax.evaluation import (
     evaluate,
     member_rows,
     posterior_record,
+    predictors,
+    settle,
     sharpness,
 )
 from otmdr_jax.members import steps_taken
@@ -359,6 +361,7 @@ class Loop:
           for the test set.
         """
         score = None
+        state = settle(self.config, state, self.dataset, self.programs)
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
@@ -400,7 +403,8 @@ class Loop:
         step = steps_taken(state)
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
-        score, found = self._evaluate(state, step, final=True)
+        settled = settle(self.config, state, self.dataset, self.programs)
+        score, found = self._evaluate(settled, step, final=True)
         if self.saved is not None:
             self._save(state, score)
         stop, _ = self._decide(step, SECONDS_BETWEEN_EPOCHS)
@@ -415,7 +419,7 @@ class Loop:
             found,
             sharpness(
                 self.config,
-                state,
+                settled,
                 self.dataset,
                 self.programs,
                 without=tuple(self.meta["diverged"]),
@@ -553,13 +557,19 @@ def final_result(
         "steps": step,
         "epochs": step / programs.steps_per_epoch,
         "skipped_steps": sum(int(member.skipped) for member in each),
-        "parameters": sum(x.size for m in each for x in jax.tree.leaves(m.params)),
+        "parameters": sum(
+            x.size
+            for one in predictors(config, state)
+            for x in jax.tree.leaves(one.params)
+        ),
         "best": meta["best"],
         "mesh": meta["mesh"],
         **environment(),
     }
     if found.members is not None:
         result["members"] = member_rows(config, state, found, sharp, meta)
+    if programs.sparsity is not None:
+        result["sparsity"] = programs.sparsity(state)
     if record := posterior_record(programs, state, tuple(meta.get("diverged", ()))):
         result["posterior"] = record
     return result

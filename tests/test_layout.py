@@ -30,6 +30,7 @@ LAYERS = [
         "precision",
     },  # leaves: never each other
     {"centers", "calibration"},
+    {"baselines"},
     {"config", "methods", "progress", "windows"},
     {"optimizers", "members"},
     {"building"},
