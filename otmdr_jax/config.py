@@ -16,7 +16,6 @@ from otmdr_jax import bnn, presets
 from otmdr_jax.baselines import presets as baselines
 from otmdr_jax.options import check_rho
 
-
 MethodName = Literal[
     "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
     "snapshot", "fge", "swa", "swag", "dst", "edst",

@@ -246,6 +246,26 @@ class TestCollect:
                     getattr(states[end - 1], part),
                 )
 
+    def test_a_step_holds_no_copy_of_what_was_collected(self):
+        """Members are written in place: its temporaries do not grow with them."""
+
+        def temporaries(count):
+            method = methods.create(
+                "snapshot",
+                models.create("cnn_small", 10),
+                optax.sgd(0.1, 0.9),
+                ends=tuple(range(1, count + 1)),
+            )
+            batch = jnp.zeros((4, 8, 8, 1)), jnp.zeros(4, int)
+            state = jax.eval_shape(method.init, jax.random.key(0), batch[0])
+            step = jax.jit(method.step, donate_argnums=0).lower(state, batch)
+            return step.compile().memory_analysis()
+
+        few, many = temporaries(2), temporaries(40)
+        model = 4 * 14_458
+        assert many.argument_size_in_bytes - few.argument_size_in_bytes > 38 * model
+        assert abs(many.temp_size_in_bytes - few.temp_size_in_bytes) < model
+
     @pytest.mark.parametrize("ends", [(), (0, 1), (3, 3), (4, 2)])
     def test_steps_that_do_not_ascend_are_refused(self, ends):
         with pytest.raises(ValueError, match="ascending"):

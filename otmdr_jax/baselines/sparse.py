@@ -77,8 +77,8 @@ def erk(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
         full = {i for i in rest if epsilon * raw[i] > 1}
         if not full:
             break
-        # Those above 1 by most; the budget of the others shrinks with them.
-        dense |= {i for i in full if raw[i] == max(raw[j] for j in full)}
+        # They take less than their share now: epsilon grows, and they stay above 1.
+        dense |= full
     return [1.0 if i in dense else epsilon * raw[i] for i in range(len(shapes))]
 
 
