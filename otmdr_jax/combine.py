@@ -6,9 +6,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from otmdr_jax import checkpoint, members, programs, restoring, runs, training
+from otmdr_jax import (
+    checkpoint,
+    members,
+    programs,
+    restoring,
+    runs,
+    sharpness,
+    training,
+)
 from otmdr_jax.config import TrainConfig, differences
-from otmdr_jax.evaluation import evaluate, sharpness
+from otmdr_jax.evaluation import evaluate
 from otmdr_jax.methods import TrainState
 
 PyTree = Any
@@ -152,7 +160,9 @@ def _evaluate(new, state, dataset, compiled, meta, show_progress):
         without=tuple(meta["diverged"]),
         show_progress=show_progress,
     )
-    sharp = sharpness(new, state, dataset, compiled, without=tuple(meta["diverged"]))
+    sharp = sharpness.gap(
+        new, state, dataset, compiled, without=tuple(meta["diverged"])
+    )
     result = training.final_result(new, state, compiled, found, sharp, meta)
     result["seconds_per_step"] = float("nan")
     return found, result

@@ -296,7 +296,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         predict=jax.jit(predict, out_shardings=everywhere),
         epoch_order=jax.jit(epoch_order, out_shardings=everywhere),
         loss_sums=tuple(
-            _loss_sum(network, mean, std)
+            loss_sum(network, mean, std)
             for network in building.networks(config, num_classes)
         ),
         rate=jax.jit(
@@ -339,17 +339,30 @@ def _positions(network, image_shape):
 
 
 @functools.lru_cache(maxsize=16)
-def _loss_sum(model, mean, std):
-    """One function object a model, whatever the method: it compiles once."""
+def loss_sum(
+    model: Any, mean: tuple[float, ...], std: tuple[float, ...], train: bool = False
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The loss of a network on a batch: one function object, so that it compiles once.
 
-    def loss_sum(params, batch):
+    Args:
+      model: The network.
+      mean: What normalises the images, as the next.
+      std: Of the data set.
+      train: Normalise by the statistics of the batch instead of the running ones.
+
+    Returns:
+      (params, (images, labels, mask, model_state)) -> (sum of losses, number of
+      examples), of those where the mask is True.
+    """
+
+    def of_batch(params, batch):
         images, labels, mask, model_state = batch
         images = data_lib.normalise(images, mean, std)
-        logits, _ = model.apply(params, model_state, images, train=False)
+        logits, _ = model.apply(params, model_state, images, train=train)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses * mask), jnp.sum(mask)
 
-    return loss_sum
+    return of_batch
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from otmdr_jax import building, checkpoint, programs, runs
+from otmdr_jax import building, checkpoint, predictors, programs, runs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset
 
@@ -22,7 +22,7 @@ class Restored(NamedTuple):
       config: Its options, the given ones among them.
       dataset: Its data.
       programs: Its compiled functions, on the default device.
-      state: Its state at the checkpoint.
+      state: Its state at the checkpoint, settled where it averages weights.
       meta: What was saved beside the state.
       diverged: Members that do not count in an ensemble's prediction.
     """
@@ -74,9 +74,8 @@ def open_run(
     data = programs.fingerprint(dataset)
     programs.check_same_data(restored.meta["data"], data, folder)
     diverged = tuple(restored.meta.get("diverged", ()))
-    return Restored(
-        folder, config, dataset, compiled, restored.state, restored.meta, diverged
-    )
+    state = predictors.settle(config, restored.state, dataset, compiled)
+    return Restored(folder, config, dataset, compiled, state, restored.meta, diverged)
 
 
 def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:
@@ -117,10 +116,19 @@ def restore(
     Raises:
       FileNotFoundError: There is no such checkpoint.
     """
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        return saved.restore(template(config, compiled), step)
+
+
+def template(config: TrainConfig, compiled: programs.Programs) -> PyTree:
+    """The shapes of a run's state, to be restored to the default device.
+
+    Args:
+      config: The run's configuration.
+      compiled: Its compiled functions, without a mesh.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(
+    return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
     )
-    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        return saved.restore(template, step)

@@ -131,17 +131,22 @@ def write_result(
 ) -> None:
     """Writes result.json and predictions.npz, each atomically."""
     path = pathlib.Path(path)
-    scratch = path / "predictions.npz.tmp"
     arrays: dict[str, Any] = {
         "log_probs": np.asarray(log_probs, np.float32),
         "labels": np.asarray(labels, np.int32),
     }
     if member_log_probs is not None:  # (M, N, C)
         arrays["member_log_probs"] = np.asarray(member_log_probs, np.float32)
+    write_arrays(path / "predictions.npz", arrays)
+    write_json(path / "result.json", result)
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Writes arrays by name as a .npz file, atomically."""
+    scratch = path.with_name(path.name + ".tmp")
     with open(scratch, "wb") as file:
         np.savez(file, **arrays)
-    os.replace(scratch, path / "predictions.npz")
-    write_json(path / "result.json", result)
+    os.replace(scratch, path)
 
 
 def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:

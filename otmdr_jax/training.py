@@ -25,7 +25,15 @@ import numpy as np
 
 from otmdr_jax import config as config_lib
 from otmdr_jax import data as data_lib
-from otmdr_jax import members, parallel, progress, runs, windows
+from otmdr_jax import (
+    members,
+    parallel,
+    predictors,
+    progress,
+    runs,
+    sharpness,
+    windows,
+)
 from otmdr_jax.building import check_models, method_options
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
@@ -34,9 +42,6 @@ from otmdr_jax.evaluation import (
     evaluate,
     member_rows,
     posterior_record,
-    predictors,
-    settle,
-    sharpness,
 )
 from otmdr_jax.members import steps_taken
 from otmdr_jax.programs import (
@@ -361,7 +366,7 @@ class Loop:
           for the test set.
         """
         score = None
-        state = settle(self.config, state, self.dataset, self.programs)
+        state = predictors.settle(self.config, state, self.dataset, self.programs)
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
@@ -403,7 +408,7 @@ class Loop:
         step = steps_taken(state)
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
-        settled = settle(self.config, state, self.dataset, self.programs)
+        settled = predictors.settle(self.config, state, self.dataset, self.programs)
         score, found = self._evaluate(settled, step, final=True)
         if self.saved is not None:
             self._save(state, score)
@@ -417,7 +422,7 @@ class Loop:
             state,
             self.programs,
             found,
-            sharpness(
+            sharpness.gap(
                 self.config,
                 settled,
                 self.dataset,
@@ -544,7 +549,7 @@ def final_result(
       state: Its final state.
       programs: Its compiled functions.
       found: Its evaluation on the test set.
-      sharp: What :func:`otmdr_jax.evaluation.sharpness` gave.
+      sharp: What :func:`otmdr_jax.sharpness.gap` gave.
       meta: What is saved beside the state.
     """
     each = members.separate(state)
@@ -559,7 +564,7 @@ def final_result(
         "skipped_steps": sum(int(member.skipped) for member in each),
         "parameters": sum(
             x.size
-            for one in predictors(config, state)
+            for one in predictors.every(config, state)
             for x in jax.tree.leaves(one.params)
         ),
         "best": meta["best"],

@@ -75,13 +75,13 @@ def cache_dir(tmp_path):
 
 
 def encoded(value):
-    """A gray image as a PNG file, which TFDS stores without TensorFlow."""
+    """An image as a PNG file, which TFDS stores without TensorFlow."""
     from PIL import Image
 
     if not isinstance(value, np.ndarray):
         return value
     file = io.BytesIO()
-    Image.fromarray(value[..., 0]).save(file, "PNG")
+    Image.fromarray(value[..., 0] if value.shape[-1] == 1 else value).save(file, "PNG")
     file.seek(0)
     return file
 

@@ -21,11 +21,11 @@ from otmdr_jax import (
     config,
     data,
     diversity,
-    evaluation,
     methods,
     metrics,
     models,
     optimizers,
+    predictors,
     programs,
     report,
     training,
@@ -356,7 +356,7 @@ class TestStatistics:
 
     def settled(self, result, small, chosen):
         compiled = programs.compile_programs(chosen, small)
-        return evaluation.settle(chosen, result.state, small, compiled)
+        return predictors.settle(chosen, result.state, small, compiled)
 
     @pytest.mark.parametrize("examples", [None, 130])
     def test_they_are_those_of_a_numpy_pass(self, examples, straight, small):
@@ -414,7 +414,7 @@ class TestStatistics:
         alone = self.settled(straight["swag"], small, chosen)
         mesh = programs.make_mesh(dataclasses.replace(chosen, mesh="data=4"))
         spread = programs.compile_programs(chosen, small, mesh)
-        state = evaluation.settle(chosen, straight["swag"].state, small, spread)
+        state = predictors.settle(chosen, straight["swag"].state, small, spread)
         jax.tree.map(
             lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-4),
             state.method_state.statistics,
@@ -425,9 +425,9 @@ class TestStatistics:
         chosen = of_method("swag")
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
-        assert evaluation.settle(chosen, state, small, compiled) is state
+        assert predictors.settle(chosen, state, small, compiled) is state
         state = self.settled(straight["swag"], small, chosen)
-        assert evaluation.settle(chosen, state, small, compiled) is state
+        assert predictors.settle(chosen, state, small, compiled) is state
 
 
 class TestRuns:
@@ -447,10 +447,10 @@ class TestRuns:
             assert_allclose(row["nll"], metrics.nll(np.exp(own), labels), rtol=1e-4)
             assert math.isfinite(row["sharpness"])
         assert result.metrics["parameters"] == 3 * 14_458
-        # Logged before the first member: the current weights; then members as they are.
+        # Logged before the second member: one model's numbers; then those of members.
         tests = [r for r in result.history if r["split"] == "test"]
         counts = [len(r.get("members", {}).get("nll", ())) for r in tests]
-        assert counts == [0, 1, 1, 2, 2, 3]
+        assert counts == [0, 0, 0, 2, 2, 3]
 
     def test_learning_rates_of_the_log_are_those_of_the_method(self, straight):
         rates = {

@@ -135,6 +135,18 @@ def test_bnn_digits_in_its_smoke_form(tmp_path):
     assert "| 0.1 | SGVB | 1 |" in out
 
 
+def test_landscape_in_its_smoke_form(tmp_path):
+    file = tmp_path / "l.json"
+    out = run("landscape.py", "--smoke", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert record["points"] == 3 and list(record["grid"]) == ["1", "4"]
+    assert all(x["line"]["n"] == 1 for x in record["grid"].values())
+    assert all(x["peak_mib"] > 0 for x in record["grid"].values())
+    assert record["grid"]["1"]["grid"]["n"] == 1
+    assert record["hessian"]["gradient"]["gradients"] == 1.0
+    assert "| trace, 2 probes |" in out and {"load", "cores", "date"} <= set(record)
+
+
 def test_cpu_alternatives_in_their_smoke_form(tmp_path):
     """Every formula is right, and what runs is timed."""
     file = tmp_path / "c.json"
@@ -282,3 +294,23 @@ def test_scaling_predicts_by_the_rings_formula(monkeypatch):
     seconds = 3 * 4 * 36_479_194 * 2 * (7 / 8) / 400e9
     np.testing.assert_allclose(row["all_reduce_ms_8"], 1e3 * seconds)
     assert row["efficiency_256"] < row["efficiency_8"] < 1
+
+
+def test_corruptions_in_their_smoke_form(tmp_path):
+    file = tmp_path / "c.json"
+    out = run("corruptions.py", "--smoke", "--json", str(file))
+    record = json.loads(file.read_text())
+    assert {"cnn_small", "rotation", "pixelate"} < set(record["results"])
+    assert record["results"]["cnn_small"]["share"] == 1.0 and "| `rotation` |" in out
+    run("corruptions.py", "--picture", str(tmp_path / "sheet.png"))
+    assert (tmp_path / "sheet.png").stat().st_size > 20_000
+
+
+def test_shift_digits_in_its_smoke_form(tmp_path):
+    file, picture = tmp_path / "s.json", tmp_path / "s.png"
+    options = ["--smoke", "--json", str(file), "--picture", str(picture)]
+    out = run("shift_digits.py", *options)
+    records = json.loads(file.read_text())["results"]["SGD"]
+    assert len(records) == 2 and picture.stat().st_size > 20_000
+    values = [x["accuracy"] for record in records for x in record["corruptions"]]
+    assert len(values) == 24 and f"| {100 * np.mean(values):.2f} ± " in out

@@ -25,6 +25,7 @@ from otmdr_jax import (
     optimizers,
     programs,
     report,
+    sharpness,
     training,
 )
 from otmdr_jax.config import TrainConfig
@@ -249,7 +250,7 @@ class TestRuns:
     def test_sharpness_is_that_of_the_mean(self, small, straight):
         result = straight["sgvb"]
         compiled = programs.compile_programs(of_method(TINY, "sgvb"), small)
-        found = evaluation.sharpness(TINY, result.state, small, compiled)
+        found = sharpness.gap(TINY, result.state, small, compiled)
         model = models.create("cnn_small", 10)
         images = data.normalise(jnp.asarray(small.train.images), small.mean, small.std)
         logits, _ = model.apply(

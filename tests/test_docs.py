@@ -373,6 +373,56 @@ def test_performance_page_says_who_is_faster():
     assert f"n = {of_flags}: <!-- alternatives flags -->" in page
 
 
+def test_shift_page_shows_the_committed_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import corruptions
+    import shift_digits
+
+    record = json.loads((RESULTS / "corruptions_cpu.json").read_text())
+    assert corruptions.table(record["results"]) in shown("shift.md", "corruptions")
+    record = json.loads((RESULTS / "shift_digits.json").read_text())
+    assert record["seeds"] == 3
+    table = shift_digits.table(record["results"])
+    assert table in shown("shift.md", "shift digits")
+    # What the text below says in figures.
+    means = {k: shift_digits.mean_record(v) for k, v in record["results"].items()}
+    members = means["OT-MDR (K = 1), 3 members"]
+    ece = []
+    for found in (means["SGD"], members):
+        worst = [row["ece"] for row in found["corruptions"] if row["severity"] == 5]
+        ece += [found["clean"]["ece"], sum(worst) / len(worst)]
+    auroc = {row["score"]: row["auroc"] for row in members["ood"]}
+    page = " ".join((ROOT / "docs" / "shift.md").read_text().split())
+    sgd, own = (f"from {a:.3f} to {b:.3f}" for a, b in (ece[:2], ece[2:]))
+    assert f"SGD's grows {sgd} at severity 5, that of three members {own}." in page
+    assert f"confidence (AUROC {auroc['confidence']:.2f})" in page
+    assert f"disagree about ({auroc['mutual_information']:.2f})" in page
+
+
+def test_shift_page_shows_the_parameters_of_the_corruptions():
+    from otmdr_jax.data import CORRUPTIONS, corruptions
+
+    rows = {
+        cells[1].strip(" `"): re.findall(r"[\d.]+", cells[3])
+        for line in (ROOT / "docs" / "shift.md").read_text().splitlines()
+        if len(cells := line.split("|")) == 5 and "= " in cells[3]
+    }
+    parameters = zip(
+        CORRUPTIONS,
+        (
+            corruptions.NOISE_STD,
+            corruptions.BLUR_STD,
+            corruptions.CONTRAST,
+            corruptions.BRIGHTNESS,
+            corruptions.PIXELATE,
+            corruptions.DEGREES,
+        ),
+        strict=True,
+    )
+    for name, values in parameters:
+        assert [float(x) for x in rows[name]] == list(values), name
+
+
 def test_scaling_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import scaling

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otmdr_jax import landscape
+from otmdr_jax.landscape import slices
+from otmdr_jax.landscape.objective import Objective
 from tests import toy
 
 
@@ -93,9 +95,78 @@ class TestGrid:
         )
         np.testing.assert_array_equal(found, [np.nan, -np.inf, 0])
 
+    @pytest.mark.parametrize("at_once", [2, 5, 40])
+    def test_points_at_once_are_the_same_grid(self, at_once):
+        params, data = toy.regression_problem()
+        rng = np.random.default_rng(1)
+        directions = [{"w": np.float32(rng.normal(size=4)), "b": np.float32(0.5)}]
+        arguments = (least_squares, params, halves(data), directions, [range(7)])
+        one = landscape.loss_grid(*arguments)
+        several = landscape.loss_grid(*arguments, at_once=at_once)
+        np.testing.assert_allclose(several, one, rtol=1e-5)
+
+    @pytest.mark.parametrize("at_once", [1, 3])
+    def test_goes_on_to_the_same_bits(self, at_once, monkeypatch):
+        params, data = toy.regression_problem()
+        rng = np.random.default_rng(1)
+        directions = [
+            {"w": np.float32(rng.normal(size=4)), "b": np.float32(0.5)}
+            for _ in range(2)
+        ]
+        axes = [np.linspace(-1, 1, 7), np.linspace(0, 2, 5)]
+        arguments = (least_squares, params, halves(data), directions, axes)
+        whole = landscape.loss_grid(*arguments, at_once=at_once)
+        # So that a pass is of one call: many reports.
+        monkeypatch.setattr("otmdr_jax.landscape.slices.SECONDS_A_REPORT", 0.0)
+        reports = []
+
+        def stop(losses):
+            reports.append(losses)
+            if len(reports) == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            landscape.loss_grid(*arguments, at_once=at_once, report=stop)
+        assert [len(losses) for losses in reports] == [
+            at_once * i for i in (1, 2, 3, 4)
+        ]
+        later = []
+        # One point more than whole calls: what was not finished is done again.
+        for known in (reports[-1], whole.ravel()[: 2 * at_once + at_once // 2]):
+            found = landscape.loss_grid(
+                *arguments, at_once=at_once, known=known, report=later.append
+            )
+            np.testing.assert_array_equal(found, whole)
+        np.testing.assert_array_equal(later[-1], whole.ravel())
+        # Blocks start where they do in the uninterrupted grid.
+        assert all(len(x) % at_once == 0 or len(x) == whole.size for x in later)
+
+    def test_known_points_are_not_evaluated(self):
+        def fails(w, batch):
+            raise AssertionError
+
+        found = landscape.loss_grid(
+            fails, jnp.ones(2), [None], [jnp.ones(2)], [[0, 1]], known=[3.0, np.nan]
+        )
+        np.testing.assert_array_equal(found, [3.0, np.nan])
+
+    def test_as_many_at_once_as_half_of_the_memory_holds(self):
+        def loss_sum(w, batch):
+            return jnp.sum(jnp.sort(jnp.sin(batch * w))), 1
+
+        whole = Objective(loss_sum, jnp.array(1.0), [jnp.ones(10_000)])
+        directions = [[jnp.array(1.0)]]
+        each = whole.bytes_of_a_point(directions)
+        assert each >= 4 * 10_000  # a float32 for each example
+        for free, want in ((None, 1), (each, 1), (7 * each, 3), (10**12, 16)):
+            assert slices._fitting(whole, directions, free) == want
+
     @pytest.mark.parametrize(
         ("call", "message"),
         [
+            (dict(known=[0, 1, 2]), "at most the grid's 2 losses"),
+            (dict(known=0.0), "at most the grid's 2 losses"),
+            (dict(at_once=0), "at_once must be at least 1"),
             (dict(directions=[], axes=[]), "same number"),
             (dict(axes=[[0], [1]]), "same number"),
             (dict(axes=[[]]), "vector of finite numbers"),

@@ -53,6 +53,19 @@ def cut(seed, n):
     return sizes
 
 
+def computed(state):
+    """The metrics; that with a root squared, or rounding near 0 would be magnified."""
+    found = streaming.compute(state)
+    return found | {"debiased_ece_width": found["debiased_ece_width"] ** 2}
+
+
+def whole_set(probs, labels, num_bins=10, log_probs=False):
+    found = metrics.summary(probs, labels, num_bins, log_probs=log_probs)
+    p = metrics.check(probs, labels, log_probs=log_probs)
+    root = metrics.debiased_ece(p, p.labels, num_bins, cut="width")
+    return found | {"debiased_ece_width": root**2}
+
+
 seeds = st.integers(0, 9999)
 counts = st.integers(1, 60)
 
@@ -68,11 +81,11 @@ def assert_same(got, want):
 @given(seeds, counts, seeds, seeds)
 def test_any_batches_give_the_metrics_of_the_whole_set(seed, n, one, other):
     probs, labels = set_of(seed, n)
-    first = streaming.compute(accumulate(probs, labels, cut(one, n)))
-    second = streaming.compute(accumulate(probs, labels, cut(other, n)))
+    first = computed(accumulate(probs, labels, cut(one, n)))
+    second = computed(accumulate(probs, labels, cut(other, n)))
     for name, value in first.items():
         np.testing.assert_allclose(second[name], value, 1e-12, 1e-14, err_msg=name)
-    assert_same(first, metrics.summary(probs, labels, num_bins=10))
+    assert_same(first, whole_set(probs, labels))
 
 
 @settings
@@ -80,7 +93,7 @@ def test_any_batches_give_the_metrics_of_the_whole_set(seed, n, one, other):
 def test_states_merge_in_any_order(seed, n, order):
     probs, labels = set_of(seed, n)
     sizes, rng = cut(order, n), np.random.default_rng(order)
-    want = streaming.compute(accumulate(probs, labels, sizes))
+    want = computed(accumulate(probs, labels, sizes))
     states, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
@@ -89,7 +102,7 @@ def test_states_merge_in_any_order(seed, n, order):
     while len(states) > 1:
         one, other = (states.pop(rng.integers(len(states))) for _ in range(2))
         states.append(streaming.merge(one, other))
-    for name, value in streaming.compute(states[0]).items():
+    for name, value in computed(states[0]).items():
         np.testing.assert_allclose(value, want[name], 1e-12, 1e-14, err_msg=name)
 
 
@@ -103,8 +116,8 @@ def test_many_examples_lose_nothing():
     for start in range(0, len(p), 2**14):
         rows = slice(start, start + 2**14)
         state = streaming.update(state, probs[rows], labels[rows])
-    want = metrics.summary(probs, labels)
-    got = streaming.compute(state)
+    want = whole_set(probs, labels, 15)
+    got = computed(state)
     assert_same(got, want)
     np.testing.assert_allclose(got["nll"], want["nll"], rtol=1e-7)
     terms = jnp.asarray(p) ** 2
@@ -138,9 +151,9 @@ def test_log_probabilities():
     probs, labels = predictions(2, 48, CLASSES)
     logits = np.log(probs).astype(np.float32)
     state = accumulate(logits, labels, [16, 16, 16], log_probs=True)
-    want = metrics.summary(logits, labels, num_bins=10, log_probs=True)
+    want = whole_set(logits, labels, log_probs=True)
     want["mutual_information"] = 0.0
-    for name, value in streaming.compute(state).items():
+    for name, value in computed(state).items():
         np.testing.assert_allclose(value, want[name], rtol=2e-6, err_msg=name)
     far = np.array([[0.0, -2000.0]], np.float32)
     state = streaming.update(streaming.init(2), far, [1], log_probs=True)
@@ -165,12 +178,12 @@ def test_a_state_goes_through_jit_scan_and_bfloat16():
         step = lambda state, batch: (streaming.update(state, *batch), None)  # noqa: E731
         return jax.lax.scan(step, state, batches)[0]
 
-    got = streaming.compute(run(streaming.init(CLASSES, 10)))
-    assert_same(got, metrics.summary(probs, labels, num_bins=10))
+    got = computed(run(streaming.init(CLASSES, 10)))
+    assert_same(got, whole_set(probs, labels))
     samples = np.stack([probs, probs[:, ::-1]])
     state = streaming.update(streaming.init(CLASSES, 10), samples, labels)
-    want = metrics.summary(samples, labels, num_bins=10)
-    for name, value in streaming.compute(state).items():  # a mean in float32
+    want = whole_set(samples, labels)
+    for name, value in computed(state).items():  # a mean in float32
         np.testing.assert_allclose(value, want[name], rtol=1e-6, err_msg=name)
     assert want["mutual_information"] > 0.1
     half = jnp.full((4, 2), 0.5, jnp.bfloat16)
@@ -185,8 +198,8 @@ def test_float64_batches_leave_a_state_its_dtypes():
         state = streaming.update(before, jnp.asarray(probs), jnp.asarray(labels))
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
-        got = streaming.compute(state)
-    want = metrics.summary(probs, labels, num_bins=10)
+        got = computed(state)
+    want = whole_set(probs, labels)
     for name in got.keys() & want.keys():
         np.testing.assert_allclose(got[name], want[name], rtol=1e-12, err_msg=name)
 

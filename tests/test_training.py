@@ -26,6 +26,7 @@ from otmdr_jax import (
     optimizers,
     programs,
     runs,
+    sharpness,
     training,
 )
 from otmdr_jax.config import TrainConfig
@@ -507,7 +508,7 @@ def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch
 def test_sharpness_is_the_gap_of_one_ascent_step_on_the_training_set(small, straight):
     """Against a NumPy norm and two plain evaluations."""
     compiled = programs.compile_programs(TINY, small)
-    found = evaluation.sharpness(TINY, straight.state, small, compiled)
+    found = sharpness.gap(TINY, straight.state, small, compiled)
     batch = (*small.train, np.ones(160, bool), straight.state.model_state)
 
     def loss(params):

@@ -19,6 +19,7 @@ from otmdr_jax.calibration.scaling import (
     fit_matrix,
     fit_temperature,
     fit_vector,
+    log_softmax,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "fit_matrix",
     "fit_temperature",
     "fit_vector",
+    "log_softmax",
 ]

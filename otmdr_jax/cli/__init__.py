@@ -1,5 +1,6 @@
 """The command line: a module for each of `otmdr`'s commands."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +12,29 @@ try:
 except ImportError:
     sys.exit("otmdr needs tyro, which is not installed: pip install otmdr-jax[train]")
 
-from otmdr_jax.cli import about, compare, ensemble, evaluate, train
+from otmdr_jax.cli import (
+    about,
+    calibrate,
+    compare,
+    ensemble,
+    evaluate,
+    landscape,
+    report,
+    sharpness,
+    shift,
+    train,
+)
 from otmdr_jax.cli.common import EXPECTED
 
 # A command -> its options and what it does, in the order of a first session.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (train.Train, train.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
+    "calibrate": (calibrate.Calibrate, calibrate.run),
+    "sharpness": (sharpness.Sharpness, sharpness.run),
+    "shift": (shift.Shift, shift.run),
+    "landscape": (landscape.Landscape, landscape.run),
+    "report": (report.Report, report.run),
     "compare": (compare.Compare, compare.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
     "demo": (about.Demo, about.run_demo),
@@ -45,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         _fail(f"unknown command {argv[0]!r}; there are {known}. See otmdr --help.")
+    # Orbax warns of what evaluation does on purpose: reading alone.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     kind, function = COMMANDS[argv[0]]
     _cache_programs()
     try:

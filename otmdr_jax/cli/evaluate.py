@@ -34,7 +34,7 @@ class Evaluate:
 
 def run(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
-    from otmdr_jax import bnn, evaluation, programs, report, restoring, runs
+    from otmdr_jax import bnn, evaluation, programs, report, restoring, runs, sharpness
     from otmdr_jax.members import steps_taken
 
     given = {
@@ -56,7 +56,7 @@ def run(options: Evaluate) -> None:
         without=diverged,
         show_progress=True,
     )
-    sharp = evaluation.sharpness(config, state, dataset, compiled, without=diverged)
+    sharp = sharpness.gap(config, state, dataset, compiled, without=diverged)
     result = {
         "split": options.split,
         "checkpoint": options.checkpoint,

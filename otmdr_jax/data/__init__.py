@@ -14,10 +14,20 @@ each batch inside the jitted step.
 Sets that do not fit there are streamed: `load(..., in_memory=False)` leaves the images
 in their files, and `stream_batches` reads the same batches ahead of training.
 
+To test on other images: `corrupt` shifts a batch on the device, `load_test` reads sets
+that have no training split.
+
 Importing this needs NumPy and JAX alone; TFDS, Grain, scikit-learn and rich are loaded
 when something asks for them, TensorFlow never.
 """
 
+from otmdr_jax.data.corruptions import (
+    CORRUPTIONS,
+    SEVERITIES,
+    check_corruption,
+    check_severity,
+    corrupt,
+)
 from otmdr_jax.data.dataset import Dataset, Split, from_arrays
 from otmdr_jax.data.device import (
     augment,
@@ -27,19 +37,27 @@ from otmdr_jax.data.device import (
     take,
 )
 from otmdr_jax.data.lazy import LazyImages
-from otmdr_jax.data.sources import load
+from otmdr_jax.data.sources import TestInfo, describe_test, load, load_test
 from otmdr_jax.data.stream import fits_on_device, stream_batches
 
 __all__ = [
+    "CORRUPTIONS",
+    "SEVERITIES",
     "Dataset",
     "LazyImages",
     "Split",
+    "TestInfo",
     "augment",
+    "check_corruption",
+    "check_severity",
+    "corrupt",
+    "describe_test",
     "epoch_order",
     "eval_batches",
     "fits_on_device",
     "from_arrays",
     "load",
+    "load_test",
     "normalise",
     "stream_batches",
     "take",

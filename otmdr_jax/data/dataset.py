@@ -138,7 +138,8 @@ def from_arrays(
     """
     train_split, test_split = _checked(train, "train"), _checked(test, "test")
     _check_agreement(train_split, test_split)
-    num_classes = _check_classes(train_split, test_split, num_classes)
+    both = {"train": train_split, "test": test_split}
+    num_classes = _check_classes(both, num_classes)
     # After the range check: a cast may wrap, and copies keep the caller's labels clean.
     train_split, test_split = (
         Split(s.images, s.labels.astype(np.int32)) for s in (train_split, test_split)
@@ -162,6 +163,27 @@ def from_arrays(
         std=std,
         augment=check_augmentations(augment),
     )
+
+
+def check_split(
+    pair: tuple[Any, Any], num_classes: int | None, name: str
+) -> tuple[Split, int]:
+    """One split by itself, checked and in the dtypes of `from_arrays`.
+
+    Args:
+      pair: (images, labels) as `from_arrays` takes them.
+      num_classes: C; None takes the largest label plus one.
+      name: what the split is called in errors.
+
+    Returns:
+      The split and C.
+
+    Raises:
+      ValueError, TypeError: see `from_arrays`.
+    """
+    split = _checked(pair, name)
+    classes = _check_classes({name: split}, num_classes)
+    return Split(split.images, split.labels.astype(np.int32)), classes
 
 
 def check_augmentations(names: Sequence[str]) -> tuple[str, ...]:
@@ -288,9 +310,9 @@ def _check_agreement(train: Split, test: Split) -> None:
         )
 
 
-def _check_classes(train: Split, test: Split, num_classes: int | None) -> int:
+def _check_classes(splits: dict[str, Split], num_classes: int | None) -> int:
     """C, once all labels are known to be in 0..C-1."""
-    highest = max(int(train.labels.max()), int(test.labels.max()))
+    highest = max(int(split.labels.max()) for split in splits.values())
     if num_classes is None:
         num_classes = highest + 1
     if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
@@ -298,11 +320,11 @@ def _check_classes(train: Split, test: Split, num_classes: int | None) -> int:
             f"num_classes must be an int of at least 1, got {num_classes=}. Leave it "
             "out to take the largest label plus one."
         )
-    for split, labels in (("train", train.labels), ("test", test.labels)):
-        low, high = int(labels.min()), int(labels.max())
+    for name, split in splits.items():
+        low, high = int(split.labels.min()), int(split.labels.max())
         if low < 0 or high >= num_classes:
             raise ValueError(
-                f"{split} labels must be 0..{num_classes - 1} for {num_classes=}, got "
+                f"{name} labels must be 0..{num_classes - 1} for {num_classes=}, got "
                 f"{low}..{high}. Shift labels that start at 1, drop unlabelled "
                 "examples (often -1), or correct num_classes."
             )

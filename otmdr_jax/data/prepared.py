@@ -7,6 +7,7 @@ count is checked against the dataset's own metadata, and array_record verifies a
 checksum of every record: a damaged folder gives an error, never fewer or other images.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -55,10 +56,84 @@ def read(
     Raises:
       ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
     """
+    return _read(
+        name,
+        _split_names,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        download=download,
+        in_memory=in_memory,
+    )
+
+
+def read_test(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    download: bool = False,
+    in_memory: bool | None = True,
+) -> tuple[Split, int]:
+    """Reads the test split alone of a prepared TFDS set, which may have no other.
+
+    Args:
+      name: see :func:`read`.
+      data_dir: likewise.
+      cache_dir: likewise.
+      download: likewise.
+      in_memory: likewise.
+
+    Returns:
+      (test, num_classes).
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
+    """
+    return _read(
+        name,
+        _test_name,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        download=download,
+        in_memory=in_memory,
+    )
+
+
+def describe_test(
+    name: str, *, data_dir: str | os.PathLike | None = None
+) -> tuple[int, tuple[int | None, ...], int]:
+    """What :func:`read_test` would read, from the metadata: no record is opened.
+
+    Args:
+      name: see :func:`read`.
+      data_dir: likewise.
+
+    Returns:
+      (num_examples, image shape, num_classes); None for sizes that the metadata leave
+      open.
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
+    """
+    tfds, builder = _open_builder(name, data_dir, download=False)
+    image_key, label_key = _keys(tfds, builder, name)
+    (split,) = _test_name(builder, name)
+    features = builder.info.features
+    return (
+        builder.info.splits[split].num_examples,
+        tuple(features[image_key].shape),
+        features[label_key].num_classes,
+    )
+
+
+def _open_builder(name, data_dir, *, download):
+    """TFDS, and the builder of a set that is prepared in the right format."""
     tfds = _import_tfds()
     data_dir = None if data_dir is None else os.path.expanduser(os.fspath(data_dir))
     builder = _find(tfds, name, data_dir)
-    if not builder.is_prepared():
+    with _without_warnings():  # the error below says it, and what to do
+        ready = builder.is_prepared()
+    if not ready:
         if not download:
             raise FileNotFoundError(
                 f"{name!r} must be prepared in {str(builder.data_path)!r}, and it is "
@@ -68,8 +143,14 @@ def read(
             )
         _prepare(builder, name)
     _check_format(builder, name, data_dir)
+    return tfds, builder
+
+
+def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
+    """The splits that `choose` names of a builder, and the number of classes."""
+    tfds, builder = _open_builder(name, data_dir, download=download)
     image_key, label_key = _keys(tfds, builder, name)
-    splits = _split_names(builder, name)
+    splits = choose(builder, name)
     if in_memory is None:
         in_memory = fits_in_memory(_nbytes(builder, splits, image_key))
     folder = pathlib.Path(builder.data_path)
@@ -81,6 +162,8 @@ def read(
         "fingerprint": cache.fingerprint(folder),
         "contents": " ".join((*splits, image_key, label_key)),
     }
+    if choose is _test_name:
+        identity["name"] += "-test"  # beside the file of all splits
     directory = pathlib.Path(cache_dir or cache.default_directory()).expanduser()
     columns, read_split = ("images", "labels"), _decode
     if not in_memory:
@@ -104,8 +187,7 @@ def read(
             first = _lazy(tfds, builder, split, image_key, first)
         return Split(first, labels)
 
-    train, test = map(made, splits)
-    return train, test, builder.info.features[label_key].num_classes
+    return *map(made, splits), builder.info.features[label_key].num_classes
 
 
 def _nbytes(builder, splits: Sequence[str], image_key: str) -> int:
@@ -158,6 +240,21 @@ def _find(tfds, name: str, data_dir: str | None):
             f"{name!r}; {hint}. For prepared data of your own, check data_dir "
             f"({data_dir!r})."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Holds back what TFDS logs as a warning."""
+    log = logging.getLogger("absl")
+
+    def serious(record):
+        return record.levelno > logging.WARNING
+
+    log.addFilter(serious)
+    try:
+        yield
+    finally:
+        log.removeFilter(serious)
 
 
 def _prepare(builder, name: str) -> None:
@@ -218,6 +315,17 @@ def _split_names(builder, name: str) -> tuple[str, str]:
     raise ValueError(
         f'{name!r} must have the splits "train" and "test" (or "validation"), and it '
         f"has {splits}. Save your own split as an .npz file and load that."
+    )
+
+
+def _test_name(builder, name: str) -> tuple[str]:
+    splits = list(builder.info.splits)
+    for split in ("test", "validation"):
+        if split in splits:
+            return (split,)
+    raise ValueError(
+        f'{name!r} must have the split "test" (or "validation"), and it has {splits}. '
+        "Save your own split as an .npz file and load that."
     )
 
 

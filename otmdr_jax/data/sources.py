@@ -1,14 +1,21 @@
-"""`load`: a dataset by name, from scikit-learn, TFDS or a user's .npz file."""
+"""`load` and `load_test`: sets by name: scikit-learn's, TFDS's, .npz files."""
 
 import os
 import pathlib
 import zipfile
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from otmdr_jax.data import prepared
-from otmdr_jax.data.dataset import Dataset, Split, from_arrays, stratified_choice
+from otmdr_jax.data.dataset import (
+    Dataset,
+    Split,
+    check_split,
+    from_arrays,
+    stratified_choice,
+)
 
 # Channel mean and std of the training sets, as in the paper's released code; other
 # sets get theirs computed.
@@ -25,6 +32,7 @@ _NPZ_KEYS = (
     ("train_images", "train_labels", "test_images", "test_labels"),
     ("x_train", "y_train", "x_test", "y_test"),  # Keras
 )
+_NPZ_TEST_KEYS = tuple(keys[2:] for keys in _NPZ_KEYS)
 
 
 def load(
@@ -97,7 +105,7 @@ def load(
     }
     text = os.fspath(name)
     if text.endswith(".npz"):
-        train, test = _read_npz(pathlib.Path(text).expanduser())
+        train, test = _read_npz(pathlib.Path(text).expanduser(), _NPZ_KEYS)
         return from_arrays(train, test, name=pathlib.Path(text).stem, **options)
     if text == "digits":
         train, test = _digits()
@@ -123,6 +131,97 @@ def load(
     )
 
 
+def load_test(
+    name: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    download: bool = False,
+    in_memory: bool | None = True,
+) -> tuple[Split, int]:
+    """Loads the test split alone of a set, which needs no training split.
+
+    For sets to test on and not to train on: CIFAR-10.1 ("cifar10_1/v6"), CIFAR-10-C
+    ("cifar10_corrupted/fog_3"), and those from outside of the distribution.
+
+    Args:
+      name: as for :func:`load`; a path that ends in .npz needs the arrays test_images
+        and test_labels (or Keras' x_test, y_test) alone.
+      data_dir: see :func:`load`.
+      cache_dir: likewise.
+      download: likewise.
+      in_memory: likewise.
+
+    Returns:
+      (split, num_classes): a `Split` of checked images and labels, and C. Of an .npz
+      file C is the largest label plus one.
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError, TypeError: see :func:`load`.
+
+    Example:
+      >>> split, num_classes = load_test("digits")
+      >>> split.images.shape, num_classes
+      ((360, 8, 8, 1), 10)
+    """
+    text = os.fspath(name)
+    if text.endswith(".npz"):
+        path = pathlib.Path(text).expanduser()
+        test, num_classes = _read_npz(path, _NPZ_TEST_KEYS)[0], None
+    elif text == "digits":
+        test, num_classes = _digits()[1], 10
+    else:
+        test, num_classes = prepared.read_test(
+            text,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+            download=download,
+            in_memory=in_memory,
+        )
+    return check_split(test, num_classes, "test")
+
+
+class TestInfo(NamedTuple):
+    """What :func:`describe_test` tells of a set's test split.
+
+    Attributes:
+      num_examples: N.
+      image_shape: (H, W, C); None where only the images know.
+      num_classes: C, of an .npz file the largest label plus one.
+    """
+
+    num_examples: int
+    image_shape: tuple[int | None, ...]
+    num_classes: int
+
+
+def describe_test(
+    name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
+) -> TestInfo:
+    """Says what :func:`load_test` would load; nothing of a TFDS set is decoded.
+
+    Args:
+      name: as for :func:`load_test`.
+      data_dir: likewise.
+
+    Returns:
+      A :class:`TestInfo`.
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError, TypeError: as :func:`load_test`, where
+        the set is not there or cannot be read.
+
+    Example:
+      >>> describe_test("digits")
+      TestInfo(num_examples=360, image_shape=(8, 8, 1), num_classes=10)
+    """
+    text = os.fspath(name)
+    if text.endswith(".npz") or text == "digits":
+        split, num_classes = load_test(text)
+        return TestInfo(split.num_examples, split.images.shape[1:], num_classes)
+    return TestInfo(*prepared.describe_test(text, data_dir=data_dir))
+
+
 def _digits() -> tuple[Split, Split]:
     try:
         from sklearn.datasets import load_digits
@@ -142,8 +241,8 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
-def _read_npz(path: pathlib.Path) -> tuple[Split, Split]:
-    """The four arrays of a user's file; `from_arrays` checks what they hold."""
+def _read_npz(path: pathlib.Path, choices: Sequence[Sequence[str]]) -> list[Split]:
+    """Pairs of arrays of a user's file, by their names; nothing in them is checked."""
     if not path.is_file():
         raise FileNotFoundError(
             f"a name that ends in .npz must be a file, and {str(path)!r} is none "
@@ -152,10 +251,11 @@ def _read_npz(path: pathlib.Path) -> tuple[Split, Split]:
     try:
         # np.load of a path leaves the file open where it is no zip; this does not.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            for keys in _NPZ_KEYS:
+            for keys in choices:
                 if set(keys) <= set(file.files):
                     arrays = [file[key] for key in keys]
-                    return Split(*arrays[:2]), Split(*arrays[2:])
+                    pairs = zip(arrays[::2], arrays[1::2], strict=True)
+                    return [Split(*pair) for pair in pairs]
             found = sorted(file.files)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise ValueError(
@@ -163,8 +263,8 @@ def _read_npz(path: pathlib.Path) -> tuple[Split, Split]:
             f"failed with: {error}. Write it again with np.savez; arrays of Python "
             "objects cannot be read."
         ) from error
-    choices = " or ".join(", ".join(keys) for keys in _NPZ_KEYS)
+    names = " or ".join(", ".join(keys) for keys in choices)
     raise ValueError(
-        f"{str(path)!r} must hold the arrays {choices}, and it holds {found}. Rename "
+        f"{str(path)!r} must hold the arrays {names}, and it holds {found}. Rename "
         "them where you save the file."
     )

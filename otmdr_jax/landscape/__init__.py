@@ -24,9 +24,11 @@ from otmdr_jax.landscape.sharpness import (
 from otmdr_jax.landscape.slices import (
     Subspace,
     loss_grid,
+    points_at_once,
     random_direction,
     through,
 )
+from otmdr_jax.landscape.trajectory import trajectory_plane
 
 __all__ = [
     "AverageSharpness",
@@ -39,8 +41,10 @@ __all__ = [
     "hessian_product",
     "hessian_trace",
     "loss_grid",
+    "points_at_once",
     "random_direction",
     "sam_gap",
     "through",
+    "trajectory_plane",
     "worst_in_ball",
 ]

@@ -79,29 +79,47 @@ class Objective:
         )
         return float(loss)
 
-    def losses(self, directions: Sequence[Leaves], points: np.ndarray) -> np.ndarray:
+    def losses(
+        self, directions: Sequence[Leaves], points: np.ndarray, at_once: int = 1
+    ) -> np.ndarray:
         """Mean losses at the center plus combinations of directions; one pass.
 
         Args:
           directions: D lists like the center.
           points: (G, D) coefficients.
+          at_once: Points in a call of the compiled function.
 
         Returns:
           (G,) losses in float64.
         """
-        loss_at = self._programs.loss_at
         coefficients = np.asarray(points, np.float32)
+        count = len(coefficients)
+        # Calls of one size are one program: the last ones are filled up.
+        filled = np.arange(-(-count // at_once) * at_once) % count
+        blocks = coefficients[filled].reshape(-1, at_once, coefficients.shape[1])
 
         def step(batch, _):
-            # A call for each point: on CPUs no slower than a loop in the program, and
-            # vectorised convolutions took twice as long.
+            # A call for each block: a loop in the program is no faster.
             sums = [
-                loss_at(self.center, directions, c, self._fixed, batch)
-                for c in coefficients
+                self._programs.losses_at(
+                    self.center, directions, block, self._fixed, batch
+                )
+                for block in blocks
             ]
             return ([loss for loss, _ in sums], sums[0][1]), ()
 
-        return self._pass(step)[0]
+        return self._pass(step)[0].reshape(-1)[:count]
+
+    def bytes_of_a_point(self, directions: Sequence[Leaves]) -> int:
+        """Memory that a point of :meth:`losses` takes beside weights and batch."""
+        block = np.zeros((1, len(directions)), np.float32)
+        for batch in self._batches:
+            program = self._programs.losses_at.lower(
+                self.center, directions, block, self._fixed, batch
+            ).compile()
+            memory = program.memory_analysis()
+            return 0 if memory is None else memory.temp_size_in_bytes
+        return 0  # no batch: the pass over the set will say so
 
     def gradient(self, weights: Leaves) -> tuple[float, Leaves]:
         """The mean loss and its gradient, in float32 or wider; one pass."""
@@ -175,7 +193,7 @@ class _Programs(NamedTuple):
     loss: Callable[..., Any]
     add_gradient: Callable[..., Any]
     add_product: Callable[..., Any]
-    loss_at: Callable[..., Any]
+    losses_at: Any
 
 
 @functools.lru_cache(maxsize=16)
@@ -212,7 +230,6 @@ def _compiled(loss_sum, treedef, moving):
         _, more, sums = jax.jvp(along, (weights,), (tangent,), has_aux=True)
         return sums, _added(total, more)
 
-    @jax.jit
     def loss_at(center, directions, coefficients, fixed, batch):
         weights = []
         for w, *along in zip(center, *directions, strict=True):
@@ -222,7 +239,17 @@ def _compiled(loss_sum, treedef, moving):
             weights.append(moved.astype(w.dtype))
         return loss_of(weights, fixed, batch)
 
-    return _Programs(jax.jit(loss_of), add_gradient, add_product, loss_at)
+    @jax.jit
+    def losses_at(center, directions, block, fixed, batch):
+        if len(block) == 1:
+            loss, count = loss_at(center, directions, block[0], fixed, batch)
+            return jnp.reshape(loss, (1,)), count
+        losses, counts = jax.vmap(loss_at, in_axes=(None, None, 0, None, None))(
+            center, directions, block, fixed, batch
+        )
+        return losses, counts[0]
+
+    return _Programs(jax.jit(loss_of), add_gradient, add_product, losses_at)
 
 
 def _fetched(totals, sums):

@@ -6,7 +6,8 @@ with random directions x and y, eigenvectors of the Hessian, or those through se
 solutions. At every point BatchNorm has the running statistics that `loss_sum` uses.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +20,29 @@ from otmdr_jax.perturbation import resolve_mask
 
 PyTree = Any
 
+# Between two reports of a grid: short enough that little is lost, long enough that
+# reading the set again costs nothing.
+SECONDS_A_REPORT = 2.0
+# Points that an accelerator evaluates at once, where they fit in half of its memory.
+MOST_AT_ONCE = 16
+
 
 class Subspace(NamedTuple):
-    """A line or plane through solutions, as :func:`through` finds it.
+    """A line or plane through or near solutions.
 
     Attributes:
-      origin: The first solution.
+      origin: The solution at 0: the first of :func:`through`, the last of
+        :func:`trajectory_plane`.
       directions: One or two pytrees like it, orthogonal and of equal length.
-      points: (n, d) coordinates of the n solutions: (0, ...), (1, ...) and, of three,
-        where the third lies.
+      points: (n, d) coordinates of the n solutions.
+      explained: (d,) shares of the solutions' variance that lie along the directions;
+        None where they hold all of it by construction.
     """
 
     origin: PyTree
     directions: tuple[PyTree, ...]
     points: np.ndarray
+    explained: np.ndarray | None = None
 
 
 def random_direction(
@@ -119,7 +129,7 @@ def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subsp
     """
     solutions = [first, second] if third is None else [first, second, third]
     for other in solutions[1:]:
-        _check_like(first, other)
+        check_like(first, other)
     x = _difference(second, first)
     length = float(tree.norm(x))
     if not length > 0:
@@ -148,18 +158,31 @@ def loss_grid(
     batches: Iterable[PyTree],
     directions: Sequence[PyTree],
     axes: Sequence[Any],
+    *,
+    at_once: int | None = None,
+    known: Any = (),
+    report: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
     r"""The mean loss on a grid of points :math:`\theta + \sum_i c_i d_i`.
 
-    One compiled function evaluates a point on a batch; the set is read once.
+    One compiled function evaluates `at_once` points on a batch. Points are taken in C
+    order, the last axis fastest. An interrupted grid goes on from what it last
+    reported, to the same bits, if it is given as `known` beside the same arguments.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
         once, so pass the same function object each time.
       params: The solution, where all coefficients are 0.
-      batches: The set, in batches of any sizes; iterated over once.
+      batches: The set, in batches of any sizes; iterated over once, and with `report`
+        about every two seconds.
       directions: D pytrees like `params`: one for a line, two for a plane.
       axes: D vectors of coefficients, in units of the directions.
+      at_once: Points that are evaluated at once, with so many times the activations:
+        the same grid to rounding. None: that of :func:`points_at_once`, 1 on CPUs,
+        where more are slower.
+      known: (n,) losses of the first n points, from an interrupted grid.
+      report: Is called about every two seconds with the losses of the points so far,
+        (n,) in float64, the known ones among them.
 
     Returns:
       (len(axes[0]), ...) losses in float64, D axes in the order of the directions; not
@@ -191,15 +214,79 @@ def loss_grid(
                 f"shape {axis.shape}."
             )
     whole = Objective(loss_sum, params, batches)
+    moving = [[jnp.asarray(d) for d in whole.leaves(x)] for x in directions]
     points = np.stack(np.meshgrid(*grids, indexing="ij"), axis=-1)
-    losses = whole.losses(
-        [[jnp.asarray(d) for d in whole.leaves(x)] for x in directions],
-        points.reshape(-1, len(grids)),
-    )
+    flat = points.reshape(-1, len(grids))
+    known = np.asarray(known, np.float64)
+    if known.ndim != 1 or len(known) > len(flat):
+        raise ValueError(
+            f"known must be a vector of at most the grid's {len(flat)} losses, got "
+            f"shape {known.shape}."
+        )
+    if at_once is None:
+        at_once = _fitting(whole, moving, _free_memory())
+    if at_once < 1:
+        raise ValueError(f"at_once must be at least 1, got {at_once}.")
+    losses = np.empty(len(flat))
+    done = len(known) if len(known) == len(flat) else len(known) // at_once * at_once
+    losses[:done] = known[:done]
+    count = len(flat) if report is None else at_once
+    while done < len(flat):
+        began = time.monotonic()
+        end = min(done + count, len(flat))
+        losses[done:end] = whole.losses(moving, flat[done:end], at_once)
+        done = end
+        if report is not None:
+            report(losses[:done].copy())
+            pace = SECONDS_A_REPORT / max(time.monotonic() - began, 1e-9)
+            # The first pass compiles: what it took says little.
+            count = max(int(count * min(pace, 8)) // at_once, 1) * at_once
     return losses.reshape(points.shape[:-1])
 
 
-def _check_like(first, other):
+def points_at_once(
+    loss_sum: LossSum,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    directions: Sequence[PyTree],
+) -> int:
+    """How many points :func:`loss_grid` evaluates at once where it is not told.
+
+    On accelerators this depends on the memory that is free: a grid that is to go on to
+    the same bits later has to be told the number that it started with.
+
+    Args:
+      loss_sum: As in :func:`loss_grid`, like all that follow.
+      params: The solution.
+      batches: The set, of which the first batch is read on accelerators.
+      directions: One for a line, two for a plane.
+
+    Returns:
+      1 on CPUs; elsewhere as many as fit in half of the free memory, 16 at most.
+    """
+    whole = Objective(loss_sum, params, batches)
+    moving = [[jnp.asarray(d) for d in whole.leaves(x)] for x in directions]
+    return _fitting(whole, moving, _free_memory())
+
+
+def _free_memory() -> int | None:
+    """Bytes that are free on an accelerator; None on CPUs."""
+    if jax.default_backend() == "cpu":
+        return None
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+
+
+def _fitting(whole: Objective, directions: Sequence[Any], free: int | None) -> int:
+    """How many points are evaluated at once, by the memory that is free."""
+    if free is None:  # on CPUs vectorised convolutions are slower
+        return 1
+    each = max(whole.bytes_of_a_point(directions), 1)
+    return int(np.clip(free // 2 // each, 1, MOST_AT_ONCE))
+
+
+def check_like(first: PyTree, other: PyTree) -> None:
+    """Raises ValueError unless two solutions have one structure and its shapes."""
     one: Any = jax.tree.structure(first)
     two: Any = jax.tree.structure(other)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(t)] for t in (first, other)]

@@ -127,11 +127,7 @@ def debiased_ece(
     """
     p = check(probs, labels)
     bins = bin_sums(*top_bins(p, num_bins, cut))
-    n = bins.counts[bins.counts > 1]
-    accuracy = bins.positives[bins.counts > 1] / n
-    confidence = bins.scores[bins.counts > 1] / n
-    terms = (accuracy - confidence) ** 2 - accuracy * (1.0 - accuracy) / (n - 1)
-    return float(np.sqrt(max(0.0, n @ terms / p.shape[0])))
+    return float(np.sqrt(max(0.0, bins.debiased_square() / p.shape[0])))
 
 
 def sce(probs: Array, labels: Array, num_bins: int = NUM_BINS) -> float:

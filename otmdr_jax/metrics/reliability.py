@@ -48,6 +48,14 @@ class BinSums(NamedTuple):
         gaps = np.abs(self.scores - self.positives) / np.maximum(self.counts, 1)
         return float(gaps.max())
 
+    def debiased_square(self) -> float:
+        """sum_b n_b [(mean score - f)^2 - f (1 - f) / (n_b - 1)], f the frequency."""
+        several = self.counts > 1  # a bin of one example counts nothing
+        n = self.counts[several]
+        frequency, score = self.positives[several] / n, self.scores[several] / n
+        chance = frequency * (1.0 - frequency) / (n - 1)
+        return float(n @ ((frequency - score) ** 2 - chance))
+
 
 def reliability(
     probs: Array, labels: Array, num_bins: int = NUM_BINS, *, cut: Cut = "width"

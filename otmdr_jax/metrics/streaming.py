@@ -221,7 +221,8 @@ def compute(state: State) -> dict[str, float]:
 
     Returns:
       accuracy, top5_accuracy, nll, brier and its three parts, ece, mce, sce, entropy,
-      mutual_information (0 of predictions that are no samples).
+      mutual_information (0 of predictions that are no samples); debiased_ece_width, as
+      `metrics.debiased_ece(cut="width")`, since bins of equal mass need ranks.
 
     Raises:
       ValueError: Nothing has been seen, or rows that are no distributions, or labels
@@ -257,6 +258,7 @@ def compute(state: State) -> dict[str, float]:
         "brier_uncertainty": uncertainty,
         "ece": top.gap() / count,
         "mce": top.largest_gap(),
+        "debiased_ece_width": max(0.0, top.debiased_square() / count) ** 0.5,
         "sce": sum(gaps) / (count * len(classes)),
         "entropy": _value(seen.entropy) / count,
         "mutual_information": max(0.0, _value(seen.entropy) - _value(seen.within))

@@ -9,6 +9,12 @@ A run folder holds config.json, metrics.jsonl, result.json and predictions.npz:
 Rich and matplotlib are loaded when something is printed or drawn, not before.
 """
 
+from otmdr_jax.report.landscape import (
+    contour_figure,
+    line_figure,
+    plot_landscape,
+    surface_figure,
+)
 from otmdr_jax.report.page import check_folder, write
 from otmdr_jax.report.plots import (
     learning_curves_figure,
@@ -24,6 +30,7 @@ from otmdr_jax.report.reading import (
     read_run,
     with_distinct_labels,
 )
+from otmdr_jax.report.shift import plot_shift, print_shift, shift_figure
 from otmdr_jax.report.tables import (
     DEFAULT_COLUMNS,
     Cell,
@@ -42,19 +49,26 @@ __all__ = [
     "Row",
     "Run",
     "check_folder",
+    "contour_figure",
     "known_columns",
     "label_of",
     "learning_curves_figure",
+    "line_figure",
     "markdown_table",
     "member_runs",
+    "plot_landscape",
     "plot_learning_curves",
     "plot_reliability",
+    "plot_shift",
     "plot_signal_to_noise",
+    "print_shift",
     "print_table",
     "read_run",
     "reliability_figure",
+    "shift_figure",
     "signal_to_noise_figure",
     "summarise",
+    "surface_figure",
     "with_distinct_labels",
     "write",
 ]

@@ -4,6 +4,7 @@ Figures are built without pyplot: no backend is chosen and no global state is to
 A `*_figure` function builds, its `plot_*` twin writes the file.
 """
 
+import io
 import math
 import pathlib
 import textwrap
@@ -27,7 +28,8 @@ COLOURS = (
     "#000000",
 )
 _STYLES = ("-", "--", ":", "-.")  # for an eighth label and more
-WIDTH, _DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
+WIDTH, DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
+NARROW = 4.0  # inches: letters of a readable size on a phone
 SMALL, LARGE = 8, 9  # points: ticks and legends, labels and titles
 
 # The parts of a reliability diagram, alike in panels and legend.
@@ -79,7 +81,7 @@ def plot_reliability(
     return save(reliability_figure(runs, num_bins), path)
 
 
-def learning_curves_figure(runs: Iterable[Run]) -> Any:
+def learning_curves_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
     """Training loss, accuracy and negative log-likelihood against the epoch.
 
     A label has one colour: a thin line for each run, a thick one for their mean at the
@@ -88,6 +90,7 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
 
     Args:
       runs: The runs.
+      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of three axes. A line's gid is "run:LABEL" or
@@ -99,18 +102,18 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
     """
     groups = by_label(runs)
     split = _evaluated_split([run for group in groups.values() for run in group])
-    figure = new_figure(WIDTH, 2.7)
+    figure = new_figure(NARROW, 6.6) if narrow else new_figure(WIDTH, 2.7)
     panels = (
         ("train", "loss", 1.0, "Training loss (nats)"),
         (split, "accuracy", 100.0, f"{split.capitalize()} accuracy (%)"),
         (split, "nll", 1.0, f"{split.capitalize()} NLL (nats)"),
     )
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(*((3, 1) if narrow else (1, 3)))
     for ax, (source, name, scale, title) in zip(axes, panels, strict=True):
         for i, (label, group) in enumerate(groups.items()):
             _draw_group(ax, label, line_style(i), _curves(group, source, name, scale))
         if not ax.lines:
-            _say(ax, "not recorded")
+            say(ax, "not recorded")
         elif name != "accuracy":
             _log_if_wide(ax)
         ax.set_title(title, fontsize=LARGE)
@@ -122,7 +125,9 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
     return figure
 
 
-def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> Any:
+def reliability_figure(
+    runs: Iterable[Run], num_bins: int = metrics.NUM_BINS, *, narrow: bool = False
+) -> Any:
     """Accuracy against confidence, and how often each confidence was given.
 
     One panel for each label over the pooled predictions of its runs, on the same axes.
@@ -131,6 +136,7 @@ def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) ->
     Args:
       runs: The runs.
       num_bins: Bins of confidence.
+      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure`: for each label an axes with gid "reliability:LABEL"
@@ -142,9 +148,9 @@ def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) ->
       ValueError: No runs, or runs of one label that differ in their classes.
     """
     groups = by_label(runs)
-    columns = {1: 1, 2: 2, 4: 2}.get(len(groups), 3)
+    columns = 1 if narrow else panel_columns(len(groups))
     lines = math.ceil(len(groups) / columns)
-    width = 4.8 if columns == 1 else WIDTH
+    width = NARROW if narrow else 4.8 if columns == 1 else WIDTH
     height = 1.15 * width / columns + 0.45
     figure = new_figure(width, min(height, 4.2) * lines + 0.4)
     grid = figure.subplots(
@@ -172,8 +178,15 @@ def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
     """Writes a figure; the same figure gives the same bytes."""
     path = pathlib.Path(path)
     metadata = {"Software": None} if path.suffix == ".png" else None
-    figure.savefig(path, dpi=_DPI, metadata=metadata)
+    figure.savefig(path, dpi=DPI, metadata=metadata)
     return path
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the bytes of its file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, metadata={"Software": None}, format="png")
+    return buffer.getvalue()
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -184,7 +197,12 @@ def new_figure(width: float, height: float) -> Any:
         raise ImportError(
             "plots need matplotlib: pip install otmdr-jax[train]"
         ) from error
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+
+
+def panel_columns(panels: int) -> int:
+    """How many panels stand side by side."""
+    return {1: 1, 2: 2, 4: 2}.get(panels, 3)
 
 
 def _evaluated_split(runs: Sequence[Run]) -> str:
@@ -251,11 +269,17 @@ def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
         Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(groups))
     ]
     names = [
-        _plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
+        plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
         for label, group in groups.items()
     ]
+    legend(figure, handles, names)
+
+
+def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Puts a legend under a figure, which grows by its height."""
     # About 115 small letters fit in the width; a handle takes the place of seven.
-    columns = max(1, min(len(names), 115 // (max(map(len, names)) + 7)))
+    letters = round(115 * figure.get_figwidth() / WIDTH)
+    columns = max(1, min(len(names), letters // (max(map(len, names)) + 7)))
     rows = math.ceil(len(names) / columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * rows)
     figure.legend(
@@ -268,7 +292,7 @@ def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
     )
 
 
-def _pool(runs: Sequence[Run]) -> list[Run]:
+def pool(runs: Sequence[Run]) -> list[Run]:
     """The runs whose predictions are numbers, checked to share their classes."""
     classes = sorted({run.log_probs.shape[1] for run in runs})
     if len(classes) > 1:
@@ -283,11 +307,11 @@ def _draw_reliability(
     top: Any, bottom: Any, label: str, runs: Sequence[Run], num_bins: int
 ) -> float:
     """Draws one label's panel; returns the highest bar of its histogram."""
-    name = _plain(textwrap.fill(label, 30))
-    pooled = _pool(runs)
+    name = plain(textwrap.fill(label, 30))
+    pooled = pool(runs)
     if not pooled:
         top.set_title(name, fontsize=LARGE)
-        _say(top, "no finite predictions")
+        say(top, "no finite predictions")
         return 0.0
     log_probs = np.concatenate([run.log_probs for run in pooled])
     labels = np.concatenate([run.labels for run in pooled])
@@ -360,10 +384,11 @@ def _legend_of_bars(figure: Any) -> None:
     )
 
 
-def _say(ax: Any, text: str) -> None:
+def say(ax: Any, text: str) -> None:
+    """Writes into an axes that has nothing to show."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=LARGE)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that matplotlib does not read as a formula."""
     return text.replace("$", r"\$")

@@ -32,7 +32,7 @@ def plot_signal_to_noise(runs: Iterable[Run], path: str | pathlib.Path) -> pathl
     return plots.save(signal_to_noise_figure(runs), path)
 
 
-def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
+def signal_to_noise_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
     r"""How many weights have which ratio of \|mu\| to sigma, and which layers.
 
     Left the share of weights in bins of 2 dB, a line for each label: the mean over its
@@ -40,6 +40,7 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
 
     Args:
       runs: The runs; those without a posterior are left out.
+      narrow: Axes below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of two axes. A line's gid is "share:LABEL" or
@@ -52,8 +53,9 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     Reference: Blundell et al., 2015, figure 4.
     """
     groups = by_label(bayesian(runs))
-    figure = plots.new_figure(plots.WIDTH, 3.2)
-    left, right = figure.subplots(1, 2)
+    size = (plots.NARROW, 6.0) if narrow else (plots.WIDTH, 3.2)
+    figure = plots.new_figure(*size)
+    left, right = figure.subplots(*((2, 1) if narrow else (1, 2)))
     centers = summary.LOWEST + summary.WIDTH * (np.arange(summary.NUM_BINS) + 0.5)
     every: list[str] = []
     for i, (label, group) in enumerate(groups.items()):

@@ -196,7 +196,6 @@ def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> No
     header, body = _grid(rows)
     header = [header[0], "n", *header[1:]]
     try:
-        import rich.console
         import rich.table
         import rich.text
     except ImportError:
@@ -211,13 +210,20 @@ def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> No
             for text, best in cells
         ]
         table.add_row(rich.text.Text(label), str(row.n), *numbers_)
-    if console is None:
-        console = rich.console.Console()
-        if not console.is_terminal:  # a file or a pipe has no width to keep to
-            wide = console.options.update(width=10_000)
-            needed = rich.console.Measurement.get(console, wide, table).maximum
-            console = rich.console.Console(width=max(console.width, needed))
-    console.print(table)
+    (wide_console(table) if console is None else console).print(table)
+
+
+def wide_console(table: Any) -> Any:
+    """A console on standard output, wide enough for a rich table in a file or pipe."""
+    from rich.console import Console, Measurement
+
+    console = Console()
+    if console.is_terminal:
+        return console
+    # Nobody's window is too narrow.
+    wide = console.options.update(width=10_000)
+    needed = Measurement.get(console, wide, table).maximum
+    return Console(width=max(console.width, needed))
 
 
 def markdown_cell(text: str) -> str:
@@ -232,17 +238,26 @@ def _plain_table(rows, header, body, title: str) -> str:
         lines.append([label, str(row.n), *texts])
     # The two places of the best mark: headings end where the numbers do.
     lines[0] = [*header[:2], *(f"{name}  " for name in header[2:])]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = aligned_text(lines[0], lines[1:], title)
+    best = any(b for _, c in body for _, b in c)
+    return f"{text}\n* best of its column" if best else text
+
+
+def aligned_text(
+    header: Sequence[str], lines: Sequence[Sequence[str]], title: str = ""
+) -> str:
+    """A table as text whose columns are aligned, for where rich is not installed."""
+    every = [header, *lines]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
     shown = [
         "  ".join(
             text.rjust(width) if i else text.ljust(width)
             for i, (text, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in lines
+        for line in every
     ]
     shown.insert(1, "-" * max(map(len, shown)))
-    note = ["* best of its column"] if any(b for _, c in body for _, b in c) else []
-    return "\n".join([*([title] if title else []), *shown, *note])
+    return "\n".join([*([title] if title else []), *shown])
 
 
 def _resolve(column: Column | str, runs: Sequence[Run]) -> Column:

@@ -1,0 +1,501 @@
+"""What stands on a report's pages, from the runs and what their folders hold."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from otmdr_jax import metrics, programs
+from otmdr_jax.config import TrainConfig
+from otmdr_jax.metrics import intervals
+from otmdr_jax.report import (
+    examples,
+    landscape,
+    plots,
+    posterior,
+    predictions,
+    records,
+    shift,
+    significance,
+    tables,
+)
+from otmdr_jax.report.document import Document, Picture, Section, missing
+from otmdr_jax.report.reading import (
+    Run,
+    beyond_the_seed,
+    by_label,
+    differing,
+    text_of,
+)
+
+Part = str | Picture
+
+
+def comparison(title: str, runs: Sequence[Run], versions: str) -> Document:
+    """The short page: table, learning curves, reliability, configuration.
+
+    Args:
+      title: The page's heading.
+      runs: The runs.
+      versions: Of the packages, in words.
+    """
+    sections = [
+        _overview(runs),
+        _curves(runs),
+        _reliability(runs),
+        _posterior(runs),
+        _configuration(runs),
+        _versions(versions),
+    ]
+    return Document(title, tuple(s for s in sections if s is not None))
+
+
+def everything(
+    title: str, runs: Sequence[Run], versions: str, baseline: str | None = None
+) -> Document:
+    """The whole page: all that is known of the runs; what is missing is named.
+
+    Args:
+      title: The page's heading.
+      runs: The runs.
+      versions: Of the packages, in words.
+      baseline: The label that others are compared with. Default: the first one.
+
+    Raises:
+      ValueError: No such label; a record in a run's folder that cannot be read.
+    """
+    baseline = next(iter(by_label(runs))) if baseline is None else baseline
+    sections = [
+        _overview(runs),
+        _significance(runs, baseline),
+        _curves(runs),
+        _reliability(runs),
+        _all_metrics(runs),
+        _calibration(runs),
+        _confusion(runs),
+        _risk(runs),
+        _shift(runs),
+        _sharpness(runs),
+        _landscape(runs),
+        _posterior(runs),
+        *_examples(runs),
+        _configuration(runs),
+        _versions(versions),
+    ]
+    return Document(title, tuple(s for s in sections if s is not None))
+
+
+def _overview(runs):
+    rows = tables.summarise(runs, tables.known_columns(runs))
+    meanings = [
+        f"- **{column.title.split(' (')[0].rstrip(' ↑↓')}**: {column.meaning}."
+        for column, *_ in rows[0].cells.values()
+    ]
+    return Section(
+        "",
+        (
+            tables.markdown_table(rows),
+            "Mean ± sample standard deviation (ddof = 1) over n runs; the best mean of "
+            'a column in bold; "-" where nothing is known; ↑ higher is better, ↓ lower '
+            "is better. The numbers of each run are in `results.json`.",
+            *_cautions(runs),
+            "\n".join(meanings),
+        ),
+    )
+
+
+def _cautions(runs: Sequence[Run]) -> list[str]:
+    """What makes a mean over a label's runs worth less than it looks."""
+    cautions = []
+    for label, group in by_label(runs).items():
+        options = beyond_the_seed(group)
+        if options:
+            cautions.append(
+                f"**Note:** the runs of {label} differ in more than the seed: "
+                f"{', '.join(options)}."
+            )
+        seeds = [run.config["seed"] for run in group if "seed" in run.config]
+        if not options and len(set(seeds)) < len(seeds):
+            cautions.append(f"**Note:** runs of {label} share a seed.")
+    return cautions
+
+
+def _significance(runs, baseline):
+    found = significance.compare(runs, baseline)
+    if not found:
+        return Section("Significance", (missing("no run has finite predictions."),))
+    parts: list[Part] = [
+        records.markdown(significance.table(found)),
+        "Means over a method's runs with their 95 % intervals by the bootstrap over "
+        f"{len(runs[0].labels)} test examples ({intervals.NUM_SAMPLES} draws), and Δ, "
+        f"the difference from {baseline}, with its interval and the p-value of a "
+        "paired randomisation test over examples; in bold below 0.05. This is about "
+        "the choice of test examples; how much seeds matter is the standard deviation "
+        "above.",
+    ]
+    compared = {row.label for row in found if row.against}
+    left_out = [x for x in by_label(runs) if x not in compared and x != baseline]
+    if left_out:
+        parts.append(
+            missing(
+                f"{', '.join(left_out)}: their test sets are not {baseline}'s, or they "
+                "diverged, so that they cannot be compared example by example."
+            )
+        )
+    return Section("Significance", tuple(parts))
+
+
+def _curves(runs):
+    return Section(
+        "Learning curves",
+        (
+            Picture(
+                "learning_curves",
+                "Learning curves",
+                lambda narrow: plots.learning_curves_figure(runs, narrow=narrow),
+            ),
+            "One colour for each method: thin lines are runs, thick ones their mean. "
+            "The training loss is what a method minimises: for SAM, ASAM and OT-MDR "
+            "the loss at the perturbed weights, for Bayesian networks with the "
+            "divergence from the prior.",
+        ),
+    )
+
+
+def _reliability(runs):
+    return Section(
+        "Reliability",
+        (
+            Picture(
+                "reliability",
+                "Reliability diagrams",
+                lambda narrow: plots.reliability_figure(runs, narrow=narrow),
+            ),
+            f"Accuracy within {metrics.NUM_BINS} bins of confidence over the pooled "
+            "test predictions of a method's runs, and the share of predictions in each "
+            "bin. ECE above a panel is that of the pooled predictions; the table's is "
+            "the mean over runs.",
+        ),
+    )
+
+
+def _all_metrics(runs):
+    return Section(
+        "All metrics",
+        (
+            records.markdown(significance.summary_table(runs)),
+            "Means over a method's runs, each over the whole test set in float64; the "
+            "definitions are those of `otmdr_jax.metrics`.",
+            Picture(
+                "confidence",
+                "Histograms of the confidence of right and wrong predictions",
+                lambda narrow: predictions.confidence_figure(runs, narrow=narrow),
+            ),
+            "How often each confidence was given, to predictions that are right and to "
+            "those that are wrong.",
+        ),
+    )
+
+
+def _calibration(runs):
+    return _of_records(
+        "Calibration",
+        runs,
+        records.CALIBRATION,
+        lambda record: [
+            f"{record['how'][0].upper()}{record['how'][1:]}:",
+            records.markdown(records.calibration_table(record)),
+            *(
+                f"{method['name']} failed: {method['why']}"
+                for method in record["methods"]
+                if "why" in method
+            ),
+            "Conformal sets:",
+            records.markdown(records.conformal_table(record)),
+        ],
+        "Raw and calibrated values are of the same examples, none of which the "
+        "calibrator was fitted on.",
+    )
+
+
+def _confusion(runs):
+    return Section(
+        "Confusion",
+        (
+            Picture(
+                "confusion",
+                "Confusion matrices",
+                lambda narrow: predictions.confusion_figure(runs, narrow=narrow),
+            ),
+            "Of the test examples of a class (row), the share that is predicted as "
+            "each class (column), over a method's pooled runs. The colour scale is a "
+            "root scale, so that errors are seen.",
+        ),
+    )
+
+
+def _risk(runs):
+    return Section(
+        "Risk and coverage",
+        (
+            Picture(
+                "risk_coverage",
+                "Risk-coverage curves",
+                lambda narrow: predictions.risk_coverage_figure(runs, narrow=narrow),
+            ),
+            "The error among the surest predictions, against how many of them are "
+            "kept: lower is better, and the right end is the error of all. AURC is the "
+            "area under it.",
+        ),
+    )
+
+
+def _sharpness(runs):
+    found = {
+        _name_of(run): record
+        for run in runs
+        if (record := records.read_record(run, records.SHARPNESS)) is not None
+    }
+    parts: list[Part] = []
+    if found:
+        counts = sorted({record["num_examples"] for record in found.values()})
+        parts += [
+            records.markdown(records.sharpness_table(found)),
+            "How far the training loss rises around the solution, on "
+            f"{' or '.join(map(str, counts))} training images; ± is the standard error "
+            "where directions are drawn. Adaptive measures take the size of each "
+            "weight as its unit; compare those between networks whose weights differ "
+            "in size.",
+        ]
+    return Section("Sharpness", (*parts, *_what_is_missing(runs, records.SHARPNESS)))
+
+
+def _shift(runs):
+    found = {}
+    for label, group in by_label(runs).items():
+        every = [records.read_record(run, records.SHIFT) for run in group]
+        own = [record for record in every if record is not None]
+        if own:
+            found[label] = shift.mean_record(own)
+    parts: list[Part] = []
+    if any(record["corruptions"] for record in found.values()):
+        parts += [
+            Picture(
+                "shift",
+                "Accuracy, NLL and ECE against the severity of corruptions",
+                lambda narrow: shift.shift_figure(list(found.items()), narrow=narrow),
+            ),
+            records.markdown(shift.summary_table(found)),
+            "Corruptions computed on the test images, not the files of CIFAR-10-C; "
+            "means over corruptions, severities and the runs of a method.",
+        ]
+    for label, record in found.items():
+        for name, table in (
+            ("CIFAR-10-C", shift.published_table(record)),
+            ("other test sets", shift.set_table(record)),
+        ):
+            if table[1]:
+                parts += [f"### {label}: {name}", records.markdown(table)]
+    if any(record["ood"] for record in found.values()):
+        parts += [
+            records.markdown(shift.ood_table(found)),
+            "Foreign images told from the test set by uncertainty. AUROC: 0.5 is "
+            "chance; AUPR: foreign images are the positives; FPR95: the share of them "
+            "that pass where 95 % of the test set do.",
+        ]
+    return Section("Shift", (*parts, *_what_is_missing(runs, records.SHIFT)))
+
+
+def _landscape(runs):
+    found = [
+        (_name_of(run), record)
+        for run in runs
+        if (record := records.read_record(run, records.LANDSCAPE)) is not None
+    ]
+    parts: list[Part] = []
+    for i, group in enumerate(landscape.comparable(found), 1):
+        first = group[0][1]
+        number = f"_{i}" if i > 1 else ""
+        figures = (
+            {"landscape_line": landscape.line_figure}
+            if len(first["axes"]) == 1
+            else {
+                "landscape": landscape.contour_figure,
+                "landscape_surface": landscape.surface_figure,
+            }
+        )
+        parts += [
+            Picture(
+                name + number,
+                f"Loss landscape: {', '.join(label for label, _ in group)}",
+                functools.partial(_draw_landscape, figure, group),
+            )
+            for name, figure in figures.items()
+        ]
+        parts.append(
+            f"{landscape.MEANINGS[first['kind']]} Mean loss of "
+            f"{first['num_examples']} images of the {first['split']} set; equal "
+            "colours are equal losses."
+        )
+    return Section(
+        "Loss landscape", (*parts, *_what_is_missing(runs, records.LANDSCAPE))
+    )
+
+
+def _draw_landscape(figure, group, narrow):
+    return figure(group, narrow=narrow)
+
+
+def _missing_section(title, runs, kind):
+    return Section(title, tuple(_what_is_missing(runs, kind)))
+
+
+def _of_records(
+    title: str,
+    runs: Sequence[Run],
+    kind: tuple[str, str],
+    parts_of: Callable[[dict[str, Any]], list[str]],
+    note: str,
+) -> Section:
+    """A section with a record's tables for each run that has one."""
+    parts: list[Part] = []
+    for run in runs:
+        record = records.read_record(run, kind)
+        if record is not None:
+            parts += [f"### {_name_of(run)}", *parts_of(record)]
+    if parts:
+        parts.append(note)
+    return Section(title, (*parts, *_what_is_missing(runs, kind)))
+
+
+def _what_is_missing(runs, kind) -> list[str]:
+    lacking = [run for run in runs if records.read_record(run, kind) is None]
+    if not lacking:
+        return []
+    names = ", ".join(_name_of(run) for run in lacking)
+    _, command = kind
+    return [missing(f"{names}. `{command} RUN` writes it; then make this page again.")]
+
+
+def _name_of(run: Run) -> str:
+    return run.label if run.folder is None else f"{run.label} ({run.folder.name})"
+
+
+def _posterior(runs):
+    if not posterior.bayesian(runs):
+        return None
+    return Section(
+        "Posterior",
+        (
+            Picture(
+                "signal_to_noise",
+                "Signal-to-noise ratios of the weights",
+                lambda narrow: posterior.signal_to_noise_figure(runs, narrow=narrow),
+            ),
+            "How large a weight's mean is beside its standard deviation: at 0 dB they "
+            "are equal. Weights far to the left say nothing; the posterior of those "
+            "far to the right is nearly a point.",
+        ),
+    )
+
+
+def _examples(runs):
+    """Images of the first run of each label that has its data at hand."""
+    worst: list[Part] = []
+    uncertain: list[Part] = []
+    for i, group in enumerate(by_label(runs).values()):
+        run = next(iter(plots.pool(group)), None)
+        if run is None:
+            gone = f"{group[0].label}: its predictions are not finite."
+            worst.append(missing(gone))
+            uncertain.append(missing(gone))
+            continue
+        images = _test_images(run)
+        if isinstance(images, str):
+            worst.append(missing(images))
+            uncertain.append(missing(images))
+            continue
+        for parts, kind, choose in (
+            (worst, "worst", examples.worst),
+            (uncertain, "uncertain", examples.most_uncertain),
+        ):
+            draw = functools.partial(_draw_examples, images, choose(run))
+            alt = f"{kind.capitalize()} examples of {run.label}"
+            parts += [f"### {_name_of(run)}", Picture(f"{kind}_{i}", alt, draw)]
+    return (
+        Section(
+            "Worst examples",
+            (
+                *worst,
+                "The test images whose label was found least probable: label → "
+                "prediction, and the prediction's confidence.",
+            ),
+        ),
+        Section(
+            "Most uncertain examples",
+            (
+                *uncertain,
+                "The test images with the largest entropy of the prediction: label → "
+                "prediction, or = where it is right, and its confidence.",
+            ),
+        ),
+    )
+
+
+def _draw_examples(images, chosen, narrow):
+    return examples.examples_figure(images, chosen, narrow=narrow)
+
+
+def _test_images(run: Run) -> Any:
+    """A run's test images, or why they cannot be had."""
+    options = {n: v for n, v in run.config.items() if n in _DATA and v is not None}
+    if "data" not in options:
+        return f"{_name_of(run)}: its configuration names no data."
+    try:
+        dataset = _load(TrainConfig(**{n: _hashable(v) for n, v in options.items()}))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        return f"{_name_of(run)}: its images cannot be read: {error}"
+    if list(dataset.test.labels) != list(run.labels):
+        return f"{_name_of(run)}: the data at hand are not those of its test set."
+    return dataset.test.images
+
+
+# Options of a run that say which test images are its own, and where.
+_DATA = ("data", "data_dir", "cache_dir")
+
+
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value
+
+
+@functools.lru_cache(maxsize=2)
+def _load(config):
+    return programs.load_data(config)
+
+
+def _configuration(runs: Sequence[Run]) -> Section:
+    # Words in a result (a device, say) are no option, but as good to know.
+    settings = [
+        {**{k: v for k, v in run.result.items() if isinstance(v, str)}, **run.config}
+        for run in runs
+    ]
+    unlike = differing(settings)
+    common = [
+        [f"`{name}`", f"`{text_of(settings[0], name)}`"]
+        for name in settings[0]
+        if name not in unlike
+    ]
+    parts: list[Part] = []
+    if common:
+        parts += ["All runs share:", records.markdown((["option", "value"], common))]
+    lines = [
+        [run.label, run.folder.name if run.folder else "-"]
+        + [f"`{text_of(setting, name)}`" for name in unlike]
+        for run, setting in zip(runs, settings, strict=True)
+    ]
+    header = ["method", "run", *(f"`{name}`" for name in unlike)]
+    parts += ["Each run:", records.markdown((header, lines))]
+    return Section("Configuration", tuple(parts))
+
+
+def _versions(versions: str) -> Section:
+    return Section("Versions", (f"When this report was written: {versions}.",))

@@ -1,0 +1,231 @@
+"""Which sets there are to test a model on, and whether they fit it.
+
+A set that was asked for by name must be there. What "auto" stands for need not: where
+it is not prepared, the record says why, and what would prepare it.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from otmdr_jax import data as data_lib
+from otmdr_jax.data import Dataset, LazyImages, Split
+
+AUTO = "auto"  # the sets that suit the data
+UNIFORM_NOISE = "uniform_noise"  # the one set that needs no files
+
+# The 15 kinds of the benchmark, as TFDS calls them; four more are extra.
+CIFAR10_C = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "frosted_glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic",
+    "pixelate",
+    "jpeg_compression",
+)
+
+# What a set that is not there, or does not fit, raises.
+_ABSENT = (FileNotFoundError, ImportError, ValueError, TypeError)
+_CORRUPTED = "cifar10_corrupted"
+_STREAM = 2  # of a seed: dataset.py has the first two
+
+
+class Found(NamedTuple):
+    """The sets that will be used, and those that cannot be.
+
+    Attributes:
+      present: (name, number of examples) of each.
+      missing: {"name", "why"} of each.
+    """
+
+    present: list[tuple[str, int]]
+    missing: list[dict[str, str]]
+
+
+def find_sets(
+    names: Sequence[str],
+    severities: Sequence[int],
+    dataset: Dataset,
+    data_dir: str | os.PathLike | None,
+) -> Found:
+    """Other test sets of the dataset's classes.
+
+    Args:
+      names: Names for :func:`otmdr_jax.data.load_test`; "auto" for what suits the
+        dataset: of "cifar10" both versions of CIFAR-10.1, and CIFAR-10-C. Of the latter
+        "cifar10_corrupted" means all 15 kinds.
+      severities: Of CIFAR-10-C, where no single set of it is named.
+      dataset: What the model was trained on.
+      data_dir: Folder of prepared TFDS data.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError, TypeError: A set that was named is not
+        there, or its images or classes are others.
+    """
+    corrupted = [f"{_CORRUPTED}/{kind}_{s}" for kind in CIFAR10_C for s in severities]
+    suited = (
+        ["cifar10_1/v4", "cifar10_1/v6", *corrupted] if _is(dataset, "cifar10") else []
+    )
+    return _find(
+        [corrupted if name == _CORRUPTED else [name] for name in names],
+        suited,
+        dataset,
+        data_dir,
+        same_classes=True,
+    )
+
+
+def find_ood(
+    names: Sequence[str], dataset: Dataset, data_dir: str | os.PathLike | None
+) -> Found:
+    """Sets of other classes, of images of the dataset's shape.
+
+    Args:
+      names: As of :func:`find_sets`. "auto" is uniform noise and, of images 32x32x3,
+        SVHN and those of CIFAR-10 and CIFAR-100 that the dataset is not.
+      dataset: What the model was trained on.
+      data_dir: Folder of prepared TFDS data.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError, TypeError: A set that was named is not
+        there, or its images are others.
+    """
+    suited = []
+    if dataset.image_shape == (32, 32, 3):
+        photographs = ("svhn_cropped", "cifar100", "cifar10")
+        suited = [name for name in photographs if not _is(dataset, name)]
+    return _find(
+        [[name] for name in names],
+        [*suited, UNIFORM_NOISE],
+        dataset,
+        data_dir,
+        same_classes=False,
+    )
+
+
+def _find(groups, suited, dataset, data_dir, *, same_classes) -> Found:
+    present: dict[str, int] = {}
+    missing: list[dict[str, str]] = []
+    for names in groups:
+        asked = names != [AUTO]
+        for name in names if asked else suited:
+            try:
+                present[name] = _count(name, dataset, data_dir, same_classes)
+            except _ABSENT as error:
+                if asked:
+                    raise
+                missing.append({"name": name, "why": str(error)})
+    return Found(list(present.items()), _grouped(missing))
+
+
+def _count(name, dataset, data_dir, same_classes) -> int:
+    """The number of examples of a set that fits."""
+    if name == UNIFORM_NOISE:
+        return dataset.test.num_examples
+    count, shape, num_classes = data_lib.describe_test(name, data_dir=data_dir)
+    if any(
+        size is not None and size != want
+        for size, want in zip(shape, dataset.image_shape, strict=True)
+    ):
+        raise ValueError(_unfit(name, "images", shape, dataset.image_shape))
+    # The classes that a file has no example of are not known.
+    few = name.endswith(".npz") and num_classes <= dataset.num_classes
+    if same_classes and num_classes != dataset.num_classes and not few:
+        raise ValueError(_unfit(name, "classes", num_classes, dataset.num_classes))
+    return count
+
+
+def _unfit(name, what, got, want) -> str:
+    return (
+        f"the {what} of {name!r} are {got}, and those that the model was trained on "
+        f"{want}: it cannot be tested on them. Choose another set."
+    )
+
+
+def _grouped(missing):
+    """The many sets of CIFAR-10-C, where they are missing, as one line."""
+    many = [x for x in missing if x["name"].startswith(_CORRUPTED)]
+    if len(many) < 2:
+        return missing
+    why = f"{len(many)} of its sets, the first because {many[0]['why']}"
+    rest = [x for x in missing if x not in many]
+    return [*rest, {"name": _CORRUPTED, "why": why}]
+
+
+def read(
+    name: str,
+    dataset: Dataset,
+    *,
+    data_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike | None,
+    max_examples: int | None,
+    seed: int,
+) -> Split:
+    """A set's examples, at most so many, evenly spread.
+
+    Args:
+      name: Of :class:`Found`.
+      dataset: What the model was trained on.
+      data_dir: Folder of prepared TFDS data.
+      cache_dir: Folder of decoded images.
+      max_examples: None for all.
+      seed: Of uniform noise.
+
+    Raises:
+      ValueError, TypeError: Its images are of another shape or dtype after all.
+    """
+    if name == UNIFORM_NOISE:
+        return uniform_noise(dataset, max_examples, seed)
+    split, _ = data_lib.load_test(
+        name, data_dir=data_dir, cache_dir=cache_dir, in_memory=None
+    )
+    if split.images.shape[1:] != dataset.image_shape:
+        shape = split.images.shape[1:]
+        raise ValueError(_unfit(name, "images", shape, dataset.image_shape))
+    if split.images.dtype != dataset.test.images.dtype:
+        dtypes = split.images.dtype, dataset.test.images.dtype
+        raise TypeError(_unfit(name, "images", *dtypes))
+    return spread(split, max_examples)
+
+
+def spread(split: Split, max_examples: int | None) -> Split:
+    """At most so many examples of a split, evenly spread; None for all."""
+    count = split.num_examples
+    if max_examples is None or max_examples >= count:
+        return split
+    chosen = np.zeros(count, bool)
+    chosen[np.linspace(0, count - 1, max_examples).astype(int)] = True
+    images: Any = split.images
+    # A mask leaves lazy images lazy.
+    images = images if isinstance(images, LazyImages) else np.asarray(images)
+    return Split(images[chosen], np.asarray(split.labels)[chosen])
+
+
+def uniform_noise(dataset: Dataset, max_examples: int | None, seed: int) -> Split:
+    """Images of independent uniform levels, as many as the test set has.
+
+    Reference: Liang et al., `ODIN <https://arxiv.org/abs/1706.02690>`_, ICLR 2018.
+    """
+    count = dataset.test.num_examples
+    count = count if max_examples is None else min(count, max_examples)
+    rng = np.random.default_rng([_STREAM, seed])
+    images = rng.integers(0, 256, (count, *dataset.image_shape), dtype=np.uint8)
+    if dataset.test.images.dtype != np.uint8:
+        low, high = (f(dataset.test.images) for f in (np.min, np.max))
+        images = (low + (high - low) * (images / 255.0)).astype(np.float32)
+    return Split(images, np.zeros(count, np.int32))
+
+
+def _is(dataset: Dataset, family: str) -> bool:
+    return dataset.name.split(":")[0].split("/")[0] == family

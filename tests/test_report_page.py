@@ -1,0 +1,316 @@
+"""The whole report: what its page holds, and that its numbers are right."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from otmdr_jax import data, metrics, report
+from otmdr_jax.report import examples, predictions, records, significance
+from tests.test_report import history
+
+CONFIG = {"method": "sam", "num_particles": 1, "data": "digits", "epochs": 2}
+LABELS = np.asarray(data.load("digits").test.labels)
+SECTIONS = [
+    "Significance", "Learning curves", "Reliability", "All metrics", "Calibration",
+    "Confusion", "Risk and coverage", "Shift", "Sharpness", "Loss landscape",
+    "Worst examples", "Most uncertain examples", "Configuration", "Versions",
+]  # fmt: skip
+
+
+def make(label="SAM", seed=0, skill=3.0, folder=None, **config):
+    """A run on the digits whose predictions are right by its skill."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(len(LABELS), 10))
+    logits[np.arange(len(LABELS)), LABELS] += skill
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    found = {k: float(v) for k, v in metrics.evaluate(log_probs, LABELS).items()}
+    return report.Run(
+        folder, label, {**CONFIG, "seed": seed, **config}, found, history(seed),
+        log_probs, LABELS,
+    )  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """Headings, pictures, marked paragraphs, and everything that a page refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.pictures, self.sources, self.links = [], [], [], []
+        self.missing, self.alts, self.tags, self._open = [], [], set(), None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.add(tag)
+        if tag in ("h1", "h2", "h3"):
+            self._open = (tag, [])
+        elif tag == "p" and attrs.get("class") == "missing":
+            self._open = ("p", [])
+        elif tag == "img":
+            self.pictures.append(attrs["src"])
+            self.alts.append(attrs["alt"])
+        elif tag == "source":
+            self.sources.append(attrs["srcset"])
+            assert "max-width" in attrs["media"]
+        elif tag in ("a", "link", "script", "iframe"):
+            self.links.append(attrs.get("href") or attrs.get("src"))
+
+    def handle_data(self, text):
+        if self._open:
+            self._open[1].append(text)
+
+    def handle_endtag(self, tag):
+        if self._open and self._open[0] == tag:
+            text = "".join(self._open[1])
+            (self.missing if tag == "p" else self.headings).append(text)
+            self._open = None
+
+
+def picture(source):
+    kind, _, encoded = source.partition(",")
+    assert kind == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A page of two methods, one of them twice; one run has records beside it."""
+    root = tmp_path_factory.mktemp("whole")
+    runs = []
+    for name, label, seed, skill in (
+        ("a", "SGD", 0, 2.0), ("b", "SAM", 1, 4.0), ("c", "SAM", 2, 4.0),
+    ):  # fmt: skip
+        (root / name).mkdir()
+        runs.append(make(label, seed, skill, root / name))
+    measures = [
+        {"name": "sam_gap", "value": 0.0123, "standard_error": None},
+        {"name": "hessian_trace", "value": 45.6, "standard_error": 0.7},
+    ]
+    (root / "a" / "sharpness.json").write_text(
+        json.dumps({"num_examples": 99, "step": 7, "measures": measures})
+    )
+    path = report.write(
+        root / "page", runs, "Digits & <b>noise</b>", "otmdr report a b c",
+        whole=True, baseline="SGD",
+    )  # fmt: skip
+    return path, runs
+
+
+class TestThePage:
+    def test_has_every_section_once_and_in_order(self, written):
+        page = Page(written[0].read_text())
+        titles = [x for x in page.headings if x in SECTIONS]
+        assert titles == SECTIONS
+        assert page.headings[0] == "Digits & <b>noise</b>" and "b" not in page.tags
+        # The links at its head lead to the sections.
+        assert len(page.links) == len(SECTIONS) + 1  # and the command
+        text = written[0].read_text()
+        for link in page.links:
+            assert link.startswith("#") and f'id="{link[1:]}"' in text
+
+    def test_needs_no_other_file(self, written):
+        text = written[0].read_text()
+        page = Page(text)
+        assert not {"script", "link", "iframe"} & page.tags
+        assert not re.search(r'(src|href|srcset)="(?!#|data:)', text)
+        assert "@import" not in text and "url(" not in text
+
+    def test_pictures_are_drawn_for_wide_and_for_narrow_screens(self, written):
+        page = Page(written[0].read_text())
+        assert len(page.pictures) == len(page.sources) == 9
+        assert len(set(page.alts)) == 9 and all(page.alts)
+        for wide, narrow in zip(page.pictures, page.sources, strict=True):
+            assert picture(narrow).width == 600 <= picture(wide).width
+        # Markdown shows the same pictures, from files.
+        folder = written[0].parent
+        names = re.findall(r"!\[.+?\]\((\S+)\)", (folder / "report.md").read_text())
+        assert len(names) == 9
+        for name, wide in zip(names, page.pictures, strict=True):
+            assert (folder / name).read_bytes() == base64.b64decode(wide[22:])
+
+    def test_names_what_is_missing_and_what_makes_it(self, written):
+        missing = Page(written[0].read_text()).missing
+        for command, runs in (
+            ("calibrate", "SGD (a), SAM (b), SAM (c)"),
+            ("shift", "SGD (a), SAM (b), SAM (c)"),
+            ("sharpness", "SAM (b), SAM (c)"),
+            ("landscape", "SGD (a), SAM (b), SAM (c)"),
+        ):
+            (line,) = [x for x in missing if f"otmdr {command} RUN" in x]
+            assert line.startswith(f"Missing: {runs}.")
+        assert len(missing) == 4
+
+    def test_shows_the_records_of_runs(self, written):
+        text = (written[0].parent / "report.md").read_text()
+        assert "| SAM's gap, ρ = 0.05 (nats) | 0.0123 |" in text
+        assert "| Trace of the Hessian | 45.6 ± 0.7 |" in text
+        assert "99 training images" in text
+
+    def test_metrics_are_those_of_the_predictions(self, written):
+        path, runs = written
+        text = (path.parent / "report.md").read_text()
+        of_sam = [
+            metrics.sce(np.exp(run.log_probs), run.labels) for run in runs[1:]
+        ]  # fmt: skip
+        sgd = metrics.sce(np.exp(runs[0].log_probs), LABELS)
+        assert f"| SCE ↓ | {sgd:.4f} | {np.mean(of_sam):.4f} |" in text
+
+    def test_a_run_without_data_or_numbers_is_named(self, tmp_path):
+        gone = make("gone", data=str(tmp_path / "nowhere.npz"))
+        sick = make("sick")
+        sick = sick._replace(log_probs=np.full_like(sick.log_probs, np.nan))
+        other = make("other", data_seed=3)._replace(
+            log_probs=gone.log_probs[:50], labels=gone.labels[:50]
+        )
+        path = report.write(tmp_path / "page", [gone, sick, other], "x", whole=True)
+        missing = "\n".join(Page(path.read_text()).missing)
+        assert "gone: its images cannot be read" in missing
+        assert "sick: its predictions are not finite" in missing
+        assert "other: the data at hand are not those of its test set" in missing
+        assert "sick, other: their test sets are not gone's" in missing
+
+    def test_a_run_cannot_write_into_the_page(self, tmp_path):
+        run = make("<script>alert(1)</script>", folder=tmp_path / "<img src=x>")
+        path = report.write(tmp_path / "page", [run], "x", whole=True)
+        page = Page(path.read_text())
+        assert "script" not in page.tags and len(page.pictures) == len(page.sources)
+
+    def test_an_unknown_baseline_is_refused_before_anything_is_written(self, tmp_path):
+        with pytest.raises(ValueError, match="baseline must be one of 'SAM'; got 'x'"):
+            report.write(tmp_path / "p", [make()], "x", whole=True, baseline="x")
+        assert not (tmp_path / "p").exists()
+
+    def test_says_what_html_needs(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "markdown_it", None)
+        with pytest.raises(ImportError, match=r"markdown-it-py.*otmdr-jax\[train\]"):
+            report.write(tmp_path / "p", [make()], "x", whole=True)
+        assert not (tmp_path / "p").exists()
+
+    def test_a_broken_record_is_named(self, tmp_path):
+        (tmp_path / "shift.json").write_text("[1")
+        run = make(folder=tmp_path)
+        with pytest.raises(ValueError, match=r"shift\.json is no JSON"):
+            records.read_record(run, records.SHIFT)
+        (tmp_path / "shift.json").write_text("[1]")
+        with pytest.raises(ValueError, match="must hold a JSON object"):
+            records.read_record(run, records.SHIFT)
+
+
+class TestSignificance:
+    def test_one_run_each_is_the_bootstrap_and_the_paired_test(self):
+        runs = [make("SGD", 0, 2.0), make("SAM", 1, 2.2)]
+        _, found = significance.compare(runs)
+        p, other = (np.exp(run.log_probs) for run in (runs[1], runs[0]))
+        for name in significance.TESTED:
+            metric = getattr(metrics, name)
+            interval = metrics.bootstrap(metric, p, LABELS)
+            test = metrics.paired_test(metric, p, other, LABELS)
+            np.testing.assert_allclose(found.intervals[name], interval, rtol=1e-9)
+            np.testing.assert_allclose(found.against[name], test, rtol=1e-7)
+
+    def test_seeds_are_averaged_example_by_example(self):
+        runs = [make("SGD", 0, 2.0), make("SGD", 1, 2.0), make("SAM", 2, 3.0)]
+        sgd, sam = significance.compare(runs, "SAM")
+        for name in significance.TESTED:
+            values = [getattr(metrics, name)(np.exp(r.log_probs), LABELS) for r in runs]
+            mean = np.mean(values[:2])
+            assert sgd.intervals[name].value == pytest.approx(mean, rel=1e-12)
+            difference = sgd.against[name].difference
+            assert difference == pytest.approx(mean - values[2], rel=1e-9)
+            assert sgd.against[name].p_value < 0.01
+        assert sgd.n == 2 and sam.against == {}
+
+    def test_marks_what_is_significant(self):
+        far = significance.compare([make("SGD", 0, 1.0), make("SAM", 1, 4.0)])
+        near = significance.compare([make("SGD", 0, 3.0), make("SAM", 1, 3.0)])
+        assert "**< 0.001**" in [line[-1] for line in significance.table(far)[1]]
+        assert not any("*" in line[-1] for line in significance.table(near)[1])
+
+
+class TestPictures:
+    def axes(self, figure, gid):
+        (found,) = [ax for ax in figure.axes if ax.get_gid() == gid]
+        return found
+
+    def test_confidences_of_right_and_wrong_predictions(self):
+        run = make(skill=1.5)
+        ax = self.axes(predictions.confidence_figure([run], 5), "confidence:SAM")
+        probs = np.exp(run.log_probs)
+        counts = {"Right": np.zeros(5), "Wrong": np.zeros(5)}
+        for row, label in zip(probs, LABELS, strict=True):
+            kind = "Right" if row.argmax() == label else "Wrong"
+            counts[kind][int(np.ceil(5 * row.max())) - 1] += 100 / len(LABELS)
+        for bars in ax.containers:
+            heights = [bar.get_height() for bar in bars]
+            np.testing.assert_allclose(heights, counts[bars.get_label()])
+
+    def test_a_confidence_on_an_edge_is_in_the_bin_below(self):
+        run = make()
+        half = np.zeros_like(run.log_probs)
+        half[:, :2], half[:, 2:] = np.log(0.5), -np.inf
+        ax = self.axes(
+            predictions.confidence_figure([run._replace(log_probs=half)], 4),
+            "confidence:SAM",
+        )
+        heights = sum(np.array([bar.get_height() for bar in x]) for x in ax.containers)
+        np.testing.assert_allclose(heights, [0, 100, 0, 0])
+
+    def test_confusion_is_scikit_learns(self):
+        from sklearn.metrics import confusion_matrix
+
+        runs = [make(seed=seed, skill=1.0) for seed in (0, 1)]
+        ax = self.axes(predictions.confusion_figure(runs), "confusion:SAM")
+        predicted = np.concatenate([run.log_probs.argmax(axis=1) for run in runs])
+        want = confusion_matrix(np.tile(LABELS, 2), predicted, normalize="true")
+        np.testing.assert_allclose(ax.images[0].get_array(), 100 * want)
+        with pytest.raises(ValueError, match="names must be those of the 10 classes"):
+            predictions.confusion_figure(runs, ["cat", "dog"])
+
+    def test_risk_at_full_coverage_is_the_error(self):
+        runs = [make(seed=seed, skill=1.0) for seed in (0, 1)]
+        (ax,) = predictions.risk_coverage_figure(runs).axes
+        (line,) = ax.lines
+        assert line.get_gid() == "risk:SAM"
+        errors = [np.mean(run.log_probs.argmax(axis=1) != LABELS) for run in runs]
+        assert line.get_ydata()[-1] == pytest.approx(100 * np.mean(errors))
+        # The surest half of each run, by hand.
+        halves = []
+        for run in runs:
+            order = np.argsort(-run.log_probs.max(axis=1))[: len(LABELS) // 2]
+            halves.append(np.mean(run.log_probs.argmax(axis=1)[order] != LABELS[order]))
+        at = np.argmin(np.abs(line.get_xdata() - 50))
+        assert line.get_ydata()[at] == pytest.approx(100 * np.mean(halves))
+
+    def test_worst_and_most_uncertain_examples(self):
+        run = make(skill=1.0)
+        of_label = run.log_probs[np.arange(len(LABELS)), LABELS]
+        worst = examples.worst(run, 5)
+        assert worst.rows.tolist() == np.argsort(of_label)[:5].tolist()
+        entropy = -(np.exp(run.log_probs) * run.log_probs).sum(axis=1)
+        uncertain = examples.most_uncertain(run, 5)
+        assert uncertain.rows.tolist() == np.argsort(-entropy)[:5].tolist()
+        images = data.load("digits").test.images
+        figure = examples.examples_figure(images, worst)
+        for ax, row in zip(figure.axes[:5], worst.rows, strict=True):
+            np.testing.assert_array_equal(ax.images[0].get_array(), images[row, ..., 0])
+            predicted = run.log_probs[row].argmax()
+            confidence = np.exp(run.log_probs[row].max())
+            between = "=" if predicted == LABELS[row] else "→"
+            title = f"{LABELS[row]} {between} {predicted}\n{confidence:.0%}"
+            assert ax.get_title() == title
+
+    def test_panels_without_numbers_say_so(self):
+        sick = make("sick")
+        sick = sick._replace(log_probs=np.full_like(sick.log_probs, np.nan))
+        for figure, gid in (
+            (predictions.confidence_figure([make(), sick]), "confidence:sick"),
+            (predictions.confusion_figure([make(), sick]), "confusion:sick"),
+        ):
+            (text,) = self.axes(figure, gid).texts
+            assert text.get_text() == "no finite predictions"

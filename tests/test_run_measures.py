@@ -1,0 +1,278 @@
+"""Calibration and sharpness of a run, against the parts they are made of."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from otmdr_jax import (
+    calibrating,
+    calibration,
+    cli,
+    landscape,
+    metrics,
+    models,
+    programs,
+    restoring,
+    runs,
+    sharpness,
+    training,
+)
+from otmdr_jax.config import TrainConfig
+
+TINY = TrainConfig(
+    method="sgd", epochs=4, eval_every=4, batch_size=64, validation=0.2, mesh="data=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Small sets on a small network compile for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on the digits with a validation set."""
+    folder = tmp_path_factory.mktemp("measures") / "run"
+    training.train(TINY, output=folder, show_progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(run):
+    return restoring.open_run(run)
+
+
+class TestOpening:
+    def test_a_run_is_what_was_trained(self, run, opened):
+        assert opened.config == TINY and opened.diverged == ()
+        found = np.load(run / "predictions.npz")
+        images = opened.dataset.test.images
+        (log_probs,) = opened.programs.predict(opened.state, images)
+        np.testing.assert_allclose(log_probs, found["log_probs"], atol=1e-5)
+
+    def test_words_for_checkpoints(self, run):
+        best = restoring.open_run(run, "best").meta["best"]["step"]
+        assert int(restoring.open_run(run, str(best)).state.step) == best
+        with pytest.raises(ValueError, match="latest, best or a step, got 'first'"):
+            restoring.open_run(run, "first")
+
+    def test_what_is_not_there(self, run, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no run folder"):
+            restoring.open_run(tmp_path)
+        with pytest.raises(FileNotFoundError, match="99999"):
+            restoring.open_run(run, "99999")
+        with pytest.raises(ValueError, match="trained without a validation set"):
+            restoring.open_run(run, split="validation", validation=0.0)
+        with pytest.raises(ValueError, match="was trained on"):
+            restoring.open_run(run, label_noise=0.5)
+
+
+class TestCalibrate:
+    def test_on_folds_it_is_cross_calibration(self, run):
+        record = calibrating.calibrate(run, ["temperature"], num_repeats=2, seed=3)
+        arrays = np.load(run / "predictions.npz")
+        log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
+        # By hand: halves of the seed's permutations, SciPy for the temperature.
+        from scipy import optimize, special
+
+        rng, raw, after, temperatures = np.random.default_rng(3), [], [], []
+        for _ in range(2):
+            halves = np.array_split(rng.permutation(len(labels)), 2)
+            for held_out, rest in (halves, halves[::-1]):
+
+                def nll(log_t, rows):
+                    scaled = special.log_softmax(log_probs[rows] / np.exp(log_t), 1)
+                    return -scaled[np.arange(len(rows)), labels[rows]].mean()
+
+                best = optimize.minimize_scalar(lambda x, r=rest: nll(x, r)).x
+                temperatures.append(np.exp(best))
+                raw.append(nll(0.0, held_out))
+                after.append(nll(best, held_out))
+        (found,) = record["methods"]
+        assert found["temperature"] == pytest.approx(np.mean(temperatures), rel=1e-4)
+        assert found["metrics"]["nll"]["raw"] == pytest.approx(np.mean(raw), rel=1e-6)
+        got = found["metrics"]["nll"]["calibrated"]
+        assert got == pytest.approx(np.mean(after), rel=1e-6)
+        assert "2 folds x 2 of 360 test examples" in record["how"]
+
+    def test_with_the_validation_set(self, run, opened):
+        record = calibrating.calibrate(run, fit="validation", show_progress=False)
+        valid = opened.dataset.validation
+        (log_probs,) = opened.programs.predict(opened.state, valid.images)
+        temperature = calibration.fit_temperature(log_probs, valid.labels)
+        found = {method["name"]: method for method in record["methods"]}
+        assert list(found) == ["temperature", "vector", "matrix", "isotonic"]
+        assert found["temperature"]["temperature"] == pytest.approx(temperature, 1e-4)
+        # Raw values are the run's own, of the whole test set.
+        result = json.loads((run / "result.json").read_text())
+        for name in ("accuracy", "nll", "ece"):
+            pair = found["temperature"]["metrics"][name]
+            assert pair["raw"] == pytest.approx(result[name], abs=1e-6)
+        arrays = np.load(run / "predictions.npz")
+        scaled = calibration.log_softmax(arrays["log_probs"] / temperature)
+        want = metrics.ece(np.exp(scaled), arrays["labels"])
+        got = found["temperature"]["metrics"]["ece"]["calibrated"]
+        assert got == pytest.approx(want, abs=1e-5)
+
+    def test_conformal_sets_cover_what_was_asked(self, run):
+        record = calibrating.calibrate(run, ["temperature"], alpha=0.2)
+        for one in record["conformal"]:
+            # Three standard errors of 360 examples; the halves share them.
+            assert abs(one["coverage"] - 0.8) < 3 * np.sqrt(0.16 / 360), one
+            assert 0 < one["size"] < 10
+
+    def test_conformal_sets_are_of_the_other_half(self, run):
+        record = calibrating.calibrate(run, ["temperature"], num_repeats=1, seed=4)
+        arrays = np.load(run / "predictions.npz")
+        probs, labels = np.exp(arrays["log_probs"].astype(float)), arrays["labels"]
+        one, two = np.array_split(np.random.default_rng(4).permutation(360), 2)
+        covered, sizes = [], []
+        for fitted, measured in ((one, two), (two, one)):
+            scores = np.sort(1 - probs[fitted, labels[fitted]])
+            sets = 1 - probs[measured] <= scores[int(np.ceil(181 * 0.9)) - 1] + 1e-9
+            covered.append(sets[np.arange(180), labels[measured]].mean())
+            sizes.append(sets.sum(axis=1).mean())
+        lac = record["conformal"][0]
+        assert lac["score"] == "lac"
+        assert lac["coverage"] == pytest.approx(np.mean(covered), abs=1e-9)
+        assert lac["size"] == pytest.approx(np.mean(sizes), abs=1e-9)
+
+    def test_a_fit_that_fails_is_named(self, run, monkeypatch):
+        def fails(logits, labels):
+            raise ValueError("it cannot be")
+
+        monkeypatch.setitem(calibration.METHODS, "vector", fails)
+        for fit in ("folds", "validation"):
+            record = calibrating.calibrate(
+                run, ["vector"], fit=fit, show_progress=False
+            )
+            assert record["methods"] == [{"name": "vector", "why": "it cannot be"}]
+
+    def test_bad_input_is_refused(self, run, tmp_path):
+        for options, message in (
+            ({"methods": ["platt"]}, "some of temperature, vector.*got platt"),
+            ({"methods": []}, "at least one method"),
+            ({"fit": "test"}, "'folds' or 'validation', got 'test'"),
+            ({"alpha": 1.5}, "alpha must lie in"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                calibrating.calibrate(run, **options)
+        with pytest.raises(FileNotFoundError, match="no run folder"):
+            calibrating.calibrate(tmp_path)
+        (tmp_path / "config.json").write_text((run / "config.json").read_text())
+        with pytest.raises(FileNotFoundError, match="otmdr evaluate"):
+            calibrating.calibrate(tmp_path)
+        nothing = np.full((4, 10), np.nan)
+        runs.write_result(tmp_path, {}, nothing, np.zeros(4))
+        with pytest.raises(ValueError, match="it diverged"):
+            calibrating.calibrate(tmp_path)
+
+
+class TestSharpness:
+    def of(self, opened, **options):
+        return sharpness.measure(
+            opened.config, opened.state, opened.dataset, opened.programs,
+            num_examples=200, num_probes=3, **options,
+        )  # fmt: skip
+
+    def test_measures_are_those_of_landscape(self, opened):
+        record = self.of(opened, num_eigenvalues=2, seed=5)
+        found = {row["name"]: row for row in record["measures"]}
+        train, model = opened.dataset.train, models.create("cnn_small", 10)
+        rows = np.linspace(0, train.num_examples - 1, 200).astype(int)
+        state, mean, std = opened.state, opened.dataset.mean, opened.dataset.std
+
+        def loss_sum(params, batch):  # written again, in one batch
+            images, labels = batch
+            images = (images / 255.0 - np.float32(mean[0])) / np.float32(std[0])
+            logits, _ = model.apply(params, state.model_state, images, train=False)
+            log_probs = jax.nn.log_softmax(logits)
+            return -log_probs[np.arange(len(labels)), labels].sum(), len(labels)
+
+        batches = [(train.images[rows].astype(np.float32), train.labels[rows])]
+        solution, key = (loss_sum, state.params, batches), jax.random.key(5)
+        gap = landscape.sam_gap(*solution)
+        values = landscape.hessian_eigenvalues(*solution, 2).values
+        average = landscape.average_sharpness(
+            *solution, 0.01, key=key, num_directions=3
+        )
+        trace = landscape.hessian_trace(*solution, key=key, num_probes=3)
+        want = {
+            "train_nll": gap.loss,
+            "sam_gap": gap.gap,
+            "adaptive_sam_gap": landscape.sam_gap(*solution, 0.5, adaptive=True).gap,
+            "worst_in_ball": landscape.worst_in_ball(*solution).gap,
+            "adaptive_worst_in_ball": landscape.worst_in_ball(
+                *solution, 0.5, adaptive=True
+            ).gap,
+            "average": average.gap,
+            "adaptive_average": landscape.average_sharpness(
+                *solution, 0.1, key=key, num_directions=3, adaptive=True
+            ).gap,
+            "hessian_eigenvalue_1": values[0],
+            "hessian_eigenvalue_2": values[1],
+            "hessian_trace": trace.value,
+        }
+        assert list(found) == list(want)
+        for name, value in want.items():
+            assert found[name]["value"] == pytest.approx(value, rel=2e-2), name
+        error = found["hessian_trace"]["standard_error"]
+        assert error == pytest.approx(trace.standard_error, rel=2e-2)
+        assert found["sam_gap"]["standard_error"] is None
+        assert record["num_examples"] == 200 and record["seed"] == 5
+
+    def test_of_members_it_is_the_mean_of_those_that_count(self, opened, monkeypatch):
+        config = TrainConfig(method="sgd", members="3", mesh="data=1", validation=0.2)
+        compiled = programs.compile_programs(config, opened.dataset)
+        state = compiled.init(jax.random.key(0))
+        # Two cheap measures are enough here.
+        every = sharpness._measures
+        monkeypatch.setattr(
+            sharpness, "_measures", lambda *args: [every(*args)[i] for i in (0, 4)]
+        )
+        record = sharpness.measure(
+            config, state, opened.dataset, compiled,
+            without=(1,), num_examples=50, num_probes=2,
+        )  # fmt: skip
+        for row in record["measures"]:
+            assert row["value"] == np.mean([row["values"][0], row["values"][2]])
+            assert len(set(row["values"])) == 3
+        quick = sharpness.gap(config, state, opened.dataset, compiled, without=(1,))
+        assert quick["sharpness"] == np.mean(
+            [quick["member_sharpness"][i] for i in (0, 2)]
+        )
+        error = record["measures"][-1]["standard_error"]
+        assert error is not None and error > 0
+
+    def test_bad_numbers_are_refused(self, opened):
+        for options in ({"num_eigenvalues": 0}, {"seed": 0, "num_probes": 1}):
+            with pytest.raises(ValueError, match="must be at least 1, num_probes 2"):
+                sharpness.measure(
+                    opened.config, opened.state, opened.dataset, opened.programs,
+                    **options,
+                )  # fmt: skip
+
+
+def test_the_commands_write_and_the_report_shows(run, capsys, tmp_path):
+    cli.main(["calibrate", str(run), "--methods", "temperature", "--num-repeats", "1"])
+    out = capsys.readouterr().out
+    assert "temperature" in out and "LAC" in out and "Temperature" in out
+    cli.main(["sharpness", str(run), "--num-examples", "100", "--num-probes", "2"])
+    assert "Trace of the Hessian" in capsys.readouterr().out
+    cli.main(["report", str(run), "--output", str(tmp_path / "page")])
+    assert f"Report: {tmp_path / 'page' / 'report.html'}" in capsys.readouterr().out
+    text = (tmp_path / "page" / "report.html").read_text()
+    for kind in ("sharpness", "calibration"):
+        assert (run / f"{kind}.json").exists()
+        assert f"<code>otmdr {kind.replace('ion', 'e')} RUN" not in text
+    assert "<code>otmdr shift RUN" in text
+    # What is no report is left alone, before any work.
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(run), "--output", str(run)])
+    assert "holds no report" in capsys.readouterr().err
+    assert not (run / "report.md").exists()
