@@ -27,6 +27,7 @@ from otmdr_jax import (
 )
 from otmdr_jax.baselines import schedules, sparse
 from otmdr_jax.config import TrainConfig
+from tests.test_baselines_collected import Linear
 from tests.test_training import assert_same_bits, stop_after
 
 TINY = TrainConfig(
@@ -335,14 +336,13 @@ def masks_of(state):
 
 class TestRuns:
     def test_every_step_of_a_run_is_sparse(self, small):
-        chosen = dataclasses.replace(TINY, epochs=2, mask_every=2, tickets=2)
-        compiled = programs.compile_programs(chosen, small)
+        compiled = programs.compile_programs(TINY, small)
         state = compiled.init(jax.random.key(0))
         examples = jax.device_put(tuple(small.train))
         order = compiled.epoch_order(jax.random.key(1))
         seen = [[np.asarray(mask) for mask in masks_of(state)]]
         tickets = []
-        for i in range(10):
+        for i in range(30):
             for mask, weights in zip(
                 masks_of(state), jax.tree.leaves(state.params), strict=True
             ):
@@ -352,19 +352,19 @@ class TestRuns:
             seen.append([np.asarray(mask) for mask in masks_of(state)])
             sums = [[m.sum() for m in masks] for masks in (seen[0], seen[-1])]
             assert sums[0] == sums[1]
-            if i + 1 in (7, 10):
+            if i + 1 in (17, 23, 30):
                 tickets.append(jax.tree.map(np.asarray, state.params))
         moved = [
             step
-            for step in range(1, 11)
+            for step in range(1, 31)
             if any(
                 not np.array_equal(a, b)
                 for a, b in zip(seen[step - 1], seen[step], strict=True)
             )
         ]
-        # 3 steps of exploration; tickets after 7 and 10; an escape after the first; no
-        # update just before a ticket.
-        assert moved == [2, 4, 8]
+        # 10 steps of exploration; tickets after 17, 23 and 30; escapes after the first
+        # two, of which that of step 18 falls on an update; none just before a ticket.
+        assert moved == [*range(2, 15, 2), 18, 20, 24, 26, 28]
         for ticket, member in zip(tickets, baselines.members(state), strict=True):
             assert_same_bits(member.params, ticket)
 
@@ -434,8 +434,7 @@ class TestRuns:
 
     def test_a_skipped_step_changes_no_mask(self, key):
         method = methods.create(
-            "dst", models.create("cnn_small", 10), optax.sgd(0.1, 0.9), density=0.2,
-            rate=0.5, steps=(1, 2, 3),
+            "dst", Linear(), optax.sgd(0.1, 0.9), density=0.2, rate=0.5, steps=(1, 2, 3)
         )  # fmt: skip
         images = jax.random.normal(key, (8, 8, 8, 1))
         state = method.init(key, images)
