@@ -23,7 +23,7 @@ from otmdr_jax import (
 )
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import corruptions
-from otmdr_jax.report import content
+from otmdr_jax.report import measured
 from otmdr_jax.report import shift as tables
 from otmdr_jax.shift import sets
 from tests.sets import encoded, gray_examples, gray_features, real_cifar10
@@ -788,15 +788,16 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
     run = report.read_run(folder, "Mine")
     record = {**record_of(), "ood": [ood_row("entropy", 0.75)]}
     (folder / "shift.json").write_text(json.dumps(record))
-    section = content._shift([run])
-    picture, summary, _, ood, _ = section.parts
+    section = measured.shift_section([run])
+    picture, summary, accuracies, _, ood, _ = section.parts
     assert set(lines_of(picture.draw(False).axes[0])) == {
         "mean:Mine", "contrast:Mine", "rotation:Mine",
     }  # fmt: skip
     assert "| Mine | 100.00 | 80.00 | 0.2000 | 0.0200 |" in summary
+    assert "| contrast | 86.67 |" in accuracies
     assert "| Mine | noise | 9 | entropy | 0.7500 |" in ood
     (folder / "shift.json").unlink()
-    (gone,) = content._shift([run]).parts
+    (gone,) = measured.shift_section([run]).parts
     assert "otmdr shift RUN" in str(gone)
 
 

@@ -182,14 +182,14 @@ def surface_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
         for side, name in zip("xy", record["axis_names"], strict=True):
             # The unit on a line of its own: three axes leave little room.
             name = plain(name).replace(" (", "\n(")
-            getattr(ax, f"set_{side}label")(name, fontsize=SMALL, labelpad=6)
-        ax.tick_params(labelsize=SMALL - 1)
+            getattr(ax, f"set_{side}label")(name, fontsize=SMALL, labelpad=10)
+        ax.tick_params(labelsize=SMALL - 1, pad=3)
         scale.label(ax, "z")
         ax.set_zlabel("")  # that of the colour bar
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(ticker.MaxNLocator(4))
         ax.view_init(elev=28, azim=-60)
-        ax.set_box_aspect((4, 4, 3), zoom=0.88)
+        ax.set_box_aspect((4, 4, 3), zoom=0.84)
         _title(ax, label, record)
     colours = cm.ScalarMappable(scale.norm(), COLOUR_MAP)
     bar = figure.colorbar(colours, ax=figure.axes[:count], shrink=0.6, pad=0.08)

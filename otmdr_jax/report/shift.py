@@ -160,6 +160,20 @@ def ood_table(found: dict[str, Record]) -> records.Table:
     return [*header, *(name.upper() for name in names)], lines
 
 
+def accuracy_table(found: dict[str, Record]) -> records.Table:
+    """A line for each corruption: of each label the mean accuracy over severities."""
+    _, title, scale, digits = _SHOWN[0]
+    every = [record["corruptions"] for record in found.values()]
+    names = dict.fromkeys(row["name"] for rows in every for row in rows)
+    lines = []
+    for name in names:
+        own = [[row for row in rows if row["name"] == name] for rows in every]
+        means = [_average(rows, "accuracy") for rows in own]
+        texts = [_text(mean, scale, digits) for mean in means]
+        lines.append([name.replace("_", " "), *texts])
+    return [title, *found], lines
+
+
 def summary_table(found: dict[str, Record]) -> records.Table:
     """A line for each label: the clean set, and the mean over its corruptions."""
     accuracy, *others = (title for _, title, *_ in _SHOWN)
