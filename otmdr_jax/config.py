@@ -144,9 +144,10 @@ class TrainConfig:
     """How often a step of otmdr-bnn draws the weights' noise: once (the paper), or at
     each ascent step (released code)."""
     num_samples: int = 30
-    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code."""
+    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code. Of swag
+    those of its Gaussian; 30 in Maddox et al., 2019."""
     prediction: Literal["samples", "mean"] = "samples"
-    """Predict with samples of the posterior, or with its mean alone."""
+    """Predict with samples of the posterior or Gaussian, or with its mean alone."""
 
     # -- members and averages of one run (snapshot, fge, swa, swag, edst) --
     base_method: Literal["sgd", "sam", "asam", "otmdr"] = "sgd"

@@ -21,6 +21,7 @@ from otmdr_jax import (
     config,
     data,
     diversity,
+    members,
     methods,
     metrics,
     models,
@@ -353,6 +354,24 @@ class TestAverage:
         assert_allclose(np.cov(got.T), want, atol=0.06)
         still = swag._sample(kept, key, jnp.zeros(()))
         assert_array_equal(still["a"], kept.mean["a"])
+
+    @pytest.mark.parametrize("alike", [True, False])
+    def test_members_of_an_ensemble_are_settled_each_for_itself(self, alike, key):
+        one = methods.create(
+            "swag", Linear(), optax.sgd(0.1), ends=(1, 2), rank=2, num_samples=3
+        )
+        method = members.lift(one, 2) if alike else members.lift([one, one])
+        images = jax.random.normal(key, (6, 2, 2, 1))
+        state = method.init(key, images)
+        for _ in range(2):
+            state, _ = method.step(state, (images, jnp.arange(6)))
+        settled = method.settle(state, method.batch_statistics(state, images))
+        rows = method.predict(settled, images)
+        assert rows.shape == (6, 6, 10)
+        for m, mine in enumerate(members.separate(state)):
+            mine = one.settle(mine, one.batch_statistics(mine, images))
+            got = rows[3 * m : 3 * m + 3]
+            assert_allclose(one.predict(mine, images), got, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("options", [dict(rank=1), dict(num_samples=3)])
     def test_ranks_and_samples_that_cannot_be_are_refused(self, options):
