@@ -152,6 +152,11 @@ _RIDING: dict[str, tuple[str, ...]] = {
 }
 
 
+def method_names() -> frozenset[str]:
+    """The options that some methods have and others have not."""
+    return frozenset(name for known in _OPTIONS.values() for name in known)
+
+
 def method_options(config: TrainConfig) -> dict[str, Any]:
     """The options of the gradient that a configuration names, by its own names.
 

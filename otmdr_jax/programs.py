@@ -365,6 +365,31 @@ def loss_sum(
     return of_batch
 
 
+def step_memory_mib(programs: Programs, dataset: Dataset) -> float:
+    """Memory of a compiled training step, by the compiler's account: nothing is run.
+
+    State, training set, temporaries and what is new in the output, in MiB a device.
+
+    Args:
+      programs: The compiled functions.
+      dataset: The data, for their shapes.
+    """
+    key = run_keys(0)[0]
+    state = jax.eval_shape(programs.init, key)
+    examples = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tuple(dataset.train)
+    )
+    order = jax.eval_shape(programs.epoch_order, key)
+    step: Any = programs.train_step
+    memory = step.lower(state, examples, order, np.int32(0)).compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    ) / 2**20
+
+
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """The two keys of a run: of its state, and of the order of its data.
 

@@ -92,6 +92,11 @@ def is_finished(path: str | os.PathLike) -> bool:
     return result.is_file() and bool(json.loads(result.read_text()).get("finished"))
 
 
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """The result of a finished run, or of an evaluation of an interrupted one."""
+    return json.loads((pathlib.Path(path) / "result.json").read_text())
+
+
 def read_config(path: str | os.PathLike) -> TrainConfig:
     """The configuration of a run.
 

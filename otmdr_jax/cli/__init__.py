@@ -22,6 +22,7 @@ from otmdr_jax.cli import (
     report,
     sharpness,
     shift,
+    sweep,
     train,
 )
 from otmdr_jax.cli.common import EXPECTED
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "report": (report.Report, report.run),
     "compare": (compare.Compare, compare.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
+    "sweep": (sweep.Sweep, sweep.run),
     "demo": (about.Demo, about.run_demo),
     "info": (about.Info, about.run_info),
 }

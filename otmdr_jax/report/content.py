@@ -8,6 +8,7 @@ from otmdr_jax import metrics, programs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.metrics import intervals
 from otmdr_jax.report import (
+    cost,
     examples,
     measured,
     plots,
@@ -49,7 +50,11 @@ def comparison(title: str, runs: Sequence[Run], versions: str) -> Document:
 
 
 def everything(
-    title: str, runs: Sequence[Run], versions: str, baseline: str | None = None
+    title: str,
+    runs: Sequence[Run],
+    versions: str,
+    baseline: str | None = None,
+    costs: Sequence[dict[str, Any]] | None = None,
 ) -> Document:
     """The whole page: all that is known of the runs; what is missing is named.
 
@@ -58,6 +63,7 @@ def everything(
       runs: The runs.
       versions: Of the packages, in words.
       baseline: The label that others are compared with. Default: the first one.
+      costs: Rows of a sweep, if the runs are one's.
 
     Raises:
       ValueError: No such label; a record in a run's folder that cannot be read.
@@ -66,6 +72,7 @@ def everything(
     sections = [
         _overview(runs),
         _significance(runs, baseline),
+        _cost(costs, baseline),
         _curves(runs),
         _reliability(runs),
         _all_metrics(runs),
@@ -141,6 +148,28 @@ def _significance(runs, baseline):
             )
         )
     return Section("Significance", tuple(parts))
+
+
+def _cost(rows, baseline):
+    if rows is None:
+        return None
+    return Section(
+        "Cost and seeds",
+        (
+            Picture(
+                "cost",
+                "Accuracy against gradient evaluations",
+                lambda narrow: cost.figure(rows, narrow=narrow),
+            ),
+            records.markdown(cost.table(rows)),
+            "Means over a method's runs. A gradient is one of a whole batch; a pass "
+            "over a part of it counts as that part. Memory is the compiler's account "
+            "of a training step, data included.",
+            records.markdown(cost.paired_table(rows, baseline)),
+            f"Differences from {baseline} over the seeds that both have: the mean, and "
+            "the p-value of Student's paired t-test over seeds.",
+        ),
+    )
 
 
 def _curves(runs):

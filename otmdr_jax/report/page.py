@@ -28,6 +28,7 @@ def write(
     *,
     whole: bool = False,
     baseline: str | None = None,
+    costs: Sequence[dict[str, Any]] | None = None,
 ) -> pathlib.Path:
     """Writes a report on runs, or replaces an earlier one.
 
@@ -46,6 +47,8 @@ def write(
         images; what is missing is named. Otherwise the table of results, learning
         curves and reliability diagrams.
       baseline: The label that a whole report compares with. Default: the first one.
+      costs: Rows of a sweep, see :func:`otmdr_jax.sweep.run`: what the runs cost, and
+        tests over seeds, in a whole report.
 
     Returns:
       The path of report.html, or of report.md where there is none.
@@ -62,7 +65,7 @@ def write(
     rows = tables.summarise(runs, tables.known_columns(runs))
     versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
     if whole:
-        page = content.everything(title, runs, versions, baseline)
+        page = content.everything(title, runs, versions, baseline, costs)
     else:
         page = content.comparison(title, runs, versions)
     if command:

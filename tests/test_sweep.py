@@ -1,0 +1,270 @@
+"""Sweeps: what a file means, what is run, and what rows and tables say."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from otmdr_jax import cli, cost, sweep, training
+from otmdr_jax.config import TrainConfig
+from otmdr_jax.methods import METHODS
+from otmdr_jax.report import cost as tables
+
+FILE = """
+seeds = [0, 3]
+[options]
+steps = 4
+eval_every = 9
+batch_size = 64
+mesh = "data=1"
+[methods."SGD"]
+method = "sgd"
+[methods."SAM"]
+method = "sam"
+rho = [[0.05], [0.1]]
+"""
+
+
+def write(folder, text=FILE):
+    path = folder / "sweep.toml"
+    path.write_text(text)
+    return path
+
+
+class TestPlan:
+    def test_is_methods_by_settings_by_seeds(self, tmp_path):
+        plan = sweep.plan(write(tmp_path), tmp_path / "out")
+        assert [(x.label, x.config.seed) for x in plan.runs] == [
+            ("SGD", 0), ("SGD", 3), ("SAM, rho = 0.05", 0), ("SAM, rho = 0.05", 3),
+            ("SAM, rho = 0.1", 0), ("SAM, rho = 0.1", 3),
+        ]  # fmt: skip
+        last = plan.runs[-1]
+        assert last.config == TrainConfig(
+            method="sam", rho=(0.1,), steps=4, eval_every=9, batch_size=64, seed=3,
+            mesh="data=1",
+        )  # fmt: skip
+        assert last.folder == tmp_path / "out" / "SAM-rho=0.1" / "seed3"
+        assert plan.unequal == []
+
+    def test_crosses_settings_and_says_what_is_not_equal(self, tmp_path):
+        text = FILE + "learning_rate = [0.1, 1]\nepochs = 3\n"
+        plan = sweep.plan(write(tmp_path, text), tmp_path)
+        labels = list(dict.fromkeys(x.label for x in plan.runs))
+        assert labels[1:] == [
+            f"SAM, rho = {rho}, learning_rate = {rate}"
+            for rho in (0.05, 0.1)
+            for rate in (0.1, 1)
+        ]
+        # Epochs and rates are no part of what makes a method.
+        assert sorted(plan.unequal) == ["epochs", "learning_rate"]
+
+    def test_one_radius_for_each_step_is_one_setting(self, tmp_path):
+        text = (
+            '[methods.a]\nmethod = "otmdr"\nrho = [0.05, 0.1]\nnum_particles = [1, 2]'
+        )
+        plan = sweep.plan(write(tmp_path, text), tmp_path)
+        assert [x.config.rho for x in plan.runs] == [(0.05, 0.1)] * 2
+        assert [x.config.num_particles for x in plan.runs] == [1, 2]
+        assert [x.config.seed for x in plan.runs] == [0, 0]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("seeds = [", "is no TOML file"),
+            ("seed = [1]", "may hold seeds, options and methods; got seed"),
+            ("seeds = [1]", "must name methods"),
+            (
+                'seeds = [1, 1]\n[methods.a]\nmethod = "sgd"',
+                "must be distinct integers",
+            ),
+            (
+                'seeds = [true]\n[methods.a]\nmethod = "sgd"',
+                "must be distinct integers",
+            ),
+            ("[methods]\na = 3", "are tables"),
+            ('[methods.a]\nmethod = "sgd"\nrate = 3', "a: unknown options rate"),
+            ('[methods.a]\nmethod = "sgb"', "a: method must be one of"),
+            ('[methods.a]\nmethod = "sgd"\nrho = [1.0]', "sgd has no option rho"),
+            ('[methods.a]\nmodel = "vgg"', "vgg"),
+            ('[methods."a b"]\n[methods."a-b"]', "two runs would lie in"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, text, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            sweep.plan(write(tmp_path, text), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A sweep of six short runs, and the session's output."""
+    root = tmp_path_factory.mktemp("sweep")
+    plan = sweep.plan(write(root), root / "out")
+    rows = sweep.run(plan.runs, root / "out" / "sweep.json", show_progress=False)
+    return root, plan, rows
+
+
+class TestRun:
+    def test_rows_hold_results_and_cost(self, done):
+        root, plan, rows = done
+        stored = json.loads((root / "out" / "sweep.json").read_text())["rows"]
+        assert len(rows) == len(stored) == 6
+        for one, row in zip(plan.runs, rows, strict=True):
+            result = json.loads((one.folder / "result.json").read_text())
+            assert row["label"] == one.label and row["seed"] == one.config.seed
+            assert row["accuracy"] == result["accuracy"]
+            passes = 1 if one.label == "SGD" else 2
+            assert row["gradient_evaluations"] == 4 * passes
+            assert row["seconds"] == pytest.approx(4 * result["seconds_per_step"])
+        memory = [row["memory_mib"] for row in rows]
+        # The state (parameters and momentum) and the training set at the least.
+        least = (2 * 4 * rows[0]["parameters"] + 1437 * 64) / 2**20
+        assert memory[0] == memory[1] > least
+        assert memory[2] == memory[4] > memory[0]
+
+    def test_what_is_finished_is_not_run_again(self, done, monkeypatch):
+        root, plan, rows = done
+        monkeypatch.setattr(training, "train", None)
+        again = sweep.run(plan.runs, root / "out" / "sweep.json", show_progress=False)
+        assert again == json.loads(json.dumps(rows))
+        assert {sweep.state_of(one) for one in plan.runs} == {"finished"}
+
+    def test_what_is_missing_or_interrupted_is_run(self, done, tmp_path):
+        import shutil
+
+        root, _, rows = done
+        shutil.copytree(root / "out", tmp_path / "out")
+        plan = sweep.plan(root / "sweep.toml", tmp_path / "out")
+        shutil.rmtree(plan.runs[0].folder)
+        (plan.runs[3].folder / "result.json").unlink()  # as if it was stopped
+        states = [sweep.state_of(one) for one in plan.runs]
+        assert states == [
+            "missing",
+            *["finished"] * 2,
+            "interrupted",
+            *["finished"] * 2,
+        ]
+        again = sweep.run(plan.runs, tmp_path / "rows.json", show_progress=False)
+        for old, new in zip(rows, again, strict=True):
+            assert new["nll"] == pytest.approx(old["nll"], abs=1e-6)
+
+    def test_other_options_are_refused_before_anything_runs(self, done, monkeypatch):
+        root, _, _ = done
+        monkeypatch.setattr(training, "train", None)
+        text = FILE.replace("steps = 4", "steps = 5")
+        changed = sweep.plan(write(root / "out", text), root / "out")
+        with pytest.raises(ValueError, match=r"other options:\n  steps: 4 -> 5"):
+            sweep.run(changed.runs, root / "x.json")
+        assert not (root / "x.json").exists()
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path):
+        plan = sweep.plan(write(tmp_path), tmp_path / "out")
+        plan.runs[2].folder.mkdir(parents=True)
+        (plan.runs[2].folder / "notes.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match="is not empty"):
+            sweep.check(plan.runs)
+
+    def test_a_run_that_diverges_does_not_stop_the_others(self, tmp_path):
+        text = FILE.replace("steps = 4", "steps = 12\nmax_skipped = 2").replace(
+            "[0, 3]", "[0]"
+        )
+        text = text.split('[methods."SAM"]')[0]
+        wild = '[methods."wild"]\nmethod = "sgd"\nlearning_rate = 1e30\n'
+        text = text.replace('[methods."SGD"]', wild + '[methods."SGD"]')
+        plan = sweep.plan(write(tmp_path, text), tmp_path / "out")
+        rows_file = tmp_path / "rows.json"
+        rows = sweep.run(plan.runs, rows_file, show_progress=False)
+        assert [row["status"] for row in rows] == ["diverged", "finished"]
+        assert rows[0]["gradient_evaluations"] is None
+        again = sweep.run(plan.runs, rows_file, show_progress=False)
+        assert [row["status"] for row in again] == ["diverged", "finished"]
+
+
+def test_the_command_runs_compares_and_reports(done, capsys):
+    root, _, _ = done
+    args = ["sweep", str(root / "sweep.toml"), "--output", str(root / "out")]
+    cli.main([*args, "--dry-run"])
+    out = capsys.readouterr().out
+    assert out.count("finished") == 6 and "SAM-rho=0.1" in out
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--baseline", "Adam"])
+    assert "baseline must be one of 'SGD'" in capsys.readouterr().err
+    cli.main([*args, "--quiet"])
+    out = capsys.readouterr().out
+    assert "Paired with SGD" in out and "Memory of a step" in out
+    text = (root / "out" / "report" / "report.md").read_text()
+    assert "## Cost and seeds" in text and "(cost.png)" in text
+    assert (root / "out" / "report" / "report.html").exists()
+
+
+class TestCost:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_every_method_has_a_count(self, name):
+        assert cost.gradient_evaluations(TrainConfig(method=name)) >= 1
+
+    @pytest.mark.parametrize(
+        ("options", "count"),
+        [
+            ({"method": "sgd"}, 1),
+            ({"method": "sam", "rho": (0.1, 0.1, 0.1)}, 4),
+            ({"method": "otmdr", "num_particles": 3}, 6),
+            ({"method": "otmdr", "split": "shared", "noise_std": 0.1}, 3),
+            ({"method": "otmdr-bnn"}, 2.5),
+            ({"method": "otmdr-bnn", "num_particles": 2}, 4.5),
+            ({"method": "otmdr-bnn", "sigma_gradient": "particle"}, 2),
+            ({"method": "sgvb", "members": "2"}, 2),
+        ],
+    )
+    def test_counts(self, options, count):
+        assert cost.gradient_evaluations(TrainConfig(**options)) == count
+
+
+def rows_of(label, values, seeds=(0, 1, 2), **more):
+    base = {"status": "finished", "gradient_evaluations": 100.0, "seconds": 2.0,
+            "memory_mib": 3.0}  # fmt: skip
+    return [
+        {**base, "label": label, "seed": s, "accuracy": v, "nll": 1 - v, **more}
+        for s, v in zip(seeds, values, strict=True)
+    ]
+
+
+class TestTables:
+    def test_the_paired_test_is_scipys(self):
+        one, other = rows_of("a", [0.5, 0.6, 0.9]), rows_of("b", [0.4, 0.55, 0.6])
+        gap, p, n = tables.paired_difference(one, other[::-1], "accuracy")
+        want = stats.ttest_rel([0.5, 0.6, 0.9], [0.4, 0.55, 0.6])
+        assert (gap, p, n) == (pytest.approx(0.15), pytest.approx(want.pvalue), 3)
+
+    def test_only_common_seeds_count(self):
+        one = rows_of("a", [0.5, 0.6, 0.9])
+        other = rows_of("b", [0.1, 0.3], seeds=(2, 7))
+        gap, p, n = tables.paired_difference(one, other, "accuracy")
+        assert gap == pytest.approx(0.8) and np.isnan(p) and n == 1
+        assert tables.paired_difference(one, rows_of("b", [0.1], (9,)), "nll") is None
+        same = tables.paired_difference(one, one, "accuracy")
+        assert same == (0.0, 1.0, 3)
+
+    def test_cells(self):
+        rows = rows_of("a", [0.5, 0.6, 0.9]) + rows_of("b", [0.4, 0.55, 0.6])
+        rows[5] = {**rows[5], "status": "diverged", "accuracy": None, "seconds": None}
+        header, lines = tables.table(rows)
+        assert lines == [["a", "3", "100", "2.0", "3.0"],
+                         ["b", "2 (1 diverged)", "100", "2.0", "3.0"]]  # fmt: skip
+        header, (line,) = tables.paired_table(rows, "a")
+        want = stats.ttest_rel([0.4, 0.55], [0.5, 0.6]).pvalue
+        assert header[1] == "Δ Accuracy (%)"
+        assert line[:2] == ["b", f"-7.50 (p = {want:.3f})"]
+        assert line[-1] == "-"
+
+    def test_the_figure_shows_means_and_deviations(self):
+        rows = rows_of("a", [0.5, 0.6, 0.9]) + rows_of("b", [0.4], seeds=(0,))
+        (ax,) = tables.figure(rows).axes
+        points = {
+            line.get_gid(): line.get_xydata().tolist()
+            for line in ax.lines
+            if (line.get_gid() or "").startswith("cost:")
+        }
+        assert points["cost:b"] == [[100.0, 40.0]]
+        np.testing.assert_allclose(points["cost:a"], [[100.0, 200 / 3]])
+        (low, high) = ax.collections[0].get_segments()[0][:, 1]
+        assert (high - low) / 2 == pytest.approx(100 * np.std([0.5, 0.6, 0.9], ddof=1))
