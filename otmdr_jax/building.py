@@ -1,5 +1,6 @@
 """From a configuration to its networks and methods."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -154,7 +155,8 @@ _RIDING: dict[str, tuple[str, ...]] = {
 
 def method_names() -> frozenset[str]:
     """The options that some methods have and others have not."""
-    return frozenset(name for known in _OPTIONS.values() for name in known)
+    tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
+    return frozenset(name for known in tables for name in known)
 
 
 def method_options(config: TrainConfig) -> dict[str, Any]:
@@ -167,8 +169,8 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
         not go together.
     """
     defaults = TrainConfig(method=config.method)
-    every = {name: None for known in _OPTIONS.values() for name in known}
-    every |= {name: None for known in _RIDING.values() for name in known}
+    tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
+    every = {name: None for known in tables for name in known}
     own = _OPTIONS[config.gradient_method]
     mine = {**own, **dict.fromkeys(_RIDING.get(config.method, ()))}
     set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]

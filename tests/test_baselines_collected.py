@@ -19,6 +19,7 @@ from otmdr_jax import (
     cli,
     combine,
     config,
+    cost,
     data,
     diversity,
     members,
@@ -604,6 +605,14 @@ class TestErrors:
         model = models.create("cnn_small", 10)
         with pytest.raises(ValueError, match="base of swa must be one of"):
             methods.create("swa", model, optax.sgd(0.1), base="sgvb", ends=(1, 2))
+
+
+def test_a_step_costs_what_one_of_its_base_does():
+    assert cost.gradient_evaluations(of_method("swag")) == 1.0
+    sam = of_method("snapshot", base_method="sam", members="2")
+    assert cost.gradient_evaluations(sam) == 4.0
+    assert cost.gradient_evaluations(TrainConfig(method="edst")) == 1.0
+    assert {"cycles", "density"} <= building.method_names()
 
 
 def test_labels_name_the_base():
