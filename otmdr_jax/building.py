@@ -1,11 +1,13 @@
 """From a configuration to its networks and methods."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from otmdr_jax import baselines, bnn, members, methods, models, optimizers
+from otmdr_jax.baselines import sparse
 from otmdr_jax.config import TrainConfig
 
 
@@ -41,6 +43,7 @@ def methods_of(
             **method_options(config),
             **_posterior_options(config, num_train, total_steps, steps_per_epoch),
             **_radius_schedule(config, total_steps, steps_per_epoch),
+            **_collecting_options(config, total_steps, steps_per_epoch),
             **_axis_names(mesh),
         )
         if isinstance(network, members.JointModel):
@@ -170,11 +173,25 @@ _OPTIONS["ivon"] = {
 }
 # Of the released commands, which cut batches of 200 into parts of 25.
 _SUBBATCHES = {"bsam": 8}
+# Options of methods that ride on another one, beside the other one's.
+_BASE = ("base_method",)
+_AVERAGE = (*_BASE, "collect_start", "average_rate", "collect_every",
+            "batchnorm_examples")  # fmt: skip
+_SPARSE = ("density", "prune_rate", "prune_decay", "mask_every", "growth")
+_RIDING: dict[str, tuple[str, ...]] = {
+    "snapshot": (*_BASE, "cycles"),
+    "fge": (*_BASE, "collect_start", "cycle_epochs", "cycle_rates"),
+    "swa": _AVERAGE,
+    "swag": (*_AVERAGE, "swag_rank", "num_samples", "prediction"),
+    "dst": _SPARSE,
+    "edst": (*_SPARSE, "tickets", "exploration", "escape_rate"),
+}
 
 
 def method_names() -> frozenset[str]:
     """The options that some methods have and others have not."""
-    return frozenset(name for known in _OPTIONS.values() for name in known)
+    tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
+    return frozenset(name for known in tables for name in known)
 
 
 def method_options(config: TrainConfig) -> dict[str, Any]:
@@ -187,8 +204,10 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
         not go together.
     """
     defaults = TrainConfig(method=config.method)
-    every = {name: None for known in _OPTIONS.values() for name in known}
-    mine = _OPTIONS[config.method]
+    tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
+    every = {name: None for known in tables for name in known}
+    own = _OPTIONS[config.gradient_method]
+    mine = {**own, **dict.fromkeys(_RIDING.get(config.method, ()))}
     set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
     if foreign := [name for name in set_ if name not in mine]:
         hint = ""
@@ -216,10 +235,13 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
             "rho_min needs a learning rate that is known beforehand: use --schedule "
             "cosine or step."
         )
+    if config.method in _RIDING:
+        _check_riding(config)
     found = {
-        mine[name]: getattr(config, name)
+        own[name]: getattr(config, name)
         for name in set_
-        if name not in (*_POSTERIOR, *_GAUSSIAN, "rho_min", "clip_radius")
+        if name in own
+        and name not in (*_POSTERIOR, *_GAUSSIAN, "rho_min", "clip_radius")
     }
     if config.method in _SUBBATCHES:
         found["num_subbatches"] = num_subbatches(config)
@@ -229,6 +251,25 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
 def num_subbatches(config: TrainConfig) -> int:
     """How many parts of the batch have a perturbation of their own."""
     return config.num_subbatches or _SUBBATCHES.get(config.method, 1)
+
+
+def _check_riding(config):
+    if config.members is not None and config.ensemble == "joint":
+        raise ValueError(
+            f"{config.method} with a joint ensemble is not defined: each member "
+            "collects its own weights, or has its own masks, with --ensemble "
+            "independent."
+        )
+    _check_samples(config)
+    if config.method not in optimizers.OWN_SCHEDULE:
+        return
+    defaults = TrainConfig()
+    for name in ("schedule", "warmup_epochs"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: the learning rate of "
+                f"{config.method} is part of the method; leave {name} out."
+            )
 
 
 def _check_joint(config):
@@ -337,3 +378,52 @@ def _posterior_options(config, num_train, total_steps, steps_per_epoch):
         "num_samples": config.num_samples,
         "mean_only": config.prediction == "mean",
     }
+
+
+def _collecting_options(config, total_steps, steps_per_epoch):
+    """What a method that rides on another one takes beside; nothing for others."""
+    if config.method not in _RIDING:
+        return {}
+    options: dict[str, Any] = {}
+    ends: tuple[int, ...] = (total_steps,)
+    if config.method in methods.COLLECTING + methods.AVERAGING:
+        _, ends = optimizers.collection(config, total_steps, steps_per_epoch)
+        options["ends"] = ends
+    if config.method in methods.SPARSE:
+        return options | _sparse_options(config, total_steps, ends)
+    options["base"] = config.base_method
+    if config.method == "swag":
+        mean_only = config.prediction == "mean"
+        options["rank"] = config.swag_rank
+        options["num_samples"] = 0 if mean_only else config.num_samples
+    return options
+
+
+# Steps between updates of masks (the authors' command), and how many updates a run has
+# at the least.
+MASK_EVERY, MASK_UPDATES = 1000, 20
+
+
+def _sparse_options(config, total_steps, ends):
+    every = config.mask_every
+    if every is None:
+        every = min(MASK_EVERY, max(total_steps // MASK_UPDATES, 1))
+    steps = sparse.update_steps(every, ends)
+    if not steps:
+        raise ValueError(
+            f"mask_every={every} leaves no update of the masks in a run of "
+            f"{total_steps} steps: lower it, or train longer."
+        )
+    decay = config.prune_decay or ("constant" if config.method == "edst" else "cosine")
+    rate: Any = config.prune_rate
+    options = {
+        "density": config.density,
+        "rate": sparse.cosine(rate, total_steps) if decay == "cosine" else rate,
+        "steps": steps,
+        "growth": config.growth,
+    }
+    if config.method == "edst":
+        # One step into the next phase: the ticket is kept as it was trained.
+        options["escapes"] = tuple(end + 1 for end in ends[:-1])
+        options["escape_rate"] = config.escape_rate
+    return options

@@ -13,7 +13,14 @@ import typing
 from typing import Any, Literal
 
 from otmdr_jax import bnn, presets
+from otmdr_jax.baselines import presets as baselines
 from otmdr_jax.options import check_rho
+
+MethodName = Literal[
+    "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
+    "gsam", "looksam", "fisher-sam", "bsam", "ivon",
+    "snapshot", "fge", "swa", "swag", "dst", "edst",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,14 +80,12 @@ class TrainConfig:
     """How members of one model are computed: a matter of speed and memory alone."""
 
     # -- method --
-    method: Literal[
-        "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
-        "gsam", "looksam", "fisher-sam", "bsam", "ivon",
-    ] = "otmdr"  # fmt: skip
+    method: MethodName = "otmdr"
     """What to minimise: the loss (sgd), its worst value nearby (otmdr; sam and its kin
     asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the weights, the
     negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
-    docs/baselines.md has the equations."""
+    Members collected in one run: snapshot, fge; an average of its weights: swa, swag;
+    sparse networks: dst, edst. docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, gsam and looksam, 0.5
@@ -187,9 +192,58 @@ class TrainConfig:
     """How often a step of otmdr-bnn draws the weights' noise: once (the paper), or at
     each ascent step (released code)."""
     num_samples: int = 30
-    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code."""
+    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code. Of swag
+    those of its Gaussian; 30 in Maddox et al., 2019."""
     prediction: Literal["samples", "mean"] = "samples"
-    """Predict with samples of the posterior, or with its mean alone."""
+    """Predict with samples of the posterior or Gaussian, or with its mean alone."""
+
+    # -- members and averages of one run (snapshot, fge, swa, swag, edst) --
+    base_method: Literal["sgd", "sam", "asam", "otmdr"] = "sgd"
+    """What snapshot, fge, swa and swag train with, and whose options they take."""
+    cycles: int = 5
+    """Cycles of snapshot, each of which gives a member (the authors' command)."""
+    collect_start: float | None = None
+    """Share of the run before fge cycles, or swa and swag average. Default: 160 of 200
+    epochs for fge, 161 of 300 for swa and swag (their authors' commands)."""
+    cycle_epochs: float = 2.0
+    """Epochs of a cycle of fge, each of which gives a member (the authors' command)."""
+    cycle_rates: tuple[float, float] = (0.05, 0.01)
+    """Highest and lowest learning rate of fge's cycles (the authors' command for
+    WideResNet-28-10)."""
+    average_rate: float = 0.05
+    """Constant learning rate at which swa and swag average (their authors' default)."""
+    collect_every: float = 1.0
+    """Epochs between two weights that enter the average of swa and swag."""
+    swag_rank: int = 20
+    """Deviations from the mean that swag keeps, each of the size of the model (Maddox
+    et al., 2019). Its samples in a prediction are num_samples."""
+    batchnorm_examples: int | None = None
+    """Training images that BatchNorm statistics of swa's and swag's weights are
+    computed from before a prediction. Default: all, as their authors."""
+
+    # -- sparse training (dst, edst) --
+    density: float = 0.2
+    """Share of the weights that a sparse network has (Liu et al., 2022)."""
+    prune_rate: float = 0.5
+    """Share of a layer's weights that an update drops and grows elsewhere (the released
+    code)."""
+    prune_decay: Literal["cosine", "constant"] | None = None
+    """Its course over the run. Default: cosine to 0.005 for dst, constant for edst (the
+    authors' commands)."""
+    mask_every: int | None = None
+    """Steps between updates of the masks. Default: 1000 (the authors' command), or a
+    twentieth of a run of less than 20,000 steps."""
+    growth: Literal["gradient", "random"] = "gradient"
+    """Where weights grow: where the gradient of all weights is largest (RigL, as in the
+    authors' command), or anywhere (SET)."""
+    tickets: int = 3
+    """Sparse networks that edst collects, each at the end of a refinement phase."""
+    exploration: float = 1 / 3
+    """Share of the run before edst's first refinement (150 of 450 epochs, the authors'
+    command)."""
+    escape_rate: float = 0.8
+    """Share of a layer's weights that edst drops and grows elsewhere between two
+    tickets (the authors' command)."""
 
     # -- loss and optimizer --
     label_smoothing: float = 0.0
@@ -267,7 +321,11 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks numbers; names are checked where they are looked up."""
-        for name in ("rho", "augment"):  # lists, as from JSON, would not hash
+        for name in (
+            "rho",
+            "augment",
+            "cycle_rates",
+        ):  # lists, as from JSON, would not hash
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rho is not None:
@@ -281,12 +339,14 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
             "keep_checkpoints", "max_skipped", "num_particles", "num_samples",
-            "plateau_patience", "look_every", "mc_samples",
+            "plateau_patience", "look_every", "mc_samples", "cycles", "swag_rank",
+            "tickets",
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in (
             "steps", "checkpoint_every", "microbatch_size", "num_subbatches",
+            "batchnorm_examples", "mask_every",
         ):  # fmt: skip
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -295,11 +355,12 @@ class TrainConfig:
         for name in (
             "learning_rate", "weight_decay", "warmup_epochs", "noise_std", "kl_weight",
             "kl_warmup_epochs", "damping", "gsam_alpha", "look_alpha", "fisher_eta",
+            "average_rate",
         ):  # fmt: skip
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         for name in (
             "posterior_std", "prior_std", "adam_eps", "data_factor", "precision_init",
-            "hess_init",
+            "hess_init", "cycle_epochs", "collect_every",
         ):  # fmt: skip
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
@@ -309,6 +370,13 @@ class TrainConfig:
         good = self.b2 is None or (isinstance(self.b2, float) and 0 <= self.b2 < 1)
         _check(self, "b2", good, "in [0, 1), or left out")
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
+        for name in ("density", "prune_rate", "exploration", "escape_rate"):
+            _check(self, name, 0 < getattr(self, name) < 1, "in (0, 1)")
+        start, rates = self.collect_start, self.cycle_rates
+        _check(self, "collect_start", start is None or 0 < start < 1, "in (0, 1)")
+        falling = len(rates) == 2 and rates[0] >= rates[1] >= 0
+        _check(self, "cycle_rates", falling, "two rates, the higher one first")
+        _check(self, "swag_rank", self.swag_rank >= 2, "at least 2")
         _check(self, "validation", self.validation >= 0, "at least 0")
         clip = self.clip_norm
         _check(self, "clip_norm", clip is None or clip > 0, "positive, or left out")
@@ -317,6 +385,16 @@ class TrainConfig:
         for name, type_ in typing.get_type_hints(TrainConfig).items():
             _check_literal(self, name, type_)
         _check_members(self)
+
+    @property
+    def gradient_method(self) -> str:
+        """The method that gives the gradient: the base where another one rides on it.
+
+        Of sparse training "sgd".
+        """
+        if self.method in ("snapshot", "fge", "swa", "swag"):
+            return self.base_method
+        return "sgd" if self.method in ("dst", "edst") else self.method
 
     @property
     def member_names(self) -> tuple[str, ...]:
@@ -355,7 +433,10 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         "sam-cifar10", "sam-cifar100", "bsam-cifar10", "bsam-cifar100" (the released
         commands of bSAM: ResNet-18); of Bayesian ResNet-10 (Table 4; give
         `model="resnet_18"` for the other column) "paper-bnn-cifar10",
-        "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100".
+        "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100"; of its
+        Table 3 (ResNet-10) "deep-ensemble-cifar10", "sam-ensemble-cifar10",
+        "otmdr-ensemble-cifar10", "snapshot-cifar10", "fge-cifar10", "swa-cifar10",
+        "swag-cifar10", "dst-cifar10", "edst-cifar10", and the same with "cifar100".
       num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
 
     Returns:
@@ -384,6 +465,8 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         return _bayesian_preset(version, data, num_particles)
     if version == "bsam":
         return _bsam_preset(data)
+    if version in baselines.PRESETS:
+        return _baseline_preset(version, data, num_particles)
     common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
     if version == "sam":
         # The radii of Foret et al., which the paper takes over (section 5.1).
@@ -448,6 +531,16 @@ def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig
     return TrainConfig(method="otmdr-bnn", **common, **options)
 
 
+def _baseline_preset(version: str, data: str, num_particles: int) -> TrainConfig:
+    """A competitor's settings, with the paper's radii where there are any."""
+    options = baselines.preset(version)
+    if version == "sam-ensemble":
+        options["rho"] = (0.05,) if data == "cifar10" else (0.1,)
+    elif version == "otmdr-ensemble":
+        options |= presets.preset(f"paper-{data}", num_particles)
+    return TrainConfig(data=data, **options)
+
+
 _BAYESIAN = ("paper-bnn", "released-bnn", "sgvb")
 
 PRESETS = (
@@ -457,7 +550,11 @@ PRESETS = (
     "sam-cifar100",
     "bsam-cifar10",
     "bsam-cifar100",
-    *(f"{version}-{data}" for version in _BAYESIAN for data in ("cifar10", "cifar100")),
+    *(
+        f"{version}-{data}"
+        for version in (*_BAYESIAN, *baselines.PRESETS)
+        for data in ("cifar10", "cifar100")
+    ),
 )
 
 

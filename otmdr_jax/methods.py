@@ -35,6 +35,8 @@ class TrainState(NamedTuple):
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
       memory: What the method's gradient remembers of the steps before, or None: the
         precision of bSAM, the Hessian of IVON, the direction of LookSAM.
+      method_state: What a method keeps of its own, as the members that it collects, or
+        None: see :mod:`otmdr_jax.baselines`.
     """
 
     params: PyTree
@@ -46,6 +48,7 @@ class TrainState(NamedTuple):
     skipped_in_row: jax.Array
     loss_scale: precision.LossScale | None = None
     memory: PyTree = None
+    method_state: PyTree | None = None
 
 
 class Method(NamedTuple):
@@ -61,12 +64,18 @@ class Method(NamedTuple):
         posterior; of one weight vector S is 1.
       posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
         without one.
+      batch_statistics: (state, images) -> BatchNorm statistics of a batch at what
+        predicts, where no training step has seen it; None for most methods.
+      settle: (state, the mean of these over batches) -> a state to predict with, which
+        is not for further steps.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     predict: Callable[[TrainState, jax.Array], jax.Array]
     posterior: Callable[[TrainState], bnn.MeanField] | None = None
+    batch_statistics: Callable[[TrainState, jax.Array], PyTree] | None = None
+    settle: Callable[[TrainState, PyTree], TrainState] | None = None
 
 
 # A method -> the options of the robust gradient that make it; None: the plain one.
@@ -95,6 +104,15 @@ BAYESIAN = ("sgvb", "otmdr-bnn")
 # Those that train a Gaussian around one weight vector by an update of their own, which
 # takes the place of the base optimizer: see optimizers.create.
 VARIATIONAL = ("bsam", "ivon")
+# Those that ride on a method of one weight vector, "sgd" unless told otherwise: they
+# keep copies of the weights, or average them. docs/collected.md.
+COLLECTING = ("snapshot", "fge", "edst")
+AVERAGING = ("swa", "swag")
+BASES = ("sgd", "sam", "asam", "otmdr")
+# Those of sparse networks: docs/sparse.md.
+SPARSE = ("dst", "edst")
+RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst")
+METHODS |= dict.fromkeys(RIDING)
 
 
 def create(
@@ -112,8 +130,9 @@ def create(
 
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
-        for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam",
-        "looksam", "fisher-sam", "bsam" and "ivon" of :mod:`otmdr_jax.baselines`.
+        for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam", "looksam", "fisher-sam",
+        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst" and "edst" of
+        :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
         extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`, for
@@ -128,8 +147,13 @@ def create(
         `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
         `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
         `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
-        :func:`otmdr_jax.centers.posterior`; `num_data` is required. The others have
-        those of their functions in :mod:`otmdr_jax.centers`.
+        :func:`otmdr_jax.centers.posterior`; `num_data` is required. "snapshot" and
+        "fge" have `base`, the method that they ride on, its options, and `ends` of
+        :func:`otmdr_jax.baselines.collect`; "swa" and "swag" those of
+        :func:`otmdr_jax.baselines.average`; "dst" and "edst" those of
+        :func:`otmdr_jax.baselines.dynamic`, and "edst" `ends`. Their learning rates are
+        the optimizer's. The others have those of their functions in
+        :mod:`otmdr_jax.centers`.
 
     Returns:
       A :class:`Method`.
@@ -150,6 +174,14 @@ def create(
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
+    if name in RIDING:
+        shared = dict(
+            label_smoothing=label_smoothing,
+            smoothing=smoothing,
+            sum_particles=sum_particles,
+            loss_scaling=loss_scaling,
+        )
+        return _riding(name, model, optimizer, **shared, **options)
     own = METHODS[name]
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -257,6 +289,33 @@ def create(
         return Method(init, step, predict)
     return Method(
         init, step, predict, lambda state: posterior_of(state.params, state.memory)
+    )
+
+
+def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
+    """A method on top of another one."""
+    if base not in BASES or (name in SPARSE and base != "sgd"):
+        known = "sgd" if name in SPARSE else ", ".join(BASES)
+        raise ValueError(f"base of {name} must be one of {known}; got {base!r}.")
+    takes = {
+        "swag": ("rank", "num_samples"),
+        **dict.fromkeys(
+            SPARSE, ("density", "rate", "steps", "growth", "escapes", "escape_rate")
+        ),
+    }
+    own = {key: options.pop(key) for key in takes.get(name, ()) if key in options}
+    if name in SPARSE:
+        # Its key is replaced by one of the method's.
+        optimizer = baselines.dynamic(optimizer, jax.random.key(0), **own)
+    method = create(base, model, optimizer, **options)
+    if name in SPARSE:
+        method = baselines.masked_from_the_start(method)
+    if name in COLLECTING:
+        return baselines.collect(method, ends)
+    if name == "swag":
+        own = {"rank": baselines.RANK, "num_samples": baselines.NUM_SAMPLES, **own}
+    return (
+        baselines.average(method, model, ends, **own) if name in AVERAGING else method
     )
 
 

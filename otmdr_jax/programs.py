@@ -20,9 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from otmdr_jax import _version, bnn, building, members, optimizers, parallel
 from otmdr_jax import data as data_lib
+from otmdr_jax import models as models_lib
+from otmdr_jax.baselines import costs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, LazyImages, Split
 from otmdr_jax.gradients import PAPER_RHO
+from otmdr_jax.methods import SPARSE
 
 PyTree = Any
 
@@ -50,8 +53,13 @@ class Programs(NamedTuple):
       loss_sums: (params, (images, labels, mask, model_state)) -> (sum, count): one, or
         one for each member of another architecture.
       rate: (step, opt_state) -> the learning rate.
+      batch_statistics: (state, images, key) -> BatchNorm statistics of an augmented
+        batch at what predicts; None where those of the state serve.
+      settle: (state, their mean) -> a state to predict with; None likewise. See
+        :func:`otmdr_jax.evaluation.settle`.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
         None where there is none.
+      sparsity: state -> what results hold of a sparse network; None of dense ones.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
       mesh: The devices; None for one.
@@ -64,7 +72,10 @@ class Programs(NamedTuple):
     epoch_order: Callable[[jax.Array], jax.Array]
     loss_sums: tuple[Callable[..., tuple[jax.Array, jax.Array]], ...]
     rate: Callable[..., jax.Array]
+    batch_statistics: Callable[..., PyTree] | None
+    settle: Callable[[PyTree, PyTree], PyTree] | None
     posterior: Callable[[PyTree], list[bnn.Summary]] | None
+    sparsity: Callable[[PyTree], dict[str, Any]] | None
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
@@ -104,7 +115,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
             "every pass; spread the data, or use --ensemble independent."
         )
-    if particle > 1 and config.method not in PARTICLES:
+    if particle > 1 and config.gradient_method not in PARTICLES:
         raise ValueError(
             f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
             "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
@@ -130,7 +141,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             "fewer devices (--mesh data=1)."
         )
     radii = len(config.rho or PAPER_RHO)
-    if config.method in PARTICLES and config.split != "shared":
+    if config.gradient_method in PARTICLES and config.split != "shared":
         if config.batch_size // max(data, parts) < radii:
             raise ValueError(
                 f"batch_size={config.batch_size} over {data} devices leaves each fewer "
@@ -145,7 +156,7 @@ def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
     data = parallel.axis_size(mesh, "data")
     # Sub-batches divide a device's images where they are more than the devices.
     parts = max(building.num_subbatches(config) // data, 1)
-    if config.method in PARTICLES and config.split != "shared":
+    if config.gradient_method in PARTICLES and config.split != "shared":
         parts *= len(config.rho or PAPER_RHO)
     images = config.batch_size // data // parts
     if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
@@ -262,6 +273,18 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             return members.predict(predicts, state, images, config.member_map)
         return methods_[0].predict(state, images)
 
+    def batch_statistics(state, images, key):
+        images = data_lib.augment(key, images, augment)
+        images = data_lib.normalise(images, mean, std)
+        of_batch = [m.batch_statistics for m in methods_ if m.batch_statistics]
+        if lifted:
+            return members.batch_statistics(of_batch, state, images, config.member_map)
+        return of_batch[0](state, images)
+
+    def settle(state, statistics):
+        found = [m.settle for m in methods_ if m.settle]
+        return members.settle(found, state, statistics)
+
     def epoch_order(key):
         if not own_data:
             return data_lib.epoch_order(key, num_train)
@@ -276,6 +299,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         ]
 
     example = jnp.zeros((1, *image_shape))
+    unsettled = methods_[0].settle is not None
     everywhere = parallel.replicated(mesh)
     home = NamedSharding(mesh, state_spec) if mesh is not None else None
     return Programs(
@@ -294,11 +318,37 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
                 optimizers.schedule(config, total_steps, steps_per_epoch),
             )
         ),
+        batch_statistics=(
+            jax.jit(batch_statistics, out_shardings=everywhere) if unsettled else None
+        ),
+        settle=settle if unsettled else None,
         posterior=jax.jit(posterior) if methods_[0].posterior else None,
+        sparsity=(
+            functools.partial(
+                _sparsity, building.networks(config, num_classes), image_shape
+            )
+            if config.method in SPARSE
+            else None
+        ),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         mesh=mesh,
     )
+
+
+def _sparsity(networks, image_shape, state):
+    """What results hold of a sparse network, or of each member."""
+    found = []
+    for i, member in enumerate(members.separate(state)):
+        positions = _positions(networks[i % len(networks)], image_shape)
+        masks = member.opt_state.masks
+        found.append(costs.sparsity(member.params, masks, positions))
+    return found[0] if len(found) == 1 else {"members": found}
+
+
+@functools.lru_cache(maxsize=16)
+def _positions(network, image_shape):
+    return models_lib.output_positions(network, image_shape)
 
 
 @functools.lru_cache(maxsize=16)

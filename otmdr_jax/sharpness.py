@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from otmdr_jax import centers, landscape, parallel
-from otmdr_jax import members as members_lib
+from otmdr_jax import centers, landscape, parallel, predictors
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.evaluation import eval_batches
@@ -245,7 +244,8 @@ def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
         parallel.place(batch, mesh, parallel.data_spec(mesh))
         for batch in eval_batches(config, part, mesh)
     ]
-    for i, member in enumerate(members_lib.separate(state)):
+    state = predictors.settle(config, state, dataset, programs)
+    for i, member in enumerate(predictors.every(config, state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]
         yield loss_sum, centers.weights_of(member.params), with_state

@@ -37,6 +37,7 @@ LAYERS = [
     {"optimizers", "members"},
     {"building"},
     {"programs", "checkpoint", "runs"},
+    {"predictors"},
     {"evaluation", "restoring"},
     {"sharpness", "cost", "calibrating", "shift"},
     {"training"},

@@ -1,5 +1,7 @@
 """What the method is compared with, built as its authors would, on the one engine.
 
+Optax transformations, and methods by name in :mod:`otmdr_jax.methods`:
+
     preconditioned.py   a precision for each weight: noise, division, the posterior
     bayesian_sam.py     bsam
     surgery.py          gsam
@@ -7,8 +9,15 @@
     fisher.py           fisher_sam
     online_newton.py    ivon
 
-Each is an Optax transformation here, and a method by name in
-:mod:`otmdr_jax.methods`.
+Around any method of one weight vector (docs/collected.md), and sparse training
+(docs/sparse.md):
+
+    collector.py        collect: snapshot ensembles, FGE
+    swag.py             average: SWA, SWAG
+    schedules.py        learning rates, and when members are collected
+    sparse.py           dynamic: DST, EDST
+    costs.py            operations of a prediction
+    presets.py          the competitors of the paper's Table 3
 """
 
 from otmdr_jax.baselines.bayesian_sam import (
@@ -18,6 +27,7 @@ from otmdr_jax.baselines.bayesian_sam import (
     bsam_gradient,
     bsam_rule,
 )
+from otmdr_jax.baselines.collector import Collected, collect, members
 from otmdr_jax.baselines.fisher import fisher_sam
 from otmdr_jax.baselines.online_newton import (
     IvonState,
@@ -28,14 +38,26 @@ from otmdr_jax.baselines.online_newton import (
 )
 from otmdr_jax.baselines.periodic import LookMemory, looksam, looksam_gradient
 from otmdr_jax.baselines.preconditioned import posterior
+from otmdr_jax.baselines.sparse import Sparse, dynamic, masked_from_the_start
 from otmdr_jax.baselines.surgery import follow, gsam, gsam_gradient
+from otmdr_jax.baselines.swag import NUM_SAMPLES, RANK, Moments, average, moments_of
 
 __all__ = [
+    "NUM_SAMPLES",
+    "RANK",
     "BsamState",
+    "Collected",
+    "IvonState",
+    "LookMemory",
+    "Moments",
+    "Sparse",
+    "average",
     "bsam",
     "bsam_divisor",
     "bsam_gradient",
     "bsam_rule",
+    "collect",
+    "dynamic",
     "fisher_sam",
     "follow",
     "gsam",
@@ -44,9 +66,10 @@ __all__ = [
     "ivon_gradient",
     "ivon_precision",
     "ivon_rule",
-    "IvonState",
     "looksam",
     "looksam_gradient",
-    "LookMemory",
+    "masked_from_the_start",
+    "members",
+    "moments_of",
     "posterior",
 ]
