@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 from otmdr_jax._version import __version__
+from otmdr_jax.adapter import OtmdrState
 from otmdr_jax.gradients import (
     Diagnostics,
     RobustGradient,
@@ -15,7 +16,7 @@ from otmdr_jax.gradients import (
     value_and_grad,
 )
 from otmdr_jax.presets import PRESETS, preset
-from otmdr_jax.transform import OtmdrState, asam, otmdr, sam
+from otmdr_jax.transform import asam, otmdr, sam
 
 __all__ = [
     "PRESETS",
@@ -33,6 +34,7 @@ __all__ = [
 
 # Loaded at first use: `otmdr_jax.models` costs an import of Flax, the core does not.
 _MODULES = (
+    "baselines",
     "bnn",
     "calibration",
     "data",

@@ -1,11 +1,13 @@
 """From a configuration to its networks and methods."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from otmdr_jax import bnn, members, methods, models, optimizers
+from otmdr_jax import baselines, bnn, members, methods, models, optimizers
+from otmdr_jax.baselines import sparse
 from otmdr_jax.config import TrainConfig
 
 
@@ -40,6 +42,8 @@ def methods_of(
             loss_scaling=config.dtype == "float16",
             **method_options(config),
             **_posterior_options(config, num_train, total_steps, steps_per_epoch),
+            **_radius_schedule(config, total_steps, steps_per_epoch),
+            **_collecting_options(config, total_steps, steps_per_epoch),
             **_axis_names(mesh),
         )
         if isinstance(network, members.JointModel):
@@ -101,10 +105,10 @@ _ROBUST = {
     name: name
     for name in (
         "rho", "num_particles", "noise_std", "split", "norm", "merge", "sum_particles",
-        "particle_map", "sync_perturbation", "microbatch_size",
+        "particle_map", "sync_perturbation", "microbatch_size", "num_subbatches",
     )
 }  # fmt: skip
-_SAM = ("rho", "norm", "sync_perturbation", "microbatch_size")
+_SAM = ("rho", "norm", "sync_perturbation", "microbatch_size", "num_subbatches")
 _POSTERIOR = {
     "posterior_std": "sigma",
     "posterior_init": "init",
@@ -121,6 +125,14 @@ _OTMDR_BNN = {
     "sigma_gradient": "sigma_gradient",
     "weight_noise": "weight_noise",
 }
+# Of Gaussians around one weight vector: what the data or the optimizer decide too.
+_GAUSSIAN = ("data_factor", "num_samples", "prediction")
+_BSAM = {
+    "b2": "b2",
+    "precision_init": "precision_init",
+    "damping": "damping",
+    "precision_order": "order",
+}
 _OPTIONS: dict[str, dict[str, str]] = {
     "sgd": {"microbatch_size": "microbatch_size"},
     "sam": {name: name for name in _SAM},
@@ -130,16 +142,56 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "microbatch_size": "microbatch_size", "estimator": "estimator", **_POSTERIOR
     },
     "otmdr-bnn": {
-        **{n: n for n in _ROBUST if n != "norm"},
+        **{n: n for n in _ROBUST if n not in ("norm", "num_subbatches")},
         **_OTMDR_BNN,
         **_POSTERIOR,
     },
+    "gsam": {
+        **{name: name for name in _SAM},
+        "gsam_alpha": "alpha",
+        "rho_min": "rho_min",
+    },
+    "looksam": {
+        **{name: name for name in _SAM},
+        "look_every": "every",
+        "look_alpha": "alpha",
+    },
+    "fisher-sam": {**{name: name for name in _SAM}, "fisher_eta": "fisher"},
+    "bsam": {
+        **{name: name for name in _SAM if name != "norm"},
+        **_BSAM,
+        **{name: name for name in _GAUSSIAN},
+    },
 }  # fmt: skip
+_OPTIONS["ivon"] = {
+    "microbatch_size": "microbatch_size",
+    "b2": "b2",
+    "hess_init": "hess_init",
+    "mc_samples": "mc_samples",
+    "clip_radius": "clip_radius",
+    **{name: name for name in _GAUSSIAN},
+}
+# Of the released commands, which cut batches of 200 into parts of 25.
+_SUBBATCHES = {"bsam": 8}
+# Options of methods that ride on another one, beside the other one's.
+_BASE = ("base_method",)
+_AVERAGE = (*_BASE, "collect_start", "average_rate", "collect_every",
+            "batchnorm_examples")  # fmt: skip
+_SPARSE = ("density", "prune_rate", "prune_decay", "mask_every", "growth")
+_RIDING: dict[str, tuple[str, ...]] = {
+    "snapshot": (*_BASE, "cycles"),
+    "fge": (*_BASE, "collect_start", "cycle_epochs", "cycle_rates"),
+    "swa": _AVERAGE,
+    "swag": (*_AVERAGE, "swag_rank", "num_samples", "prediction"),
+    "dst": _SPARSE,
+    "edst": (*_SPARSE, "tickets", "exploration", "escape_rate"),
+}
 
 
 def method_names() -> frozenset[str]:
     """The options that some methods have and others have not."""
-    return frozenset(name for known in _OPTIONS.values() for name in known)
+    tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
+    return frozenset(name for known in tables for name in known)
 
 
 def method_options(config: TrainConfig) -> dict[str, Any]:
@@ -152,8 +204,10 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
         not go together.
     """
     defaults = TrainConfig(method=config.method)
-    every = {name: None for known in _OPTIONS.values() for name in known}
-    mine = _OPTIONS[config.method]
+    tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
+    every = {name: None for known in tables for name in known}
+    own = _OPTIONS[config.gradient_method]
+    mine = {**own, **dict.fromkeys(_RIDING.get(config.method, ()))}
     set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
     if foreign := [name for name in set_ if name not in mine]:
         hint = ""
@@ -172,17 +226,90 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
             )
     if config.method in methods.BAYESIAN:
         _check_posterior(config)
-    return {
-        mine[name]: getattr(config, name) for name in set_ if name not in _POSTERIOR
+    if config.method in methods.VARIATIONAL:
+        _check_variational(config)
+    if config.method in ("gsam", "looksam") and len(config.rho or (0,)) != 1:
+        raise ValueError(f"{config.method} has one radius, got {config.rho}.")
+    if config.rho_min is not None and config.schedule == "plateau":
+        raise ValueError(
+            "rho_min needs a learning rate that is known beforehand: use --schedule "
+            "cosine or step."
+        )
+    if config.method in _RIDING:
+        _check_riding(config)
+    found = {
+        own[name]: getattr(config, name)
+        for name in set_
+        if name in own
+        and name not in (*_POSTERIOR, *_GAUSSIAN, "rho_min", "clip_radius")
     }
+    if config.method in _SUBBATCHES:
+        found["num_subbatches"] = num_subbatches(config)
+    return found
 
 
-def _check_posterior(config):
+def num_subbatches(config: TrainConfig) -> int:
+    """How many parts of the batch have a perturbation of their own."""
+    return config.num_subbatches or _SUBBATCHES.get(config.method, 1)
+
+
+def _check_riding(config):
+    if config.members is not None and config.ensemble == "joint":
+        raise ValueError(
+            f"{config.method} with a joint ensemble is not defined: each member "
+            "collects its own weights, or has its own masks, with --ensemble "
+            "independent."
+        )
+    _check_samples(config)
+    if config.method not in optimizers.OWN_SCHEDULE:
+        return
+    defaults = TrainConfig()
+    for name in ("schedule", "warmup_epochs"):
+        if getattr(config, name) != getattr(defaults, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: the learning rate of "
+                f"{config.method} is part of the method; leave {name} out."
+            )
+
+
+def _check_joint(config):
     if config.members is not None and config.ensemble == "joint":
         raise ValueError(
             f"{config.method} with a joint ensemble is not defined: members with a "
             "posterior each are trained with --ensemble independent."
         )
+
+
+def _check_samples(config):
+    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
+        raise ValueError(
+            f"num_samples={config.num_samples} with prediction='mean', which has no "
+            "samples: leave one of them out."
+        )
+
+
+def _check_variational(config):
+    """The update is the method's own: options of other optimizers mean nothing."""
+    _check_joint(config)
+    _check_samples(config)
+    defaults = TrainConfig.__dataclass_fields__
+    for name in ("optimizer", "nesterov", "adam_eps", "decay_all"):
+        if getattr(config, name) != defaults[name].default:
+            raise ValueError(
+                f"{config.method} has an update of its own: leave {name} out, got "
+                f"{getattr(config, name)!r}."
+            )
+    if config.method == "ivon" and not config.weight_decay:
+        raise ValueError(
+            "ivon needs a weight decay, the precision of its prior, got weight_decay=0."
+        )
+    if config.rho is not None and len(config.rho) != 1:
+        raise ValueError(f"{config.method} has one radius, got {config.rho}.")
+
+
+def _check_posterior(config):
+    _check_joint(config)
+    _check_samples(config)
     if config.dtype == "float16" and config.estimator != "weights":
         raise ValueError(
             f"estimator={config.estimator!r} squares standard deviations, which "
@@ -193,11 +320,6 @@ def _check_posterior(config):
             f"prior_std={config.prior_std} is that of the normal prior; the "
             f"{config.prior} prior has none."
         )
-    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
-        raise ValueError(
-            f"num_samples={config.num_samples} with prediction='mean', which has no "
-            "samples: leave one of them out."
-        )
     if config.kl_schedule != "warmup" and config.kl_warmup_epochs != 0:
         raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")
     if config.kl_schedule == "warmup" and not config.kl_warmup_epochs:
@@ -206,8 +328,29 @@ def _check_posterior(config):
         )
 
 
+def _radius_schedule(config, total_steps, steps_per_epoch):
+    """The radius that follows the learning rate, where it does."""
+    if config.rho_min is None:
+        return {}
+    return {
+        "follows": baselines.follow(
+            optimizers.schedule(config, total_steps, steps_per_epoch),
+            (config.rho or (baselines.surgery.RHO,))[0],
+            config.rho_min,
+            config.learning_rate,
+        )
+    }
+
+
 def _posterior_options(config, num_train, total_steps, steps_per_epoch):
     """What a Bayesian method takes beside; nothing for others."""
+    if config.method in methods.VARIATIONAL:
+        return {
+            "num_data": num_train * config.data_factor,
+            "weight_decay": config.weight_decay,
+            "num_samples": config.num_samples,
+            "mean_only": config.prediction == "mean",
+        }
     if config.method not in methods.BAYESIAN:
         return {}
     priors = {
@@ -235,3 +378,52 @@ def _posterior_options(config, num_train, total_steps, steps_per_epoch):
         "num_samples": config.num_samples,
         "mean_only": config.prediction == "mean",
     }
+
+
+def _collecting_options(config, total_steps, steps_per_epoch):
+    """What a method that rides on another one takes beside; nothing for others."""
+    if config.method not in _RIDING:
+        return {}
+    options: dict[str, Any] = {}
+    ends: tuple[int, ...] = (total_steps,)
+    if config.method in methods.COLLECTING + methods.AVERAGING:
+        _, ends = optimizers.collection(config, total_steps, steps_per_epoch)
+        options["ends"] = ends
+    if config.method in methods.SPARSE:
+        return options | _sparse_options(config, total_steps, ends)
+    options["base"] = config.base_method
+    if config.method == "swag":
+        mean_only = config.prediction == "mean"
+        options["rank"] = config.swag_rank
+        options["num_samples"] = 0 if mean_only else config.num_samples
+    return options
+
+
+# Steps between updates of masks (the authors' command), and how many updates a run has
+# at the least.
+MASK_EVERY, MASK_UPDATES = 1000, 20
+
+
+def _sparse_options(config, total_steps, ends):
+    every = config.mask_every
+    if every is None:
+        every = min(MASK_EVERY, max(total_steps // MASK_UPDATES, 1))
+    steps = sparse.update_steps(every, ends)
+    if not steps:
+        raise ValueError(
+            f"mask_every={every} leaves no update of the masks in a run of "
+            f"{total_steps} steps: lower it, or train longer."
+        )
+    decay = config.prune_decay or ("constant" if config.method == "edst" else "cosine")
+    rate: Any = config.prune_rate
+    options = {
+        "density": config.density,
+        "rate": sparse.cosine(rate, total_steps) if decay == "cosine" else rate,
+        "steps": steps,
+        "growth": config.growth,
+    }
+    if config.method == "edst":
+        # One step into the next phase: the ticket is kept as it was trained.
+        options["escapes"] = tuple(end + 1 for end in ends[:-1])
+        options["escape_rate"] = config.escape_rate
+    return options

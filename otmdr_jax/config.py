@@ -13,7 +13,14 @@ import typing
 from typing import Any, Literal
 
 from otmdr_jax import bnn, presets
+from otmdr_jax.baselines import presets as baselines
 from otmdr_jax.options import check_rho
+
+MethodName = Literal[
+    "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
+    "gsam", "looksam", "fisher-sam", "bsam", "ivon",
+    "snapshot", "fge", "swa", "swag", "dst", "edst",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,14 +80,18 @@ class TrainConfig:
     """How members of one model are computed: a matter of speed and memory alone."""
 
     # -- method --
-    method: Literal["sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn"] = "otmdr"
-    """What to minimise: the loss (sgd), its worst value nearby, or, over a Gaussian
-    posterior of the weights, the negative evidence bound (sgvb) or its worst value
-    nearby (otmdr-bnn)."""
+    method: MethodName = "otmdr"
+    """What to minimise: the loss (sgd), its worst value nearby (otmdr; sam and its kin
+    asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the weights, the
+    negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
+    Members collected in one run: snapshot, fge; an average of its weights: swa, swag;
+    sparse networks: dst, edst. docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
-    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, 0.5 for asam (their
-    papers, CIFAR-10)."""
+    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, gsam and looksam, 0.5
+    for asam (their papers, CIFAR-10), 0.01 for bsam (its released commands), 0.1 for
+    fisher-sam (reimplementations). sam takes several too: it climbs that often, each
+    time on the whole batch."""
     num_particles: int = 1
     """K, the number of particles of otmdr and otmdr-bnn."""
     noise_std: float = 0.0
@@ -88,9 +99,9 @@ class TrainConfig:
     paper (appendix B.1)."""
     split: Literal["random", "ordered", "shared"] | None = None
     """How the ascent steps share the batch. Default: random for otmdr, otmdr-bnn."""
-    norm: Literal["global", "per_leaf"] = "global"
-    """One gradient norm over all parameters, or one for each array. That of otmdr-bnn
-    is posterior_norm."""
+    norm: Literal["global", "per_leaf", "none"] = "global"
+    """One gradient norm over all parameters, one for each array, or none: steps as long
+    as the gradient makes them. That of otmdr-bnn is posterior_norm."""
     merge: Literal["sum", "mean"] | None = None
     """The released code's merged second direction. Default: none, as in the paper."""
     sum_particles: bool = False
@@ -105,7 +116,51 @@ class TrainConfig:
     """Examples that a device differentiates at a time, to save memory. The objective
     stays that of the whole batch, but BatchNorm sees micro-batches. Default: all."""
 
-    # -- posterior (sgvb and otmdr-bnn) --
+    num_subbatches: int | None = None
+    """Equal consecutive parts of the batch, each with a perturbation of its own
+    (m-sharpness), whatever the devices. Default: 8 for bsam (its released commands), 1
+    for the others."""
+
+    # -- gsam, looksam, fisher-sam --
+    gsam_alpha: float = 0.2
+    """Weight of what gsam takes out of the gradient: 0 is sam. 0.2 in its authors'
+    example on CIFAR-10."""
+    rho_min: float | None = None
+    """Radius of gsam where the learning rate is 0; between it and --rho the radius
+    follows the learning rate, as its paper has it. Default: --rho throughout."""
+    look_every: int = 5
+    """How often looksam climbs, in steps: 1 is sam (reimplementations: 5)."""
+    look_alpha: float = 0.7
+    """Length of looksam's remembered direction in lengths of the gradient
+    (reimplementations)."""
+    fisher_eta: float = 1.0
+    """How far the squared gradient bends the ball of fisher-sam: 0 is sam
+    (reimplementations)."""
+
+    # -- bsam and ivon --
+    data_factor: float = 1.0
+    """What the number of training examples is multiplied by where it sets a posterior's
+    width, for the augmentation. 4 in bsam's released commands for CIFAR."""
+    b2: float | None = None
+    """How slowly the precision follows the gradients. Default: 0.999 for bsam (its
+    paper), 0.99999 for ivon (released code)."""
+    precision_init: float = 1.0
+    """Precision of every weight at the start (released code)."""
+    damping: float = 0.1
+    """What is added to the precision (released code)."""
+    precision_order: Literal["released", "paper"] = "released"
+    """Whether bsam divides its step by the precision before its update (the code), or
+    after it (the paper's listing)."""
+    hess_init: float = 1.0
+    """Hessian of every weight at the start of ivon; the larger, the less noise
+    (released code)."""
+    mc_samples: int = 1
+    """Samples of the posterior in a step of ivon, a gradient each."""
+    clip_radius: float | None = None
+    """Bound on each coordinate of ivon's step before the learning rate. Default:
+    none."""
+
+    # -- posterior (sgvb, otmdr-bnn; of bsam and ivon the samples of a prediction) --
     posterior_std: float = 0.0067
     """Standard deviation that every weight starts with: softplus(-5), released code."""
     posterior_init: Literal["model", "released"] = "model"
@@ -137,9 +192,58 @@ class TrainConfig:
     """How often a step of otmdr-bnn draws the weights' noise: once (the paper), or at
     each ascent step (released code)."""
     num_samples: int = 30
-    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code."""
+    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code. Of swag
+    those of its Gaussian; 30 in Maddox et al., 2019."""
     prediction: Literal["samples", "mean"] = "samples"
-    """Predict with samples of the posterior, or with its mean alone."""
+    """Predict with samples of the posterior or Gaussian, or with its mean alone."""
+
+    # -- members and averages of one run (snapshot, fge, swa, swag, edst) --
+    base_method: Literal["sgd", "sam", "asam", "otmdr"] = "sgd"
+    """What snapshot, fge, swa and swag train with, and whose options they take."""
+    cycles: int = 5
+    """Cycles of snapshot, each of which gives a member (the authors' command)."""
+    collect_start: float | None = None
+    """Share of the run before fge cycles, or swa and swag average. Default: 160 of 200
+    epochs for fge, 161 of 300 for swa and swag (their authors' commands)."""
+    cycle_epochs: float = 2.0
+    """Epochs of a cycle of fge, each of which gives a member (the authors' command)."""
+    cycle_rates: tuple[float, float] = (0.05, 0.01)
+    """Highest and lowest learning rate of fge's cycles (the authors' command for
+    WideResNet-28-10)."""
+    average_rate: float = 0.05
+    """Constant learning rate at which swa and swag average (their authors' default)."""
+    collect_every: float = 1.0
+    """Epochs between two weights that enter the average of swa and swag."""
+    swag_rank: int = 20
+    """Deviations from the mean that swag keeps, each of the size of the model (Maddox
+    et al., 2019). Its samples in a prediction are num_samples."""
+    batchnorm_examples: int | None = None
+    """Training images that BatchNorm statistics of swa's and swag's weights are
+    computed from before a prediction. Default: all, as their authors."""
+
+    # -- sparse training (dst, edst) --
+    density: float = 0.2
+    """Share of the weights that a sparse network has (Liu et al., 2022)."""
+    prune_rate: float = 0.5
+    """Share of a layer's weights that an update drops and grows elsewhere (the released
+    code)."""
+    prune_decay: Literal["cosine", "constant"] | None = None
+    """Its course over the run. Default: cosine to 0.005 for dst, constant for edst (the
+    authors' commands)."""
+    mask_every: int | None = None
+    """Steps between updates of the masks. Default: 1000 (the authors' command), or a
+    twentieth of a run of less than 20,000 steps."""
+    growth: Literal["gradient", "random"] = "gradient"
+    """Where weights grow: where the gradient of all weights is largest (RigL, as in the
+    authors' command), or anywhere (SET)."""
+    tickets: int = 3
+    """Sparse networks that edst collects, each at the end of a refinement phase."""
+    exploration: float = 1 / 3
+    """Share of the run before edst's first refinement (150 of 450 epochs, the authors'
+    command)."""
+    escape_rate: float = 0.8
+    """Share of a layer's weights that edst drops and grows elsewhere between two
+    tickets (the authors' command)."""
 
     # -- loss and optimizer --
     label_smoothing: float = 0.0
@@ -148,11 +252,11 @@ class TrainConfig:
     """Spread it over all C classes (Szegedy et al., 2016), or over the other C - 1 (the
     released code)."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Base optimizer of the (robust) gradient."""
+    """Base optimizer of the (robust) gradient. bsam and ivon have their own updates."""
     learning_rate: float = 0.1
     """Peak learning rate (appendix B.1)."""
     momentum: float = 0.9
-    """Momentum of sgd, first moment of adam (released code)."""
+    """Momentum of sgd, first moment of adam, bsam and ivon (released code)."""
     adam_eps: float = 1e-8
     """What adam and adamw add to the root of the second moment. The gradient of a
     posterior is per example: its presets divide this by the number of examples, for
@@ -161,7 +265,8 @@ class TrainConfig:
     """Nesterov momentum of sgd (released code: off)."""
     weight_decay: float = 5e-4
     """Decay: added to the gradient for sgd and adam, decoupled for adamw (released
-    code: 5e-4). Not of a posterior, which has a prior; of its point estimates."""
+    code: 5e-4). Not of a posterior, which has a prior; of its point estimates. For bsam
+    and ivon it is the prior's precision per example."""
     decay_all: bool = True
     """Decay norms and biases too, as the released code does. With --no-decay-all only
     arrays of two and more axes decay."""
@@ -216,7 +321,11 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks numbers; names are checked where they are looked up."""
-        for name in ("rho", "augment"):  # lists, as from JSON, would not hash
+        for name in (
+            "rho",
+            "augment",
+            "cycle_rates",
+        ):  # lists, as from JSON, would not hash
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.rho is not None:
@@ -230,31 +339,62 @@ class TrainConfig:
         for name in (
             "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
             "keep_checkpoints", "max_skipped", "num_particles", "num_samples",
-            "plateau_patience",
+            "plateau_patience", "look_every", "mc_samples", "cycles", "swag_rank",
+            "tickets",
         ):  # fmt: skip
             _check(self, name, isinstance(getattr(self, name), int), "an integer")
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "checkpoint_every", "microbatch_size"):
+        for name in (
+            "steps", "checkpoint_every", "microbatch_size", "num_subbatches",
+            "batchnorm_examples", "mask_every",
+        ):  # fmt: skip
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             good = value is None or (whole and value >= 1)
             _check(self, name, good, "an integer of at least 1, or left out")
         for name in (
             "learning_rate", "weight_decay", "warmup_epochs", "noise_std", "kl_weight",
-            "kl_warmup_epochs",
+            "kl_warmup_epochs", "damping", "gsam_alpha", "look_alpha", "fisher_eta",
+            "average_rate",
         ):  # fmt: skip
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
-        for name in ("posterior_std", "prior_std", "adam_eps"):
+        for name in (
+            "posterior_std", "prior_std", "adam_eps", "data_factor", "precision_init",
+            "hess_init", "cycle_epochs", "collect_every",
+        ):  # fmt: skip
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        good = self.rho_min is None or 0 <= self.rho_min < float("inf")
+        _check(self, "rho_min", good, "at least 0, or left out")
+        good = self.b2 is None or (isinstance(self.b2, float) and 0 <= self.b2 < 1)
+        _check(self, "b2", good, "in [0, 1), or left out")
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
+        for name in ("density", "prune_rate", "exploration", "escape_rate"):
+            _check(self, name, 0 < getattr(self, name) < 1, "in (0, 1)")
+        start, rates = self.collect_start, self.cycle_rates
+        _check(self, "collect_start", start is None or 0 < start < 1, "in (0, 1)")
+        falling = len(rates) == 2 and rates[0] >= rates[1] >= 0
+        _check(self, "cycle_rates", falling, "two rates, the higher one first")
+        _check(self, "swag_rank", self.swag_rank >= 2, "at least 2")
         _check(self, "validation", self.validation >= 0, "at least 0")
         clip = self.clip_norm
         _check(self, "clip_norm", clip is None or clip > 0, "positive, or left out")
+        clip = self.clip_radius
+        _check(self, "clip_radius", clip is None or clip > 0, "positive, or left out")
         for name, type_ in typing.get_type_hints(TrainConfig).items():
             _check_literal(self, name, type_)
         _check_members(self)
+
+    @property
+    def gradient_method(self) -> str:
+        """The method that gives the gradient: the base where another one rides on it.
+
+        Of sparse training "sgd".
+        """
+        if self.method in ("snapshot", "fge", "swa", "swag"):
+            return self.base_method
+        return "sgd" if self.method in ("dst", "edst") else self.method
 
     @property
     def member_names(self) -> tuple[str, ...]:
@@ -290,9 +430,13 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         "paper-cifar100", "released-cifar10", "released-cifar100",
         "released-mode1.1-cifar10", "released-mode1.1-cifar100",
         "released-ensemble-cifar10", "released-ensemble-cifar100" (five ResNet-10),
-        "sam-cifar10", "sam-cifar100"; of Bayesian ResNet-10 (Table 4; give
+        "sam-cifar10", "sam-cifar100", "bsam-cifar10", "bsam-cifar100" (the released
+        commands of bSAM: ResNet-18); of Bayesian ResNet-10 (Table 4; give
         `model="resnet_18"` for the other column) "paper-bnn-cifar10",
-        "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100".
+        "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100"; of its
+        Table 3 (ResNet-10) "deep-ensemble-cifar10", "sam-ensemble-cifar10",
+        "otmdr-ensemble-cifar10", "snapshot-cifar10", "fge-cifar10", "swa-cifar10",
+        "swag-cifar10", "dst-cifar10", "edst-cifar10", and the same with "cifar100".
       num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
 
     Returns:
@@ -319,6 +463,10 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
     version, data = name.rsplit("-", 1)
     if version in _BAYESIAN:
         return _bayesian_preset(version, data, num_particles)
+    if version == "bsam":
+        return _bsam_preset(data)
+    if version in baselines.PRESETS:
+        return _baseline_preset(version, data, num_particles)
     common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
     if version == "sam":
         # The radii of Foret et al., which the paper takes over (section 5.1).
@@ -334,6 +482,25 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         # The first of the paper's Table 3, on one loss of the mean probability.
         common |= dict(model="resnet_10", members="5", ensemble="joint")
     return TrainConfig(method="otmdr", **common, **options)
+
+
+def _bsam_preset(data: str) -> TrainConfig:
+    """What the README of Moellenhoff & Khan's code runs, and how it evaluates that."""
+    return TrainConfig(
+        data=data,
+        method="bsam",
+        model="resnet_18",
+        epochs=180,
+        batch_size=200,
+        num_subbatches=8,
+        rho=(0.01,),
+        learning_rate=0.5,
+        warmup_epochs=5,
+        # A prior precision of 10, divided by four times the training set.
+        weight_decay=10 / 200_000,
+        data_factor=4.0,
+        num_samples=32,
+    )
 
 
 def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig:
@@ -364,6 +531,16 @@ def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig
     return TrainConfig(method="otmdr-bnn", **common, **options)
 
 
+def _baseline_preset(version: str, data: str, num_particles: int) -> TrainConfig:
+    """A competitor's settings, with the paper's radii where there are any."""
+    options = baselines.preset(version)
+    if version == "sam-ensemble":
+        options["rho"] = (0.05,) if data == "cifar10" else (0.1,)
+    elif version == "otmdr-ensemble":
+        options |= presets.preset(f"paper-{data}", num_particles)
+    return TrainConfig(data=data, **options)
+
+
 _BAYESIAN = ("paper-bnn", "released-bnn", "sgvb")
 
 PRESETS = (
@@ -371,7 +548,13 @@ PRESETS = (
     *(name for name in presets.PRESETS if "-" in name),
     "sam-cifar10",
     "sam-cifar100",
-    *(f"{version}-{data}" for version in _BAYESIAN for data in ("cifar10", "cifar100")),
+    "bsam-cifar10",
+    "bsam-cifar100",
+    *(
+        f"{version}-{data}"
+        for version in (*_BAYESIAN, *baselines.PRESETS)
+        for data in ("cifar10", "cifar100")
+    ),
 )
 
 

@@ -15,8 +15,9 @@ def gradient_evaluations(config: TrainConfig) -> float:
       config: A run's options.
 
     Returns:
-      1 for the plain gradient; one more for each ascent step of SAM, which sees all of
-      the batch; of OT-MDR, whose ascent steps share the batch, 2 for each particle.
+      1 for the plain gradient, and for what collects members or is sparse on it; one
+      more for each ascent step of SAM, which sees all of the batch; of OT-MDR, whose
+      ascent steps share the batch, 2 for each particle.
 
     Raises:
       ValueError: A method without a count.
@@ -32,13 +33,18 @@ def gradient_evaluations(config: TrainConfig) -> float:
 
 
 def _of_one(config: TrainConfig) -> float:
-    own = methods.METHODS[config.method]
+    name = config.gradient_method  # what collects members rides on another method
+    own = methods.METHODS[name]
     rho = config.rho or (own or {}).get("rho", ())
-    if config.method in ("sgd", "sgvb"):
+    if name in ("sgd", "sgvb"):
         return 1.0
-    if config.method in ("sam", "asam"):
+    if name == "ivon":
+        return float(config.mc_samples)
+    if name == "looksam":  # every so many steps one more
+        return 1.0 + 1.0 / config.look_every
+    if name in ("sam", "asam", "gsam", "fisher-sam", "bsam"):
         return 1.0 + len(rho)
-    if config.method not in ("otmdr", "otmdr-bnn"):
+    if name not in ("otmdr", "otmdr-bnn"):
         raise ValueError(
             f"otmdr_jax.cost has no count for {config.method}: add it there."
         )

@@ -78,6 +78,8 @@ def build(
     rho: tuple[jax.typing.ArrayLike, ...],
     options: Options,
     roles: Roles | None = None,
+    scale: PyTree | None = None,
+    finish: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None,
 ) -> Callable[..., RobustGradient]:
     """Builds the function behind :func:`otmdr_jax.robust_gradient`.
 
@@ -86,6 +88,11 @@ def build(
       rho: Checked radii; none for the plain gradient, at the center.
       options: Checked options.
       roles: What leaves do beside moving, for parameters of several kinds.
+      scale: T of every ascent step, see :func:`otmdr_jax.perturbation.ascend`.
+      finish: What a particle's gradient becomes: (the gradient of its first ascent
+        step, its last one) -> (gradient, extra). Both are those of all devices where
+        these share a perturbation. The result's aux is then (aux, extra). Without
+        `roles`.
 
     Returns:
       `fn(params, batch, *args, key=None, rho=None, by_pass=None, **kwargs)`;
@@ -151,12 +158,18 @@ def build(
                 options,
                 mask=moves,
                 norm_mask=counts,
+                scale=scale,
                 key=noise_key,
                 first=first,
             )
             # Never differentiated through: gradient() starts afresh at the particle.
             (value, _), grads = gradient(path.particle, batch, len(radii))
             aux, kept = path.aux
+            if finish is not None:
+                if options.sync_perturbation:
+                    grads = collectives.pmean(grads, data_axes)
+                grads, extra = finish(path.start, grads)
+                aux = aux, extra
             moved, _ = _parted(grads, central)
             means = (value, aux, moved, kept, path.center_loss, path.norms)
             return means, _distance(path.particle, center)

@@ -13,8 +13,7 @@ import jax
 import numpy as np
 
 from otmdr_jax import data as data_lib
-from otmdr_jax import diversity, metrics, parallel
-from otmdr_jax import members as members_lib
+from otmdr_jax import diversity, metrics, parallel, predictors
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.programs import Programs, compile_programs
@@ -32,7 +31,8 @@ class Evaluation(NamedTuple):
         :func:`otmdr_jax.diversity.evaluate`, of samples of a posterior "aleatoric" and
         "epistemic", means in nats: see :func:`otmdr_jax.metrics.mutual_information`.
       log_probs: (N, C) log-probabilities: the mean over samples, in log space.
-      member_log_probs: (M, N, C) of an ensemble's members, None of a single model.
+      member_log_probs: (M, N, C) of an ensemble's members, be they trained or collected
+        in one run; None of a single model.
       members: Metrics of each member, None of a single model.
     """
 
@@ -99,6 +99,7 @@ def evaluate(
       An :class:`Evaluation`.
     """
     programs = compile_programs(config, dataset) if programs is None else programs
+    state = predictors.settle(config, state, dataset, programs)
     examples = getattr(dataset, split)
     title = f"evaluating the {split} set"
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
@@ -127,7 +128,8 @@ def predict(
 
     Args:
       config: The run's configuration.
-      state: Its state.
+      state: Its state, settled where it needs to be
+        (:func:`otmdr_jax.predictors.settle`).
       examples: Images of the shape that the programs are for.
       programs: Compiled functions.
       without: Members that do not count in the ensemble's prediction, as they diverged.
@@ -139,13 +141,18 @@ def predict(
     Returns:
       A :class:`Predicted`.
     """
+    collected = predictors.collected(config, state)
     count = len(config.member_names) if config.members is not None else 1
+    count = max(collected, count)
     chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     mesh, done = programs.mesh, 0
 
     def fetch(log_probs, mask):
         nonlocal done
-        chunks.append(_by_member(np.asarray(log_probs)[:, mask], count))
+        samples = np.asarray(log_probs)[:, mask]
+        if collected:  # the rest of a preallocated ensemble
+            samples = samples[:collected]
+        chunks.append(_by_member(samples, count))
         done += int(np.count_nonzero(mask))
         if report is not None:
             report(done)
@@ -179,7 +186,7 @@ def measure(config: TrainConfig, found: Predicted, labels: Any) -> Evaluation:
     """
     log_probs, members, within, kept = found
     values = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
-    if config.members is None:
+    if config.members is None and len(members) == 1:
         return Evaluation(values, log_probs)
     if len(kept) > 1 and not np.isnan(members[kept]).any():
         values |= diversity.evaluate(members[kept], labels)
@@ -240,14 +247,15 @@ def member_rows(
         none.
       meta: What is saved beside the state.
     """
+    names = config.member_names
+    if config.members is None:  # collected in one run
+        names *= len(found.members or ())
     rows = [
         {"model": name, **values, "diverged": i in meta.get("diverged", ())}
-        for i, (name, values) in enumerate(
-            zip(config.member_names, found.members or (), strict=True)
-        )
+        for i, (name, values) in enumerate(zip(names, found.members or (), strict=True))
     ]
     gaps = sharp.get("member_sharpness", ())
-    states = members_lib.separate(state) if gaps else ()
+    states = predictors.every(config, state) if gaps else ()
     for row, gap, member in zip(rows, gaps, states, strict=False):
         row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
     return rows

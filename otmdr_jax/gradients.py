@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from otmdr_jax import engine
+from otmdr_jax import subbatches
 from otmdr_jax.engine import Diagnostics, RobustGradient
 from otmdr_jax.options import Options, check_names, check_rho
 
@@ -49,6 +49,8 @@ def value_and_grad(
     particle_map: str = "auto",
     particle_axis_name: Any = None,
     microbatch_size: int | None = None,
+    num_subbatches: int = 1,
+    fisher: jax.typing.ArrayLike = 0.0,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The OT-MDR counterpart of `jax.value_and_grad`.
 
@@ -72,7 +74,8 @@ def value_and_grad(
       split: "random" (each particle cuts B at random into S parts, as the paper),
         "ordered" (consecutive parts, as the released code for K = 1), or "shared"
         (every step sees all of B, as SAM). Sizes differ by at most one.
-      norm: "global" (one norm over all parameters) or "per_leaf".
+      norm: "global" (one norm over all parameters), "per_leaf", or "none": steps of
+        :math:`\rho_s` times the gradient (Andriushchenko & Flammarion, 2022).
       adaptive: Scale element-wise by the absolute weights (ASAM).
       merge: None (the paper), or the released code's second direction: "sum" of the
         gradients so far, or their "mean", over the norm of the last one.
@@ -93,6 +96,11 @@ def value_and_grad(
         objective stays that of the whole batch: gradients are accumulated inside each
         pass, before a norm is taken. With `axis_name` it counts a device's examples.
         BatchNorm sees micro-batches; aux is averaged over them.
+      num_subbatches: Consecutive parts of one size that the batch is cut into, each
+        with particles of its own (m-sharpness); the results are averaged. A multiple of
+        the devices of `axis_name`, on which `sync_perturbation` then plays no part.
+      fisher: :math:`\eta` of Fisher SAM: the ball is an ellipsoid, see
+        :func:`otmdr_jax.baselines.fisher_sam`. 0 is the ball.
 
     Returns:
       `grad_fn(params, batch, *args, key=None, rho=None, **kwargs)`, which returns
@@ -139,6 +147,8 @@ def value_and_grad(
         particle_map=particle_map,
         particle_axis_name=particle_axis_name,
         microbatch_size=microbatch_size,
+        num_subbatches=num_subbatches,
+        fisher=fisher,
     )
 
     def grad_fn(params, batch, *args, key=None, rho=None, **kwargs):
@@ -179,4 +189,4 @@ def robust_gradient(
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     known = {field.name for field in dataclasses.fields(Options)}
     check_names(options, known)
-    return engine.build(loss_fn, check_rho(rho), Options(**options))
+    return subbatches.build(loss_fn, check_rho(rho), Options(**options))

@@ -66,6 +66,7 @@ def lift(
         predict=lambda state, images: predict(
             [m.predict for m in each], state, images, how
         ),
+        **_settling(each, how),
     )
 
 
@@ -127,6 +128,39 @@ def predict(
     if len(predicts) > 1:
         return jnp.concatenate(found)
     return found.reshape(-1, *found.shape[2:])  # (M, S, B, C) -> (M S, B, C)
+
+
+def _settling(methods, how):
+    """The functions of :class:`Method` that most methods have not."""
+    found = [m.batch_statistics for m in methods if m.batch_statistics is not None]
+    settles = [m.settle for m in methods if m.settle is not None]
+    if not found:
+        return {}
+    return {
+        "batch_statistics": lambda state, images: batch_statistics(
+            found, state, images, how
+        ),
+        "settle": lambda state, statistics: settle(settles, state, statistics),
+    }
+
+
+def batch_statistics(
+    functions: Sequence[Callable], states: PyTree, images: jax.Array, how: str = "auto"
+) -> PyTree:
+    """Each member's BatchNorm statistics of a batch, stacked or a tuple as states."""
+
+    def of_member(function):
+        return lambda wait, state: function(state, wait(images))
+
+    return _each([of_member(f) for f in functions], (states,), how)
+
+
+def settle(functions: Sequence[Callable], states: PyTree, statistics: PyTree) -> PyTree:
+    """Gives the members statistics to predict with; see :class:`Method`."""
+    if len(functions) == 1:
+        return functions[0](states, statistics)
+    parts = zip(functions, states, statistics, strict=True)
+    return tuple(function(state, own) for function, state, own in parts)
 
 
 def separate(state: PyTree) -> list[TrainState]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import bnn, centers, precision, tree
+from otmdr_jax import baselines, bnn, centers, precision, tree
 from otmdr_jax.gradients import PAPER_RHO
 
 PyTree = Any
@@ -33,6 +33,10 @@ class TrainState(NamedTuple):
       skipped_in_row: How many of them since the last good one, but for those that
         looked for a loss scale.
       loss_scale: The :class:`otmdr_jax.precision.LossScale` of float16, or None.
+      memory: What the method's gradient remembers of the steps before, or None: the
+        precision of bSAM, the Hessian of IVON, the direction of LookSAM.
+      method_state: What a method keeps of its own, as the members that it collects, or
+        None: see :mod:`otmdr_jax.baselines`.
     """
 
     params: PyTree
@@ -43,6 +47,8 @@ class TrainState(NamedTuple):
     skipped: jax.Array
     skipped_in_row: jax.Array
     loss_scale: precision.LossScale | None = None
+    memory: PyTree = None
+    method_state: PyTree | None = None
 
 
 class Method(NamedTuple):
@@ -56,11 +62,20 @@ class Method(NamedTuple):
         likelihood_term and kl for Bayesian networks.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
         posterior; of one weight vector S is 1.
+      posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
+        without one.
+      batch_statistics: (state, images) -> BatchNorm statistics of a batch at what
+        predicts, where no training step has seen it; None for most methods.
+      settle: (state, the mean of these over batches) -> a state to predict with, which
+        is not for further steps.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     predict: Callable[[TrainState, jax.Array], jax.Array]
+    posterior: Callable[[TrainState], bnn.MeanField] | None = None
+    batch_statistics: Callable[[TrainState, jax.Array], PyTree] | None = None
+    settle: Callable[[TrainState, PyTree], TrainState] | None = None
 
 
 # A method -> the options of the robust gradient that make it; None: the plain one.
@@ -72,10 +87,32 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "otmdr": {"rho": PAPER_RHO, "split": "random"},
     "sgvb": None,
     "otmdr-bnn": {"rho": bnn.PAPER_RHO, "split": "random"},
+    "gsam": {"rho": (baselines.surgery.RHO,)},
+    "looksam": {"rho": (baselines.periodic.RHO,)},
+    "fisher-sam": {
+        "rho": (baselines.fisher.RHO,),
+        "split": "shared",
+        "fisher": baselines.fisher.ETA,
+    },
+    "bsam": {"rho": (baselines.bayesian_sam.RHO,)},
+    "ivon": {},
 }
 
 # Those whose center is a posterior.
 BAYESIAN = ("sgvb", "otmdr-bnn")
+
+# Those that train a Gaussian around one weight vector by an update of their own, which
+# takes the place of the base optimizer: see optimizers.create.
+VARIATIONAL = ("bsam", "ivon")
+# Those that ride on a method of one weight vector, "sgd" unless told otherwise: they
+# keep copies of the weights, or average them. docs/collected.md.
+COLLECTING = ("snapshot", "fge", "edst")
+AVERAGING = ("swa", "swag")
+BASES = ("sgd", "sam", "asam", "otmdr")
+# Those of sparse networks: docs/sparse.md.
+SPARSE = ("dst", "edst")
+RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst")
+METHODS |= dict.fromkeys(RIDING)
 
 
 def create(
@@ -93,10 +130,13 @@ def create(
 
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
-        for Bayesian networks "sgvb" and "otmdr-bnn".
+        for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam", "looksam", "fisher-sam",
+        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst" and "edst" of
+        :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
-        extra arguments.
+        extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`, for
+        "ivon" :func:`otmdr_jax.baselines.ivon_rule`.
       label_smoothing: See :func:`cross_entropy`.
       smoothing: See :func:`cross_entropy`.
       sum_particles: Add the K particles' gradients up instead of averaging them, as
@@ -107,7 +147,13 @@ def create(
         `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
         `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
         `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
-        :func:`otmdr_jax.centers.posterior`; `num_data` is required.
+        :func:`otmdr_jax.centers.posterior`; `num_data` is required. "snapshot" and
+        "fge" have `base`, the method that they ride on, its options, and `ends` of
+        :func:`otmdr_jax.baselines.collect`; "swa" and "swag" those of
+        :func:`otmdr_jax.baselines.average`; "dst" and "edst" those of
+        :func:`otmdr_jax.baselines.dynamic`, and "edst" `ends`. Their learning rates are
+        the optimizer's. The others have those of their functions in
+        :mod:`otmdr_jax.centers`.
 
     Returns:
       A :class:`Method`.
@@ -128,6 +174,14 @@ def create(
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
+    if name in RIDING:
+        shared = dict(
+            label_smoothing=label_smoothing,
+            smoothing=smoothing,
+            sum_particles=sum_particles,
+            loss_scaling=loss_scaling,
+        )
+        return _riding(name, model, optimizer, **shared, **options)
     own = METHODS[name]
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -142,6 +196,8 @@ def create(
         loss_fn = precision.scale_loss(loss_fn, has_aux=True)
     if name in BAYESIAN:
         center = centers.posterior(loss_fn, own, **options)
+    elif name in centers.OWN:
+        center = centers.OWN[name](loss_fn, own, **options)
     else:
         center = centers.weights(name, loss_fn, own, options)
     copies = options.get("num_particles", 1) if sum_particles and own else 1
@@ -156,34 +212,40 @@ def create(
         opt_state = optimizer.init(params)
         scale = precision.init() if loss_scaling else None
         return TrainState(
-            params, model_state, opt_state, key, step, skipped, in_row, scale
-        )
+            params, model_state, opt_state, key, step, skipped, in_row, scale,
+            center.start(params),
+        )  # fmt: skip
 
     def step(state, batch):
         key, step_key = jax.random.split(state.key)
         scaled = {"loss_scale": state.loss_scale.scale} if loss_scaling else {}
-        result = center.gradient(
+        result, memory = center.gradient(
             state.params,
             batch,
             state.model_state,
             key=step_key,
             step=state.step,
+            memory=state.memory,
             **scaled,
         )
         model_state, accuracy = result.aux
         grads = jax.tree.map(lambda g: copies * g, result.grads)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=result.value
+            grads,
+            state.opt_state,
+            state.params,
+            value=result.value,
+            **center.arguments(state.memory, memory),
         )
         params = optax.apply_updates(state.params, updates)
         info = result.diagnostics
         # Of every pass: a particle that went astray may still have a finite gradient.
         seen = (result.value, info.center_loss, info.grad_norm, info.ascent_norms)
         finite = jnp.all(jnp.isfinite(jnp.hstack(seen)))
-        params, model_state, opt_state = jax.tree.map(
+        params, model_state, opt_state, memory = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
-            (params, model_state, opt_state),
-            (state.params, state.model_state, state.opt_state),
+            (params, model_state, opt_state, memory),
+            (state.params, state.model_state, state.opt_state, state.memory),
         )
         # While a loss scale comes down from where gradients overflow, the loss at the
         # center is finite: such a step is skipped, but it is no sign of divergence.
@@ -209,8 +271,9 @@ def create(
             metrics["loss_scale"] = scale.scale
             scale = precision.adjust(scale, finite)
         return TrainState(
-            params, model_state, opt_state, key, state.step + 1, skipped, in_row, scale
-        ), metrics
+            params, model_state, opt_state, key, state.step + 1, skipped, in_row, scale,
+            memory,
+        ), metrics  # fmt: skip
 
     def predict(state, images):
         def log_probs(params):
@@ -219,9 +282,41 @@ def create(
 
         # Of the step: all batches of an evaluation see the same samples.
         key = jax.random.split(state.key, 3)[2]
-        return center.predict(log_probs, state.params, key)
+        return center.predict(log_probs, state.params, key, state.memory)
 
-    return Method(init, step, predict)
+    posterior_of = center.posterior
+    if posterior_of is None:
+        return Method(init, step, predict)
+    return Method(
+        init, step, predict, lambda state: posterior_of(state.params, state.memory)
+    )
+
+
+def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
+    """A method on top of another one."""
+    if base not in BASES or (name in SPARSE and base != "sgd"):
+        known = "sgd" if name in SPARSE else ", ".join(BASES)
+        raise ValueError(f"base of {name} must be one of {known}; got {base!r}.")
+    takes = {
+        "swag": ("rank", "num_samples"),
+        **dict.fromkeys(
+            SPARSE, ("density", "rate", "steps", "growth", "escapes", "escape_rate")
+        ),
+    }
+    own = {key: options.pop(key) for key in takes.get(name, ()) if key in options}
+    if name in SPARSE:
+        # Its key is replaced by one of the method's.
+        optimizer = baselines.dynamic(optimizer, jax.random.key(0), **own)
+    method = create(base, model, optimizer, **options)
+    if name in SPARSE:
+        method = baselines.masked_from_the_start(method)
+    if name in COLLECTING:
+        return baselines.collect(method, ends)
+    if name == "swag":
+        own = {"rank": baselines.RANK, "num_samples": baselines.NUM_SAMPLES, **own}
+    return (
+        baselines.average(method, model, ends, **own) if name in AVERAGING else method
+    )
 
 
 def cross_entropy(

@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import centers
+from otmdr_jax import baselines, centers
+from otmdr_jax.baselines import schedules
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.methods import BAYESIAN
+from otmdr_jax.methods import AVERAGING, BAYESIAN, VARIATIONAL
 
 # The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
 STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
+
+# Methods whose learning rate is part of the method.
+OWN_SCHEDULE = ("snapshot", "fge", "swa", "swag", "edst")
+# Where they start to collect: 160 of 200 epochs (README of Garipov's code), 161 of 300
+# (README of Maddox's).
+FGE_START, AVERAGING_START = 160 / 200, 161 / 300
 
 
 def schedule(
@@ -27,7 +34,7 @@ def schedule(
 
     Returns:
       An Optax schedule. That of "plateau" is constant: the rest is in the optimizer's
-      state, see :func:`learning_rate`.
+      state, see :func:`learning_rate`. Methods that collect members have their own.
 
     Example:
       >>> from otmdr_jax.config import TrainConfig
@@ -35,6 +42,8 @@ def schedule(
       >>> [round(float(lr(step)), 3) for step in (0, 29, 30, 60, 80)]
       [1.0, 1.0, 0.2, 0.04, 0.008]
     """
+    if config.method in OWN_SCHEDULE:
+        return collection(config, total_steps, steps_per_epoch)[0]
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         raise ValueError(
@@ -58,14 +67,59 @@ def schedule(
     return optax.join_schedules([ramp, main], [warmup])
 
 
+def collection(
+    config: TrainConfig, total_steps: int, steps_per_epoch: int
+) -> tuple[optax.Schedule, tuple[int, ...]]:
+    """The learning rate of a method that collects, and the steps that it does so after.
+
+    Args:
+      config: Its method, learning_rate, and the options under "members and averages".
+      total_steps: Steps of the whole run.
+      steps_per_epoch: For options in epochs.
+
+    Raises:
+      ValueError: The run is too short for a member.
+
+    Example:
+      >>> from otmdr_jax.config import TrainConfig
+      >>> collection(TrainConfig(method="snapshot", cycles=4), 100, 10)[1]
+      (25, 50, 75, 100)
+    """
+    peak = config.learning_rate
+    if config.method == "snapshot":
+        return (
+            schedules.cyclic_cosine(peak, total_steps, config.cycles),
+            schedules.snapshot_ends(total_steps, config.cycles),
+        )
+    if config.method == "edst":
+        start = round(config.exploration * total_steps)
+        ends = schedules.edst_ends(total_steps, start, config.tickets)
+        return schedules.edst(peak, ends, start), ends
+    share = config.collect_start
+    if share is None:
+        share = AVERAGING_START if config.method in AVERAGING else FGE_START
+    start = max(round(share * total_steps), 1)
+    if config.method in AVERAGING:
+        every = max(round(config.collect_every * steps_per_epoch), 1)
+        return (
+            schedules.averaging(peak, config.average_rate, start),
+            schedules.averaging_ends(total_steps, start, every),
+        )
+    period = 2 * max(round(config.cycle_epochs * steps_per_epoch / 2), 1)
+    return (
+        schedules.fge(peak, total_steps, start, period, *config.cycle_rates),
+        schedules.fge_ends(total_steps, start, period),
+    )
+
+
 def create(
     config: TrainConfig, total_steps: int, steps_per_epoch: int
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that turns the (robust) gradient into an update.
 
-    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer,
-    the plateau factor. `update` takes `value=` (the step's loss), which only the
-    plateau schedule looks at.
+    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer (or
+    the update of a method that has its own), the plateau factor. `update` takes
+    `value=` (the step's loss), which only the plateau schedule looks at.
 
     Args:
       config: All options under "loss and optimizer".
@@ -79,23 +133,10 @@ def create(
     parts = []
     if config.clip_norm is not None:
         parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.weight_decay and config.optimizer != "adamw":
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
-    if config.optimizer == "sgd":
-        # A momentum of 0 would keep a trace for nothing.
-        parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
-    elif config.optimizer == "adam":
-        parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
+    if config.method in VARIATIONAL:
+        parts.append(_own_update(config, rate))
     else:
-        parts.append(
-            optax.adamw(
-                rate,
-                b1=config.momentum,
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
-                mask=mask,
-            )
-        )
+        parts += _base(config, rate, mask)
     if config.schedule == "plateau":
         parts.append(
             optax.contrib.reduce_on_plateau(
@@ -106,6 +147,39 @@ def create(
             )
         )
     return optax.with_extra_args_support(optax.chain(*parts))
+
+
+def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:
+    """Decay and base optimizer."""
+    if config.optimizer == "adamw":
+        return [
+            optax.adamw(
+                rate,
+                b1=config.momentum,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                mask=mask,
+            )
+        ]
+    parts: list[Any] = []
+    if config.weight_decay:
+        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
+    if config.optimizer == "sgd":
+        # A momentum of 0 would keep a trace for nothing.
+        parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
+    else:
+        parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
+    return parts
+
+
+def _own_update(config: TrainConfig, rate: optax.Schedule) -> Any:
+    """The update of a method that has one, in the place of decay and optimizer."""
+    own: dict[str, Any] = {"b1": config.momentum, "weight_decay": config.weight_decay}
+    if config.method == "bsam":
+        return baselines.bsam_rule(rate, **own)
+    return baselines.ivon_rule(
+        rate, hess_init=config.hess_init, clip_radius=config.clip_radius, **own
+    )
 
 
 def learning_rate(rate: optax.Schedule, step: int, opt_state: Any) -> jax.Array:

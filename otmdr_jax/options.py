@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 SPLITS = ("random", "ordered", "shared")
-NORMS = ("global", "per_leaf")
+NORMS = ("none", "global", "per_leaf")
 MERGES = (None, "sum", "mean")
 PARTICLE_MAPS = MEMBER_MAPS = ("auto", "vmap", "unroll", "scan")
 
@@ -36,13 +36,17 @@ class Options:
     particle_map: str = "auto"
     particle_axis_name: Any = None
     microbatch_size: int | None = None
+    num_subbatches: int = 1
+    fisher: jax.typing.ArrayLike = 0.0
 
     def __post_init__(self):
         """Checks every field."""
-        _check_count("num_particles", self.num_particles)
+        check_count("num_particles", self.num_particles)
+        check_count("num_subbatches", self.num_subbatches)
         if self.microbatch_size is not None:
-            _check_count("microbatch_size", self.microbatch_size)
+            check_count("microbatch_size", self.microbatch_size)
         check_number("noise_std", self.noise_std)
+        check_number("fisher", self.fisher)
         check_word("split", self.split, SPLITS)
         check_word("norm", self.norm, NORMS)
         check_word("merge", self.merge, MERGES)
@@ -52,11 +56,21 @@ class Options:
                 raise TypeError(
                     f"{name} must be True or False, got {getattr(self, name)!r}."
                 )
+        if self.adaptive and self.curved:
+            raise ValueError(
+                f"adaptive=True and fisher={self.fisher!r} are two shapes of the ball: "
+                "use one of them."
+            )
 
     @property
     def noisy(self) -> bool:
         """Whether ascent steps add noise (a traced noise_std counts as noise)."""
         return isinstance(self.noise_std, jax.core.Tracer) or bool(self.noise_std != 0)
+
+    @property
+    def curved(self) -> bool:
+        """Whether the ball has the shape of a Fisher information."""
+        return isinstance(self.fisher, jax.core.Tracer) or bool(self.fisher != 0)
 
     @property
     def random(self) -> bool:
@@ -114,7 +128,8 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
         raise ValueError(f"{name} must be {must}, got {value!r}.")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raises unless a value is an integer of at least 1, known at trace time."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer known at trace time, got {value!r}")
     if value < 1:

@@ -24,12 +24,14 @@ class Climb(NamedTuple):
       center_loss: The loss at the center on the first part of the batch.
       aux: The auxiliary output of that pass.
       norms: (S,) gradient norms of the ascent steps.
+      start: The gradient of the first of them.
     """
 
     particle: PyTree
     center_loss: jax.Array
     aux: PyTree
     norms: jax.Array
+    start: PyTree
 
 
 def climb(
@@ -41,6 +43,7 @@ def climb(
     *,
     mask: PyTree | None = None,
     norm_mask: PyTree | None = None,
+    scale: PyTree | None = None,
     key: jax.Array | None = None,
     first: tuple[tuple[jax.Array, PyTree], PyTree] | None = None,
 ) -> Climb:
@@ -54,6 +57,7 @@ def climb(
       options: Norm, adaptivity, merging and noise.
       mask: Which leaves may move, already resolved.
       norm_mask: Which leaves count in a global norm; None: those that may move.
+      scale: T of every ascent step, see :func:`otmdr_jax.perturbation.ascend`.
       key: A PRNG key, needed if there is noise.
       first: What `gradient(params, parts[0], 0)` gives, where it is already known.
     """
@@ -62,7 +66,7 @@ def climb(
     for s, (part, radius) in enumerate(zip(parts, rho, strict=True)):
         (loss, aux), grads = start if start is not None else gradient(w, part, s)
         if s == 0:
-            center_loss, center_aux = loss, aux
+            center_loss, center_aux, center_grads = loss, aux, grads
         start = None
         direction = None
         if options.merge is not None:
@@ -78,10 +82,12 @@ def climb(
             direction=direction,
             norm=options.norm,
             adaptive=options.adaptive,
+            fisher=options.fisher if options.curved else None,
+            scale=scale,
             mask=mask,
             norm_mask=norm_mask,
             noise_std=options.noise_std if options.noisy else None,
             key=None if key is None else jax.random.fold_in(key, s),
         )
         norms.append(length)
-    return Climb(w, center_loss, center_aux, jnp.stack(norms))
+    return Climb(w, center_loss, center_aux, jnp.stack(norms), center_grads)

@@ -3,10 +3,12 @@ r"""One ascent step in weight space: the inner line of Eq. 9.
     w' = w + rho * T^2 d / ||T g||_2 + e,        e ~ N(0, noise_std^2 I)
 
 with g the gradient at w, d the direction (g itself, or the released code's merged
-one), and T = 1, or T = |w| for ASAM. No gradient flows through the result: the
+one), and T = 1, T = |w| for ASAM, T = (1 + eta g^2)^(-1/2) for Fisher SAM, or a T that
+is given. No gradient flows through the result: the
 callers differentiate at `w'`, never through it (identity Hessian, as in SAM).
 
-Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4.
+Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4; Kim et
+al., 2022 (Fisher SAM), section 3.
 """
 
 from typing import Any
@@ -27,6 +29,8 @@ def ascend(
     direction: PyTree | None = None,
     norm: str = "global",
     adaptive: bool = False,
+    fisher: jax.typing.ArrayLike | None = None,
+    scale: PyTree | None = None,
     mask: PyTree | None = None,
     norm_mask: PyTree | None = None,
     noise_std: jax.typing.ArrayLike | None = None,
@@ -39,8 +43,11 @@ def ascend(
       grads: The gradient g at w, of the same structure; its norm sets the length.
       rho: The radius, a scalar in the units of the weights.
       direction: The direction d; None for g itself.
-      norm: "global", one norm over all perturbed leaves, or "per_leaf".
+      norm: "global", one norm over all perturbed leaves, "per_leaf", or "none": the
+        step is rho T^2 d, as long as the gradient makes it.
       adaptive: Scale by |w|, element by element (ASAM).
+      fisher: eta of Fisher SAM, whose T is (1 + eta g^2)^(-1/2); None for another T.
+      scale: T itself, a pytree of the structure of `params`; None for another T.
       mask: A pytree of bools, True where a leaf is perturbed; None for everywhere.
         Other leaves stay as they are and do not count in the norm.
       norm_mask: A pytree of bools, True where a leaf counts in a global norm; None:
@@ -67,7 +74,12 @@ def ascend(
     moving = [True] * len(w) if mask is None else jax.tree.leaves(mask)
 
     # Steps are computed in float32 or wider; only the new weights are rounded.
-    t = [element_scale(x, adaptive) for x in w]
+    if scale is not None:
+        t = jax.tree.leaves(scale)
+    elif fisher is not None:
+        t = [fisher_scale(x, fisher) for x in g]
+    else:
+        t = [element_scale(x, adaptive) for x in w]
     tg = [ti * gi.astype(ti.dtype) for ti, gi in zip(t, g, strict=True)]
     counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
     total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
@@ -75,11 +87,12 @@ def ascend(
     for i, m in enumerate(moving):
         if not m:
             continue
-        length = total if norm == "global" else tree.norm(tg[i])
+        length = tree.norm(tg[i]) if norm == "per_leaf" else total
+        divisor = 1.0 if norm == "none" else jnp.where(length == 0, 1.0, length)
         # The steepest ascent of a real function is the conjugate of JAX's gradient
         # for complex weights. Dividing first keeps 1 / length from overflowing.
         uphill = t[i] * (t[i] * jnp.conj(d[i]).astype(t[i].dtype))
-        step = uphill / jnp.where(length == 0, 1.0, length) * _radius(rho, length)
+        step = uphill / divisor * _radius(rho, length)
         if noise_std is not None:
             step = step + noise_std * _noise(key, i, step)
         new[i] = (w[i] + step).astype(w[i].dtype)
@@ -138,6 +151,21 @@ def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
     """
     dtype = tree.accumulation_dtype(w)
     return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
+
+
+def fisher_scale(g: jax.Array, eta: jax.typing.ArrayLike) -> jax.Array:
+    """Fisher SAM's T of a leaf, the root of 1 / (1 + eta g^2), in float32 or wider.
+
+    g^2 stands for the diagonal of the Fisher information, as Kim et al. approximate it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.perturbation import fisher_scale
+      >>> fisher_scale(jnp.array([0.0, 3.0]), 1.0).round(4).tolist()
+      [1.0, 0.316...]
+    """
+    wide = jnp.abs(g).astype(tree.accumulation_dtype(jnp.abs(g)))
+    return 1 / jnp.hypot(jnp.ones((), wide.dtype), jnp.sqrt(eta) * wide)
 
 
 def _radius(rho: jax.typing.ArrayLike, length: jax.Array) -> jax.Array:

@@ -20,10 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from otmdr_jax import _version, bnn, building, members, optimizers, parallel
 from otmdr_jax import data as data_lib
+from otmdr_jax import models as models_lib
+from otmdr_jax.baselines import costs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, LazyImages, Split
 from otmdr_jax.gradients import PAPER_RHO
-from otmdr_jax.methods import BAYESIAN
+from otmdr_jax.methods import SPARSE
 
 PyTree = Any
 
@@ -51,8 +53,13 @@ class Programs(NamedTuple):
       loss_sums: (params, (images, labels, mask, model_state)) -> (sum, count): one, or
         one for each member of another architecture.
       rate: (step, opt_state) -> the learning rate.
+      batch_statistics: (state, images, key) -> BatchNorm statistics of an augmented
+        batch at what predicts; None where those of the state serve.
+      settle: (state, their mean) -> a state to predict with; None likewise. See
+        :func:`otmdr_jax.evaluation.settle`.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
         None where there is none.
+      sparsity: state -> what results hold of a sparse network; None of dense ones.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
       mesh: The devices; None for one.
@@ -65,7 +72,10 @@ class Programs(NamedTuple):
     epoch_order: Callable[[jax.Array], jax.Array]
     loss_sums: tuple[Callable[..., tuple[jax.Array, jax.Array]], ...]
     rate: Callable[..., jax.Array]
+    batch_statistics: Callable[..., PyTree] | None
+    settle: Callable[[PyTree, PyTree], PyTree] | None
     posterior: Callable[[PyTree], list[bnn.Summary]] | None
+    sparsity: Callable[[PyTree], dict[str, Any]] | None
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
@@ -105,7 +115,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
             "every pass; spread the data, or use --ensemble independent."
         )
-    if particle > 1 and config.method not in PARTICLES:
+    if particle > 1 and config.gradient_method not in PARTICLES:
         raise ValueError(
             f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
             "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
@@ -122,9 +132,17 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
                 f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
                 "fewer devices, as --mesh data=1."
             )
+    parts = building.num_subbatches(config)
+    if parts > 1 and (parts % data or config.batch_size % parts):
+        raise ValueError(
+            f"{parts} sub-batches of one size, as {config.method} here has them, "
+            f"need a multiple of the {data} devices on data that divides "
+            f"batch_size={config.batch_size}: set --num-subbatches, --batch-size, or "
+            "fewer devices (--mesh data=1)."
+        )
     radii = len(config.rho or PAPER_RHO)
-    if config.method in PARTICLES and config.split != "shared":
-        if config.batch_size // data < radii:
+    if config.gradient_method in PARTICLES and config.split != "shared":
+        if config.batch_size // max(data, parts) < radii:
             raise ValueError(
                 f"batch_size={config.batch_size} over {data} devices leaves each fewer "
                 f"examples than the {radii} radii in rho, each of which needs a part: "
@@ -136,9 +154,10 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
 def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
     """A warning where BatchNorm's statistics are of very few images a device."""
     data = parallel.axis_size(mesh, "data")
-    parts = 1
-    if config.method in PARTICLES and config.split != "shared":
-        parts = len(config.rho or PAPER_RHO)
+    # Sub-batches divide a device's images where they are more than the devices.
+    parts = max(building.num_subbatches(config) // data, 1)
+    if config.gradient_method in PARTICLES and config.split != "shared":
+        parts *= len(config.rho or PAPER_RHO)
     images = config.batch_size // data // parts
     if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
         return None
@@ -254,6 +273,18 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             return members.predict(predicts, state, images, config.member_map)
         return methods_[0].predict(state, images)
 
+    def batch_statistics(state, images, key):
+        images = data_lib.augment(key, images, augment)
+        images = data_lib.normalise(images, mean, std)
+        of_batch = [m.batch_statistics for m in methods_ if m.batch_statistics]
+        if lifted:
+            return members.batch_statistics(of_batch, state, images, config.member_map)
+        return of_batch[0](state, images)
+
+    def settle(state, statistics):
+        found = [m.settle for m in methods_ if m.settle]
+        return members.settle(found, state, statistics)
+
     def epoch_order(key):
         if not own_data:
             return data_lib.epoch_order(key, num_train)
@@ -261,9 +292,14 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         return jnp.stack([data_lib.epoch_order(k, num_train) for k in keys])
 
     def posterior(state):
-        return [bnn.summarise(member.params) for member in members.separate(state)]
+        found: list[Any] = [method.posterior for method in methods_]
+        return [
+            bnn.summarise(found[i % len(found)](member))
+            for i, member in enumerate(members.separate(state))
+        ]
 
     example = jnp.zeros((1, *image_shape))
+    unsettled = methods_[0].settle is not None
     everywhere = parallel.replicated(mesh)
     home = NamedSharding(mesh, state_spec) if mesh is not None else None
     return Programs(
@@ -282,11 +318,37 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
                 optimizers.schedule(config, total_steps, steps_per_epoch),
             )
         ),
-        posterior=jax.jit(posterior) if config.method in BAYESIAN else None,
+        batch_statistics=(
+            jax.jit(batch_statistics, out_shardings=everywhere) if unsettled else None
+        ),
+        settle=settle if unsettled else None,
+        posterior=jax.jit(posterior) if methods_[0].posterior else None,
+        sparsity=(
+            functools.partial(
+                _sparsity, building.networks(config, num_classes), image_shape
+            )
+            if config.method in SPARSE
+            else None
+        ),
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         mesh=mesh,
     )
+
+
+def _sparsity(networks, image_shape, state):
+    """What results hold of a sparse network, or of each member."""
+    found = []
+    for i, member in enumerate(members.separate(state)):
+        positions = _positions(networks[i % len(networks)], image_shape)
+        masks = member.opt_state.masks
+        found.append(costs.sparsity(member.params, masks, positions))
+    return found[0] if len(found) == 1 else {"members": found}
+
+
+@functools.lru_cache(maxsize=16)
+def _positions(network, image_shape):
+    return models_lib.output_positions(network, image_shape)
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from otmdr_jax import building, checkpoint, programs, runs
+from otmdr_jax import building, checkpoint, predictors, programs, runs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset
 
@@ -22,7 +22,7 @@ class Restored(NamedTuple):
       config: Its options, the given ones among them.
       dataset: Its data.
       programs: Its compiled functions, on the default device.
-      state: Its state at the checkpoint.
+      state: Its state at the checkpoint, settled where it averages weights.
       meta: What was saved beside the state.
       diverged: Members that do not count in an ensemble's prediction.
     """
@@ -75,9 +75,8 @@ def open_run(
     data = programs.fingerprint(dataset)
     programs.check_same_data(restored.meta["data"], data, folder)
     diverged = tuple(restored.meta.get("diverged", ()))
-    return Restored(
-        folder, config, dataset, compiled, restored.state, restored.meta, diverged
-    )
+    state = predictors.settle(config, restored.state, dataset, compiled)
+    return Restored(folder, config, dataset, compiled, state, restored.meta, diverged)
 
 
 def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:

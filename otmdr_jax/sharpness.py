@@ -5,13 +5,12 @@ of a posterior its mean.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from otmdr_jax import centers, landscape, parallel
-from otmdr_jax import members as members_lib
+from otmdr_jax import centers, landscape, parallel, predictors
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.evaluation import eval_batches
@@ -27,6 +26,14 @@ NUM_EXAMPLES = 2_000
 RHO, ADAPTIVE_RHO = 0.05, 0.5
 # Of one weight; an adaptive one of its size.
 NOISE_STD, ADAPTIVE_NOISE_STD = 0.01, 0.1
+
+
+class Estimate(NamedTuple):
+    """A measure of one solution: its value and standard error, or why there is none."""
+
+    value: float | None
+    error: float | None
+    why: str | None
 
 
 def gap(
@@ -94,7 +101,8 @@ def measure(
     Returns:
       A record: step, split, num_examples, seed; `measures`, rows of name, value,
       standard_error (None where nothing is random) and of independent members their
-      own `values`. Losses and gaps are in nats.
+      own `values`. A value is None, with the reason in `why`, where it cannot be
+      measured. Losses and gaps are in nats.
 
     Raises:
       ValueError: Numbers below 1, or below 2 probes.
@@ -104,38 +112,60 @@ def measure(
             "num_examples and num_eigenvalues must be at least 1, num_probes 2; got "
             f"{num_examples}, {num_eigenvalues} and {num_probes}."
         )
-    key = jax.random.key(seed)
     every = list(_members(config, state, dataset, programs, num_examples))
-    found: list[dict[str, tuple[float, float | None]]] = []
-    measures = _measures(num_eigenvalues, num_probes, key)
-    total = len(measures) * len(every)
+    # A member that diverged has no sharpness, and no part in the mean.
+    counted = [i for i in range(len(every)) if i not in without]
+    found: dict[int, dict[str, Estimate]] = {}
+    total = len(counted) * (8 + num_eigenvalues)  # names that `_measures` has
     with Progress(total, 0, "sharpness", show_progress, "measures") as bar:
-        for i, solution in enumerate(every):
-            found.append({})
-            for j, (names, function) in enumerate(measures):
-                found[-1] |= zip(names, function(*solution), strict=True)
-                numbers = {name: found[-1][name][0] for name in names[:1]}
-                bar.update(i * len(measures) + j + 1, numbers)
-    kept = [x for i, x in enumerate(found) if i not in without] or found
+        for i in counted:
+            # Directions of a member's own, so that estimates are independent.
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            found[i] = {}
+            for names, function in _measures(num_eigenvalues, num_probes, key):
+                found[i] |= _estimate(names, function, every[i])
+                done = sum(len(x) for x in found.values())
+                bar.update(done, {})
     rows = []
-    for name in found[0]:
-        values = [one[name][0] for one in kept]
-        errors = [error for one in kept if (error := one[name][1]) is not None]
-        row: dict[str, Any] = {
-            "name": name,
-            "value": float(np.mean(values)),
-            # Of a mean of independent estimates.
-            "standard_error": math.hypot(*errors) / len(kept) if errors else None,
-        }
-        if len(found) > 1:
-            row["values"] = [one[name][0] for one in found]
-        rows.append(row)
+    for name in next(iter(found.values()), {}):
+        estimates = [one[name] for one in found.values()]
+        rows.append({"name": name, **_mean_of(estimates)})
+        if len(every) > 1:
+            rows[-1]["values"] = [
+                found[i][name].value if i in found else None for i in range(len(every))
+            ]
     return {
         "step": steps_taken(state),
         "split": "train",
         "num_examples": min(num_examples, dataset.train.num_examples),
         "seed": seed,
         "measures": rows,
+    }
+
+
+def _estimate(names, function, solution) -> dict[str, Estimate]:
+    """A measure, or why it cannot be had: the others go on."""
+    try:
+        pairs = function(*solution)
+    except (ValueError, RuntimeError) as error:  # not finite, or not converged
+        return {name: Estimate(None, None, str(error)) for name in names}
+    found = {}
+    for name, (value, spread) in zip(names, pairs, strict=True):
+        known = math.isfinite(value)
+        why = None if known else "it is not finite"
+        found[name] = Estimate(value if known else None, spread, why)
+    return found
+
+
+def _mean_of(estimates: list[Estimate]) -> dict[str, Any]:
+    whys = [x.why for x in estimates if x.why]
+    if whys:
+        return {"value": None, "standard_error": None, "why": whys[0]}
+    errors = [x.error for x in estimates if x.error is not None]
+    return {
+        "value": float(np.mean([x.value for x in estimates])),
+        # Of a mean of independent estimates.
+        "standard_error": math.hypot(*errors) / len(estimates) if errors else None,
     }
 
 
@@ -214,7 +244,8 @@ def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
         parallel.place(batch, mesh, parallel.data_spec(mesh))
         for batch in eval_batches(config, part, mesh)
     ]
-    for i, member in enumerate(members_lib.separate(state)):
+    state = predictors.settle(config, state, dataset, programs)
+    for i, member in enumerate(predictors.every(config, state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]
         yield loss_sum, centers.weights_of(member.params), with_state

@@ -46,7 +46,7 @@ _OF_METHODS = {
     "norm",
 }
 # Options that are lists themselves: of these a list of lists is one of values.
-_LISTS = {"rho", "augment"}
+_LISTS = {"rho", "augment", "cycle_rates"}
 
 
 class Planned(NamedTuple):

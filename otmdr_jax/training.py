@@ -25,7 +25,15 @@ import numpy as np
 
 from otmdr_jax import config as config_lib
 from otmdr_jax import data as data_lib
-from otmdr_jax import members, parallel, progress, runs, sharpness, windows
+from otmdr_jax import (
+    members,
+    parallel,
+    predictors,
+    progress,
+    runs,
+    sharpness,
+    windows,
+)
 from otmdr_jax.building import check_models, method_options
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
@@ -358,6 +366,7 @@ class Loop:
           for the test set.
         """
         score = None
+        state = predictors.settle(self.config, state, self.dataset, self.programs)
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
@@ -399,7 +408,8 @@ class Loop:
         step = steps_taken(state)
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
-        score, found = self._evaluate(state, step, final=True)
+        settled = predictors.settle(self.config, state, self.dataset, self.programs)
+        score, found = self._evaluate(settled, step, final=True)
         if self.saved is not None:
             self._save(state, score)
         stop, _ = self._decide(step, SECONDS_BETWEEN_EPOCHS)
@@ -414,7 +424,7 @@ class Loop:
             found,
             sharpness.gap(
                 self.config,
-                state,
+                settled,
                 self.dataset,
                 self.programs,
                 without=tuple(self.meta["diverged"]),
@@ -552,13 +562,19 @@ def final_result(
         "steps": step,
         "epochs": step / programs.steps_per_epoch,
         "skipped_steps": sum(int(member.skipped) for member in each),
-        "parameters": sum(x.size for m in each for x in jax.tree.leaves(m.params)),
+        "parameters": sum(
+            x.size
+            for one in predictors.every(config, state)
+            for x in jax.tree.leaves(one.params)
+        ),
         "best": meta["best"],
         "mesh": meta["mesh"],
         **environment(),
     }
     if found.members is not None:
         result["members"] = member_rows(config, state, found, sharp, meta)
+    if programs.sparsity is not None:
+        result["sparsity"] = programs.sparsity(state)
     if record := posterior_record(programs, state, tuple(meta.get("diverged", ()))):
         result["posterior"] = record
     return result

@@ -6,33 +6,15 @@ the robust gradient at the center.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from otmdr_jax.gradients import PAPER_RHO, Diagnostics, robust_gradient
-from otmdr_jax.options import check_rho
+from otmdr_jax.adapter import from_gradient, schedule_of
+from otmdr_jax.gradients import PAPER_RHO, robust_gradient
 
 PyTree = Any
-
-
-class OtmdrState(NamedTuple):
-    """State of :func:`otmdr`, :func:`sam` and :func:`asam`.
-
-    Attributes:
-      count: Number of updates so far.
-      key: The PRNG key of the next update, or None where nothing is random.
-      aux: The auxiliary output of the center pass of the last update whose gradient was
-        finite; `aux_init` at first.
-      diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; NaN at first.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # as in Optax: hides tuple.count
-    key: jax.Array | None
-    aux: PyTree
-    diagnostics: Diagnostics
 
 
 def otmdr(
@@ -54,6 +36,7 @@ def otmdr(
     particle_map: str = "auto",
     particle_axis_name: Any = None,
     microbatch_size: int | None = None,
+    num_subbatches: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """OT-MDR as an Optax transformation: replaces updates by the robust gradient.
 
@@ -84,6 +67,7 @@ def otmdr(
       particle_map: How the K particles are mapped.
       particle_axis_name: Device axis that the K particles are spread over.
       microbatch_size: Examples that a pass differentiates at a time.
+      num_subbatches: Parts of the batch, each with particles of its own.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. To accumulate over micro-batches put
@@ -115,7 +99,7 @@ def otmdr(
       Nguyen et al., `Optimal Transport Model Distributional Robustness
       <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023.
     """
-    radii_at, num_radii = _schedule(rho)
+    _, num_radii = schedule_of(rho)
     options = dict(
         num_particles=num_particles,
         noise_std=noise_std,
@@ -130,71 +114,17 @@ def otmdr(
         particle_map=particle_map,
         particle_axis_name=particle_axis_name,
         microbatch_size=microbatch_size,
+        num_subbatches=num_subbatches,
     )
     compute = robust_gradient(loss_fn, (0.0,) * num_radii, **options)
-    if has_aux and aux_init is None:
-        raise ValueError(
-            "has_aux=True needs aux_init, a pytree of the structure, shapes and dtypes "
-            "of aux: it fixes the state's structure before the first update."
-        )
-
-    def init_fn(params):
-        del params
-        # Each array is new, the caller's key and aux_init copied: whoever donates the
-        # state must neither donate one buffer twice nor lose what is theirs.
-        shapes = ((), (), (), (num_radii,), (), (num_particles,))
-        diagnostics = Diagnostics(
-            *[jnp.full(shape, jnp.nan, jnp.float32) for shape in shapes]
-        )
-        own_key, aux = jax.tree.map(jnp.array, (key, aux_init if has_aux else None))
-        return OtmdrState(jnp.zeros((), jnp.int32), own_key, aux, diagnostics)
-
-    def update_fn(
-        updates,
-        state,
-        params=None,
-        *,
-        batch=None,
-        loss_args=(),
-        loss_kwargs=None,
-        **extra_args,
-    ):
-        del updates, extra_args
-        if params is None:
-            raise ValueError(
-                "the robust gradient is taken at the parameters: call "
-                "tx.update(updates, state, params, batch=batch)."
-            )
-        if batch is None:
-            raise TypeError(
-                "the robust gradient is computed from the batch: call "
-                "tx.update(updates, state, params, batch=batch)."
-            )
-        next_key, step_key = _split(state.key)
-        result = compute(
-            params,
-            batch,
-            *loss_args,
-            key=step_key,
-            rho=radii_at(state.count),
-            **(loss_kwargs or {}),
-        )
-        diagnostics = jax.tree.map(
-            lambda new, old: new.astype(old.dtype),
-            result.diagnostics,
-            state.diagnostics,
-        )
-        # A step that apply_if_finite will skip leaves no NaN statistics behind either.
-        finite = jnp.isfinite(result.diagnostics.grad_norm)
-        aux = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            _like(result.aux, state.aux),
-            state.aux,
-        )
-        count = optax.safe_increment(state.count)
-        return result.grads, OtmdrState(count, next_key, aux, diagnostics)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return from_gradient(
+        compute,
+        key,
+        rho=rho,
+        num_particles=num_particles,
+        has_aux=has_aux,
+        aux_init=aux_init,
+    )
 
 
 def sam(
@@ -209,6 +139,7 @@ def sam(
     axis_name: Any = None,
     sync_perturbation: bool = True,
     microbatch_size: int | None = None,
+    num_subbatches: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-Aware Minimization: OT-MDR with one step on the whole batch.
 
@@ -224,6 +155,8 @@ def sam(
       axis_name: Device axis inside pmap or shard_map.
       sync_perturbation: False is m-sharpness, each device its own perturbation.
       microbatch_size: See :func:`otmdr`.
+      num_subbatches: Parts of the batch, each with its own perturbation: m-sharpness on
+        one device.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, used like :func:`otmdr`.
@@ -253,6 +186,7 @@ def sam(
         axis_name=axis_name,
         sync_perturbation=sync_perturbation,
         microbatch_size=microbatch_size,
+        num_subbatches=num_subbatches,
     )
 
 
@@ -289,42 +223,3 @@ def asam(
     if "adaptive" in options:
         raise TypeError("asam is adaptive already: leave adaptive out, or use sam.")
     return sam(loss_fn, rho, adaptive=True, **options)
-
-
-def _schedule(rho: Any) -> tuple[Callable[[jax.Array], tuple], int]:
-    """A function from the count to the radii, and how many radii there are."""
-    if callable(rho):
-        radii_at = lambda count: check_rho(rho(count))  # noqa: E731
-        return radii_at, len(radii_at(jnp.zeros((), jnp.int32)))
-    if isinstance(rho, (list, tuple)):
-        check_rho([0.0 if callable(r) else r for r in rho])
-        return lambda count: tuple(r(count) if callable(r) else r for r in rho), len(
-            rho
-        )
-    radii = check_rho(rho)
-    return lambda count: radii, len(radii)
-
-
-def _split(key):
-    return (None, None) if key is None else tuple(jax.random.split(key))
-
-
-def _like(aux, expected):
-    """`aux` with the dtypes of the state's, which must not change between updates."""
-    got: Any = jax.tree.structure(aux)
-    want: Any = jax.tree.structure(expected)
-    if got != want:
-        raise ValueError(
-            "aux must have the structure of aux_init.\n"
-            f"  aux_init: {want}\n  aux:      {got}"
-        )
-
-    def cast(new, old):
-        if jnp.shape(new) != jnp.shape(old):
-            raise ValueError(
-                "aux must have the shapes of aux_init, got "
-                f"{jnp.shape(new)} where aux_init has {jnp.shape(old)}."
-            )
-        return jnp.asarray(new, old.dtype)
-
-    return jax.tree.map(cast, aux, expected)

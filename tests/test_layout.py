@@ -17,9 +17,12 @@ LAYERS = [
     {"batches"},
     {"particles"},
     {"engine"},
+    {"subbatches"},
     {"gradients"},
+    {"adapter"},
     {"presets", "transform", "ensemble"},
     {"bnn"},
+    {"baselines"},
     {
         "metrics",
         "diversity",
@@ -34,6 +37,7 @@ LAYERS = [
     {"optimizers", "members"},
     {"building"},
     {"programs", "checkpoint", "runs"},
+    {"predictors"},
     {"evaluation", "restoring"},
     {"sharpness", "cost", "calibrating", "shift"},
     {"training"},
@@ -43,7 +47,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-CORE = {name for layer in LAYERS[:9] for name in layer}
+CORE = {name for layer in LAYERS[:12] for name in layer}
 
 
 def module_name(path):

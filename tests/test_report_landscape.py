@@ -17,6 +17,7 @@ def record(losses, kind="random", points=None, labels=None, **more):
     losses = np.asarray(losses, float)
     axes = [np.linspace(-1, 1, n).tolist() for n in losses.shape]
     return {
+        "step": 7,
         "kind": kind,
         "axes": axes,
         "axis_names": [f"Axis {i} (unit)" for i in range(len(axes))],

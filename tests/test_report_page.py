@@ -181,6 +181,62 @@ class TestThePage:
         page = Page(path.read_text())
         assert "script" not in page.tags and len(page.pictures) == len(page.sources)
 
+    def test_records_of_other_conditions_are_compared_where_they_are_alike(
+        self, tmp_path
+    ):
+        def record(step, n, pairs, why=None):
+            rows = [
+                {"name": name, "severity": s, "accuracy": 0.1 * s, "nll": 1.0, "ece": 0}
+                for name, s in pairs
+            ]
+            gone = [{"name": "svhn_cropped", "why": why}] if why else []
+            return {"step": step, "num_examples": n, "seed": 0, "sets": [], "ood": [],
+                    "clean": {"accuracy": 1.0, "nll": 0.0, "ece": 0.0},
+                    "corruptions": rows, "missing": gone}  # fmt: skip
+
+        pairs = [("contrast", 1), ("contrast", 5), ("rotation", 1)]
+        runs = []
+        for name, label, found in (
+            ("a", "SGD", record(7, 360, pairs, "it is not prepared")),
+            ("b", "SAM", record(3, 100, pairs[1:])),
+        ):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "shift.json").write_text(json.dumps(found))
+            run = make(label, folder=tmp_path / name)
+            runs.append(run._replace(result={**run.result, "steps": 7}))
+        path = report.write(tmp_path / "page", runs, "x", whole=True)
+        text = (path.parent / "report.md").read_text()
+        # The mean of contrast 5 and rotation 1, which both have.
+        assert "| SGD | 100.00 | 30.00 |" in text and "| SAM | 100.00 | 30.00 |" in text
+        assert "the 2 pairs of corruption and severity that all have" in text
+        assert "SGD on 360, SAM on 100 examples" in text
+        assert "SAM (b) was measured at step 3; its result is that of step 7" in text
+        assert "SGD (a) was measured" not in text
+        assert "**Missing:** svhn_cropped: it is not prepared" in text
+
+    def test_runs_in_folders_of_one_name_are_told_apart(self, tmp_path):
+        runs = []
+        for i, place in enumerate(("p", "q")):
+            folder = tmp_path / place / "run"
+            folder.mkdir(parents=True)
+            row = {"name": "sam_gap", "value": 1.5 + i, "standard_error": None}
+            (folder / "sharpness.json").write_text(
+                json.dumps({"num_examples": 9, "step": 7, "measures": [row]})
+            )
+            runs.append(make(seed=i, folder=folder))
+        path = report.write(tmp_path / "page", runs, "x", whole=True)
+        text = (path.parent / "report.md").read_text()
+        assert "| Measure | SAM (p/run) | SAM (q/run) |" in text
+        assert "| SAM's gap, ρ = 0.05 (nats) | 1.5 | 2.5 |" in text
+
+    def test_a_landscape_without_a_finite_loss_is_named(self, tmp_path):
+        record = {"step": 7, "kind": "random", "split": "train", "num_examples": 9,
+                  "axes": [[0, 1]], "losses": [None, None], "points": None}  # fmt: skip
+        (tmp_path / "landscape.json").write_text(json.dumps(record))
+        path = report.write(tmp_path / "page", [make(folder=tmp_path)], "x", whole=True)
+        missing = Page(path.read_text()).missing
+        assert "Missing: SAM: none of its losses is finite." in missing
+
     def test_an_unknown_baseline_is_refused_before_anything_is_written(self, tmp_path):
         with pytest.raises(ValueError, match="baseline must be one of 'SAM'; got 'x'"):
             report.write(tmp_path / "p", [make()], "x", whole=True, baseline="x")
@@ -199,6 +255,9 @@ class TestThePage:
             records.read_record(run, records.SHIFT)
         (tmp_path / "shift.json").write_text("[1]")
         with pytest.raises(ValueError, match="must hold a JSON object"):
+            records.read_record(run, records.SHIFT)
+        (tmp_path / "shift.json").write_text('{"clean": {}, "step": 3}')
+        with pytest.raises(ValueError, match="lacks num_examples, corruptions, sets"):
             records.read_record(run, records.SHIFT)
 
 
@@ -225,6 +284,23 @@ class TestSignificance:
             assert difference == pytest.approx(mean - values[2], rel=1e-9)
             assert sgd.against[name].p_value < 0.01
         assert sgd.n == 2 and sam.against == {}
+
+    def test_a_baseline_may_be_written_in_lower_case(self):
+        assert significance.find_baseline(["SGD", "SAM"], "sgd") == "SGD"
+        assert significance.find_baseline(["a", "A"], "A") == "A"
+        with pytest.raises(ValueError, match="baseline must be one of"):
+            significance.find_baseline(["aB", "Ab"], "ab")
+
+    def test_of_infinite_values_nothing_is_said(self):
+        runs = [make("SGD", 0), make("SAM", 1)]
+        for i in (0, 1):
+            log_probs = np.full_like(runs[i].log_probs, -np.inf)
+            log_probs[:, LABELS[0]] = 0.0
+            runs[i] = runs[i]._replace(log_probs=log_probs)
+        found = significance.compare(runs)
+        assert np.isnan(found[1].against["nll"].p_value)
+        (line,) = [x for x in significance.table(found)[1] if x[:2] == ["NLL ↓", "SAM"]]
+        assert line[-3:] == ["-", "-", "-"] and line[2] == "inf"
 
     def test_marks_what_is_significant(self):
         far = significance.compare([make("SGD", 0, 1.0), make("SAM", 1, 4.0)])

@@ -199,7 +199,8 @@ class TestSharpness:
             return -log_probs[np.arange(len(labels)), labels].sum(), len(labels)
 
         batches = [(train.images[rows].astype(np.float32), train.labels[rows])]
-        solution, key = (loss_sum, state.params, batches), jax.random.key(5)
+        solution = (loss_sum, state.params, batches)
+        key = jax.random.fold_in(jax.random.key(5), 0)
         gap = landscape.sam_gap(*solution)
         values = landscape.hessian_eigenvalues(*solution, 2).values
         average = landscape.average_sharpness(
@@ -234,18 +235,34 @@ class TestSharpness:
         config = TrainConfig(method="sgd", members="3", mesh="data=1", validation=0.2)
         compiled = programs.compile_programs(config, opened.dataset)
         state = compiled.init(jax.random.key(0))
-        # Two cheap measures are enough here.
+        # Three measures are enough here, the Hessian's trace among them.
         every = sharpness._measures
         monkeypatch.setattr(
-            sharpness, "_measures", lambda *args: [every(*args)[i] for i in (0, 4)]
+            sharpness, "_measures", lambda *args: [every(*args)[i] for i in (0, 4, 7)]
         )
-        record = sharpness.measure(
-            config, state, opened.dataset, compiled,
-            without=(1,), num_examples=50, num_probes=2,
-        )  # fmt: skip
+
+        def measure(state, without):
+            return sharpness.measure(
+                config, state, opened.dataset, compiled,
+                without=without, num_examples=50, num_probes=2,
+            )  # fmt: skip
+
+        params = jax.tree.map(lambda x: x.at[1].set(np.nan), state.params)
+        record = measure(state._replace(params=params), (1,))
         for row in record["measures"]:
-            assert row["value"] == np.mean([row["values"][0], row["values"][2]])
-            assert len(set(row["values"])) == 3
+            first, gone, last = row["values"]
+            assert row["value"] == np.mean([first, last]) and first != last
+            assert gone is None
+        # Members' directions are their own: equal members differ in what is drawn.
+        twins = jax.tree.map(lambda x: x.at[2].set(x[0]), state)
+        loss, _, average, trace = measure(twins, (1,))["measures"]
+        assert loss["values"][0] == loss["values"][2]
+        assert average["values"][0] != average["values"][2]
+        assert trace["values"][0] != trace["values"][2]
+        # What cannot be measured says why, and the rest is there.
+        for row in measure(state._replace(params=params), ())["measures"]:
+            assert row["value"] is None and "finite" in row["why"]
+            assert row["values"][0] is not None and row["values"][1] is None
         quick = sharpness.gap(config, state, opened.dataset, compiled, without=(1,))
         assert quick["sharpness"] == np.mean(
             [quick["member_sharpness"][i] for i in (0, 2)]

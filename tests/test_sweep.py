@@ -1,6 +1,7 @@
 """Sweeps: what a file means, what is run, and what rows and tables say."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy import stats
 
 from otmdr_jax import cli, cost, sweep, training
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.methods import METHODS
+from otmdr_jax.methods import BAYESIAN, METHODS
 from otmdr_jax.report import cost as tables
 
 FILE = """
@@ -67,6 +68,14 @@ class TestPlan:
         assert [x.config.rho for x in plan.runs] == [(0.05, 0.1)] * 2
         assert [x.config.num_particles for x in plan.runs] == [1, 2]
         assert [x.config.seed for x in plan.runs] == [0, 0]
+
+    def test_the_example_is_of_every_method_but_those_of_posteriors(self, tmp_path):
+        path = pathlib.Path(__file__).parents[1] / "examples" / "sweep_digits.toml"
+        plan = sweep.plan(path, tmp_path)
+        methods = {one.config.method for one in plan.runs}
+        assert set(METHODS) - methods == set(BAYESIAN)
+        assert len(plan.runs) == 5 * 20
+        assert plan.unequal == ["learning_rate", "weight_decay"]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -213,6 +222,9 @@ class TestCost:
             ({"method": "otmdr-bnn", "num_particles": 2}, 4.5),
             ({"method": "otmdr-bnn", "sigma_gradient": "particle"}, 2),
             ({"method": "sgvb", "members": "2"}, 2),
+            ({"method": "looksam", "look_every": 4}, 1.25),
+            ({"method": "bsam", "num_subbatches": 4}, 2),
+            ({"method": "ivon", "mc_samples": 3}, 3),
         ],
     )
     def test_counts(self, options, count):

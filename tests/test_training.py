@@ -219,7 +219,7 @@ def test_the_best_checkpoint_and_the_latest_are_kept_over_processes(tmp_path):
 
 
 def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
-    """Written field by field, before there were loss scales."""
+    """Written field by field, before there were loss scales and states of methods."""
     import orbax.checkpoint as ocp
 
     from otmdr_jax.checkpoint import Checkpoints
@@ -241,7 +241,8 @@ def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
         tmp_path / "c", item_names=("state", "meta"), options=None
     ) as manager:
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(Old(*state[:-1])), meta=ocp.args.JsonSave({})
+            state=ocp.args.StandardSave(Old(*state[: len(Old._fields)])),
+            meta=ocp.args.JsonSave({}),
         )
         manager.save(3, args=items)
     with Checkpoints(tmp_path / "c", scored=False, read_only=True) as saved:

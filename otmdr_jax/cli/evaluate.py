@@ -26,7 +26,8 @@ class Evaluate:
     data_dir: str | None = None
     """Folder of prepared TFDS data, if it is no longer where the run found it."""
     num_samples: int | None = None
-    """Samples of the posterior of a Bayesian network, instead of the run's own."""
+    """Samples of the posterior of a Bayesian network, or of SWAG, instead of the run's
+    own."""
     prediction: Literal["samples", "mean"] | None = None
     """Predict with samples of the posterior or with its mean, instead of the run's."""
 

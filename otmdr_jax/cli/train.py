@@ -33,6 +33,10 @@ class Train:
 
     otmdr train --method otmdr-bnn --optimizer adam --learning-rate 1e-3
 
+    otmdr train --method bsam --learning-rate 0.5 --num-subbatches 4
+
+    otmdr train --method snapshot --cycles 5 --epochs 40
+
     otmdr train --mesh data=4,particle=2 --num-particles 2
 
     srun otmdr train --distributed --output /shared/run
@@ -43,9 +47,11 @@ class Train:
     """Start from a named configuration: demo, paper-cifar10, paper-cifar100,
     released-cifar10, released-cifar100, released-mode1.1-cifar10,
     released-mode1.1-cifar100, released-ensemble-cifar10, released-ensemble-cifar100,
-    sam-cifar10, sam-cifar100; Bayesian networks: paper-bnn-cifar10,
-    paper-bnn-cifar100, released-bnn-cifar10, released-bnn-cifar100, sgvb-cifar10,
-    sgvb-cifar100. Options given beside it win.
+    sam-cifar10, sam-cifar100, bsam-cifar10, bsam-cifar100; Bayesian networks:
+    paper-bnn-cifar10, paper-bnn-cifar100, released-bnn-cifar10,
+    released-bnn-cifar100, sgvb-cifar10, sgvb-cifar100; ensembles and competitors, each
+    with -cifar10 or -cifar100: deep-ensemble, sam-ensemble, otmdr-ensemble, snapshot,
+    fge, swa, swag, dst, edst. Options given beside it win.
     """
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
     """Start from a configuration file, such as a run's config.json."""

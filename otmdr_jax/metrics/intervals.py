@@ -38,7 +38,8 @@ class Comparison(NamedTuple):
       difference: Metric of the first less that of the second.
       low: Lower end of the difference's confidence interval.
       high: Upper end.
-      p_value: Of no difference, two-sided, at least 1 / (num_samples + 1).
+      p_value: Of no difference, two-sided, at least 1 / (num_samples + 1). All are NaN
+        where the difference is: both values are infinite.
     """
 
     difference: float
@@ -204,6 +205,9 @@ def paired_test(
         return metric(a, y) - metric(b, y)
 
     observed = gap(first, second, labels)
+    if np.isnan(observed):  # as of two infinite values: nothing can be said
+        nan = float("nan")
+        return Comparison(observed, nan, nan, nan)
     rng = np.random.default_rng(seed)
     drawn, as_large = [], 1
     for _ in range(num_samples):

@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
 
 from otmdr_jax.models.base import Model, parameter_count
 from otmdr_jax.models.cnn import SmallCNN
+from otmdr_jax.models.counting import output_positions
 from otmdr_jax.models.densenet import DenseNet
 from otmdr_jax.models.efficientnet import EfficientNet
 from otmdr_jax.models.mobilenet import MobileNet
@@ -38,7 +39,14 @@ from otmdr_jax.models.resnet import ResNet
 from otmdr_jax.models.torchvision import from_torchvision
 from otmdr_jax.models.wide_resnet import WideResNet
 
-__all__ = ["Model", "create", "from_torchvision", "names", "parameter_count"]
+__all__ = [
+    "Model",
+    "create",
+    "from_torchvision",
+    "names",
+    "output_positions",
+    "parameter_count",
+]
 
 # A name -> its family, and the options that the name fixes.
 _REGISTRY: dict[str, tuple[Any, dict[str, Any]]] = {

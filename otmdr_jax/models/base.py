@@ -26,6 +26,9 @@ from otmdr_jax.models.depthwise import convolve_depthwise
 Params = dict[str, Any]
 State = dict[str, Any]
 
+# PyTorch's default, whose momentum of 0.1 weighs the new batch; also Torch7's.
+BATCHNORM_MOMENTUM = 0.9
+
 # He et al. 2015, "Delving deep into rectifiers", eq. 14: std = sqrt(2 / fan_out), not
 # truncated, as Zagoruyko's `MSRinit` and torchvision's `kaiming_normal_(fan_out)`.
 _conv_init = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -127,8 +130,7 @@ class Layers:
         """BatchNorm with scale 1 and bias 0."""
         return BatchNorm(
             channels,
-            # PyTorch's default, whose momentum 0.1 weighs the new batch; also Torch7's.
-            momentum=0.9,
+            momentum=BATCHNORM_MOMENTUM,
             epsilon=1e-5,
             dtype=_at_least_float32(self.dtype),
             param_dtype=self.param_dtype,
@@ -185,6 +187,11 @@ class Model:
     param_dtype: jnp.dtype = jnp.dtype(jnp.float32)
     batchnorm_axis_name: str | None = None
     remat: bool = False
+
+    @property
+    def batchnorm_momentum(self) -> float:
+        """The share of the old statistics in BatchNorm's new running ones."""
+        return BATCHNORM_MOMENTUM
 
     def module_fn(self, in_channels: int, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the NNX module itself, for users of Flax.

@@ -285,7 +285,7 @@ def _examples(runs):
             worst.append(missing(gone))
             uncertain.append(missing(gone))
             continue
-        images = _test_images(run)
+        images = _test_images(run, measured.name_of(run, runs))
         if isinstance(images, str):
             worst.append(missing(images))
             uncertain.append(missing(images))
@@ -296,7 +296,10 @@ def _examples(runs):
         ):
             draw = functools.partial(_draw_examples, images, choose(run))
             alt = f"{kind.capitalize()} examples of {run.label}"
-            parts += [f"### {measured.name_of(run)}", Picture(f"{kind}_{i}", alt, draw)]
+            parts += [
+                f"### {measured.name_of(run, runs)}",
+                Picture(f"{kind}_{i}", alt, draw),
+            ]
     return (
         Section(
             "Worst examples",
@@ -321,9 +324,8 @@ def _draw_examples(images, chosen, narrow):
     return examples.examples_figure(images, chosen, narrow=narrow)
 
 
-def _test_images(run: Run) -> Any:
+def _test_images(run: Run, name: str) -> Any:
     """A run's test images, or why they cannot be had."""
-    name = measured.name_of(run)
     options = {n: v for n, v in run.config.items() if n in _DATA and v is not None}
     if "data" not in options:
         return f"{name}: its configuration names no data."

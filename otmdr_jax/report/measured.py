@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from otmdr_jax.report import landscape, records, shift
 from otmdr_jax.report.document import Picture, Section, missing
 from otmdr_jax.report.reading import Run, by_label
@@ -57,12 +59,20 @@ def sharpness_section(runs: Sequence[Run]) -> Section:
 
 def shift_section(runs: Sequence[Run]) -> Section:
     """Curves and tables of corrupted, other and foreign images."""
-    found = {}
+    found: dict[str, Any] = {}
+    notes: list[str] = []
+    gone: dict[str, str] = {}
     for label, group in by_label(runs).items():
         every = [records.read_record(run, records.SHIFT) for run in group]
         own = [record for record in every if record is not None]
-        if own:
-            found[label] = shift.mean_record(own)
+        if not own:
+            continue
+        gone |= {x["name"]: x["why"] for record in own for x in record["missing"]}
+        if len({(record["num_examples"], record.get("seed")) for record in own}) > 1:
+            notes.append(f"The runs of {label} were measured on other examples each.")
+        found[label] = shift.mean_record(own)
+    found, unlike = shift.in_common(found)
+    notes += unlike
     parts: list[Part] = []
     if any(record["corruptions"] for record in found.values()):
         parts += [
@@ -80,6 +90,7 @@ def shift_section(runs: Sequence[Run]) -> Section:
             "not the files of CIFAR-10-C; tables show means over severities and the "
             "runs of a method, the first one over corruptions too.",
         ]
+    parts += [f"**Note:** {note}" for note in notes]
     for label, record in found.items():
         for name, table in (
             ("CIFAR-10-C", shift.published_table(record)),
@@ -94,13 +105,19 @@ def shift_section(runs: Sequence[Run]) -> Section:
             "chance; AUPR: foreign images are the positives; FPR95: the share of them "
             "that pass where 95 % of the test set do.",
         ]
+    parts += [missing(f"{name}: {why}") for name, why in gone.items()]
     return Section("Shift", (*parts, *_what_is_missing(runs, records.SHIFT)))
 
 
 def landscape_section(runs: Sequence[Run]) -> Section:
     """Contours and surfaces, of comparable runs on shared axes and colours."""
     found = _records(runs, records.LANDSCAPE)
-    parts: list[Part] = []
+    parts: list[Part] = [
+        missing(f"{name}: none of its losses is finite.")
+        for name, record in found
+        if not _is_finite(record)
+    ]
+    found = [(name, record) for name, record in found if _is_finite(record)]
     for i, group in enumerate(landscape.comparable(found), 1):
         first = group[0][1]
         number = f"_{i}" if i > 1 else ""
@@ -128,6 +145,10 @@ def landscape_section(runs: Sequence[Run]) -> Section:
     return Section(
         "Loss landscape", (*parts, *_what_is_missing(runs, records.LANDSCAPE))
     )
+
+
+def _is_finite(record) -> bool:
+    return bool(np.isfinite(np.array(record["losses"], np.float64)).any())
 
 
 def _draw_landscape(figure, group, narrow):
@@ -158,20 +179,43 @@ def _records(
     there = [(run, record) for run, record in found if record is not None]
     labels = [run.label for run, _ in there]
     return [
-        (run.label if labels.count(run.label) == 1 else name_of(run), record)
+        (run.label if labels.count(run.label) == 1 else name_of(run, runs), record)
         for run, record in there
     ]
 
 
 def _what_is_missing(runs, kind) -> list[str]:
-    lacking = [run for run in runs if records.read_record(run, kind) is None]
+    """What a reader must know: which runs have no record, or one of another step."""
+    every = [(run, records.read_record(run, kind)) for run in runs]
+    notes = []
+    for run, record in every:
+        step, last = (record or {}).get("step"), run.result.get("steps")
+        if None not in (step, last) and step != last:
+            notes.append(
+                f"**Note:** {name_of(run, runs)} was measured at step {step}; its "
+                f"result is that of step {last}."
+            )
+    lacking = [run for run, record in every if record is None]
     if not lacking:
-        return []
-    names = ", ".join(name_of(run) for run in lacking)
+        return notes
+    names = ", ".join(name_of(run, runs) for run in lacking)
     _, command = kind
-    return [missing(f"{names}. `{command} RUN` writes it; then make this page again.")]
+    text = f"{names}. `{command} RUN` writes it; then make this page again."
+    return [*notes, missing(text)]
 
 
-def name_of(run: Run) -> str:
-    """A run among others of its label."""
-    return run.label if run.folder is None else f"{run.label} ({run.folder.name})"
+def name_of(run: Run, runs: Sequence[Run]) -> str:
+    """A run among others: its label, and as much of its path as tells it apart."""
+    if run.folder is None:
+        return run.label
+    alike = [x.folder.parts for x in runs if x.folder and x.label == run.label]
+    parts = run.folder.parts
+    count = next(
+        (
+            n
+            for n in range(1, len(parts))
+            if [x[-n:] for x in alike].count(parts[-n:]) == 1
+        ),
+        len(parts),
+    )
+    return f"{run.label} ({'/'.join(parts[-count:])})"

@@ -17,6 +17,17 @@ _NAMES = {
     "otmdr": "OT-MDR",
     "sgvb": "SGVB",
     "otmdr-bnn": "OT-MDR-BNN",
+    "gsam": "GSAM",
+    "looksam": "LookSAM",
+    "fisher-sam": "Fisher SAM",
+    "bsam": "bSAM",
+    "ivon": "IVON",
+    "snapshot": "Snapshot",
+    "fge": "FGE",
+    "swa": "SWA",
+    "swag": "SWAG",
+    "dst": "DST",
+    "edst": "EDST",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # What may differ between runs that are averaged: it is meant to, or changes no number.
@@ -76,6 +87,8 @@ def label_of(config: Mapping[str, Any]) -> str:
         label += f" (K = {config['num_particles']})"
     if method == "sgd" and config.get("optimizer") in _OPTIMIZERS:
         label = _OPTIMIZERS[config["optimizer"]]
+    if config.get("base_method", "sgd") != "sgd":
+        label += f" of {_NAMES[config['base_method']]}"
     if members := config.get("members"):
         count = int(members) if members.isdigit() else len(members.split(","))
         label += f", {count} members"

@@ -22,6 +22,13 @@ LANDSCAPE = ("landscape.json", "otmdr landscape")
 
 # Also of a bold one, of a difference, and the mark of one that is not known.
 _NUMBER = re.compile(r"[*+<≥ -]*\d|-$")
+# What a record must hold.
+_KEYS = {
+    SHARPNESS: ("step", "num_examples", "measures"),
+    CALIBRATION: ("how", "methods", "conformal", "alpha"),
+    SHIFT: ("step", "num_examples", "clean", "corruptions", "sets", "ood", "missing"),
+    LANDSCAPE: ("step", "kind", "split", "num_examples", "axes", "losses", "points"),
+}
 _MEASURES = {
     "train_nll": "Training NLL (nats)",
     "sam_gap": "SAM's gap, ρ = 0.05 (nats)",
@@ -57,6 +64,11 @@ def read_record(run: Run, kind: tuple[str, str]) -> dict[str, Any] | None:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} must hold a JSON object.")
+    if lacking := [key for key in _KEYS[kind] if key not in record]:
+        raise ValueError(
+            f"{path} is no record of `{kind[1]}`: it lacks {', '.join(lacking)}. Let "
+            "the command write it anew."
+        )
     return record
 
 

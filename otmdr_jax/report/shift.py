@@ -220,6 +220,42 @@ def mean_record(found: Sequence[Record]) -> Record:
     return result
 
 
+def in_common(found: dict[str, Record]) -> tuple[dict[str, Record], list[str]]:
+    """The records at the corruptions and severities that all of them have.
+
+    Returns:
+      The records, and what is not alike between them, in sentences.
+    """
+    every = [
+        {(row["name"], row["severity"]) for row in record["corruptions"]}
+        for record in found.values()
+        if record["corruptions"]
+    ]
+    common = set.intersection(*every) if every else set()
+    notes = []
+    if any(pairs != common for pairs in every):
+        notes.append(
+            f"Shown are the {len(common)} pairs of corruption and severity that all "
+            "have; some were measured on more."
+        )
+    counts = {label: record["num_examples"] for label, record in found.items()}
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{label} on {n}" for label, n in counts.items())
+        notes.append(f"Test sets are not alike: {each} examples.")
+    shown = {
+        label: {
+            **record,
+            "corruptions": [
+                row
+                for row in record["corruptions"]
+                if (row["name"], row["severity"]) in common
+            ],
+        }
+        for label, record in found.items()
+    }
+    return shown, notes
+
+
 def _mean_of(values):
     """The mean of measures; of what is the same in all runs that itself."""
     if all(value == values[0] for value in values):

@@ -120,7 +120,7 @@ def table(rows: Sequence[Tested]) -> Table:
 
 
 def _difference(column: Column, found: Comparison | None) -> list[str]:
-    if found is None:
+    if found is None or np.isnan(found.difference):
         return ["-", "-", "-"]
     value, low, high = (f"{column.scale * x:+.{column.decimals}f}" for x in found[:3])
     p = "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import building, centers, checkpoint, landscape, members, restoring, tree
+from otmdr_jax import (
+    building,
+    centers,
+    checkpoint,
+    landscape,
+    members,
+    predictors,
+    restoring,
+    tree,
+)
 from otmdr_jax import data as data_lib
 from otmdr_jax.data import Split
 from otmdr_jax.members import steps_taken
@@ -96,7 +105,7 @@ def weights_of(
     if config.members is None or config.ensemble == "independent":
         every = [
             (centers.weights_of(one.params), one.model_state)
-            for one in members.separate(state)
+            for one in predictors.trained(config, state)
         ]
     else:
         both = state.params, state.model_state

@@ -1,0 +1,109 @@
+"""What bSAM and IVON share: a precision for each weight, noise and steps scaled by it.
+
+Both keep a diagonal Gaussian N(w, 1 / (N p)) with one precision p per example for each
+weight, draw noise from it, and divide their steps by p.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otmdr_jax import bnn, tree
+from otmdr_jax.options import check_number
+
+PyTree = Any
+
+
+class DividedState(NamedTuple):
+    """State of :func:`divide_by_precision`: there is none."""
+
+
+def full(params: PyTree, value: jax.typing.ArrayLike) -> PyTree:
+    """A pytree like the parameters that holds a value, float32 or wider."""
+    return jax.tree.map(
+        lambda p: jnp.full(jnp.shape(p), value, tree.accumulation_dtype(p)), params
+    )
+
+
+def noise(key: jax.Array, precision: PyTree, num_data: float) -> PyTree:
+    r"""A draw from :math:`\mathcal N(0, 1 / (N p))`, a variance of 1 / (N p).
+
+    Args:
+      key: A PRNG key.
+      precision: p, a pytree of arrays.
+      num_data: N.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax.baselines import preconditioned
+      >>> e = preconditioned.noise(jax.random.key(0), jnp.full(100_000, 4.0), 25.0)
+      >>> round(float(e.std()), 3)  # 1 / sqrt(25 * 4)
+      0.1
+    """
+    leaves, treedef = jax.tree.flatten(precision)
+    draws = [
+        jax.random.normal(jax.random.fold_in(key, i), p.shape, p.dtype)
+        / jnp.sqrt(num_data * p)
+        for i, p in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def shift(params: PyTree, by: PyTree) -> PyTree:
+    """`params + by`, added in float32 or wider, of the dtypes of the parameters."""
+    return jax.tree.map(lambda p, e: (p + e).astype(p.dtype), params, by)
+
+
+def posterior(params: PyTree, precision: PyTree, num_data: float) -> bnn.MeanField:
+    """The Gaussian N(w, 1 / (N p)) as a posterior, for :mod:`otmdr_jax.bnn`.
+
+    Args:
+      params: w, its mean.
+      precision: p, of the same structure.
+      num_data: N, finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import baselines, bnn
+      >>> q = baselines.posterior(jnp.ones(2), jnp.array([4.0, 1.0]), num_data=25)
+      >>> bnn.std(q).round(4).tolist()
+      [0.09..., 0.19...]
+    """
+    sigma = jax.tree.map(lambda p: 1 / jnp.sqrt(num_data * p), precision)
+    return bnn.init(params, sigma, mask=True)
+
+
+def divide_by_precision() -> optax.GradientTransformationExtraArgs:
+    """Divides updates by `precision=`, an extra argument of `update`."""
+
+    def update_fn(updates, state, params=None, *, precision, **extra_args):
+        del params, extra_args
+        divided = jax.tree.map(lambda u, p: (u / p).astype(u.dtype), updates, precision)
+        return divided, state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: DividedState(), update_fn
+    )
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises unless a value is a decay rate in [0, 1), or a traced one."""
+    check_number(name, value)
+    if not isinstance(value, jax.core.Tracer) and not float(value) < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
+
+
+def check_num_data(value: Any, *, infinite: bool) -> None:
+    """Raises unless N is a positive number, infinite at most where that is allowed."""
+    if infinite and isinstance(value, float) and value == math.inf:
+        return
+    try:
+        check_number("num_data", value, positive=True)
+    except (TypeError, ValueError) as error:
+        hint = ", or float('inf') for no noise" if infinite else ""
+        raise type(error)(
+            f"{error} It is the number of training examples{hint}."
+        ) from error
