@@ -314,3 +314,14 @@ def test_shift_digits_in_its_smoke_form(tmp_path):
     assert len(records) == 2 and picture.stat().st_size > 20_000
     values = [x["accuracy"] for record in records for x in record["corruptions"]]
     assert len(values) == 24 and f"| {100 * np.mean(values):.2f} ± " in out
+
+
+def test_sweep_digits_in_its_smoke_form(tmp_path):
+    file, picture = tmp_path / "s.json", tmp_path / "s.png"
+    options = ["--smoke", "--json", str(file), "--picture", str(picture)]
+    out = run("sweep_digits.py", *options)
+    rows = json.loads(file.read_text())["results"]
+    assert len(rows) == 8 and picture.stat().st_size > 20_000
+    sgd = [100 * row["accuracy"] for row in rows[:2]]
+    mean, std = np.mean(sgd), np.std(sgd, ddof=1)
+    assert f"| SGD | 2 | {mean:.2f} ± {std:.2f} |" in out

@@ -399,6 +399,30 @@ def test_shift_page_shows_the_committed_measurements(monkeypatch):
     assert f"disagree about ({auroc['mutual_information']:.2f})" in page
 
 
+def test_baselines_page_shows_the_committed_measurements(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sweep_digits
+
+    record = json.loads((RESULTS / "sweep_digits.json").read_text())
+    assert record["sweep"] == (ROOT / "examples" / "sweep_digits.toml").read_text()
+    table = sweep_digits.table(record["results"])
+    assert table in shown("baselines.md", "sweep digits")
+    # What the text below says.
+    means = {}
+    for row in record["results"]:
+        means.setdefault(row["label"], []).append(row)
+    means = {
+        label: {n: sum(r[n] for r in rows) / len(rows) for n in ("accuracy", "nll")}
+        for label, rows in means.items()
+    }
+    assert min(means, key=lambda x: means[x]["nll"]) == "OT-MDR ensemble"
+    best = sorted(means, key=lambda x: -means[x]["accuracy"])
+    assert best[:2] == ["LookSAM", "EDST"]
+    one = means["OT-MDR, num_particles = 1"]["accuracy"]
+    assert abs(one - means["SAM, rho = 0.1"]["accuracy"]) < 5e-4
+    assert means["SAM, rho = 0.15"]["accuracy"] > one
+
+
 def test_shift_page_shows_the_parameters_of_the_corruptions():
     from otmdr_jax.data import CORRUPTIONS, corruptions
 

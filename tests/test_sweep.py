@@ -276,7 +276,10 @@ class TestTables:
             for line in ax.lines
             if (line.get_gid() or "").startswith("cost:")
         }
-        assert points["cost:b"] == [[100.0, 40.0]]
-        np.testing.assert_allclose(points["cost:a"], [[100.0, 200 / 3]])
+        (first,), (second,) = points["cost:a"], points["cost:b"]
+        assert first[1] == pytest.approx(200 / 3) and second[1] == pytest.approx(40)
+        # Of one cost: side by side around it.
+        assert first[0] < 100 < second[0]
+        assert first[0] * second[0] == pytest.approx(100**2)
         (low, high) = ax.collections[0].get_segments()[0][:, 1]
         assert (high - low) / 2 == pytest.approx(100 * np.std([0.5, 0.6, 0.9], ddof=1))

@@ -1,0 +1,93 @@
+r"""Every method on digits with noisy labels, five seeds: the table in docs/baselines.md.
+
+    python benchmarks/sweep_digits.py --output sweeps/digits \
+        --json benchmarks/results/sweep_digits.json --picture docs/baselines/digits.png
+    python benchmarks/sweep_digits.py --smoke            # one epoch, two seeds
+
+Runs examples/sweep_digits.toml as `otmdr sweep` does (what OUTPUT holds is not run again)
+and keeps the numbers of each run. Means over seeds; p-values are those of the paired
+t-test against SGD over seeds.
+"""
+
+import argparse
+import pathlib
+import tempfile
+
+import numpy as np
+from _common import environment
+from _record import markdown, write_json
+
+from otmdr_jax import sweep
+from otmdr_jax.report import cost, plots
+
+FILE = pathlib.Path(__file__).parents[1] / "examples" / "sweep_digits.toml"
+NAMES = {
+    "accuracy": ("accuracy, %", 100, 2),
+    "nll": ("NLL", 1, 4),
+    "ece": ("ECE", 1, 4),
+}
+KEPT = (
+    "label", "seed", "status", "accuracy", "nll", "ece", "brier", "sharpness",
+    "gradient_evaluations", "seconds", "memory_mib",
+)  # fmt: skip
+
+
+def table(rows):
+    """A line for each method: means ± standard deviations, and what they cost."""
+    header = ["method", "n", *(title for title, *_ in NAMES.values())]
+    header += ["Δ accuracy to SGD", "gradients", "memory, MiB"]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["label"], []).append(row)
+    lines = []
+    for label, group in groups.items():
+        done = [row for row in group if row["status"] == "finished"]
+        cells = []
+        for name, (_, scale, digits) in NAMES.items():
+            values = scale * np.array([row[name] for row in done])
+            cells.append(
+                f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+            )
+        found = cost.paired_difference(group, groups["SGD"], "accuracy")
+        if label == "SGD" or found is None:
+            cells.append("-")
+        else:
+            gap, p, _ = found
+            value = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+            cells.append(f"{100 * gap:+.2f} ({value})")
+        for name, digits in (("gradient_evaluations", 0), ("memory_mib", 1)):
+            cells.append(f"{np.mean([row[name] for row in done]):,.{digits}f}")
+        lines.append([label, len(done), *cells])
+    return markdown(header, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", help="folder of the runs; default: a temporary one")
+    parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--picture", help="also draw accuracy against cost")
+    parser.add_argument("--smoke", action="store_true", help="one epoch, two seeds")
+    options = parser.parse_args()
+    text = FILE.read_text()
+    with tempfile.TemporaryDirectory() as scratch:
+        output = pathlib.Path(options.output or scratch)
+        if options.smoke:
+            text = text.replace("[0, 1, 2, 3, 4]", "[0, 1]").replace(
+                "epochs = 40", "epochs = 1"
+            )
+            text = text.split('[methods."ASAM"]')[0]
+        file = pathlib.Path(scratch) / "sweep.toml"
+        file.write_text(text)
+        plan = sweep.plan(file, output)
+        rows = sweep.run(plan.runs, output / "sweep.json")
+    rows = [{name: row.get(name) for name in KEPT} for row in rows]
+    write_json(options.json, {**environment(), "sweep": text, "results": rows})
+    print(table(rows))
+    if options.picture:
+        plots.save(cost.figure(rows), options.picture)
+
+
+if __name__ == "__main__":
+    main()
