@@ -1,12 +1,12 @@
-r"""Every method on digits with noisy labels, five seeds: the table in docs/baselines.md.
+r"""Every method on digits with noisy labels, five seeds: docs/baselines.md.
 
     python benchmarks/sweep_digits.py --output sweeps/digits \
         --json benchmarks/results/sweep_digits.json --picture docs/baselines/digits.png
     python benchmarks/sweep_digits.py --smoke            # one epoch, two seeds
 
-Runs examples/sweep_digits.toml as `otmdr sweep` does (what OUTPUT holds is not run again)
-and keeps the numbers of each run. Means over seeds; p-values are those of the paired
-t-test against SGD over seeds.
+Runs examples/sweep_digits.toml as `otmdr sweep` does (what OUTPUT holds is not run
+again) and keeps the numbers of each run. Means over seeds; p-values are those of the
+paired t-test against SGD over seeds.
 """
 
 import argparse
