@@ -237,6 +237,17 @@ class TestThePage:
         missing = Page(path.read_text()).missing
         assert "Missing: SAM: none of its losses is finite." in missing
 
+    def test_writing_anew_leaves_no_picture_of_before_and_no_file_of_others_out(
+        self, tmp_path
+    ):
+        runs = [make("SGD", 0), make("SAM", 1)]
+        report.write(tmp_path, runs, "x", whole=True)
+        (tmp_path / "mine.png").write_bytes(b"mine")
+        assert (tmp_path / "worst_1.png").exists()
+        report.write(tmp_path, runs[:1], "x", whole=True)
+        assert not (tmp_path / "worst_1.png").exists()
+        assert (tmp_path / "worst_0.png").exists() and (tmp_path / "mine.png").exists()
+
     def test_an_unknown_baseline_is_refused_before_anything_is_written(self, tmp_path):
         with pytest.raises(ValueError, match="baseline must be one of 'SAM'; got 'x'"):
             report.write(tmp_path / "p", [make()], "x", whole=True, baseline="x")
@@ -336,6 +347,15 @@ class TestPictures:
         )
         heights = sum(np.array([bar.get_height() for bar in x]) for x in ax.containers)
         np.testing.assert_allclose(heights, [0, 100, 0, 0])
+
+    def test_the_lowest_panel_of_each_column_names_its_axis(self):
+        runs = [make(label) for label in "abcde"]
+        for figure, gid in (
+            (predictions.confusion_figure(runs), "confusion"),
+            (predictions.confidence_figure(runs), "confidence"),
+        ):
+            named = {x for x in "abcde" if self.axes(figure, f"{gid}:{x}").get_xlabel()}
+            assert named == ({"d", "e"} if gid == "confusion" else {"c", "d", "e"})
 
     def test_confusion_is_scikit_learns(self):
         from sklearn.metrics import confusion_matrix

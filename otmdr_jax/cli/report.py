@@ -1,6 +1,7 @@
 """`otmdr report`: all that is known of some runs, on one page."""
 
 import dataclasses
+import pathlib
 import shlex
 
 import tyro
@@ -42,20 +43,22 @@ def run(options: Report) -> None:
     report.check_folder(options.output)
     found = report.with_distinct_labels(report.read_run(run) for run in options.runs)
     baseline = options.baseline
-    if baseline in options.runs:
-        baseline = found[options.runs.index(baseline)].label
+    folders = [pathlib.Path(run).resolve() for run in options.runs]
+    if baseline is not None and pathlib.Path(baseline).resolve() in folders:
+        baseline = found[folders.index(pathlib.Path(baseline).resolve())].label
     elif baseline is not None:
         baseline = significance.find_baseline([r.label for r in found], baseline)
-    command = "otmdr report " + " ".join(options.runs)
+    words = ["otmdr", "report", *options.runs, "--output", options.output]
+    words += ["--title", options.title]
     if options.baseline is not None:
-        command += f" --baseline {shlex.quote(options.baseline)}"
+        words += ["--baseline", options.baseline]
     columns = report.known_columns(found)
     report.print_table(report.summarise(found, columns), title=options.title)
     path = report.write(
         options.output,
         found,
         options.title,
-        command,
+        shlex.join(words),
         whole=True,
         baseline=baseline,
         show_progress=True,

@@ -132,8 +132,8 @@ def _significance(runs, baseline):
     parts: list[Part] = [
         records.markdown(significance.table(found)),
         "Means over a method's runs with their 95 % intervals by the bootstrap over "
-        f"{len(runs[0].labels)} test examples ({intervals.NUM_SAMPLES} draws), and Δ, "
-        f"the difference from {baseline}, with its interval and the p-value of a "
+        f"{_num_examples(runs, baseline)} test examples ({intervals.NUM_SAMPLES} "
+        f"draws), and Δ, the difference from {baseline}, with its interval and the p-value of a "
         "paired randomisation test over examples; in bold below 0.05. This is about "
         "the choice of test examples; how much seeds matter is the standard deviation "
         "above.",
@@ -148,6 +148,12 @@ def _significance(runs, baseline):
             )
         )
     return Section("Significance", tuple(parts))
+
+
+def _num_examples(runs, baseline):
+    """Of the baseline's test set, or of the first run's where it diverged."""
+    pooled = plots.pool(by_label(runs)[baseline])
+    return len((pooled or runs)[0].labels)
 
 
 def _cost(rows, baseline):

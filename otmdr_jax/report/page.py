@@ -84,13 +84,16 @@ def write(
             bar.update(i, {})
     texts = {
         # The marker comes first: a report that was cut off can be written again.
-        "results.json": _json(_results(title, rows, runs)),
+        "results.json": _json(
+            {**_results(title, rows, runs), "pictures": list(pictures)}
+        ),
         "configs.json": _json([{**_name(run), "config": run.config} for run in runs]),
         "report.md": document.markdown(page),
     }
     if whole:
         texts["report.html"] = document.html_page(page, pictures)
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_pictures(folder, keep=pictures)
     for name, text in texts.items():
         scratch = folder / f"{name}.tmp"
         scratch.write_text(text, encoding="utf-8")
@@ -98,6 +101,16 @@ def write(
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     return folder / list(texts)[-1]
+
+
+def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
+    """Removes pictures that an earlier report lists and this one has not."""
+    try:
+        earlier = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for name in set(earlier.get("pictures", [])) - set(keep):
+        (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def check_folder(folder: str | pathlib.Path) -> None:

@@ -119,7 +119,7 @@ def confusion_figure(
         # A root, so that the few that are wrong are seen beside those that are right.
         image = ax.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0.0, 100.0))
         place = ax.get_subplotspec()
-        if place.is_last_row() or narrow:
+        if _is_lowest(ax, panels):
             ax.set_xlabel("Predicted class", fontsize=plots.LARGE)
         if place.is_first_col():
             ax.set_ylabel("True class", fontsize=plots.LARGE)
@@ -218,6 +218,16 @@ def _panels(groups, aspect: float, narrow: bool, at_most: int):
     return figure, list(grid.flat[: len(groups)])
 
 
+def _is_lowest(ax, panels) -> bool:
+    """Whether no panel is below."""
+    mine = ax.get_subplotspec()
+    below = [x.get_subplotspec() for x in panels if x is not ax]
+    return not any(
+        x.colspan == mine.colspan and x.rowspan.start > mine.rowspan.start
+        for x in below
+    )
+
+
 def _share_axes(panels, x: str, y: str, narrow: bool) -> None:
     highest = max(ax.dataLim.ymax for ax in panels)
     for ax in panels:
@@ -226,7 +236,7 @@ def _share_axes(panels, x: str, y: str, narrow: bool) -> None:
         ax.tick_params(labelsize=plots.SMALL)
         ax.spines[["top", "right"]].set_visible(False)
         place = ax.get_subplotspec()
-        if narrow or place.is_last_row():
+        if narrow or _is_lowest(ax, panels):
             ax.set_xlabel(x, fontsize=plots.LARGE)
         if place.is_first_col():
             ax.set_ylabel(y, fontsize=plots.LARGE)
