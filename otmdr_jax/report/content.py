@@ -133,10 +133,10 @@ def _significance(runs, baseline):
         records.markdown(significance.table(found)),
         "Means over a method's runs with their 95 % intervals by the bootstrap over "
         f"{_num_examples(runs, baseline)} test examples ({intervals.NUM_SAMPLES} "
-        f"draws), and Δ, the difference from {baseline}, with its interval and the p-value of a "
-        "paired randomisation test over examples; in bold below 0.05. This is about "
-        "the choice of test examples; how much seeds matter is the standard deviation "
-        "above.",
+        f"draws), and Δ, the difference from {baseline}, with its interval and the "
+        "p-value of a paired randomisation test over examples; in bold below 0.05. "
+        "This is about the choice of test examples; how much seeds matter is the "
+        "standard deviation above.",
     ]
     compared = {row.label for row in found if row.against}
     left_out = [x for x in by_label(runs) if x not in compared and x != baseline]
