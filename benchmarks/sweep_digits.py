@@ -41,7 +41,7 @@ def table(rows):
         groups.setdefault(row["label"], []).append(row)
     lines = []
     for label, group in groups.items():
-        done = [row for row in group if row["status"] == "finished"]
+        done = [row for row in group if row["accuracy"] is not None]
         cells = []
         for name, (_, scale, digits) in NAMES.items():
             values = scale * np.array([row[name] for row in done])

@@ -124,13 +124,15 @@ def from_gradient(
             )
         next_key, step_key = _split(state.key)
         arguments = (params, batch, *loss_args)
-        options = dict(loss_kwargs or {}, key=step_key)
+        options = {"key": step_key}
         if radii_at is not None:
             options["rho"] = radii_at(state.count)
         if start is None:
-            result = compute(*arguments, **options)
+            result = compute(*arguments, **options, **(loss_kwargs or {}))
         else:
-            result, memory = compute(state.memory, *arguments, **options)
+            result, memory = compute(
+                state.memory, *arguments, **options, **(loss_kwargs or {})
+            )
         diagnostics = jax.tree.map(
             lambda new, old: new.astype(old.dtype),
             result.diagnostics,

@@ -243,9 +243,10 @@ def create(
         seen = (result.value, info.center_loss, info.grad_norm, info.ascent_norms)
         finite = jnp.all(jnp.isfinite(jnp.hstack(seen)))
         params, model_state, opt_state, memory = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: new if _counts(new) else jnp.where(finite, new, old),
             (params, model_state, opt_state, memory),
             (state.params, state.model_state, state.opt_state, state.memory),
+            is_leaf=_counts,
         )
         # While a loss scale comes down from where gradients overflow, the loss at the
         # center is finite: such a step is skipped, but it is no sign of divergence.
@@ -290,6 +291,15 @@ def create(
     return Method(
         init, step, predict, lambda state: posterior_of(state.params, state.memory)
     )
+
+
+def _counts(node) -> bool:
+    """Whether it is the count of a schedule.
+
+    A skipped step counts there, as it does in the state's own step: or the learning
+    rate would lag behind what is collected at its minima, and never reach its end.
+    """
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):

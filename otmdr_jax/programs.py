@@ -56,7 +56,7 @@ class Programs(NamedTuple):
       batch_statistics: (state, images, key) -> BatchNorm statistics of an augmented
         batch at what predicts; None where those of the state serve.
       settle: (state, their mean) -> a state to predict with; None likewise. See
-        :func:`otmdr_jax.evaluation.settle`.
+        :func:`otmdr_jax.predictors.settle`.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
         None where there is none.
       sparsity: state -> what results hold of a sparse network; None of dense ones.

@@ -17,7 +17,8 @@ own options:
     method = "otmdr"
     num_particles = [1, 2]          # a list of values: each is run
 
-Epochs, schedule, augmentation and model are then equal by construction. A run is a
+Epochs, augmentation and model are then equal by construction, and the schedule but for
+methods that have one of their own (snapshot, FGE, SWA, SWAG, EDST). A run is a
 folder like any other, `OUTPUT/<method>/seed<seed>`.
 """
 
@@ -101,8 +102,8 @@ def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
             f"{path} may hold seeds, options and methods; got {', '.join(unknown)}."
         )
     seeds, methods = content.get("seeds", [0]), content.get("methods", {})
-    whole = all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
-    if not seeds or not whole or len(set(seeds)) < len(seeds):
+    whole = isinstance(seeds, list) and all(type(s) is int for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"{path}: seeds must be distinct integers, got {seeds!r}.")
     if not isinstance(methods, dict) or not methods:
         raise ValueError(
@@ -142,6 +143,7 @@ def run(
 
     Raises:
       ValueError: A folder holds a run with other options.
+      FileExistsError: A folder holds something else.
       Interrupted: On Ctrl-C or SIGTERM; the same call goes on.
     """
     check(planned)
@@ -151,9 +153,12 @@ def run(
     rows = []
     for i, one in enumerate(planned):
         title = f"run {i + 1} of {len(planned)}: {one.label}, seed {one.config.seed}"
-        old = known.get(str(one.folder), {})
-        status = old.get("status", "finished")
-        if not _is_done(one, status):
+        # Of a folder that is gone nothing is known.
+        old = known.get(str(one.folder), {}) if runs.is_run(one.folder) else {}
+        status = "finished"
+        if _has_diverged(one, old):
+            status = "diverged"
+        elif state_of(one) != "finished":
             status = _train(one, title, show_progress)
         row = _row(one, status)
         row["memory_mib"] = old.get("memory_mib")
@@ -163,7 +168,10 @@ def run(
                 memory[alike] = _memory(one.config)
             row["memory_mib"] = memory[alike]
         rows.append(row)
-        runs.write_json(rows_file, {"rows": rows})
+        # What is not reached yet keeps its row, for when this is cut off.
+        rest = [str(x.folder) for x in planned[i + 1 :]]
+        kept = [known[folder] for folder in rest if folder in known]
+        runs.write_json(rows_file, {"rows": [*rows, *kept]})
     return rows
 
 
@@ -182,10 +190,11 @@ def state_of(one: Planned) -> str:
     return "finished" if runs.is_finished(one.folder) else "interrupted"
 
 
-def _is_done(one, status):
-    if not runs.is_run(one.folder):
+def _has_diverged(one, old):
+    """Whether it diverged before, and would again: more patience is another try."""
+    if old.get("status") != "diverged" or state_of(one) != "interrupted":
         return False
-    return status == "diverged" or runs.is_finished(one.folder)
+    return runs.read_config(one.folder).max_skipped == one.config.max_skipped
 
 
 def _train(one, title, show_progress):
@@ -213,7 +222,12 @@ def _memory(config):
 
 
 def check(planned: Iterable[Planned]) -> None:
-    """Raises ValueError if a folder holds anything but the run that is planned."""
+    """Raises an error if a folder holds anything but the run that is planned.
+
+    Raises:
+      ValueError: A run with other options.
+      FileExistsError: No run.
+    """
     for one in planned:
         if not runs.is_run(one.folder):
             runs.check_free(one.folder)
@@ -289,6 +303,7 @@ def _config(path, label, options) -> TrainConfig:
         config = TrainConfig(**values)
         building.method_options(config)
         building.check_models(config)
+        programs.make_mesh(config)  # whether devices and parts divide the batch
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, {label}: {error}") from error
     return config

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,6 +215,29 @@ class Walk:
         for _ in range(steps):
             state, _ = step(state, None)
         return state
+
+
+def test_a_skipped_step_counts_for_the_schedule(key):
+    """Or members would be collected before the learning rate is at its lowest."""
+    rate = optax.piecewise_constant_schedule(1.0, {2: 0.25})
+    method = methods.create("snapshot", Linear(), optax.sgd(rate), ends=(2, 3))
+    images = jax.random.normal(key, (6, 4, 4, 1))
+    labels = jnp.arange(6) % 10
+    state = method.init(key, images)
+    step = jax.jit(method.step)
+    state, _ = step(state, (images, labels))
+    before = state.params
+    state, numbers = step(state, (images * jnp.nan, labels))
+    assert numbers["skipped"] == 1
+    chex.assert_trees_all_equal(state.params, before)
+    after, _ = step(state, (images, labels))
+
+    def loss(params):
+        logits, _ = Linear().apply(params, state.model_state, images, train=True)
+        return methods.cross_entropy(logits, labels)
+
+    moved = jax.tree.map(lambda p, g: p - 0.25 * g, before, jax.grad(loss)(before))
+    chex.assert_trees_all_close(after.params, moved, rtol=1e-5)
 
 
 class TestCollect:

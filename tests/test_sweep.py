@@ -83,6 +83,11 @@ class TestPlan:
             ("seeds = [", "is no TOML file"),
             ("seed = [1]", "may hold seeds, options and methods; got seed"),
             ("seeds = [1]", "must name methods"),
+            ('seeds = 3\n[methods.a]\nmethod = "sgd"', "must be distinct integers"),
+            (
+                '[methods.a]\nmethod = "bsam"\nbatch_size = 100\nmesh = "data=1"',
+                "sub-batches",
+            ),
             (
                 'seeds = [1, 1]\n[methods.a]\nmethod = "sgd"',
                 "must be distinct integers",
@@ -187,6 +192,40 @@ class TestRun:
         assert rows[0]["gradient_evaluations"] is None
         again = sweep.run(plan.runs, rows_file, show_progress=False)
         assert [row["status"] for row in again] == ["diverged", "finished"]
+        # With more patience it is tried again.
+        patient = sweep.plan(
+            write(tmp_path, text.replace("max_skipped = 2", "max_skipped = 99")),
+            tmp_path / "out",
+        )
+        again = sweep.run(patient.runs, rows_file, show_progress=False)
+        assert [row["status"] for row in again] == ["finished", "finished"]
+
+    def test_a_sweep_that_is_cut_off_keeps_all_rows(self, done, tmp_path, monkeypatch):
+        import shutil
+
+        root, _, rows = done
+        shutil.copytree(root / "out", tmp_path / "out")
+        plan = sweep.plan(root / "sweep.toml", tmp_path / "out")
+        shutil.rmtree(plan.runs[1].folder)
+
+        def stop(*args, **kwargs):
+            raise training.Interrupted("stopped", 2)
+
+        file = tmp_path / "rows.json"
+        old = [
+            {**row, "folder": str(one.folder)}
+            for row, one in zip(rows, plan.runs, strict=True)
+        ]
+        old[1]["memory_mib"] = -1.0  # of a folder that is gone
+        file.write_text(json.dumps({"rows": old}))
+        monkeypatch.setattr(training, "train", stop)
+        with pytest.raises(training.Interrupted):
+            sweep.run(plan.runs, file, show_progress=False)
+        kept = {row["folder"]: row for row in sweep.read_rows(file)}
+        assert len(kept) == 6
+        monkeypatch.undo()
+        again = sweep.run(plan.runs, file, show_progress=False)
+        assert [row["memory_mib"] for row in again] == [x["memory_mib"] for x in rows]
 
 
 def test_the_command_runs_compares_and_reports(done, capsys):
@@ -235,7 +274,7 @@ def rows_of(label, values, seeds=(0, 1, 2), **more):
     base = {"status": "finished", "gradient_evaluations": 100.0, "seconds": 2.0,
             "memory_mib": 3.0}  # fmt: skip
     return [
-        {**base, "label": label, "seed": s, "accuracy": v, "nll": 1 - v, **more}
+        base | {"label": label, "seed": s, "accuracy": v, "nll": 1 - v} | more
         for s, v in zip(seeds, values, strict=True)
     ]
 
@@ -270,6 +309,7 @@ class TestTables:
 
     def test_the_figure_shows_means_and_deviations(self):
         rows = rows_of("a", [0.5, 0.6, 0.9]) + rows_of("b", [0.4], seeds=(0,))
+        rows += rows_of("NaN", [0.1], seeds=(0,), accuracy=None)
         (ax,) = tables.figure(rows).axes
         points = {
             line.get_gid(): line.get_xydata().tolist()

@@ -33,7 +33,7 @@ class Sparse(NamedTuple):
     """The state of :func:`dynamic`.
 
     Attributes:
-      inner: That of the optimizer; zero wherever weights are.
+      inner: That of the optimizer; zero wherever no weights are.
       masks: True where there is a weight, for each array of the parameters; a scalar
         True for those that are dense.
       step: Steps taken.

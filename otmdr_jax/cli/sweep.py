@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shlex
 import sys
 
 import tyro
@@ -64,7 +65,7 @@ def run(options: Sweep) -> None:
             plan.runs, output / "sweep.json", show_progress=not options.quiet
         )
     except training.Interrupted as stop:
-        again = f"otmdr sweep {options.file} --output {options.output}"
+        again = _command(options)
         print(f"otmdr: {stop}\nOr with the whole sweep: {again}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     finished = [
@@ -90,12 +91,19 @@ def run(options: Sweep) -> None:
         output / "report",
         finished,
         f"Sweep of {pathlib.Path(options.file).name}",
-        f"otmdr sweep {options.file} --output {options.output}",
+        _command(options),
         whole=True,
         baseline=baseline,
         costs=rows,
     )
     print(f"Written: {output / 'sweep.json'}, {path}")
+
+
+def _command(options) -> str:
+    words = ["otmdr", "sweep", options.file, "--output", options.output]
+    if options.baseline is not None:
+        words += ["--baseline", options.baseline]
+    return shlex.join(words)
 
 
 def _warn(plan) -> None:

@@ -113,8 +113,9 @@ def figure(rows: Rows, *, narrow: bool = False) -> Any:
     from matplotlib import ticker
 
     ax = picture.subplots()
+    # A finished run may predict NaN.
     groups = {
-        label: [row for row in group if row["status"] == "finished"]
+        label: [row for row in group if row.get("accuracy") is not None]
         for label, group in _groups(rows).items()
     }
     costs = {
