@@ -88,10 +88,10 @@ class TrainConfig:
     sparse networks: dst, edst. docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
-    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam, gsam and looksam, 0.5
-    for asam (their papers, CIFAR-10), 0.01 for bsam (its released commands), 0.1 for
-    fisher-sam (reimplementations). sam takes several too: it climbs that often, each
-    time on the whole batch."""
+    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
+    (their papers, CIFAR-10), sam's for gsam and looksam, 0.01 for bsam (its released
+    commands), 0.1 for fisher-sam (reimplementations). sam takes several too: it climbs
+    that often, each time on the whole batch."""
     num_particles: int = 1
     """K, the number of particles of otmdr and otmdr-bnn."""
     noise_std: float = 0.0

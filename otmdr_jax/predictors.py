@@ -42,9 +42,12 @@ def settle(
     """
     if programs.batch_statistics is None or programs.settle is None:
         return state
-    one = state[0] if not hasattr(state, "step") else state
-    kept = one.method_state
-    if kept.statistics is not None or not jax.tree.leaves(one.model_state):
+    each = [state] if hasattr(state, "step") else state
+    kept = each[0].method_state
+    # Members of several architectures may have BatchNorm or not.
+    if kept.statistics is not None or not jax.tree.leaves(
+        [member.model_state for member in each]
+    ):
         return state
     if not _number(kept.number):
         return state
