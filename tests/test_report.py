@@ -64,7 +64,8 @@ def folder(tmp_path):
         ({"method": "asam", "optimizer": "adam"}, "ASAM"),
         ({"method": "otmdr", "num_particles": 2}, "OT-MDR (K = 2)"),
         ({"method": "otmdr"}, "OT-MDR"),
-        ({"method": "snapshot", "num_particles": 3}, "snapshot"),
+        ({"method": "snapshot", "num_particles": 3}, "Snapshot"),
+        ({"method": "mine", "num_particles": 3}, "mine"),
     ],
 )
 def test_label_of(config, label):

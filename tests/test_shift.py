@@ -752,7 +752,8 @@ def record_of(scale=1.0, names=("contrast", "rotation"), levels=(1, 2, 5)):
         for i, name in enumerate(names)
         for s in levels
     ]
-    return {"clean": values(0.0), "corruptions": rows, "sets": [], "ood": [],
+    return {"step": 7, "num_examples": 9, "clean": values(0.0), "sets": [],
+            "corruptions": rows, "ood": [],
             "missing": []}  # fmt: skip
 
 
@@ -845,6 +846,7 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
     folder, _ = photograph_run
     run = report.read_run(folder, "Mine")
     record = {**record_of(), "ood": [ood_row("entropy", 0.75)]}
+    record["step"] = run.result["steps"]
     (folder / "shift.json").write_text(json.dumps(record))
     section = measured.shift_section([run])
     picture, summary, accuracies, _, ood, _ = section.parts
