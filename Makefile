@@ -22,7 +22,7 @@ $(VENV)/installed: pyproject.toml
 demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-report/
 	$(BIN)/otmdr demo --output demo-report
 
-test: setup  ## run the tests (about 25 minutes on 2 cores)
+test: setup  ## run the tests (about 30 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup  ## check style and types
