@@ -11,6 +11,8 @@ import textwrap
 import numpy as np
 import pytest
 
+from otmdr_jax import data
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 PER_CLASS = 20
@@ -24,6 +26,19 @@ def run_python(code, *args, **environment):
         cwd=ROOT,
         env={**os.environ, **environment},
         timeout=120,
+    )
+
+
+def small_digits(num_train=320, **options):
+    """The first digits, 100 of them to test on: a run takes seconds."""
+    digits = data.load("digits")
+    train, test = digits.train, digits.test
+    return data.from_arrays(
+        (train.images[:num_train], train.labels[:num_train]),
+        (test.images[:100], test.labels[:100]),
+        num_classes=10,
+        name="small",
+        **options,
     )
 
 

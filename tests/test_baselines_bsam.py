@@ -15,7 +15,6 @@ from otmdr_jax import (
     centers,
     cli,
     config,
-    data,
     members,
     methods,
     models,
@@ -25,6 +24,7 @@ from otmdr_jax import (
 )
 from otmdr_jax.config import TrainConfig
 from tests import toy
+from tests.sets import small_digits
 from tests.test_training import assert_same_bits, stop_after
 
 ALPHA, B1, B2, DELTA, RHO, GAMMA, N = 0.3, 0.8, 0.9, 0.02, 0.05, 0.1, 50.0
@@ -280,15 +280,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def small():
-    """400 digits, 100 to test on: seconds a run."""
-    digits = data.load("digits")
-    train, test = digits.train, digits.test
-    return data.from_arrays(
-        (train.images[:400], train.labels[:400]),
-        (test.images[:100], test.labels[:100]),
-        num_classes=10,
-        name="small",
-    )
+    return small_digits(400)
 
 
 @pytest.fixture(scope="module")

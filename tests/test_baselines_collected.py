@@ -35,6 +35,7 @@ from otmdr_jax import (
 )
 from otmdr_jax.baselines import schedules
 from otmdr_jax.config import TrainConfig
+from tests.sets import small_digits
 from tests.test_training import assert_same_bits, stop_after
 
 TINY = TrainConfig(
@@ -60,16 +61,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def small():
-    """320 digits, 100 to test on: seconds a run."""
-    digits = data.load("digits")
-    train, test = digits.train, digits.test
-    return data.from_arrays(
-        (train.images[:400], train.labels[:400]),
-        (test.images[:100], test.labels[:100]),
-        num_classes=10,
-        name="small",
-        validation=80,
-    )
+    return small_digits(400, validation=80)
 
 
 def of_method(name, **options):

@@ -17,7 +17,6 @@ from otmdr_jax import (
     baselines,
     building,
     cli,
-    data,
     members,
     methods,
     models,
@@ -27,6 +26,7 @@ from otmdr_jax import (
 )
 from otmdr_jax.baselines import schedules, sparse
 from otmdr_jax.config import TrainConfig
+from tests.sets import small_digits
 from tests.test_baselines_collected import Linear
 from tests.test_training import assert_same_bits, stop_after
 
@@ -48,15 +48,7 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def small():
-    """320 digits, 100 to test on: seconds a run."""
-    digits = data.load("digits")
-    train, test = digits.train, digits.test
-    return data.from_arrays(
-        (train.images[:320], train.labels[:320]),
-        (test.images[:100], test.labels[:100]),
-        num_classes=10,
-        name="small",
-    )
+    return small_digits(320)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What stands on a report's pages, from the runs and what their folders hold."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from otmdr_jax import metrics, programs
@@ -90,6 +90,11 @@ def everything(
     return Document(title, tuple(s for s in sections if s is not None))
 
 
+def _drawn(name: str, alt: str, figure: Callable[..., Any], what: Any) -> Picture:
+    """A picture that a `*_figure` function of the runs, or of their rows, draws."""
+    return Picture(name, alt, lambda narrow: figure(what, narrow=narrow))
+
+
 def _overview(runs):
     rows = tables.summarise(runs, tables.known_columns(runs))
     meanings = [
@@ -162,11 +167,7 @@ def _cost(rows, baseline):
     return Section(
         "Cost and seeds",
         (
-            Picture(
-                "cost",
-                "Accuracy against gradient evaluations",
-                lambda narrow: cost.figure(rows, narrow=narrow),
-            ),
+            _drawn("cost", "Accuracy against gradient evaluations", cost.figure, rows),
             records.markdown(cost.table(rows)),
             "Means over a method's runs. A gradient is one of a whole batch; a pass "
             "over a part of it counts as that part. Memory is the compiler's account "
@@ -182,10 +183,8 @@ def _curves(runs):
     return Section(
         "Learning curves",
         (
-            Picture(
-                "learning_curves",
-                "Learning curves",
-                lambda narrow: plots.learning_curves_figure(runs, narrow=narrow),
+            _drawn(
+                "learning_curves", "Learning curves", plots.learning_curves_figure, runs
             ),
             "One colour for each method: thin lines are runs, thick ones their mean. "
             "The training loss is what a method minimises: for SAM, ASAM and OT-MDR "
@@ -199,10 +198,8 @@ def _reliability(runs):
     return Section(
         "Reliability",
         (
-            Picture(
-                "reliability",
-                "Reliability diagrams",
-                lambda narrow: plots.reliability_figure(runs, narrow=narrow),
+            _drawn(
+                "reliability", "Reliability diagrams", plots.reliability_figure, runs
             ),
             f"Accuracy within {metrics.NUM_BINS} bins of confidence over the pooled "
             "test predictions of a method's runs, and the share of predictions in each "
@@ -219,10 +216,11 @@ def _all_metrics(runs):
             records.markdown(significance.summary_table(runs)),
             "Means over a method's runs, each over the whole test set in float64; the "
             "definitions are those of `otmdr_jax.metrics`.",
-            Picture(
+            _drawn(
                 "confidence",
                 "Histograms of the confidence of right and wrong predictions",
-                lambda narrow: predictions.confidence_figure(runs, narrow=narrow),
+                predictions.confidence_figure,
+                runs,
             ),
             "How often each confidence was given, to predictions that are right and to "
             "those that are wrong.",
@@ -234,10 +232,8 @@ def _confusion(runs):
     return Section(
         "Confusion",
         (
-            Picture(
-                "confusion",
-                "Confusion matrices",
-                lambda narrow: predictions.confusion_figure(runs, narrow=narrow),
+            _drawn(
+                "confusion", "Confusion matrices", predictions.confusion_figure, runs
             ),
             "Of the test examples of a class (row), the share that is predicted as "
             "each class (column), over a method's pooled runs. The colour scale is a "
@@ -250,10 +246,11 @@ def _risk(runs):
     return Section(
         "Risk and coverage",
         (
-            Picture(
+            _drawn(
                 "risk_coverage",
                 "Risk-coverage curves",
-                lambda narrow: predictions.risk_coverage_figure(runs, narrow=narrow),
+                predictions.risk_coverage_figure,
+                runs,
             ),
             "The error among the surest predictions, against how many of them are "
             "kept: lower is better, and the right end is the error of all. AURC is the "
@@ -268,10 +265,11 @@ def _posterior(runs):
     return Section(
         "Posterior",
         (
-            Picture(
+            _drawn(
                 "signal_to_noise",
                 "Signal-to-noise ratios of the weights",
-                lambda narrow: posterior.signal_to_noise_figure(runs, narrow=narrow),
+                posterior.signal_to_noise_figure,
+                runs,
             ),
             "How large a weight's mean is beside its standard deviation: at 0 dB they "
             "are equal. Weights far to the left say nothing; the posterior of those "
