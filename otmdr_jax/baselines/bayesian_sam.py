@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax import subbatches
-from otmdr_jax.adapter import MemoryState, from_gradient, schedule_of
+from otmdr_jax.adapter import from_gradient, schedule_of
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.engine import Diagnostics
 from otmdr_jax.options import Options, check_number, check_word
@@ -175,23 +175,12 @@ def bsam(
     )
     rule = bsam_rule(learning_rate, b1=b1, weight_decay=weight_decay)
 
-    def init_fn(params):
-        return _state(gradient.init(params), rule.init(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        before: Any = MemoryState(*state[:5])
-        grads, after = gradient.update(updates, before, params, **extra_args)
-        seen: Any = after
-        precision = bsam_divisor(before.memory, seen.memory, order)
-        updates, moved = rule.update(grads, state.rule, params, precision=precision)
-        return updates, _state(after, moved)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _state(found: Any, rule: PyTree) -> BsamState:
-    count, key, aux, diagnostics, precision = found
-    return BsamState(count, key, aux, diagnostics, precision, rule)
+    return preconditioned.whole(
+        gradient,
+        rule,
+        lambda before, after: bsam_divisor(before, after, order),
+        BsamState,
+    )
 
 
 def bsam_gradient(

@@ -29,7 +29,7 @@ import jax
 import optax
 
 from otmdr_jax import engine, mapping, tree
-from otmdr_jax.adapter import MemoryState, from_gradient
+from otmdr_jax.adapter import from_gradient
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.engine import Diagnostics
 from otmdr_jax.options import Options, check_count, check_number
@@ -161,27 +161,12 @@ def ivon(
         start=lambda params: preconditioned.full(params, hess_init),
     )
 
-    def init_fn(params):
-        return _state(gradient.init(params), rule.init(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        before: Any = MemoryState(*state[:5])
-        grads, after = gradient.update(updates, before, params, **extra_args)
-        seen: Any = after
-        updates, moved = rule.update(
-            grads,
-            state.rule,
-            params,
-            precision=ivon_precision(seen.memory, weight_decay),
-        )
-        return updates, _state(after, moved)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _state(found: Any, rule: PyTree) -> IvonState:
-    count, key, aux, diagnostics, hess = found
-    return IvonState(count, key, aux, diagnostics, hess, rule)
+    return preconditioned.whole(
+        gradient,
+        rule,
+        lambda before, after: ivon_precision(after, weight_decay),
+        IvonState,
+    )
 
 
 def ivon_gradient(

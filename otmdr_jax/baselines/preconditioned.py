@@ -5,6 +5,7 @@ weight, draw noise from it, and divide their steps by p.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax import bnn, tree
+from otmdr_jax.adapter import MemoryState
 from otmdr_jax.options import check_number
 
 PyTree = Any
@@ -107,3 +109,32 @@ def check_num_data(value: Any, *, infinite: bool) -> None:
         raise type(error)(
             f"{error} It is the number of training examples{hint}."
         ) from error
+
+
+def whole(
+    gradient: optax.GradientTransformationExtraArgs,
+    rule: optax.GradientTransformationExtraArgs,
+    divisor: Callable[[PyTree, PyTree], PyTree],
+    kind: Callable[..., Any],
+) -> optax.GradientTransformationExtraArgs:
+    """A whole optimizer of a gradient that remembers and the rule that uses it.
+
+    Args:
+      gradient: Of :func:`otmdr_jax.adapter.from_gradient`, with a memory.
+      rule: Its `update` takes `precision=`, what it divides by.
+      divisor: (memory before, memory after) -> that precision.
+      kind: The state: the fields of `MemoryState`, then the rule's state.
+    """
+
+    def init_fn(params):
+        return kind(*gradient.init(params), rule.init(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        before: Any = MemoryState(*state[:-1])
+        grads, after = gradient.update(updates, before, params, **extra_args)
+        seen: Any = after
+        precision = divisor(before.memory, seen.memory)
+        updates, moved = rule.update(grads, state[-1], params, precision=precision)
+        return updates, kind(*seen, moved)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
