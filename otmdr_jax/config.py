@@ -20,6 +20,7 @@ MethodName = Literal[
     "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
     "gsam", "looksam", "fisher-sam", "bsam", "ivon",
     "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout",
+    "deep-ensemble", "sam-ensemble", "otmdr-ensemble",
 ]  # fmt: skip
 
 
@@ -90,7 +91,8 @@ class TrainConfig:
     negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
     Members collected in one run: snapshot, fge; an average of its weights: swa, swag;
     sparse networks: dst, edst; samples of dropout's masks in a prediction: mc-dropout.
-    docs/baselines.md has the equations."""
+    deep-ensemble, sam-ensemble and otmdr-ensemble are sgd, sam and otmdr with five
+    members, or --members. docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
@@ -328,6 +330,10 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks numbers; names are checked where they are looked up."""
+        if self.method in baselines.ENSEMBLES:
+            members = baselines.MEMBERS if self.members is None else self.members
+            object.__setattr__(self, "members", members)
+            object.__setattr__(self, "method", baselines.ENSEMBLES[self.method])
         for name in (
             "rho",
             "augment",
