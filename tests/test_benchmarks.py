@@ -307,6 +307,14 @@ def test_corruptions_in_their_smoke_form(tmp_path):
     assert (tmp_path / "sheet.png").stat().st_size > 20_000
 
 
+def test_dropout_in_its_smoke_form(tmp_path):
+    file = tmp_path / "d.json"
+    out = run("dropout.py", "--smoke", "--json", str(file))
+    found = json.loads(file.read_text())["results"]["cnn_small"]
+    assert found["step"]["ratio"] == 1.0 and "| `cnn_small` |" in out
+    assert found["step with dropout"]["milliseconds"] > 0
+
+
 def test_shift_digits_in_its_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]

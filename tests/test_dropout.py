@@ -487,6 +487,10 @@ class TestRobustGradients:
         key = jax.random.key(0)
         data = jax.random.key_data
         taken = {tuple(k) for k in np.asarray(data(jax.random.split(key, 1000)))}
+        # fold_in(key, 1) is among them: the stream's number must be far away.
+        root = jax.random.fold_in(key, baselines.dropout._STREAM)
+        assert tuple(np.asarray(data(root))) not in taken
+        assert tuple(np.asarray(data(jax.random.fold_in(key, 1)))) in taken
         mine = {tuple(k) for k in np.asarray(data(baselines.example_keys(key, 1000)))}
         assert len(mine) == 1000 and not mine & taken
 
