@@ -19,7 +19,7 @@ from otmdr_jax.options import check_rho
 MethodName = Literal[
     "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
     "gsam", "looksam", "fisher-sam", "bsam", "ivon",
-    "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout",
+    "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout", "laplace",
     "deep-ensemble", "sam-ensemble", "otmdr-ensemble",
 ]  # fmt: skip
 
@@ -91,8 +91,9 @@ class TrainConfig:
     negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
     Members collected in one run: snapshot, fge; an average of its weights: swa, swag;
     sparse networks: dst, edst; samples of dropout's masks in a prediction: mc-dropout.
-    deep-ensemble, sam-ensemble and otmdr-ensemble are sgd, sam and otmdr with five
-    members, or --members. docs/baselines.md has the equations."""
+    A Gaussian fitted to what was trained: laplace. deep-ensemble, sam-ensemble and
+    otmdr-ensemble are sgd, sam and otmdr with five members, or --members.
+    docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
@@ -207,8 +208,8 @@ class TrainConfig:
 
     # -- members and averages of one run (snapshot, fge, swa, swag, edst) --
     base_method: Literal["sgd", "sam", "asam", "otmdr"] = "sgd"
-    """What snapshot, fge, swa, swag and mc-dropout train with, and whose options they
-    take."""
+    """What snapshot, fge, swa, swag, mc-dropout and laplace train with, and whose
+    options they take."""
     cycles: int = 5
     """Cycles of snapshot, each of which gives a member (the authors' command)."""
     collect_start: float | None = None
@@ -229,6 +230,17 @@ class TrainConfig:
     batchnorm_examples: int | None = None
     """Training images that BatchNorm statistics of swa's and swag's weights are
     computed from before a prediction. Default: all, as their authors."""
+
+    # -- laplace --
+    laplace: Literal["last-layer", "last-layer-kron", "diagonal"] = "last-layer"
+    """Of what: all of the last layer's matrix, up to 10,000 parameters; its Kronecker
+    factors, for larger ones; or the diagonal of all weights, for which predictions
+    follow the network's linearisation."""
+    prior_precision: float | None = None
+    """Precision of its Gaussian prior. Default: that of highest marginal likelihood."""
+    laplace_examples: int | None = None
+    """Training images that its curvature is computed from, scaled up to all. Default:
+    all."""
 
     # -- sparse training (dst, edst) --
     density: float = 0.2
@@ -359,7 +371,7 @@ class TrainConfig:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in (
             "steps", "checkpoint_every", "microbatch_size", "num_subbatches",
-            "batchnorm_examples", "mask_every",
+            "batchnorm_examples", "mask_every", "laplace_examples",
         ):  # fmt: skip
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -378,6 +390,9 @@ class TrainConfig:
             _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
         for name in ("momentum", "label_smoothing", "label_noise"):
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        prior = self.prior_precision
+        good = prior is None or 0 < prior < float("inf")
+        _check(self, "prior_precision", good, "positive, or left out")
         good = self.rho_min is None or 0 <= self.rho_min < float("inf")
         _check(self, "rho_min", good, "at least 0, or left out")
         rate = self.dropout
@@ -409,7 +424,7 @@ class TrainConfig:
 
         Of sparse training "sgd".
         """
-        if self.method in ("snapshot", "fge", "swa", "swag", "mc-dropout"):
+        if self.method in ("snapshot", "fge", "swa", "swag", "mc-dropout", "laplace"):
             return self.base_method
         return "sgd" if self.method in ("dst", "edst") else self.method
 
