@@ -47,7 +47,10 @@ def optimized():
 
 # The files that take longest, by processor time. Sent first, they leave short ones for
 # the end, and no worker waits for the other.
-LONG = ("distributed", "examples", "training", "docs", "bnn_gradients", "cli", "models")
+LONG = (
+    "distributed parallel ensemble examples training bnn_training baselines_collected "
+    "docs bnn_gradients cli models baselines_sharpness"
+).split()
 
 
 def pytest_collection_modifyitems(items):
