@@ -53,7 +53,11 @@ def methods_of(
 
 
 def networks(
-    config: TrainConfig, num_classes: int, batchnorm_axis_name: str | None = None
+    config: TrainConfig,
+    num_classes: int,
+    batchnorm_axis_name: str | None = None,
+    *,
+    drops: bool = True,
 ) -> tuple[Any, ...]:
     """One network, one for each member of another architecture, or a joint one.
 
@@ -61,6 +65,8 @@ def networks(
       config: The configuration.
       num_classes: Of the data.
       batchnorm_axis_name: Axis that BatchNorm's statistics are shared over.
+      drops: Whether they have dropout where the configuration says so. Parameters are
+        the same without, and so is a prediction that takes no keys.
     """
     names = config.member_names[:1] if config.stacked else config.member_names
     found = tuple(
@@ -69,7 +75,7 @@ def networks(
             num_classes,
             dtype=jnp.dtype(config.dtype),
             batchnorm_axis_name=batchnorm_axis_name,
-            **_model_options(config),
+            **_model_options(config, drops),
         )
         for name in names
     )
@@ -79,8 +85,16 @@ def networks(
     return found
 
 
-def _model_options(config):
+def dropout_rate(config: TrainConfig) -> float:
+    """The rate of dropout of a configuration's networks."""
+    if config.dropout is not None:
+        return config.dropout
+    return baselines.dropout.RATE if config.method in methods.DROPPING else 0.0
+
+
+def _model_options(config, drops):
     options = {
+        "dropout": (drops and dropout_rate(config)) or None,
         "stem": config.stem,
         "remat": config.remat or None,
         "activation": None if config.activation == "relu" else config.activation,
@@ -183,6 +197,7 @@ _RIDING: dict[str, tuple[str, ...]] = {
     "fge": (*_BASE, "collect_start", "cycle_epochs", "cycle_rates"),
     "swa": _AVERAGE,
     "swag": (*_AVERAGE, "swag_rank", "num_samples", "prediction"),
+    "mc-dropout": (*_BASE, "num_samples", "prediction"),
     "dst": _SPARSE,
     "edst": (*_SPARSE, "tickets", "exploration", "escape_rate"),
 }
@@ -261,6 +276,11 @@ def _check_riding(config):
             "independent."
         )
     _check_samples(config)
+    if config.method in methods.DROPPING and not dropout_rate(config):
+        raise ValueError(
+            f"{config.method} needs dropout, got dropout=0: leave it out for "
+            f"{baselines.dropout.RATE}, or name a rate."
+        )
     if config.method not in optimizers.OWN_SCHEDULE:
         return
     defaults = TrainConfig()
@@ -392,8 +412,10 @@ def _collecting_options(config, total_steps, steps_per_epoch):
     if config.method in methods.SPARSE:
         return options | _sparse_options(config, total_steps, ends)
     options["base"] = config.base_method
+    mean_only = config.prediction == "mean"
+    if config.method in methods.DROPPING:
+        options |= {"num_samples": config.num_samples, "mean_only": mean_only}
     if config.method == "swag":
-        mean_only = config.prediction == "mean"
         options["rank"] = config.swag_rank
         options["num_samples"] = 0 if mean_only else config.num_samples
     return options

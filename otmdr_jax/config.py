@@ -19,7 +19,8 @@ from otmdr_jax.options import check_rho
 MethodName = Literal[
     "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
     "gsam", "looksam", "fisher-sam", "bsam", "ivon",
-    "snapshot", "fge", "swa", "swag", "dst", "edst",
+    "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout",
+    "deep-ensemble", "sam-ensemble", "otmdr-ensemble",
 ]  # fmt: skip
 
 
@@ -62,6 +63,10 @@ class TrainConfig:
     activation: Literal["relu", "softplus"] = "relu"
     """Activation of resnet_10 and resnet_18: softplus in the released code's Bayesian
     networks. The others have no choice."""
+    dropout: float | None = None
+    """Share of activations that are dropped while training, with any method; where, is
+    in docs/models.md. Default: none, but 0.1 for mc-dropout (Uncertainty Baselines on
+    CIFAR)."""
     remat: bool = False
     """Compute each block's activations again in the backward pass: less memory, about a
     third more time. No use on CPUs, where XLA undoes it."""
@@ -85,7 +90,9 @@ class TrainConfig:
     asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the weights, the
     negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
     Members collected in one run: snapshot, fge; an average of its weights: swa, swag;
-    sparse networks: dst, edst. docs/baselines.md has the equations."""
+    sparse networks: dst, edst; samples of dropout's masks in a prediction: mc-dropout.
+    deep-ensemble, sam-ensemble and otmdr-ensemble are sgd, sam and otmdr with five
+    members, or --members. docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
@@ -193,13 +200,15 @@ class TrainConfig:
     each ascent step (released code)."""
     num_samples: int = 30
     """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code. Of swag
-    those of its Gaussian; 30 in Maddox et al., 2019."""
+    those of its Gaussian; 30 in Maddox et al., 2019. Of mc-dropout those of masks."""
     prediction: Literal["samples", "mean"] = "samples"
-    """Predict with samples of the posterior or Gaussian, or with its mean alone."""
+    """Predict with samples of the posterior or Gaussian, or with its mean alone; of
+    mc-dropout with the network without dropout."""
 
     # -- members and averages of one run (snapshot, fge, swa, swag, edst) --
     base_method: Literal["sgd", "sam", "asam", "otmdr"] = "sgd"
-    """What snapshot, fge, swa and swag train with, and whose options they take."""
+    """What snapshot, fge, swa, swag and mc-dropout train with, and whose options they
+    take."""
     cycles: int = 5
     """Cycles of snapshot, each of which gives a member (the authors' command)."""
     collect_start: float | None = None
@@ -321,6 +330,10 @@ class TrainConfig:
 
     def __post_init__(self):
         """Checks numbers; names are checked where they are looked up."""
+        if self.method in baselines.ENSEMBLES:
+            members = baselines.MEMBERS if self.members is None else self.members
+            object.__setattr__(self, "members", members)
+            object.__setattr__(self, "method", baselines.ENSEMBLES[self.method])
         for name in (
             "rho",
             "augment",
@@ -367,6 +380,10 @@ class TrainConfig:
             _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         good = self.rho_min is None or 0 <= self.rho_min < float("inf")
         _check(self, "rho_min", good, "at least 0, or left out")
+        rate = self.dropout
+        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        good = rate is None or (number and 0 <= rate < 1)
+        _check(self, "dropout", good, "in [0, 1), or left out")
         good = self.b2 is None or (isinstance(self.b2, float) and 0 <= self.b2 < 1)
         _check(self, "b2", good, "in [0, 1), or left out")
         _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
@@ -392,7 +409,7 @@ class TrainConfig:
 
         Of sparse training "sgd".
         """
-        if self.method in ("snapshot", "fge", "swa", "swag"):
+        if self.method in ("snapshot", "fge", "swa", "swag", "mc-dropout"):
             return self.base_method
         return "sgd" if self.method in ("dst", "edst") else self.method
 

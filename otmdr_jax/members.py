@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import collectives, ensemble, mapping, tree
+from otmdr_jax import baselines, collectives, ensemble, mapping, tree
 from otmdr_jax.methods import Method, TrainState
 
 PyTree = Any
@@ -220,28 +220,52 @@ class JointModel:
         params, states = zip(*found, strict=True)
         return params, states
 
+    @property
+    def dropout(self) -> float:
+        """The highest rate of dropout of the members."""
+        return max(baselines.rate_of(model) for model in self.models)
+
     def apply(
-        self, params: PyTree, state: PyTree, images: jax.Array, *, train: bool
+        self,
+        params: PyTree,
+        state: PyTree,
+        images: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, PyTree]:
         """(B, C) logarithms of the mean probability, and the new statistics."""
-        log_probs, state = self.apply_members(params, state, images, train=train)
+        log_probs, state = self.apply_members(
+            params, state, images, train=train, keys=keys
+        )
         return ensemble.log_mean_probs(log_probs), state
 
     def apply_members(
-        self, params: PyTree, state: PyTree, images: jax.Array, *, train: bool
+        self,
+        params: PyTree,
+        state: PyTree,
+        images: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, PyTree]:
         """(M, B, C) log-probabilities of the members, and the new statistics."""
 
         def of_member(model):
-            def member(wait, params, state):
+            def member(wait, params, state, number):
                 del wait  # their backward passes run together
-                logits, state = model.apply(params, state, images, train=train)
+                dropped = {} if keys is None else {"keys": _own(keys, number)}
+                logits, state = model.apply(
+                    params, state, images, train=train, **dropped
+                )
                 wide = logits.astype(tree.accumulation_dtype(logits))
                 return jax.nn.log_softmax(wide), state
 
             return member
 
-        found = _each([of_member(m) for m in self.models], (params, state), self.how)
+        numbers = None if keys is None else jnp.arange(self.count)
+        columns = (params, state, numbers)
+        found = _each([of_member(m) for m in self.models], columns, self.how)
         if len(self.models) == 1:
             return found
         log_probs, states = zip(*found, strict=True)
@@ -256,6 +280,12 @@ def joint(method: Method, model: JointModel) -> Method:
         return model.apply_members(params, model_state, images, train=False)[0]
 
     return method._replace(predict=predict)
+
+
+def _own(keys, number):
+    """A member's own keys of examples, or of all of them."""
+    fold = jax.random.fold_in
+    return jax.vmap(fold, (0, None))(keys, number) if keys.ndim else fold(keys, number)
 
 
 def _each(functions, columns, how):

@@ -111,7 +111,9 @@ AVERAGING = ("swa", "swag")
 BASES = ("sgd", "sam", "asam", "otmdr")
 # Those of sparse networks: docs/sparse.md.
 SPARSE = ("dst", "edst")
-RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst")
+# Samples of its masks in a prediction, on a method of one weight vector.
+DROPPING = ("mc-dropout",)
+RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst", *DROPPING)
 METHODS |= dict.fromkeys(RIDING)
 
 
@@ -131,9 +133,10 @@ def create(
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
         for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam", "looksam", "fisher-sam",
-        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst" and "edst" of
-        :mod:`otmdr_jax.baselines`.
+        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst", "edst" and "mc-dropout"
+        of :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
+        Where its `dropout` is above 0 it gets a key for each example while it trains.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
         extra arguments. For "bsam" :func:`otmdr_jax.baselines.bsam_rule`, for
         "ivon" :func:`otmdr_jax.baselines.ivon_rule`.
@@ -152,8 +155,9 @@ def create(
         :func:`otmdr_jax.baselines.collect`; "swa" and "swag" those of
         :func:`otmdr_jax.baselines.average`; "dst" and "edst" those of
         :func:`otmdr_jax.baselines.dynamic`, and "edst" `ends`. Their learning rates are
-        the optimizer's. The others have those of their functions in
-        :mod:`otmdr_jax.centers`.
+        the optimizer's. "mc-dropout" has `base`, its options, and those of
+        :func:`otmdr_jax.baselines.mc_dropout`. The others have those of their functions
+        in :mod:`otmdr_jax.centers`.
 
     Returns:
       A :class:`Method`.
@@ -186,8 +190,11 @@ def create(
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_fn(params, batch, model_state):
-        images, labels = batch
-        logits, model_state = model.apply(params, model_state, images, train=True)
+        images, labels, *keys = batch
+        dropped = {"keys": keys[0]} if keys else {}
+        logits, model_state = model.apply(
+            params, model_state, images, train=True, **dropped
+        )
         loss = cross_entropy(logits, labels, label_smoothing, smoothing)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return loss, (model_state, accuracy)
@@ -219,6 +226,10 @@ def create(
     def step(state, batch):
         key, step_key = jax.random.split(state.key)
         scaled = {"loss_scale": state.loss_scale.scale} if loss_scaling else {}
+        if baselines.rate_of(model):
+            # With the batch: every pass sees what its examples dropped in the others.
+            count, axis = len(batch[1]), options.get("axis_name")
+            batch = (*batch, baselines.example_keys(step_key, count, axis))
         result, memory = center.gradient(
             state.params,
             batch,
@@ -309,6 +320,7 @@ def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
         raise ValueError(f"base of {name} must be one of {known}; got {base!r}.")
     takes = {
         "swag": ("rank", "num_samples"),
+        "mc-dropout": ("num_samples", "mean_only"),
         **dict.fromkeys(
             SPARSE, ("density", "rate", "steps", "growth", "escapes", "escape_rate")
         ),
@@ -320,6 +332,8 @@ def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
     method = create(base, model, optimizer, **options)
     if name in SPARSE:
         method = baselines.masked_from_the_start(method)
+    if name in DROPPING:
+        return baselines.mc_dropout(method, model, **own)
     if name in COLLECTING:
         return baselines.collect(method, ends)
     if name == "swag":

@@ -310,7 +310,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         epoch_order=jax.jit(epoch_order, out_shardings=everywhere),
         loss_sums=tuple(
             loss_sum(network, mean, std)
-            for network in building.networks(config, num_classes)
+            for network in building.networks(config, num_classes, drops=False)
         ),
         rate=jax.jit(
             functools.partial(

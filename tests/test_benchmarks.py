@@ -17,6 +17,7 @@ import pytest
 from otmdr_jax import models
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+EXAMPLES = BENCHMARKS.parent / "examples"
 
 
 def run(name, *args):
@@ -306,6 +307,14 @@ def test_corruptions_in_their_smoke_form(tmp_path):
     assert (tmp_path / "sheet.png").stat().st_size > 20_000
 
 
+def test_dropout_in_its_smoke_form(tmp_path):
+    file = tmp_path / "d.json"
+    out = run("dropout.py", "--smoke", "--json", str(file))
+    found = json.loads(file.read_text())["results"]["cnn_small"]
+    assert found["step"]["ratio"] == 1.0 and "| `cnn_small` |" in out
+    assert found["step with dropout"]["milliseconds"] > 0
+
+
 def test_shift_digits_in_its_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]
@@ -316,10 +325,10 @@ def test_shift_digits_in_its_smoke_form(tmp_path):
     assert len(values) == 24 and f"| {100 * np.mean(values):.2f} ± " in out
 
 
-def test_sweep_digits_in_its_smoke_form(tmp_path):
+def test_sweeps_in_their_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]
-    out = run("sweep_digits.py", *options)
+    out = run("sweeps.py", str(EXAMPLES / "sweep_digits.toml"), *options)
     rows = json.loads(file.read_text())["results"]
     assert len(rows) == 8 and picture.stat().st_size > 20_000
     sgd = [100 * row["accuracy"] for row in rows[:2]]

@@ -212,6 +212,23 @@ def test_presets_are_whole_configurations(name, tmp_path):
     assert config.load(tmp_path / "config.json") == preset
 
 
+@pytest.mark.parametrize(
+    "name, base",
+    [("deep-ensemble", "sgd"), ("sam-ensemble", "sam"), ("otmdr-ensemble", "otmdr")],
+)
+def test_ensembles_go_by_the_names_of_their_tables(name, base):
+    five = config.TrainConfig(method=base, members="5")
+    assert (
+        config.TrainConfig(method=name)
+        == five
+        == dataclasses.replace(five, method=name)
+    )
+    of_three = config.TrainConfig(method=base, members="3", seed=7)
+    assert config.TrainConfig(method=name, members="3", seed=7) == of_three
+    with pytest.raises(ValueError, match="members must be a number of at least 2"):
+        config.TrainConfig(method=name, members="1")
+
+
 def test_presets_give_the_papers_and_the_released_codes_settings():
     paper, released = (
         config.preset(f"{version}-cifar10") for version in ("paper", "released")

@@ -391,11 +391,11 @@ def test_shift_page_shows_the_committed_measurements(monkeypatch):
 
 def test_baselines_page_shows_the_committed_measurements(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import sweep_digits
+    import sweeps
 
     record = json.loads((RESULTS / "sweep_digits.json").read_text())
     assert record["sweep"] == (ROOT / "examples" / "sweep_digits.toml").read_text()
-    table = sweep_digits.table(record["results"])
+    table = sweeps.table(record["results"])
     assert table in shown("baselines.md", "sweep digits")
     # What the text below says.
     means = {}

@@ -1,5 +1,6 @@
 """Sweeps: what a file means, what is run, and what rows and tables say."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -9,9 +10,10 @@ from scipy import stats
 
 from otmdr_jax import cli, cost, sweep, training
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.methods import BAYESIAN, METHODS
+from otmdr_jax.methods import METHODS
 from otmdr_jax.report import cost as tables
 
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 FILE = """
 seeds = [0, 3]
 [options]
@@ -69,13 +71,25 @@ class TestPlan:
         assert [x.config.num_particles for x in plan.runs] == [1, 2]
         assert [x.config.seed for x in plan.runs] == [0, 0]
 
-    def test_the_example_is_of_every_method_but_those_of_posteriors(self, tmp_path):
-        path = pathlib.Path(__file__).parents[1] / "examples" / "sweep_digits.toml"
-        plan = sweep.plan(path, tmp_path)
-        methods = {one.config.method for one in plan.runs}
-        assert set(METHODS) - methods == set(BAYESIAN)
-        assert len(plan.runs) == 5 * 20
+    def test_the_example_is_of_every_method(self, tmp_path):
+        plan = sweep.plan(EXAMPLES / "sweep_digits.toml", tmp_path)
+        assert {one.config.method for one in plan.runs} == set(METHODS)
+        assert len({one.label for one in plan.runs}) * 5 == len(plan.runs)
+        assert plan.unequal == ["optimizer", "learning_rate", "weight_decay"]
+
+    def test_the_example_on_cifar10_climbs_as_far_with_sam(self, tmp_path):
+        plan = sweep.plan(EXAMPLES / "sweep_cifar10.toml", tmp_path)
+        of = {}
+        for one in plan.runs:
+            of.setdefault(one.config.method, set()).add(one.config.rho)
+        assert of["otmdr"] == {(0.05, 0.1)}
+        assert np.allclose(sorted(of["sam"]), [[0.05], [0.1], [0.05 + 0.1]])
         assert plan.unequal == ["learning_rate", "weight_decay"]
+        small = sweep.plan(EXAMPLES / "sweep_cifar10_small.toml", tmp_path)
+        shared = dict(model="resnet_18", dtype="bfloat16", epochs=200, eval_every=10)
+        assert [one.config for one in plan.runs] == [
+            dataclasses.replace(one.config, **shared) for one in small.runs
+        ]
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -14,6 +14,7 @@ Around any method of one weight vector (docs/collected.md), and sparse training
 
     collector.py        collect: snapshot ensembles, FGE
     swag.py             average: SWA, SWAG
+    dropout.py          mc_dropout: samples of dropout's masks
     schedules.py        learning rates, and when members are collected
     sparse.py           dynamic: DST, EDST
     costs.py            operations of a prediction
@@ -28,6 +29,7 @@ from otmdr_jax.baselines.bayesian_sam import (
     bsam_rule,
 )
 from otmdr_jax.baselines.collector import Collected, collect, members
+from otmdr_jax.baselines.dropout import example_keys, mc_dropout, rate_of
 from otmdr_jax.baselines.fisher import fisher_sam
 from otmdr_jax.baselines.online_newton import (
     IvonState,
@@ -58,6 +60,7 @@ __all__ = [
     "bsam_rule",
     "collect",
     "dynamic",
+    "example_keys",
     "fisher_sam",
     "follow",
     "gsam",
@@ -69,7 +72,9 @@ __all__ = [
     "looksam",
     "looksam_gradient",
     "masked_from_the_start",
+    "mc_dropout",
     "members",
     "moments_of",
     "posterior",
+    "rate_of",
 ]

@@ -6,12 +6,9 @@ The network is that of the table's first part, ResNet-10: give `model="resnet_18
 
 from typing import Any
 
-# Three ensembles of trained members. The table's, five ResNet-10.
-_ENSEMBLES: dict[str, dict[str, Any]] = {
-    "deep-ensemble": {"method": "sgd", "members": "5", "epochs": 200},
-    "sam-ensemble": {"method": "sam", "members": "5", "epochs": 200},
-    "otmdr-ensemble": {"method": "otmdr", "members": "5", "epochs": 200},
-}
+# Ensembles of trained members by the names they go by -> each member's method.
+ENSEMBLES = {"deep-ensemble": "sgd", "sam-ensemble": "sam", "otmdr-ensemble": "otmdr"}
+MEMBERS = "5"  # those of the table's first part
 # READMEs of gaohuang/SnapshotEnsemble (-nEpochs 200 -nCycles 5 -LR 0.2),
 # timgaripov/dnn-mode-connectivity (160 + 40 epochs), wjmaddox/swa_gaussian and
 # VITA-Group/FreeTickets (250 and 450 epochs; three members in their paper).
@@ -24,7 +21,10 @@ _COMPETITORS: dict[str, dict[str, Any]] = {
     "dst": {"method": "dst", "epochs": 250, "members": "3"},
     "edst": {"method": "edst", "epochs": 450},
 }
-PRESETS = _ENSEMBLES | _COMPETITORS
+PRESETS = {
+    name: {"method": method, "members": MEMBERS, "epochs": 200}
+    for name, method in ENSEMBLES.items()
+} | _COMPETITORS
 
 
 def preset(version: str) -> dict[str, Any]:

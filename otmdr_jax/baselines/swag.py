@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax.baselines.collector import check_ends, is_due, put
+from otmdr_jax.baselines.dropout import example_keys, rate_of
 
 PyTree = Any
 
@@ -154,7 +155,11 @@ def average(
 
     def batch_statistics(state, images):
         def row(i):
-            return statistics_of(model, weights(state, i), state.model_state, images)
+            # One for all batches: their statistics are a mean over them.
+            key = jax.random.split(state.key, 3)[2]
+            return statistics_of(
+                model, weights(state, i), state.model_state, images, key
+            )
 
         return jax.lax.map(row, jnp.arange(num_samples + 1))
 
@@ -172,7 +177,11 @@ def average(
 
 
 def statistics_of(
-    model: Any, params: PyTree, model_state: PyTree, images: jax.Array
+    model: Any,
+    params: PyTree,
+    model_state: PyTree,
+    images: jax.Array,
+    key: jax.Array | None = None,
 ) -> PyTree:
     """BatchNorm's mean and variance of one batch, as its running statistics have them.
 
@@ -182,6 +191,7 @@ def statistics_of(
       params: Its weights.
       model_state: Statistics of the same structure; their values are not looked at.
       images: (B, H, W, C), normalised.
+      key: Of the masks of a model with dropout, under which running statistics are too.
     """
     if not jax.tree.leaves(model_state):
         return model_state
@@ -192,7 +202,10 @@ def statistics_of(
             f"batch); {type(model).__name__} has none."
         )
     nothing = jax.tree.map(jnp.zeros_like, model_state)
-    _, moved = model.apply(params, nothing, images, train=True)
+    dropped = {}
+    if rate_of(model) and key is not None:
+        dropped["keys"] = example_keys(key, len(images))
+    _, moved = model.apply(params, nothing, images, train=True, **dropped)
     return jax.tree.map(lambda x: x / (1 - model.batchnorm_momentum), moved)
 
 

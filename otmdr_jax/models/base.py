@@ -1,16 +1,18 @@
 """What all families share: the functional face and the layers.
 
 A family is an NNX module `family(layers, in_channels, num_classes, **options)` called
-as `module(images, train=...)`. `Model` hides how NNX splits such a module into a static
-graph and two trees of arrays: it builds the graph abstractly (no array is allocated),
-and merges it with the arrays inside `apply`. Nothing is held between calls, so `init`
-and `apply` may be transformed by `jit`, `grad`, `vmap`, `scan` and `shard_map` alike.
+as `module(images, train=..., keys=...)`. `Model` hides how NNX splits such a module
+into a static graph and two trees of arrays: it builds the graph abstractly (no array is
+allocated), and merges it with the arrays inside `apply`. Nothing is held between calls,
+so `init` and `apply` may be transformed by `jit`, `grad`, `vmap`, `scan` and
+`shard_map` alike.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from otmdr_jax.models.convolution import convolve
 from otmdr_jax.models.depthwise import convolve_depthwise
+from otmdr_jax.models.dropout import Dropout, checked_keys
 
 Params = dict[str, Any]
 State = dict[str, Any]
@@ -62,6 +65,8 @@ class Layers:
       param_dtype: of the parameters.
       batchnorm_axis_name: the axis to share batch statistics over, or None.
       remat: whether blocks are recomputed in the backward pass.
+      rate: of dropout.
+      sites: numbers the places where activations are dropped.
     """
 
     rngs: nnx.Rngs
@@ -69,6 +74,8 @@ class Layers:
     param_dtype: jnp.dtype
     batchnorm_axis_name: str | None
     remat: bool = False
+    rate: float = 0.0
+    sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
@@ -138,6 +145,10 @@ class Layers:
             rngs=self.rngs,
         )
 
+    def dropout(self) -> Dropout:
+        """A place where activations are dropped, with random bits of its own."""
+        return Dropout(self.rate, next(self.sites))
+
     def dense(self, in_features: int, num_classes: int) -> nnx.Linear:
         """The classifier, in float32: it costs nothing beside the convolutions."""
         return nnx.Linear(
@@ -177,6 +188,7 @@ class Model:
       param_dtype: of the parameters.
       batchnorm_axis_name: the axis to share batch statistics over, or None.
       remat: whether blocks are recomputed in the backward pass.
+      dropout: the rate at which activations are dropped, in [0, 1).
     """
 
     name: str
@@ -187,6 +199,7 @@ class Model:
     param_dtype: jnp.dtype = jnp.dtype(jnp.float32)
     batchnorm_axis_name: str | None = None
     remat: bool = False
+    dropout: float = 0.0
 
     @property
     def batchnorm_momentum(self) -> float:
@@ -201,7 +214,8 @@ class Model:
           rngs: with the stream `params`.
 
         Returns:
-          The module; call it as `module(images, train=...)`.
+          The module; call it as `module(images, train=..., keys=None)`. Without keys
+          nothing is dropped.
 
         Example:
           >>> from flax import nnx
@@ -212,7 +226,12 @@ class Model:
           (32, 10)
         """
         layers = Layers(
-            rngs, self.dtype, self.param_dtype, self.batchnorm_axis_name, self.remat
+            rngs,
+            self.dtype,
+            self.param_dtype,
+            self.batchnorm_axis_name,
+            self.remat,
+            self.dropout,
         )
         family: Any = self.family
         return family(layers, in_channels, self.num_classes, **dict(self.options))
@@ -245,7 +264,13 @@ class Model:
         return _init(self, _channels(example_images), key)
 
     def apply(
-        self, params: Params, state: State, images: ArrayLike, *, train: bool
+        self,
+        params: Params,
+        state: State,
+        images: ArrayLike,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         """Computes logits, and the BatchNorm statistics after this batch.
 
@@ -255,15 +280,20 @@ class Model:
           images: (B, H, W, C), normalised; cast to the model's `dtype`.
           train: True normalises by the batch and moves the running statistics to
             0.9 * old + 0.1 * batch; False normalises by the running statistics.
+          keys: of a network with dropout, what it drops: a PRNG key for each example,
+            (B,), typed or raw, as `jax.random.split(key, B)`, or one, which gives all
+            examples one mask. An example's mask depends on its key alone: cut them
+            along with the batch. Needed to train; None with `train=False` drops
+            nothing. Without dropout they are not looked at.
 
         Returns:
           `(logits, state)`: logits (B, num_classes) in float32. No gradient flows
           through the new state; with `train=False` it is the one that came in.
 
         Raises:
-          ValueError: the images are not of rank 4, or `params` or `state` are not of
-            this network.
-          TypeError: `train` is traced.
+          ValueError: the images are not of rank 4, `params` or `state` are not of
+            this network, or keys are missing or of another shape.
+          TypeError: `train` is traced, or `keys` are no keys.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -274,6 +304,9 @@ class Model:
           >>> logits, _ = model.apply(params, state, images, train=False)
           >>> logits.shape, str(logits.dtype)
           ((2, 10), 'float32')
+          >>> drops = models.create("cnn_small", num_classes=10, dropout=0.1)
+          >>> keys = jax.random.split(jax.random.key(1), 2)
+          >>> logits, _ = drops.apply(params, state, images, train=True, keys=keys)
         """
         if not isinstance(train, bool | np.bool_):
             raise TypeError(
@@ -281,10 +314,21 @@ class Model:
                 f"got {train!r}. Under jax.jit, name it in static_argnames."
             )
         graph, param_shapes, state_shapes = _skeleton(self, _channels(images))
+        if not self.dropout:
+            keys = None
+        elif keys is not None:
+            keys = checked_keys(keys, np.shape(images)[0])
+        elif train:
+            raise ValueError(
+                f"{self.name!r} with dropout={self.dropout} needs keys to train: pass "
+                "keys=jax.random.split(key, B), one for each of the B examples, from a "
+                "fresh key each step."
+            )
         _check_fits("params", params, param_shapes, self)
         _check_fits("state", state, state_shapes, self)
         module = nnx.merge(graph, params, state, copy=True)
-        logits = module(jnp.asarray(images, self.dtype), train=bool(train))
+        images = jnp.asarray(images, self.dtype)
+        logits = module(images, train=bool(train), keys=keys)
         if not train:
             return logits, state
         return logits, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))

@@ -8,8 +8,11 @@ the paper's Table 2 and the count of its parameters, 6,964,106 for 10 classes, a
 that network. The CIFAR stem (3x3, stride 1, no pooling) is the usual one for 32x32
 images, as in https://github.com/kuangliu/pytorch-cifar.
 
+Dropout, 0 unless asked for, is after each convolution but the stem, as in the paper
+(section 4.2) and its code; torchvision has it after the 3x3 convolutions alone.
+
 Reference: Huang et al., "Densely Connected Convolutional Networks", CVPR 2017;
-torchvision's `densenet121`.
+https://github.com/liuzhuang13/DenseNet; torchvision's `densenet121`.
 """
 
 import jax
@@ -30,14 +33,22 @@ class DenseLayer(nnx.Module):
         self.conv1 = layers.conv(in_channels, 4 * growth, 1)
         self.norm2 = layers.batch_norm(4 * growth)
         self.conv2 = layers.conv(4 * growth, growth, 3)
+        self.dropout1, self.dropout2 = layers.dropout(), layers.dropout()
 
-    def __call__(self, features: tuple[jax.Array, ...], *, train: bool) -> jax.Array:
+    def __call__(
+        self,
+        features: tuple[jax.Array, ...],
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
         """Maps arrays of in_channels in all to (B, H, W, growth)."""
         # Joined here, so that recomputation keeps the parts, which layers share, and
         # not a copy of all features a layer.
         x = jnp.concatenate(features, axis=-1)
-        y = self.conv1(nnx.relu(self.norm1(x, train=train)))
-        return self.conv2(nnx.relu(self.norm2(y, train=train)))
+        y = self.dropout1(self.conv1(nnx.relu(self.norm1(x, train=train))), keys)
+        y = self.conv2(nnx.relu(self.norm2(y, train=train)))
+        return self.dropout2(y, keys)
 
 
 class Transition(nnx.Module):
@@ -47,10 +58,13 @@ class Transition(nnx.Module):
         """Builds the layer."""
         self.norm = layers.batch_norm(in_channels)
         self.conv = layers.conv(in_channels, in_channels // 2, 1)
+        self.dropout = layers.dropout()
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps (B, H, W, in_channels) to (B, H // 2, W // 2, in_channels // 2)."""
-        x = self.conv(nnx.relu(self.norm(x, train=train)))
+        x = self.dropout(self.conv(nnx.relu(self.norm(x, train=train))), keys)
         return nnx.avg_pool(x, (2, 2), strides=(2, 2))
 
 
@@ -98,14 +112,16 @@ class DenseNet(nnx.Module):
         if stem not in _STEMS:
             raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = nnx.relu(self.stem_norm(self.stem(images), train=train))
         if self.downsamples:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
-        def call(layer, features):
-            return layer(features, train=train)
+        def call(layer, features, keys):
+            return layer(features, train=train, keys=keys)
 
         if self.remat:  # only the new features of each layer are kept
             call = nnx.remat(call)
@@ -113,9 +129,9 @@ class DenseNet(nnx.Module):
             features: tuple[jax.Array, ...] = (x,)
             for index in range(1, size + 1):
                 layer = getattr(self, f"stage{stage}_layer{index}")
-                features = (*features, call(layer, features))
+                features = (*features, call(layer, features, keys))
             x = jnp.concatenate(features, axis=-1)
             if stage < len(self.stage_sizes):
-                x = call(getattr(self, f"transition{stage}"), x)
+                x = call(getattr(self, f"transition{stage}"), x, keys)
         x = nnx.relu(self.norm(x, train=train))
         return self.head(global_average_pool(x))

@@ -6,10 +6,9 @@ released code (https://github.com/kuangliu/pytorch-cifar): a stem of stride 1 an
 classifier that reads the 320 features of the last block. Its file also holds an
 expansion that the first block never runs, 1,088 parameters that are left out here.
 
-Nothing is dropped at random. The classifier's dropout of 0.2 (both variants) and
-torchvision's stochastic depth need a key at each call, which `Model.apply` does not
-take: the passes of a robust gradient must see one and the same function of the weights,
-or the ascent climbs noise. The released code's own rate of stochastic depth is 0.
+Dropout is before the classifier, where both variants have it, at a rate of 0 unless
+asked for; theirs is 0.2. There is no stochastic depth, whose rate is 0 in the released
+code and up to 0.2 in torchvision's.
 
 Reference: Tan & Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural
 Networks", ICML 2019.
@@ -137,6 +136,7 @@ class EfficientNet(nnx.Module):
             self.last = layers.conv(channels, 1280, 1)
             self.last_norm = layers.batch_norm(1280)
             channels = 1280
+        self.dropout = layers.dropout()
         self.head = layers.dense(channels, num_classes)
 
     @staticmethod
@@ -146,7 +146,9 @@ class EfficientNet(nnx.Module):
         if stem not in _STEMS:
             raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = nnx.swish(self.stem_norm(self.stem(images), train=train))
 
@@ -159,4 +161,4 @@ class EfficientNet(nnx.Module):
             x = call(getattr(self, name), x)
         if self.widens:
             x = nnx.swish(self.last_norm(self.last(x), train=train))
-        return self.head(global_average_pool(x))
+        return self.head(self.dropout(global_average_pool(x), keys))

@@ -6,6 +6,7 @@ The stem keeps the side (3x3, stride 1) and the first of the original's five str
 Reference: Howard et al., "MobileNets: Efficient Convolutional Neural Networks for
 Mobile Vision Applications", 2017 (https://arxiv.org/abs/1704.04861); the variant for
 CIFAR is that of https://github.com/kuangliu/pytorch-cifar, as in the released code.
+Dropout, 0 unless asked for, is before the classifier, as in TF-Slim's `mobilenet_v1`.
 """
 
 import jax
@@ -61,13 +62,16 @@ class MobileNet(nnx.Module):
         # The order of the calls; string keys survive a checkpoint.
         self.blocks = tuple(blocks)
         self.remat = layers.remat
+        self.dropout = layers.dropout()
         self.head = layers.dense(channels, num_classes)
 
     @staticmethod
     def check() -> None:
         """Has no options to check."""
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = nnx.relu(self.stem_norm(self.stem(images), train=train))
 
@@ -78,4 +82,4 @@ class MobileNet(nnx.Module):
             call = nnx.remat(call)
         for name in self.blocks:
             x = call(getattr(self, name), x)
-        return self.head(global_average_pool(x))
+        return self.head(self.dropout(global_average_pool(x), keys))

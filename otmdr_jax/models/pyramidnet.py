@@ -5,7 +5,9 @@ has round(16 + k A / 3n) channels inside and four times as many at its output, s
 the width grows by A in all (additive). `pyramidnet_101` is D = 101 and A = 64.
 
 Reference: Han et al., "Deep Pyramidal Residual Networks", CVPR 2017, and its
-implementation https://github.com/dyhan0920/PyramidNet-PyTorch.
+implementation https://github.com/dyhan0920/PyramidNet-PyTorch. Neither drops
+activations; where asked to, these do before each convolution of a block but its first,
+which is the rule of wide residual networks for a block of three.
 """
 
 import jax
@@ -25,17 +27,22 @@ class PyramidBottleneck(nnx.Module):
         self.norm1 = layers.batch_norm(in_channels)
         self.conv1 = layers.conv(in_channels, width, 1)
         self.norm2 = layers.batch_norm(width)
+        self.dropout2 = layers.dropout()
         self.conv2 = layers.conv(width, width, 3, stride)
         self.norm3 = layers.batch_norm(width)
+        self.dropout3 = layers.dropout()
         self.conv3 = layers.conv(width, _EXPANSION * width, 1)
         self.norm4 = layers.batch_norm(_EXPANSION * width)
         self.stride = stride
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps (B, H, W, in_channels) to (B, H / stride, W / stride, 4 width)."""
         y = self.conv1(self.norm1(x, train=train))
-        y = self.conv2(nnx.relu(self.norm2(y, train=train)))
-        y = self.conv3(nnx.relu(self.norm3(y, train=train)))
+        y = self.dropout2(nnx.relu(self.norm2(y, train=train)), keys)
+        y = self.dropout3(nnx.relu(self.norm3(self.conv2(y), train=train)), keys)
+        y = self.conv3(y)
         y = self.norm4(y, train=train)
         if self.stride != 1:
             x = _average_pool(x, self.stride)
@@ -102,16 +109,18 @@ class PyramidNet(nnx.Module):
                 f"first block to its last, must be at least 1, got {alpha=}."
             )
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = self.stem_norm(self.stem(images), train=train)
 
-        def call(block, x):
-            return block(x, train=train)
+        def call(block, x, keys):
+            return block(x, train=train, keys=keys)
 
         if self.remat:  # only the input of each block is kept for the backward pass
             call = nnx.remat(call)
         for name in self.blocks:
-            x = call(getattr(self, name), x)
+            x = call(getattr(self, name), x, keys)
         x = nnx.relu(self.norm(x, train=train))
         return self.head(global_average_pool(x))

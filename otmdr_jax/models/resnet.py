@@ -3,7 +3,9 @@
 Reference: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016. The
 ImageNet stem is torchvision's; the CIFAR stem (3x3, stride 1, no pooling) and a 1x1
 convolution with BatchNorm on each shortcut that changes shape are the variant in
-common use for 32x32 images (https://github.com/kuangliu/pytorch-cifar).
+common use for 32x32 images (https://github.com/kuangliu/pytorch-cifar). Neither drops
+activations; where asked to, these do as wide residual networks do, before the second
+convolution of a block.
 """
 
 import jax
@@ -17,7 +19,7 @@ _ACTIVATIONS = {"relu": nnx.relu, "softplus": nnx.softplus}
 
 
 class BasicBlock(nnx.Module):
-    """3x3 - BN - ReLU - 3x3 - BN, added to the input, then ReLU."""
+    """3x3 - BN - ReLU - dropout - 3x3 - BN, added to the input, then ReLU."""
 
     def __init__(
         self,
@@ -31,6 +33,7 @@ class BasicBlock(nnx.Module):
         self.activation = activation
         self.conv1 = layers.conv(in_channels, channels, 3, stride)
         self.norm1 = layers.batch_norm(channels)
+        self.dropout = layers.dropout()
         self.conv2 = layers.conv(channels, channels, 3)
         self.norm2 = layers.batch_norm(channels)
         self.projects = stride != 1 or in_channels != channels
@@ -38,11 +41,13 @@ class BasicBlock(nnx.Module):
             self.shortcut = layers.conv(in_channels, channels, 1, stride)
             self.shortcut_norm = layers.batch_norm(channels)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps (B, H, W, in_channels) to (B, H / stride, W / stride, channels)."""
         activate = _ACTIVATIONS[self.activation]
         y = activate(self.norm1(self.conv1(x), train=train))
-        y = self.norm2(self.conv2(y), train=train)
+        y = self.norm2(self.conv2(self.dropout(y, keys)), train=train)
         if self.projects:
             x = self.shortcut_norm(self.shortcut(x), train=train)
         return activate(y + x)
@@ -98,18 +103,20 @@ class ResNet(nnx.Module):
             known = tuple(_ACTIVATIONS)
             raise ValueError(f"activation must be one of {known}, got {activation=}.")
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         activate = _ACTIVATIONS[self.activation]
         x = activate(self.stem_norm(self.stem(images), train=train))
         if self.downsamples:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
-        def call(block, x):
-            return block(x, train=train)
+        def call(block, x, keys):
+            return block(x, train=train, keys=keys)
 
         if self.remat:  # only the input of each block is kept for the backward pass
             call = nnx.remat(call)
         for name in self.blocks:
-            x = call(getattr(self, name), x)
+            x = call(getattr(self, name), x, keys)
         return self.head(global_average_pool(x))

@@ -4,7 +4,8 @@
 The paper's tables name the 28x10; the code released with the paper runs the 34x10.
 
 Reference: Zagoruyko & Komodakis, "Wide Residual Networks", BMVC 2016, and its
-implementation https://github.com/szagoruyko/wide-residual-networks (dropout 0).
+implementation https://github.com/szagoruyko/wide-residual-networks. Dropout, 0 unless
+asked for, is where both have it: before the second convolution of a block.
 """
 
 import jax
@@ -14,13 +15,14 @@ from otmdr_jax.models.base import Layers, global_average_pool
 
 
 class WideBlock(nnx.Module):
-    """BN - ReLU - 3x3 - BN - ReLU - 3x3, added to the input."""
+    """BN - ReLU - 3x3 - BN - ReLU - dropout - 3x3, added to the input."""
 
     def __init__(self, layers: Layers, in_channels: int, channels: int, stride: int):
         """Builds the block; `stride` is that of its first convolution."""
         self.norm1 = layers.batch_norm(in_channels)
         self.conv1 = layers.conv(in_channels, channels, 3, stride)
         self.norm2 = layers.batch_norm(channels)
+        self.dropout = layers.dropout()
         self.conv2 = layers.conv(channels, channels, 3)
         self.shortcut = (
             layers.conv(in_channels, channels, 1, stride)
@@ -28,11 +30,14 @@ class WideBlock(nnx.Module):
             else None
         )
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps (B, H, W, in_channels) to (B, H / stride, W / stride, channels)."""
         activated = nnx.relu(self.norm1(x, train=train))
         y = self.conv1(activated)
-        y = self.conv2(nnx.relu(self.norm2(y, train=train)))
+        y = self.dropout(nnx.relu(self.norm2(y, train=train)), keys)
+        y = self.conv2(y)
         # A projection sees the activated input, as in the reference; an identity
         # passes the raw one, so that the residual stream is never rectified.
         return y + (x if self.shortcut is None else self.shortcut(activated))
@@ -86,16 +91,18 @@ class WideResNet(nnx.Module):
                 f"ResNet), got {width=}."
             )
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
+    ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = self.stem(images)
 
-        def call(block, x):
-            return block(x, train=train)
+        def call(block, x, keys):
+            return block(x, train=train, keys=keys)
 
         if self.remat:  # only the input of each block is kept for the backward pass
             call = nnx.remat(call)
         for name in self.blocks:
-            x = call(getattr(self, name), x)
+            x = call(getattr(self, name), x, keys)
         x = nnx.relu(self.norm(x, train=train))
         return self.head(global_average_pool(x))

@@ -28,6 +28,7 @@ _NAMES = {
     "swag": "SWAG",
     "dst": "DST",
     "edst": "EDST",
+    "mc-dropout": "MC dropout",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # What may differ between runs that are averaged: it is meant to, or changes no number.

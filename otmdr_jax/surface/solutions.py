@@ -80,7 +80,8 @@ def open_solution(
         chosen = [plan.member]
     chosen = tuple(chosen or range(count))
     separate = dataclasses.replace(config, ensemble="independent")
-    networks = building.networks(separate, run.dataset.num_classes)
+    # Without dropout: a landscape is one of weights.
+    networks = building.networks(separate, run.dataset.num_classes, drops=False)
     if not config.stacked:
         networks = tuple(networks[m] for m in chosen)
     network: Any = networks[0]

@@ -1,16 +1,19 @@
-r"""Every method on digits with noisy labels, five seeds: docs/baselines.md.
+r"""The tables of docs/baselines.md: methods x seeds from a file of examples/.
 
-    python benchmarks/sweep_digits.py --output sweeps/digits \
+    python benchmarks/sweeps.py examples/sweep_digits.toml --output sweeps/digits \
         --json benchmarks/results/sweep_digits.json --picture docs/baselines/digits.png
-    python benchmarks/sweep_digits.py --smoke            # one epoch, two seeds
+    python benchmarks/sweeps.py examples/sweep_cifar10.toml --output sweeps/cifar10 \
+        --json benchmarks/results/sweep_cifar10.json       # an accelerator, many hours
+    python benchmarks/sweeps.py examples/sweep_digits.toml --smoke
 
-Runs examples/sweep_digits.toml as `otmdr sweep` does (what OUTPUT holds is not run
-again) and keeps the numbers of each run. Means over seeds; p-values are those of the
-paired t-test against SGD over seeds.
+Runs the file as `otmdr sweep` does (what OUTPUT holds is not run again) and keeps the
+numbers of each run. Means over seeds; p-values are those of the paired t-test against
+SGD over seeds.
 """
 
 import argparse
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -20,7 +23,6 @@ from _record import markdown, write_json
 from otmdr_jax import sweep
 from otmdr_jax.report import cost, plots
 
-FILE = pathlib.Path(__file__).parents[1] / "examples" / "sweep_digits.toml"
 NAMES = {
     "accuracy": ("accuracy, %", 100, 2),
     "nll": ("NLL", 1, 4),
@@ -65,19 +67,19 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("file", help="the sweep, such as examples/sweep_digits.toml")
     parser.add_argument("--output", help="folder of the runs; default: a temporary one")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--picture", help="also draw accuracy against cost")
     parser.add_argument("--smoke", action="store_true", help="one epoch, two seeds")
     options = parser.parse_args()
-    text = FILE.read_text()
+    text = pathlib.Path(options.file).read_text()
     with tempfile.TemporaryDirectory() as scratch:
         output = pathlib.Path(options.output or scratch)
         if options.smoke:
-            text = text.replace("[0, 1, 2, 3, 4]", "[0, 1]").replace(
-                "epochs = 40", "epochs = 1"
-            )
-            text = text.split('[methods."ASAM"]')[0]
+            text = re.sub(r"(?m)^seeds = .*", "seeds = [0, 1]", text)
+            text = re.sub(r"(?m)^(epochs|eval_every) = .*", r"\1 = 1", text)
+            text = "\n[methods".join(text.split("\n[methods")[:3])
         file = pathlib.Path(scratch) / "sweep.toml"
         file.write_text(text)
         plan = sweep.plan(file, output)

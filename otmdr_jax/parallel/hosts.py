@@ -1,0 +1,104 @@
+"""Runs on many hosts: joining one, and deciding together.
+
+What one host knows alone (a signal, its clock, a failure) it must tell the others
+before any acts on it: a host that waits for one that went another way waits for ever.
+"""
+
+import signal
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to a run on many hosts, by `jax.distributed`.
+
+    Call it before anything touches a device. On SLURM, Open MPI, Kubernetes and Cloud
+    TPU all arguments are found in the environment.
+
+    Args:
+      coordinator: "host:port" of process 0, reachable from all hosts.
+      num_processes: How many processes there are.
+      process_id: Which one this is, from 0.
+
+    Raises:
+      ValueError: Some of the three are missing, and the environment does not tell.
+      RuntimeError: The others were not reached, or a device is in use already.
+    """
+    given = coordinator, num_processes, process_id
+    if any(x is not None for x in given) and None in given:
+        raise ValueError(
+            "a run on many hosts needs coordinator, num_processes and process_id "
+            f"together, or none of them on a cluster that JAX knows; got {given}."
+        )
+    jax.distributed.initialize(coordinator, num_processes, process_id)
+    if threading.current_thread() is threading.main_thread():
+        # JAX's notice of preemption takes SIGTERM and nobody here asks for it: until a
+        # training loop listens, the signal must end the process as ever.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes logs and reports."""
+    return jax.process_index() == 0
+
+
+def agree(*numbers: float) -> tuple[float, ...]:
+    """The maximum over all hosts of each number; every host must call it."""
+    if jax.process_count() == 1:
+        return numbers
+    from jax.experimental import multihost_utils
+
+    everyone = multihost_utils.process_allgather(np.asarray(numbers, np.float32))
+    return tuple(np.max(everyone, axis=0).tolist())
+
+
+def check_agreement(text: str, what: str) -> None:
+    """Refuses hosts that were started differently: they would wait for each other.
+
+    Args:
+      text: What must be the same on all hosts.
+      what: How to call it in the error.
+
+    Raises:
+      ValueError: On every host, where the hosts' texts differ.
+    """
+    high, low = divmod(zlib.crc32(text.encode()), 2**16)  # a float32 holds 24 bits
+    found = agree(high, low, -high, -low)
+    if found != (high, low, -high, -low):
+        raise ValueError(
+            f"{what} must be the same on all hosts, and is not: start the same command "
+            "on each."
+        )
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """Calls a function on the main process alone; every host must call this.
+
+    Returns:
+      What it returns there, None elsewhere.
+
+    Raises:
+      RuntimeError: On the other hosts, where it fails on the main one, which raises
+        its own error: none waits for one that is gone.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = function()
+        except Exception as caught:
+            error = caught
+    (failed,) = agree(float(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("process 0 failed; its own log says why.")
+    return result
