@@ -23,6 +23,7 @@ from otmdr_jax import data, training
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import dataset, prepared, stream
 from otmdr_jax.programs import compile_programs, run_keys
+from otmdr_jax.training import feed
 from tests.sets import gray_examples, gray_features, run_python
 
 settings = hypothesis.settings(max_examples=25, deadline=None, database=None)
@@ -704,7 +705,7 @@ def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp
 def test_auto_takes_the_first_memory_that_holds_the_images(monkeypatch):
     streamed = []
     monkeypatch.setattr(
-        training.Loop, "_open_stream", lambda loop, _: streamed.append(loop.examples)
+        feed.Feed, "open", lambda self, _: streamed.append(self.examples)
     )
     config = dataclasses.replace(RUN, steps=1, mesh="data=1", augment=())
     training.train(config, show_progress=False)
