@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from otmdr_jax import data
-from otmdr_jax.data import cache, dataset, device, prepared
+from otmdr_jax.data import cache, dataset, device, prepared, records
 from tests.sets import PER_CLASS, SHARED, gray_examples, gray_features, run_python
 
 
@@ -607,17 +607,17 @@ def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
 
 def test_a_changed_folder_has_a_new_fingerprint(tmp_path):
     (tmp_path / "dataset_info.json").write_text("{}")
-    records = tmp_path / "train.array_record"
-    records.write_bytes(b"12345")
-    os.utime(records, (1, 1))
+    path = tmp_path / "train.array_record"
+    path.write_bytes(b"12345")
+    os.utime(path, (1, 1))
     seen = [cache.fingerprint(tmp_path)]
     assert cache.fingerprint(tmp_path) == seen[0]
-    os.utime(records, (2, 2))
+    os.utime(path, (2, 2))
     seen.append(cache.fingerprint(tmp_path))
-    records.write_bytes(b"123456")
-    os.utime(records, (1, 1))
+    path.write_bytes(b"123456")
+    os.utime(path, (1, 1))
     seen.append(cache.fingerprint(tmp_path))
-    records.rename(tmp_path / "test.array_record")
+    path.rename(tmp_path / "test.array_record")
     seen.append(cache.fingerprint(tmp_path))
     (tmp_path / "dataset_info.json").write_text("{ }")
     seen.append(cache.fingerprint(tmp_path))
@@ -889,7 +889,7 @@ def test_a_bare_machine_imports_and_takes_arrays():
                 data.load(name)
             except ImportError as error:
                 print(error)
-        print(list(data.prepared._progress([range(2), range(2, 3)], "decoding")))
+        print(list(data.records.progress([range(2), range(2, 3)], "decoding")))
     """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
@@ -902,9 +902,9 @@ def test_a_bare_machine_imports_and_takes_arrays():
 
 def test_a_long_decoding_reports_on_stderr(monkeypatch, capsys):
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(prepared.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(records.time, "monotonic", lambda: next(clock))
     chunks = [range(i, i + 1) for i in range(10)]
-    assert list(prepared._plain_progress(chunks, "decoding x")) == chunks
+    assert list(records._plain_progress(chunks, "decoding x")) == chunks
     out = capsys.readouterr()
     assert out.out == "" and "decoding x: 20 %" in out.err
 

@@ -17,6 +17,7 @@ import pytest
 
 from otmdr_jax import data, programs, training
 from otmdr_jax.config import TrainConfig
+from otmdr_jax.training.log import Log
 
 # BatchNorm and the ordered split see the same examples whatever the number of devices.
 SAME = TrainConfig(
@@ -117,15 +118,15 @@ def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
         if "backend_compile" in event:
             events.append(event)
 
-    log = training.Loop._log
+    write = Log.write
 
-    def spy(loop, record):
-        counted.setdefault((record["split"], record["step"]), len(events))
-        log(loop, record)
+    def spy(records, step, split, values):
+        counted.setdefault((split, step), len(events))
+        write(records, step, split, values)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Loop, "_log", spy)
+        patch.setattr(Log, "write", spy)
         training.train(config, digits, show_progress=False)
     first_evaluation = counted["test", 5]
     assert first_evaluation > 0  # the listener hears

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from otmdr_jax import data, training
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.data import dataset, prepared, stream
+from otmdr_jax.data import dataset, prepared, records, stream
 from otmdr_jax.programs import compile_programs, run_keys
+from otmdr_jax.training import feed
 from tests.sets import gray_examples, gray_features, run_python
 
 settings = hypothesis.settings(max_examples=25, deadline=None, database=None)
@@ -498,13 +499,13 @@ def test_lazy_cifar10_is_the_one_in_memory(cifar_dir, cache_dir):
 
 def test_opening_lazily_decodes_one_image_a_split(cifar_dir, cache_dir, monkeypatch):
     decoded = []
-    check = prepared._Records.check_shape
+    check = records.Records.check_shape
 
     def counting(self, image, index, shape):
         decoded.append(index)
         check(self, image, index, shape)
 
-    monkeypatch.setattr(prepared._Records, "check_shape", counting)
+    monkeypatch.setattr(records.Records, "check_shape", counting)
     made = data.load(
         "cifar10", data_dir=cifar_dir, cache_dir=cache_dir, in_memory=False
     )
@@ -704,7 +705,7 @@ def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp
 def test_auto_takes_the_first_memory_that_holds_the_images(monkeypatch):
     streamed = []
     monkeypatch.setattr(
-        training.Loop, "_open_stream", lambda loop, _: streamed.append(loop.examples)
+        feed.Feed, "open", lambda self, _: streamed.append(self.examples)
     )
     config = dataclasses.replace(RUN, steps=1, mesh="data=1", augment=())
     training.train(config, show_progress=False)

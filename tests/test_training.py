@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from typing import Any, NamedTuple
 
 import chex
@@ -30,6 +29,7 @@ from otmdr_jax import (
     training,
 )
 from otmdr_jax.config import TrainConfig
+from otmdr_jax.training import feed, loop, saving
 
 TINY = TrainConfig(
     mesh="data=1",  # others are in test_distributed.py
@@ -284,21 +284,14 @@ def test_logs_of_a_resumed_run_are_those_of_a_whole_one(small, tmp_path):
 )
 def test_a_save_is_due_once_a_multiple_has_passed(saved, step, due):
     """On many hosts it is asked at the ends of windows alone, not at each step."""
-    loop = types.SimpleNamespace(
-        config=dataclasses.replace(TINY, checkpoint_every=4),
-        saved_at=time.perf_counter(),
-        saved_step=saved,
-        saved=object(),
-        signum=0,
-    )
-    assert training.Loop._decide(loop, step, 600.0) == (0, due)
+    assert saving.Saver(None, every=4, step=saved).is_due(step, 600.0) == due
 
 
 def test_a_run_stopped_while_it_measures_its_result_is_saved(
     small, tmp_path, monkeypatch
 ):
     """After the last step too: SIGTERM saves, and the run resumes to its result."""
-    measure, signals = training.evaluate, [signal.SIGTERM]
+    measure, signals = loop.evaluate, [signal.SIGTERM]
 
     def interrupted(*args, **kwargs):
         while signals:
@@ -307,7 +300,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
 
     config = dataclasses.replace(TINY, epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", interrupted)
+        patch.setattr(loop, "evaluate", interrupted)
         with pytest.raises(training.Interrupted, match="after step 2 of 2"):
             training.train(config, small, tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run" / "result.json").exists()
@@ -487,18 +480,18 @@ def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
 def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch):
     """A window's numbers are fetched when two more steps are under way."""
     dispatched, ahead = [], []
-    step, log = training.Loop._step, training.Loop._log_training
+    step, log = feed.Feed.step, loop.Loop._log_training
 
-    def count(loop, *args):
+    def count(self, *args):
         dispatched.append(1)
-        return step(loop, *args)
+        return step(self, *args)
 
-    def look(loop, last, window, rate):
+    def look(self, last, window, rate):
         ahead.append(len(dispatched) - last)
-        log(loop, last, window, rate)
+        log(self, last, window, rate)
 
-    monkeypatch.setattr(training.Loop, "_step", count)
-    monkeypatch.setattr(training.Loop, "_log_training", look)
+    monkeypatch.setattr(feed.Feed, "step", count)
+    monkeypatch.setattr(loop.Loop, "_log_training", look)
     config = dataclasses.replace(TINY, batch_size=16, epochs=1, log_every=2)
     result = training.train(config, small, show_progress=False)
     assert ahead == [2, 2, 2, 2, 0]  # at the end of an epoch nothing more is due
