@@ -8,6 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from otmdr_jax import baselines, bnn, building, cli, methods, parallel, report
+from otmdr_jax.building import assembly
 from otmdr_jax.config import TrainConfig
 from tests.test_baselines_bsam import (
     Linear,
@@ -241,7 +242,7 @@ class TestMethod:
             method="ivon", b2=0.5, hess_init=2.0, clip_radius=1.0, data_factor=2.0
         )
         assert building.method_options(chosen) == {"b2": 0.5, "hess_init": 2.0}
-        more = building._posterior_options(chosen, 100, 10, 5)
+        more = assembly._posterior_options(chosen, 100, 10, 5)
         assert more["num_data"] == 200.0 and more["weight_decay"] == 5e-4
         for bad in (dict(hess_init=0.0), dict(clip_radius=-1.0), dict(mc_samples=0)):
             with pytest.raises(ValueError, match=next(iter(bad))):

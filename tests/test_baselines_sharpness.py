@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 import otmdr_jax
 from otmdr_jax import baselines, building, methods, parallel, perturbation, training
 from otmdr_jax.baselines import surgery
+from otmdr_jax.building import assembly
 from otmdr_jax.config import TrainConfig
 from tests import toy
 from tests.test_baselines_bsam import Linear, small  # noqa: F401
@@ -404,7 +405,7 @@ class TestMethods:
         chosen = TrainConfig(
             method="gsam", rho=(0.4,), rho_min=0.1, learning_rate=0.2, batch_size=8
         )
-        follows = building._radius_schedule(chosen, 10, 5)["follows"]
+        follows = assembly._radius_schedule(chosen, 10, 5)["follows"]
         assert_allclose([follows(0), follows(5), follows(10)], [0.4, 0.25, 0.1], 1e-6)
         images, batch = jnp.ones((4, 2)), (jnp.eye(4)[:, :2], jnp.arange(4) % 3)
         distances = []

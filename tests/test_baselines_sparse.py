@@ -25,6 +25,7 @@ from otmdr_jax import (
     training,
 )
 from otmdr_jax.baselines import schedules, sparse
+from otmdr_jax.building import assembly
 from otmdr_jax.config import TrainConfig
 from tests.sets import small_digits
 from tests.test_baselines_collected import Linear
@@ -300,7 +301,7 @@ class TestSchedule:
         chosen = TrainConfig(method="edst", epochs=450)
         rate, ends = optimizers.collection(chosen, 450 * 390, 390)
         assert ends == (250 * 390, 350 * 390, 450 * 390)
-        options = building._sparse_options(chosen, 450 * 390, ends)
+        options = assembly._sparse_options(chosen, 450 * 390, ends)
         assert options["steps"][:2] == (1000, 2000) and options["rate"] == 0.5
         assert options["escapes"] == (250 * 390 + 1, 350 * 390 + 1)
         assert (options["escape_rate"], options["density"]) == (0.8, 0.2)
@@ -311,7 +312,7 @@ class TestSchedule:
             optimizers.collection(chosen, 20, 5)
         chosen = TrainConfig(method="dst", mask_every=20)
         with pytest.raises(ValueError, match="leaves no update"):
-            building._sparse_options(chosen, 30, (30,))
+            assembly._sparse_options(chosen, 30, (30,))
 
 
 def masks_of(state):

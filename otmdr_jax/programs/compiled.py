@@ -1,13 +1,11 @@
-"""The compiled functions behind a configuration: data and model in, numbers out.
+"""Compiled functions: whatever the seed, so that runs of several seeds share them.
 
 Everything a step does (gather, augment, normalise, differentiate, update) is one
-program. Runs that differ in their seed alone share programs, so they compile once.
+program.
 """
 
 import dataclasses
 import functools
-import platform
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,24 +16,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otmdr_jax import _version, bnn, building, members, optimizers, parallel
+from otmdr_jax import bnn, building, members, optimizers, parallel
 from otmdr_jax import data as data_lib
 from otmdr_jax import models as models_lib
 from otmdr_jax.baselines import costs
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.data import Dataset, LazyImages, Split
-from otmdr_jax.gradients import PAPER_RHO
+from otmdr_jax.data import Dataset, Split
 from otmdr_jax.methods import FITTED, SPARSE
 
 PyTree = Any
-
-# With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
-# He, 2018 ("Group Normalization", figure 1) errors rise below 16.
-FEW_IMAGES = 16
-
-
-# Methods with particles, each of whose ascent steps needs a part of the batch.
-PARTICLES = ("otmdr", "otmdr-bnn")
 
 
 class Programs(NamedTuple):
@@ -80,93 +69,6 @@ class Programs(NamedTuple):
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
-
-
-def load_data(config: TrainConfig) -> Dataset:
-    """Loads the data that a configuration names."""
-    count = config.validation
-    return data_lib.load(
-        config.data,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        download=config.download,
-        in_memory={"auto": None, "disk": False}.get(config.input, True),
-        validation=count if count < 1 else int(count),
-        label_noise=config.label_noise,
-        seed=config.data_seed,
-    )
-
-
-def make_mesh(config: TrainConfig) -> Mesh | None:
-    """The devices that a configuration names; None for a single one.
-
-    Raises:
-      ValueError: They do not divide the batch, or it names a "member" axis.
-    """
-    mesh = parallel.make_mesh(config.mesh)
-    axes = ("data", "particle", "member")
-    data, particle, member = (parallel.axis_size(mesh, axis) for axis in axes)
-    if member > 1 and not (config.members and config.stacked):
-        raise ValueError(
-            f"mesh={config.mesh!r}: a member axis needs members of one architecture, "
-            f"as --members 4; members={config.members!r}."
-        )
-    if member > 1 and config.ensemble == "joint":
-        raise ValueError(
-            f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
-            "every pass; spread the data, or use --ensemble independent."
-        )
-    if particle > 1 and config.gradient_method not in PARTICLES:
-        raise ValueError(
-            f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
-            "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
-        )
-    of_members = len(config.member_names)
-    for name, value, devices in (
-        ("batch_size", config.batch_size, data),
-        ("num_particles", config.num_particles, particle),
-        ("members", of_members, member),
-    ):
-        if value % devices:
-            raise ValueError(
-                f"{name}={value} cannot be divided evenly over the "
-                f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
-                "fewer devices, as --mesh data=1."
-            )
-    parts = building.num_subbatches(config)
-    if parts > 1 and (parts % data or config.batch_size % parts):
-        raise ValueError(
-            f"{parts} sub-batches of one size, as {config.method} here has them, "
-            f"need a multiple of the {data} devices on data that divides "
-            f"batch_size={config.batch_size}: set --num-subbatches, --batch-size, or "
-            "fewer devices (--mesh data=1)."
-        )
-    radii = len(config.rho or PAPER_RHO)
-    if config.gradient_method in PARTICLES and config.split != "shared":
-        if config.batch_size // max(data, parts) < radii:
-            raise ValueError(
-                f"batch_size={config.batch_size} over {data} devices leaves each fewer "
-                f"examples than the {radii} radii in rho, each of which needs a part: "
-                "use a larger batch or fewer devices on data."
-            )
-    return mesh if mesh.size > 1 else None
-
-
-def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
-    """A warning where BatchNorm's statistics are of very few images a device."""
-    data = parallel.axis_size(mesh, "data")
-    # Sub-batches divide a device's images where they are more than the devices.
-    parts = max(building.num_subbatches(config) // data, 1)
-    if config.gradient_method in PARTICLES and config.split != "shared":
-        parts *= len(config.rho or PAPER_RHO)
-    images = config.batch_size // data // parts
-    if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
-        return None
-    return (
-        f"BatchNorm sees only {images} images a pass on each of {data} devices, which "
-        "makes for poor statistics: use --sync-batchnorm, a larger --batch-size, or "
-        "fewer devices (--mesh data=1)"
-    )
 
 
 def compile_programs(
@@ -416,60 +318,3 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """
     state_key, data_key = jax.random.split(jax.random.key(seed))
     return state_key, data_key
-
-
-def environment() -> dict[str, str]:
-    """Versions and device: what a figure means nothing without."""
-    device = jax.devices()[0]
-    return {
-        "device": f"{device.device_kind} x {jax.device_count()}",
-        "platform": device.platform,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "otmdr_jax": _version.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Checksums of all splits, to tell whether a run goes on with its data.
-
-    Two of them: of the labels, of a thousand images of each split and of the mean and
-    deviation that normalise them; and of all images
-    ("p"), or of their records where they are not in memory ("r").
-    """
-    sampled = whole = 0
-    splits = [s for s in (dataset.train, dataset.validation, dataset.test) if s]
-    kind = "r" if isinstance(dataset.train.images, LazyImages) else "p"
-    # Of a set without published statistics these may be of a sample of the images.
-    sampled = zlib.crc32(np.asarray((dataset.mean, dataset.std)).tobytes(), sampled)
-    for images, labels in splits:
-        rows = np.linspace(0, len(labels) - 1, min(len(labels), 1_000)).astype(int)
-        for array in (labels, images[rows]):
-            sampled = zlib.crc32(np.ascontiguousarray(array).tobytes(), sampled)
-        if isinstance(images, LazyImages):
-            whole = zlib.crc32(str(images.checksum()).encode(), whole)
-        else:
-            whole = zlib.crc32(np.ascontiguousarray(images).tobytes(), whole)
-    count = dataset.train.num_examples
-    return f"{dataset.name}-{count}-{sampled:08x}-{kind}{whole:08x}"
-
-
-def check_same_data(was: str, now: str, output: Any) -> None:
-    """Refuses data other than those that a run was trained on.
-
-    Args:
-      was: :func:`fingerprint` of the run's data, from its checkpoint.
-      now: That of the data at hand.
-      output: The run's folder, for the error.
-
-    Raises:
-      ValueError: The checksums are others. Those of all images are compared where both
-        are of pixels, or both of records.
-    """
-    same_kind = was.rpartition("-")[2][0] == now.rpartition("-")[2][0]
-    if was != now and (same_kind or was.rpartition("-")[0] != now.rpartition("-")[0]):
-        raise ValueError(
-            f"{output} was trained on {was}, but the data are now {now} (name, "
-            "examples, checksums). Restore the data, or start a new run."
-        )

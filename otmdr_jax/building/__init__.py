@@ -1,0 +1,20 @@
+"""From a configuration to its networks and methods.
+
+networks.py   networks, of one architecture or several
+options.py    which options a method has, and which go together
+assembly.py   methods, with what depends on the data and the length of the run
+"""
+
+from otmdr_jax.building.assembly import methods_of
+from otmdr_jax.building.networks import check_models, dropout_rate, networks
+from otmdr_jax.building.options import method_names, method_options, num_subbatches
+
+__all__ = [
+    "check_models",
+    "dropout_rate",
+    "method_names",
+    "method_options",
+    "methods_of",
+    "networks",
+    "num_subbatches",
+]

@@ -1,0 +1,69 @@
+"""What a run's numbers come from: versions, the device, and the data's checksums."""
+
+import platform
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from otmdr_jax import _version
+from otmdr_jax.data import Dataset, LazyImages
+
+
+def environment() -> dict[str, str]:
+    """Versions and device: what a figure means nothing without."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind} x {jax.device_count()}",
+        "platform": device.platform,
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "otmdr_jax": _version.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Checksums of all splits, to tell whether a run goes on with its data.
+
+    Two of them: of the labels, of a thousand images of each split and of the mean and
+    deviation that normalise them; and of all images
+    ("p"), or of their records where they are not in memory ("r").
+    """
+    sampled = whole = 0
+    splits = [s for s in (dataset.train, dataset.validation, dataset.test) if s]
+    kind = "r" if isinstance(dataset.train.images, LazyImages) else "p"
+    # Of a set without published statistics these may be of a sample of the images.
+    sampled = zlib.crc32(np.asarray((dataset.mean, dataset.std)).tobytes(), sampled)
+    for images, labels in splits:
+        rows = np.linspace(0, len(labels) - 1, min(len(labels), 1_000)).astype(int)
+        for array in (labels, images[rows]):
+            sampled = zlib.crc32(np.ascontiguousarray(array).tobytes(), sampled)
+        if isinstance(images, LazyImages):
+            whole = zlib.crc32(str(images.checksum()).encode(), whole)
+        else:
+            whole = zlib.crc32(np.ascontiguousarray(images).tobytes(), whole)
+    count = dataset.train.num_examples
+    return f"{dataset.name}-{count}-{sampled:08x}-{kind}{whole:08x}"
+
+
+def check_same_data(was: str, now: str, output: Any) -> None:
+    """Refuses data other than those that a run was trained on.
+
+    Args:
+      was: :func:`fingerprint` of the run's data, from its checkpoint.
+      now: That of the data at hand.
+      output: The run's folder, for the error.
+
+    Raises:
+      ValueError: The checksums are others. Those of all images are compared where both
+        are of pixels, or both of records.
+    """
+    same_kind = was.rpartition("-")[2][0] == now.rpartition("-")[2][0]
+    if was != now and (same_kind or was.rpartition("-")[0] != now.rpartition("-")[0]):
+        raise ValueError(
+            f"{output} was trained on {was}, but the data are now {now} (name, "
+            "examples, checksums). Restore the data, or start a new run."
+        )
