@@ -23,7 +23,7 @@ demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-r
 	$(BIN)/otmdr demo --output demo-report
 
 test: setup  ## run the tests (about 30 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

@@ -198,9 +198,11 @@ _RIDING: dict[str, tuple[str, ...]] = {
     "swa": _AVERAGE,
     "swag": (*_AVERAGE, "swag_rank", "num_samples", "prediction"),
     "mc-dropout": (*_BASE, "num_samples", "prediction"),
+    "laplace": (*_BASE, "laplace", "prior_precision", "laplace_examples",
+                "num_samples", "prediction"),
     "dst": _SPARSE,
     "edst": (*_SPARSE, "tickets", "exploration", "escape_rate"),
-}
+}  # fmt: skip
 
 
 def method_names() -> frozenset[str]:
@@ -272,8 +274,8 @@ def _check_riding(config):
     if config.members is not None and config.ensemble == "joint":
         raise ValueError(
             f"{config.method} with a joint ensemble is not defined: each member "
-            "collects its own weights, or has its own masks, with --ensemble "
-            "independent."
+            "collects its own weights, or has its own masks or Gaussian, with "
+            "--ensemble independent."
         )
     _check_samples(config)
     if config.method in methods.DROPPING and not dropout_rate(config):
@@ -415,9 +417,15 @@ def _collecting_options(config, total_steps, steps_per_epoch):
     mean_only = config.prediction == "mean"
     if config.method in methods.DROPPING:
         options |= {"num_samples": config.num_samples, "mean_only": mean_only}
+    samples = 0 if mean_only else config.num_samples
     if config.method == "swag":
-        options["rank"] = config.swag_rank
-        options["num_samples"] = 0 if mean_only else config.num_samples
+        options |= {"rank": config.swag_rank, "num_samples": samples}
+    if config.method in methods.FITTED:
+        options |= {
+            "structure": config.laplace,
+            "num_samples": samples,
+            "prior_precision": config.prior_precision,
+        }
     return options
 
 

@@ -30,6 +30,7 @@ class Evaluation(NamedTuple):
         split; NaN if a prediction is. Of an ensemble also those of
         :func:`otmdr_jax.diversity.evaluate`, of samples of a posterior "aleatoric" and
         "epistemic", means in nats: see :func:`otmdr_jax.metrics.mutual_information`.
+        Of a Laplace approximation also "prior_precision" and "effective_parameters".
       log_probs: (N, C) log-probabilities: the mean over samples, in log space.
       member_log_probs: (M, N, C) of an ensemble's members, be they trained or collected
         in one run; None of a single model.
@@ -82,6 +83,7 @@ def evaluate(
     programs: Programs | None = None,
     *,
     without: tuple[int, ...] = (),
+    settle: bool = True,
     show_progress: bool = False,
 ) -> Evaluation:
     """Evaluates a state on a split, each example once.
@@ -93,13 +95,16 @@ def evaluate(
       split: "train", "validation" or "test".
       programs: Compiled functions, where they exist already.
       without: Members that do not count in the ensemble's prediction, as they diverged.
+      settle: Whether a state that is not settled is, before it predicts; see
+        :func:`otmdr_jax.predictors.settle`.
       show_progress: Whether to show progress.
 
     Returns:
       An :class:`Evaluation`.
     """
     programs = compile_programs(config, dataset) if programs is None else programs
-    state = predictors.settle(config, state, dataset, programs)
+    if settle:
+        state = predictors.settle(config, state, dataset, programs)
     examples = getattr(dataset, split)
     title = f"evaluating the {split} set"
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
@@ -111,7 +116,9 @@ def evaluate(
             without=without,
             report=lambda done: bar.update(done, {}),
         )
-    return measure(config, found, examples.labels)
+    measured = measure(config, found, examples.labels)
+    measured.metrics.update(predictors.fitted_record(config, state))
+    return measured
 
 
 def predict(

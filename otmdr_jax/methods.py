@@ -65,9 +65,10 @@ class Method(NamedTuple):
       posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
         without one.
       batch_statistics: (state, images) -> BatchNorm statistics of a batch at what
-        predicts, where no training step has seen it; None for most methods.
-      settle: (state, the mean of these over batches) -> a state to predict with, which
-        is not for further steps.
+        predicts, where no training step has seen it; None for most methods. Of
+        "laplace" (state, (images, mask)) -> the curvature of these.
+      settle: (state, the mean of these over batches, of curvatures the sum) -> a state
+        to predict with, which is not for further steps.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
@@ -113,7 +114,9 @@ BASES = ("sgd", "sam", "asam", "otmdr")
 SPARSE = ("dst", "edst")
 # Samples of its masks in a prediction, on a method of one weight vector.
 DROPPING = ("mc-dropout",)
-RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst", *DROPPING)
+# Those fitted to what was trained, from the curvature over the training set.
+FITTED = ("laplace",)
+RIDING = ("snapshot", "fge", "swa", "swag", "dst", "edst", *DROPPING, *FITTED)
 METHODS |= dict.fromkeys(RIDING)
 
 
@@ -133,8 +136,8 @@ def create(
     Args:
       name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
         for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam", "looksam", "fisher-sam",
-        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst", "edst" and "mc-dropout"
-        of :mod:`otmdr_jax.baselines`.
+        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout"
+        and "laplace" of :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
         Where its `dropout` is above 0 it gets a key for each example while it trains.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
@@ -156,8 +159,9 @@ def create(
         :func:`otmdr_jax.baselines.average`; "dst" and "edst" those of
         :func:`otmdr_jax.baselines.dynamic`, and "edst" `ends`. Their learning rates are
         the optimizer's. "mc-dropout" has `base`, its options, and those of
-        :func:`otmdr_jax.baselines.mc_dropout`. The others have those of their functions
-        in :mod:`otmdr_jax.centers`.
+        :func:`otmdr_jax.baselines.mc_dropout`, "laplace" likewise those of
+        :func:`otmdr_jax.baselines.laplace`. The others have those of their functions in
+        :mod:`otmdr_jax.centers`.
 
     Returns:
       A :class:`Method`.
@@ -320,6 +324,7 @@ def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
         raise ValueError(f"base of {name} must be one of {known}; got {base!r}.")
     takes = {
         "swag": ("rank", "num_samples"),
+        "laplace": ("structure", "num_samples", "prior_precision"),
         "mc-dropout": ("num_samples", "mean_only"),
         **dict.fromkeys(
             SPARSE, ("density", "rate", "steps", "growth", "escapes", "escape_rate")
@@ -336,6 +341,10 @@ def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
         return baselines.mc_dropout(method, model, **own)
     if name in COLLECTING:
         return baselines.collect(method, ends)
+    if name == "laplace":
+        # Without samples it predicts with the mode, as its base does.
+        mode_only = own.get("num_samples") == 0
+        return method if mode_only else baselines.laplace(method, model, **own)
     if name == "swag":
         own = {"rank": baselines.RANK, "num_samples": baselines.NUM_SAMPLES, **own}
     return (

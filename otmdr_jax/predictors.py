@@ -2,7 +2,7 @@
 
 Of most runs these are the weights that they train. Some collect members on the way, or
 average their weights (:mod:`otmdr_jax.baselines`); averages need BatchNorm statistics
-of their own before they predict.
+of their own before they predict, Laplace approximations the curvature.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 
 from otmdr_jax import baselines, members, parallel
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.data import Dataset
-from otmdr_jax.methods import AVERAGING, COLLECTING
+from otmdr_jax.data import Dataset, Split, eval_batches
+from otmdr_jax.methods import AVERAGING, COLLECTING, FITTED
 from otmdr_jax.programs import Programs
 
 PyTree = Any
@@ -23,15 +23,18 @@ PyTree = Any
 def settle(
     config: TrainConfig, state: PyTree, dataset: Dataset, programs: Programs
 ) -> PyTree:
-    """A state to predict with: BatchNorm statistics of averaged weights.
+    """A state to predict with: BatchNorm statistics of averaged weights, or a Gaussian.
 
     The mean over batches of the training set, in an order and with augmentation of
     their own, of the batches' statistics at the weights that predict: what the
     `bn_update` of SWA's authors computes. One forward pass for each batch and weight
-    vector; the same numbers on any mesh, where each batch is one.
+    vector; the same numbers on any mesh, where each batch is one. Of a Laplace
+    approximation the curvature at the trained weights: a forward pass over the training
+    set, without augmentation; of its diagonal a backward pass for each class as well.
 
     Args:
-      config: The run's configuration; `batchnorm_examples` bounds the examples.
+      config: The run's configuration; `batchnorm_examples`, or `laplace_examples`,
+        bounds the examples.
       state: Its state.
       dataset: The data.
       programs: Compiled functions.
@@ -42,6 +45,8 @@ def settle(
     """
     if programs.batch_statistics is None or programs.settle is None:
         return state
+    if config.method in FITTED:
+        return _fitted(config, state, dataset, programs)
     each = [state] if hasattr(state, "step") else state
     kept = each[0].method_state
     # Members of several architectures may have BatchNorm or not.
@@ -68,6 +73,62 @@ def settle(
         found = programs.batch_statistics(state, batch, jax.random.fold_in(key, i))
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     return programs.settle(state, jax.tree.map(lambda x: x / count, total))
+
+
+def _fitted(config, state, dataset, programs):
+    """The Gaussian of a Laplace approximation, from sums over the training set."""
+    if posteriors(config, state):
+        return state
+    total = None
+    examples, devices = dataset.train, parallel.axis_size(programs.mesh, "data")
+    count = examples.num_examples
+    wanted = min(config.laplace_examples or count, count)
+    if wanted < count:
+        rows = np.random.default_rng(config.seed).permutation(count)[:wanted]
+        rows.sort()
+        examples = Split(np.asarray(examples.images[rows]), examples.labels[rows])
+    size = -(-min(config.eval_batch_size, wanted) // devices) * devices
+    for images, _, mask in eval_batches(examples, size):
+        batch = parallel.place(
+            (images, mask), programs.mesh, parallel.data_spec(programs.mesh)
+        )
+        found = programs.batch_statistics(state, batch, jax.random.key(0))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return programs.settle(state, jax.tree.map(lambda x: x * (count / wanted), total))
+
+
+def posteriors(config: TrainConfig, state: PyTree) -> list[Any]:
+    """The :class:`otmdr_jax.baselines.LaplacePosterior` of each member.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+
+    Returns:
+      None of them for other methods, and for a state that is not settled.
+    """
+    if config.method not in FITTED:
+        return []
+    found = [member.method_state for member in members.separate(state)]
+    return [one for one in found if one is not None]
+
+
+def fitted_record(config: TrainConfig, state: PyTree) -> dict[str, float]:
+    """What is logged of Laplace approximations; nothing of other methods.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+
+    Returns:
+      prior_precision and effective_parameters, of an ensemble means over members.
+    """
+    found = posteriors(config, state)
+    names = ("prior_precision", "effective_parameters") if found else ()
+    return {
+        name: float(np.mean([np.asarray(getattr(one, name)) for one in found]))
+        for name in names
+    }
 
 
 def trained(config: TrainConfig, state: PyTree) -> list[PyTree]:

@@ -25,7 +25,7 @@ from otmdr_jax.baselines import costs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, LazyImages, Split
 from otmdr_jax.gradients import PAPER_RHO
-from otmdr_jax.methods import SPARSE
+from otmdr_jax.methods import FITTED, SPARSE
 
 PyTree = Any
 
@@ -54,7 +54,8 @@ class Programs(NamedTuple):
         one for each member of another architecture.
       rate: (step, opt_state) -> the learning rate.
       batch_statistics: (state, images, key) -> BatchNorm statistics of an augmented
-        batch at what predicts; None where those of the state serve.
+        batch at what predicts; None where those of the state serve. Of a Laplace
+        approximation the curvature of (images, mask), not augmented.
       settle: (state, their mean) -> a state to predict with; None likewise. See
         :func:`otmdr_jax.predictors.settle`.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
@@ -274,8 +275,12 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         return methods_[0].predict(state, images)
 
     def batch_statistics(state, images, key):
-        images = data_lib.augment(key, images, augment)
-        images = data_lib.normalise(images, mean, std)
+        if config.method in FITTED:  # the examples themselves, each once
+            images, mask = images
+            images = (data_lib.normalise(images, mean, std), mask)
+        else:
+            images = data_lib.augment(key, images, augment)
+            images = data_lib.normalise(images, mean, std)
         of_batch = [m.batch_statistics for m in methods_ if m.batch_statistics]
         if lifted:
             return members.batch_statistics(of_batch, state, images, config.member_map)

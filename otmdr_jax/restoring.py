@@ -10,6 +10,7 @@ import jax
 from otmdr_jax import building, checkpoint, predictors, programs, runs
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset
+from otmdr_jax.methods import BASES, FITTED
 
 PyTree = Any
 
@@ -22,7 +23,8 @@ class Restored(NamedTuple):
       config: Its options, the given ones among them.
       dataset: Its data.
       programs: Its compiled functions, on the default device.
-      state: Its state at the checkpoint, settled where it averages weights.
+      state: Its state at the checkpoint, settled where it averages weights or has a
+        Gaussian fitted to them.
       meta: What was saved beside the state.
       diverged: Members that do not count in an ensemble's prediction.
     """
@@ -41,6 +43,7 @@ def open_run(
     which: str = "latest",
     *,
     split: str = "test",
+    predicts: bool = True,
     **given: Any,
 ) -> Restored:
     """Loads a run's data and one of its checkpoints.
@@ -49,6 +52,8 @@ def open_run(
       folder: The run's folder.
       which: "latest", "best" on the validation set, or a step.
       split: The part of the data that will be looked at: it must be there.
+      predicts: Whether the state will predict: without it a Laplace approximation,
+        which changes no weight, is not fitted.
       **given: Options instead of the run's own, as `data_dir`.
 
     Returns:
@@ -75,8 +80,37 @@ def open_run(
     data = programs.fingerprint(dataset)
     programs.check_same_data(restored.meta["data"], data, folder)
     diverged = tuple(restored.meta.get("diverged", ()))
-    state = predictors.settle(config, restored.state, dataset, compiled)
+    state = restored.state
+    if predicts or config.method not in FITTED:
+        state = predictors.settle(config, state, dataset, compiled)
     return Restored(folder, config, dataset, compiled, state, restored.meta, diverged)
+
+
+def with_laplace(
+    folder: str | os.PathLike, structure: str, prior_precision: float | None = None
+) -> dict[str, Any]:
+    """Options for :func:`open_run` that give a run a Laplace approximation.
+
+    Args:
+      folder: The folder of a run of one of the methods that it can ride on.
+      structure: Of what: see :func:`otmdr_jax.baselines.laplace`.
+      prior_precision: Of its prior; None for that of highest marginal likelihood.
+
+    Raises:
+      ValueError: The run's method is another.
+    """
+    config = runs.read_config(pathlib.Path(folder))
+    base = config.gradient_method
+    if config.method not in (*BASES, *FITTED):
+        raise ValueError(
+            f"a Laplace approximation is around one trained weight vector: {folder} "
+            f"must be a run of {', '.join((*BASES, *FITTED))}, got {config.method}."
+        )
+    given: dict[str, Any] = {"method": "laplace", "base_method": base}
+    given["laplace"] = structure
+    if prior_precision is not None:
+        given["prior_precision"] = prior_precision
+    return given
 
 
 def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:

@@ -15,6 +15,7 @@ from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.evaluation import eval_batches
 from otmdr_jax.members import steps_taken
+from otmdr_jax.methods import FITTED
 from otmdr_jax.programs import Programs
 from otmdr_jax.progress import Progress
 
@@ -244,7 +245,8 @@ def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
         parallel.place(batch, mesh, parallel.data_spec(mesh))
         for batch in eval_batches(config, part, mesh)
     ]
-    state = predictors.settle(config, state, dataset, programs)
+    if config.method not in FITTED:  # whose weights are those that were trained
+        state = predictors.settle(config, state, dataset, programs)
     for i, member in enumerate(predictors.every(config, state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]

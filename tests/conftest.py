@@ -12,6 +12,14 @@ from tests.sets import cache_dir, cifar_dir, own_copy, prepare  # noqa: F401
 # first process makes the folder, the others inherit it.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="otmdr-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Small programs compile for longer than they run: XLA is told to optimize little, here
+# and in the processes that tests start. `optimized` is for what runs for longer, and
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs all tests as a user's programs are compiled.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update(
+    "jax_disable_most_optimizations",
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1",
+)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs",
@@ -26,3 +34,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def optimized():
+    """Programs are compiled as a user's are."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+# The files that take longest, by processor time. Sent first, they leave short ones for
+# the end, and no worker waits for the other.
+LONG = (
+    "distributed parallel ensemble examples training bnn_training baselines_collected "
+    "docs bnn_gradients cli models baselines_sharpness"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))

@@ -271,20 +271,12 @@ class Linear:
 
 
 @pytest.fixture(scope="module")
-def quick_compilation():
-    """Small networks compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
 def small():
     return small_digits(400)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, quick_compilation):
+def straight(tmp_path_factory):
     """A run from the command line, on digits."""
     folder = tmp_path_factory.mktemp("straight") / "bsam"
     cli.main(
@@ -296,7 +288,6 @@ def straight(tmp_path_factory, quick_compilation):
     return folder
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestTraining:
     def test_a_step_of_the_method_is_one_of_the_transformation(self, key):
         model = Linear()

@@ -14,7 +14,6 @@ from tests.test_baselines_bsam import (
     gradient,
     loss,
     problem,
-    quick_compilation,  # noqa: F401
     run,
 )
 from tests.test_training import assert_same_bits
@@ -211,7 +210,6 @@ class TestMethod:
         assert metrics["skipped"] == 1
         assert_same_bits((new.memory, new.opt_state), (state.memory, state.opt_state))
 
-    @pytest.mark.usefixtures("quick_compilation")
     def test_the_command_line(self, tmp_path, capsys):
         output = tmp_path / "run"
         common = ["train", "--output", str(output), "--quiet"]

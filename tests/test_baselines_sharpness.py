@@ -14,7 +14,7 @@ from otmdr_jax import baselines, building, methods, parallel, perturbation, trai
 from otmdr_jax.baselines import surgery
 from otmdr_jax.config import TrainConfig
 from tests import toy
-from tests.test_baselines_bsam import Linear, quick_compilation, small  # noqa: F401
+from tests.test_baselines_bsam import Linear, small  # noqa: F401
 from tests.test_training import assert_same_bits, stop_after
 
 RHO = 0.3
@@ -415,7 +415,6 @@ class TestMethods:
             distances.append(metrics["distance"])
         assert_allclose(distances, [follows(t) for t in range(3)], rtol=1e-4)
 
-    @pytest.mark.usefixtures("quick_compilation")
     def test_a_run_that_remembers_is_resumed_exactly(
         self,
         small,  # noqa: F811

@@ -38,14 +38,6 @@ TINY = TrainConfig(
 SHAPES = [(3, 3, 3, 64), (3, 3, 64, 64), (3, 3, 64, 128), (1, 1, 64, 128), (512, 10)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Small networks compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def small():
     return small_digits(320)

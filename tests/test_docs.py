@@ -9,7 +9,6 @@ import sys
 import types
 import typing
 
-import jax
 import pytest
 import tyro
 import yaml
@@ -75,15 +74,6 @@ def page_texts():
 # -- code -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick_compilation():
-    """Toy losses compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     """All blocks of a page share one namespace, in an empty working directory."""

@@ -68,14 +68,6 @@ def network(name, num_classes=5, **options):
     return dataclasses.replace(model, options=tuple(sorted(own.items())))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Small networks compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def np_mask(key, site, shape, rate):
     """What a site keeps of one example, over the share kept: of the key's bits."""
     count = math.prod(shape)

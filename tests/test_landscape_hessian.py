@@ -11,7 +11,6 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import NamedSharding, PartitionSpec
 
 from otmdr_jax import landscape, models
-from tests.zoo import quick_compilation  # noqa: F401
 
 ONE = [np.zeros(1)]
 
@@ -287,7 +286,6 @@ def of_the_zoo(name, key):
     return loss_sum, params, (images, labels), np.asarray(logits, float)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_convolutions_go_forward_over_reverse(key):
     """Against reverse over reverse, and the closed form of the last bias' Hessian."""
     loss_sum, params, batch, logits = of_the_zoo("cnn_small", key)

@@ -14,7 +14,6 @@ from scipy import optimize
 from otmdr_jax import landscape, models
 from otmdr_jax.landscape.objective import Objective
 from tests import toy
-from tests.zoo import quick_compilation  # noqa: F401
 
 CURVATURE = np.array([1.0, 3.0, 10.0])
 SLOPE = np.array([0.5, -1.0, 2.0])
@@ -309,7 +308,6 @@ def test_leaves_that_are_no_floats_stay(key):
         np.testing.assert_allclose(got, measure(quadratic, CENTER, ONE, 0.3), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_batchnorm_is_measured_with_its_running_statistics(key):
     """Whatever the batches; the batch's own statistics would depend on them."""
     model = models.create("cnn_small", 4)

@@ -26,7 +26,6 @@ from tests.zoo import (
     np_max_pool,
     np_norm,
     np_relu,
-    quick_compilation,  # noqa: F401
     shapes,
 )
 
@@ -394,7 +393,6 @@ def test_remat_changes_no_result(name, dtype, tolerance):
     assert all(jax.tree.leaves(moved))  # the running statistics
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_remat_under_a_robust_gradient(key):
     """K particles in a loop of the compiled program, and batched."""
     (plain, lean), arguments = kept_and_recomputed("cnn_small")
@@ -417,7 +415,6 @@ def test_remat_under_a_robust_gradient(key):
         assert_close(gradient(lean, particle_map), want, 1e-3)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_remat_inside_shard_map():
     """Each device climbs on its part, with BatchNorm's statistics of that part."""
     losses, arguments = kept_and_recomputed("cnn_small")

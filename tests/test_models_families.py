@@ -28,7 +28,6 @@ from tests.zoo import (
     np_max_pool,
     np_norm,
     np_relu,
-    quick_compilation,  # noqa: F401
     shapes,
 )
 
@@ -252,7 +251,6 @@ def test_a_pyramid_grows_by_alpha():
     ids=lambda value: getattr(value, "name", None),
 )
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.usefixtures("quick_compilation")
 def test_forward_equals_numpy(model, image_shape, reference, train):
     """In float64, where BatchNorm over few pixels does not blow up the rounding."""
     with jax.enable_x64(True):
@@ -308,7 +306,6 @@ family = pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
 
 @family
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients_are_finite_at_initialisation(model, dtype, key):
     model = dataclasses.replace(model, dtype=jnp.dtype(dtype))
     images = jax.random.normal(key, (4, 16, 16, 3))
@@ -323,7 +320,6 @@ def test_gradients_are_finite_at_initialisation(model, dtype, key):
 
 
 @family
-@pytest.mark.usefixtures("quick_compilation")
 def test_remat_changes_no_result(model):
     """In float64: BatchNorm of four single pixels blows up float32's rounding."""
     wide = jnp.dtype("float64")
@@ -377,7 +373,6 @@ def test_bfloat16_computes_convolutions_and_nothing_else(name):
             assert dtypes([v.aval for v in eqn.invars]) == {"float32"}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_stacked_members_equal_a_loop():
     """Depthwise kernels of two members in one `vmap`."""
     model = small_efficientnet()
@@ -431,8 +426,8 @@ def test_overfits_real_images(
 
     Narrow and depthwise networks compile for longer than they run (`quick`).
     """
-    if quick:
-        request.getfixturevalue("quick_compilation")
+    if not quick:
+        request.getfixturevalue("optimized")
     images, labels = real_images
     cut = 16 // side
     images = jnp.asarray(images.reshape(64, side, cut, side, cut, 3).mean((2, 4)))

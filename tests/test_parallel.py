@@ -61,15 +61,7 @@ def joined(data, devices):
 
 
 @pytest.fixture
-def quick_compilation():
-    """Networks this small compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def network(quick_compilation):
+def network():
     """A network with BatchNorm shared by the data axis, and a batch for eight."""
     options = {"num_classes": 10}
     model = models.create("cnn_small", batchnorm_axis_name="data", **options)
@@ -273,7 +265,6 @@ class TestParticles:
         assert_close(fn(*args), want)
         assert all_reduces(fn, *args) == 1
 
-    @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("sync", [True, False])
     @pytest.mark.parametrize("shape", ["data=2,particle=4", "particle=2,data=4"])
     def test_two_axes_are_the_data_axis_alone(self, sync, shape, key):
@@ -311,7 +302,6 @@ class TestParticles:
 
 
 class TestMembers:
-    @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("particle_map", ["unroll", "scan"])
     @pytest.mark.parametrize(
         "shape", ["member=4", "member=2,data=2", "member=2,data=2,particle=2"]
@@ -385,7 +375,6 @@ class TestMicrobatches:
         assert_close(got, fn(data), rtol=1e-4, atol=1e-5)
         assert got[1].dtype == jnp.int32
 
-    @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("micro", [3, 4, 8, 100])
     @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"merge": "sum"}])
     def test_the_objective_stays_that_of_the_whole_batch(self, micro, options, key):
@@ -401,7 +390,6 @@ class TestMicrobatches:
         want, _ = on_mesh("data=2", toy.regression, params, data, key)
         assert_close(fn(*args), want(*args))
 
-    @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("shape", ["data=2", "data=2,particle=2"])
     def test_scanned_on_a_mesh_as_on_accelerators(self, shape, key, monkeypatch):
         """With a network, whose statistics are aux; the last micro-batch is smaller."""

@@ -27,14 +27,6 @@ TINY = TrainConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Small sets on a small network compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run on the digits with a validation set."""

@@ -32,14 +32,6 @@ KEYS = ("picture", "kind")
 SHAPES = [(8, 8, 1), (32, 32, 3), (11, 20, 2), (64, 48, 3)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Small programs compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def images_of(shape, num=4, seed=0):
     """Smooth images with black and white in them, as photographs have."""
     rng = np.random.default_rng(seed)

@@ -33,14 +33,6 @@ SMALL = Plan(points=3, num_examples=70)
 MODEL = models.create("cnn_small", 10)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Tiny runs compile for longer than they train."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Runs by name: one is trained, with checkpoints; the others have just begun."""

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from otmdr_jax import models
 
@@ -125,11 +124,3 @@ def assert_close(got, want, tolerance):
         assert a.dtype == b.dtype
         scale = np.linalg.norm(np.asarray(b, np.float64)) + 1e-3
         assert np.linalg.norm(np.asarray(a - b, np.float64)) <= tolerance * scale
-
-
-@pytest.fixture
-def quick_compilation():
-    """Small networks compile for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -14,6 +14,8 @@ Around any method of one weight vector (docs/collected.md), and sparse training
 
     collector.py        collect: snapshot ensembles, FGE
     swag.py             average: SWA, SWAG
+    curvature.py        the Gauss-Newton matrix: last layer, Kronecker, diagonal
+    laplace.py          laplace: a Gaussian around trained weights
     dropout.py          mc_dropout: samples of dropout's masks
     schedules.py        learning rates, and when members are collected
     sparse.py           dynamic: DST, EDST
@@ -31,6 +33,7 @@ from otmdr_jax.baselines.bayesian_sam import (
 from otmdr_jax.baselines.collector import Collected, collect, members
 from otmdr_jax.baselines.dropout import example_keys, mc_dropout, rate_of
 from otmdr_jax.baselines.fisher import fisher_sam
+from otmdr_jax.baselines.laplace import LaplacePosterior, laplace
 from otmdr_jax.baselines.online_newton import (
     IvonState,
     ivon,
@@ -50,6 +53,7 @@ __all__ = [
     "BsamState",
     "Collected",
     "IvonState",
+    "LaplacePosterior",
     "LookMemory",
     "Moments",
     "Sparse",
@@ -69,6 +73,7 @@ __all__ = [
     "ivon_gradient",
     "ivon_precision",
     "ivon_rule",
+    "laplace",
     "looksam",
     "looksam_gradient",
     "masked_from_the_start",

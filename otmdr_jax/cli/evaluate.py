@@ -1,6 +1,7 @@
 """`otmdr evaluate`: metrics of a run at one of its checkpoints."""
 
 import dataclasses
+import pathlib
 from typing import Literal
 
 import tyro
@@ -30,6 +31,13 @@ class Evaluate:
     own."""
     prediction: Literal["samples", "mean"] | None = None
     """Predict with samples of the posterior or with its mean, instead of the run's."""
+    laplace: Literal["last-layer", "last-layer-kron", "diagonal"] | None = None
+    """Give a run of sgd, sam, asam or otmdr a Laplace approximation, without training:
+    writes evaluation_laplace_<which>.json and reliability_laplace_<which>.png."""
+    prior_precision: float | None = None
+    """Precision of its prior. Default: that of highest marginal likelihood."""
+    overwrite: bool = False
+    """Replace the record of a Laplace approximation of other settings."""
 
 
 def run(options: Evaluate) -> None:
@@ -44,6 +52,28 @@ def run(options: Evaluate) -> None:
     }
     if given.get("prediction") == "mean" and "num_samples" not in given:
         given["num_samples"] = bnn.NUM_SAMPLES  # the run's own number has no meaning
+    suffix, settings = "", {}
+    if options.laplace is not None:
+        given |= restoring.with_laplace(
+            options.run, options.laplace, options.prior_precision
+        )
+        suffix = f"_laplace_{options.laplace.replace('-', '_')}"
+        settings = {
+            "settings": {
+                name: getattr(options, name)
+                for name in (
+                    "split", "checkpoint", "num_samples", "prediction",
+                    "prior_precision",
+                )
+            }
+        }  # fmt: skip
+        runs.check_record(
+            pathlib.Path(options.run) / f"evaluation{suffix}.json",
+            settings["settings"],
+            options.overwrite,
+        )
+    elif options.prior_precision is not None:
+        raise ValueError("prior_precision is that of --laplace: name one.")
     folder, config, dataset, compiled, state, meta, diverged = restoring.open_run(
         options.run, options.checkpoint, split=options.split, **given
     )
@@ -66,6 +96,7 @@ def run(options: Evaluate) -> None:
         "train_nll": sharp["train_nll"],
         "seconds_per_step": None,
         **programs.environment(),
+        **settings,
     }
     if found.members is not None:
         result["members"] = evaluation.member_rows(config, state, found, sharp, meta)
@@ -77,9 +108,13 @@ def run(options: Evaluate) -> None:
         result["prediction"] = config.prediction
         result["num_samples"] = config.num_samples if samples else None
     labels = getattr(dataset, options.split).labels
-    runs.write_json(folder / "evaluation.json", result)
+    record, picture = (
+        folder / f"{name}{suffix}.{kind}"
+        for name, kind in (("evaluation", "json"), ("reliability", "png"))
+    )
+    runs.write_json(record, result)
     latest = options.split == "test" and options.checkpoint == "latest"
-    latest = latest and not {"num_samples", "prediction"} & set(given)
+    latest = latest and not {"num_samples", "prediction", "laplace"} & set(given)
     whole = runs.is_finished(folder) and (folder / "predictions.npz").exists()
     if latest and not whole:
         # The run's result until it is resumed and finished.
@@ -92,8 +127,8 @@ def run(options: Evaluate) -> None:
     )
     title = f"{folder}, step {result['steps']}, {options.split} set{how}"
     print_tables(run, title)
-    written = [folder / "evaluation.json", folder / "reliability.png"]
-    report.plot_reliability([run], folder / "reliability.png")
+    written = [record, picture]
+    report.plot_reliability([run], picture)
     if posterior:
         written.append(folder / "signal_to_noise.png")
         report.plot_signal_to_noise([run], written[-1])

@@ -1,6 +1,7 @@
 """`otmdr sharpness`: how the training loss rises around a run's solution."""
 
 import dataclasses
+from typing import Any
 
 import tyro
 
@@ -37,9 +38,11 @@ def run(options: Sharpness) -> None:
     from otmdr_jax import members, restoring, runs, sharpness
     from otmdr_jax.report import records
 
-    given = {} if options.data_dir is None else {"data_dir": options.data_dir}
+    given: dict[str, Any] = (
+        {} if options.data_dir is None else {"data_dir": options.data_dir}
+    )
     folder, config, dataset, programs, state, _, diverged = restoring.open_run(
-        options.run, options.checkpoint, split="train", **given
+        options.run, options.checkpoint, split="train", predicts=False, **given
     )
     settings = {
         "step": members.steps_taken(state),

@@ -1,6 +1,7 @@
 """`otmdr shift`: a run on shifted versions of its test set."""
 
 import dataclasses
+from typing import Any
 
 import tyro
 
@@ -65,7 +66,9 @@ def run(options: Shift) -> None:
     from otmdr_jax import shift as shift_lib
 
     shift_lib.check(options.corruptions, options.severities, options.max_examples)
-    given = {} if options.data_dir is None else {"data_dir": options.data_dir}
+    given: dict[str, Any] = (
+        {} if options.data_dir is None else {"data_dir": options.data_dir}
+    )
     opened = restoring.open_run(options.run, options.checkpoint, **given)
     settings = {
         "step": members.steps_taken(opened.state),

@@ -26,6 +26,7 @@ _NAMES = {
     "fge": "FGE",
     "swa": "SWA",
     "swag": "SWAG",
+    "laplace": "Laplace",
     "dst": "DST",
     "edst": "EDST",
     "mc-dropout": "MC dropout",

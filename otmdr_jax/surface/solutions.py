@@ -65,7 +65,9 @@ def open_solution(
       ValueError: There is no such split, checkpoint or member.
     """
     given = {} if data_dir is None else {"data_dir": data_dir}
-    run = restoring.open_run(folder, plan.checkpoint, split=plan.split, **given)
+    run = restoring.open_run(
+        folder, plan.checkpoint, split=plan.split, predicts=False, **given
+    )
     config = run.config
     count = len(config.member_names) if config.members is not None else 1
     chosen: Sequence[int] = [m for m in range(count) if m not in run.diverged]

@@ -31,6 +31,7 @@ from otmdr_jax.evaluation import (
     posterior_record,
 )
 from otmdr_jax.members import steps_taken
+from otmdr_jax.methods import FITTED
 from otmdr_jax.programs import few_images
 from otmdr_jax.training import divergence
 from otmdr_jax.training.feed import Feed
@@ -192,7 +193,10 @@ class Loop:
           for the test set.
         """
         score = None
-        state = predictors.settle(self.config, state, self.dataset, self.programs)
+        # The curvature may cost as much as epochs: until the end the mode predicts.
+        settle = final or self.config.method not in FITTED
+        if settle:
+            state = predictors.settle(self.config, state, self.dataset, self.programs)
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
@@ -203,6 +207,7 @@ class Loop:
                 split,
                 self.programs,
                 without=tuple(self.meta["diverged"]),
+                settle=settle,
                 show_progress=final and self.show_progress,
             )
             values = found.metrics

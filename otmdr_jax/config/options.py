@@ -1,25 +1,19 @@
-"""A training run's options: one flat, frozen dataclass, its presets and its file.
+"""A training run's options: one flat, frozen dataclass.
 
 Every option has its default's source beside it. The same class serves the Python API,
 the command line (`otmdr train --help` prints these comments) and `config.json`.
 """
 
 import dataclasses
-import json
-import os
-import pathlib
-import types
-import typing
-from typing import Any, Literal
+from typing import Literal
 
-from otmdr_jax import bnn, presets
 from otmdr_jax.baselines import presets as baselines
-from otmdr_jax.options import check_rho
+from otmdr_jax.config.checks import check
 
 MethodName = Literal[
     "sgd", "sam", "asam", "otmdr", "sgvb", "otmdr-bnn",
     "gsam", "looksam", "fisher-sam", "bsam", "ivon",
-    "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout",
+    "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout", "laplace",
     "deep-ensemble", "sam-ensemble", "otmdr-ensemble",
 ]  # fmt: skip
 
@@ -91,8 +85,9 @@ class TrainConfig:
     negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-bnn, bsam).
     Members collected in one run: snapshot, fge; an average of its weights: swa, swag;
     sparse networks: dst, edst; samples of dropout's masks in a prediction: mc-dropout.
-    deep-ensemble, sam-ensemble and otmdr-ensemble are sgd, sam and otmdr with five
-    members, or --members. docs/baselines.md has the equations."""
+    A Gaussian fitted to what was trained: laplace. deep-ensemble, sam-ensemble and
+    otmdr-ensemble are sgd, sam and otmdr with five members, or --members.
+    docs/baselines.md has the equations."""
     rho: tuple[float, ...] | None = None
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
@@ -207,8 +202,8 @@ class TrainConfig:
 
     # -- members and averages of one run (snapshot, fge, swa, swag, edst) --
     base_method: Literal["sgd", "sam", "asam", "otmdr"] = "sgd"
-    """What snapshot, fge, swa, swag and mc-dropout train with, and whose options they
-    take."""
+    """What snapshot, fge, swa, swag, mc-dropout and laplace train with, and whose
+    options they take."""
     cycles: int = 5
     """Cycles of snapshot, each of which gives a member (the authors' command)."""
     collect_start: float | None = None
@@ -229,6 +224,17 @@ class TrainConfig:
     batchnorm_examples: int | None = None
     """Training images that BatchNorm statistics of swa's and swag's weights are
     computed from before a prediction. Default: all, as their authors."""
+
+    # -- laplace --
+    laplace: Literal["last-layer", "last-layer-kron", "diagonal"] = "last-layer"
+    """Of what: all of the last layer's matrix, up to 10,000 parameters; its Kronecker
+    factors, for larger ones; or the diagonal of all weights, for which predictions
+    follow the network's linearisation."""
+    prior_precision: float | None = None
+    """Precision of its Gaussian prior. Default: that of highest marginal likelihood."""
+    laplace_examples: int | None = None
+    """Training images that its curvature is computed from, scaled up to all. Default:
+    all."""
 
     # -- sparse training (dst, edst) --
     density: float = 0.2
@@ -329,79 +335,16 @@ class TrainConfig:
     """Stop after so many steps in a row whose loss or gradient was not finite."""
 
     def __post_init__(self):
-        """Checks numbers; names are checked where they are looked up."""
+        """Resolves an ensemble's name, and checks what was given."""
         if self.method in baselines.ENSEMBLES:
             members = baselines.MEMBERS if self.members is None else self.members
             object.__setattr__(self, "members", members)
             object.__setattr__(self, "method", baselines.ENSEMBLES[self.method])
-        for name in (
-            "rho",
-            "augment",
-            "cycle_rates",
-        ):  # lists, as from JSON, would not hash
+        # Lists, as from JSON, would not hash.
+        for name in ("rho", "augment", "cycle_rates"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.rho is not None:
-            check_rho(self.rho)
-        for field in dataclasses.fields(self):
-            value, is_number = getattr(self, field.name), field.type in (int, float)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _check(self, field.name, number or not is_number, "a number")
-            is_flag = field.type is bool
-            _check(self, field.name, not is_flag or value in (True, False), "a flag")
-        for name in (
-            "epochs", "batch_size", "eval_every", "eval_batch_size", "log_every",
-            "keep_checkpoints", "max_skipped", "num_particles", "num_samples",
-            "plateau_patience", "look_every", "mc_samples", "cycles", "swag_rank",
-            "tickets",
-        ):  # fmt: skip
-            _check(self, name, isinstance(getattr(self, name), int), "an integer")
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in (
-            "steps", "checkpoint_every", "microbatch_size", "num_subbatches",
-            "batchnorm_examples", "mask_every",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            good = value is None or (whole and value >= 1)
-            _check(self, name, good, "an integer of at least 1, or left out")
-        for name in (
-            "learning_rate", "weight_decay", "warmup_epochs", "noise_std", "kl_weight",
-            "kl_warmup_epochs", "damping", "gsam_alpha", "look_alpha", "fisher_eta",
-            "average_rate",
-        ):  # fmt: skip
-            _check(self, name, 0 <= getattr(self, name) < float("inf"), "at least 0")
-        for name in (
-            "posterior_std", "prior_std", "adam_eps", "data_factor", "precision_init",
-            "hess_init", "cycle_epochs", "collect_every",
-        ):  # fmt: skip
-            _check(self, name, 0 < getattr(self, name) < float("inf"), "positive")
-        for name in ("momentum", "label_smoothing", "label_noise"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        good = self.rho_min is None or 0 <= self.rho_min < float("inf")
-        _check(self, "rho_min", good, "at least 0, or left out")
-        rate = self.dropout
-        number = isinstance(rate, int | float) and not isinstance(rate, bool)
-        good = rate is None or (number and 0 <= rate < 1)
-        _check(self, "dropout", good, "in [0, 1), or left out")
-        good = self.b2 is None or (isinstance(self.b2, float) and 0 <= self.b2 < 1)
-        _check(self, "b2", good, "in [0, 1), or left out")
-        _check(self, "plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)")
-        for name in ("density", "prune_rate", "exploration", "escape_rate"):
-            _check(self, name, 0 < getattr(self, name) < 1, "in (0, 1)")
-        start, rates = self.collect_start, self.cycle_rates
-        _check(self, "collect_start", start is None or 0 < start < 1, "in (0, 1)")
-        falling = len(rates) == 2 and rates[0] >= rates[1] >= 0
-        _check(self, "cycle_rates", falling, "two rates, the higher one first")
-        _check(self, "swag_rank", self.swag_rank >= 2, "at least 2")
-        _check(self, "validation", self.validation >= 0, "at least 0")
-        clip = self.clip_norm
-        _check(self, "clip_norm", clip is None or clip > 0, "positive, or left out")
-        clip = self.clip_radius
-        _check(self, "clip_radius", clip is None or clip > 0, "positive, or left out")
-        for name, type_ in typing.get_type_hints(TrainConfig).items():
-            _check_literal(self, name, type_)
-        _check_members(self)
+        check(self)
 
     @property
     def gradient_method(self) -> str:
@@ -409,7 +352,7 @@ class TrainConfig:
 
         Of sparse training "sgd".
         """
-        if self.method in ("snapshot", "fge", "swa", "swag", "mc-dropout"):
+        if self.method in ("snapshot", "fge", "swa", "swag", "mc-dropout", "laplace"):
             return self.base_method
         return "sgd" if self.method in ("dst", "edst") else self.method
 
@@ -426,242 +369,3 @@ class TrainConfig:
     def stacked(self) -> bool:
         """Whether all members are of one architecture."""
         return len(set(self.member_names)) == 1
-
-
-# Options that may differ between a run and its resumption: they change no number (the
-# mesh: none but by rounding, by which examples share a split and BatchNorm's batch).
-RESUMABLE = frozenset(
-    {
-        "data_dir", "cache_dir", "download", "eval_batch_size", "eval_every",
-        "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "mesh",
-        "input", "remat", "member_map",
-    }
-)  # fmt: skip
-
-
-def preset(name: str, num_particles: int = 1) -> TrainConfig:
-    """A named configuration.
-
-    Args:
-      name: "demo" (digits), or a paper's experiment: "paper-cifar10",
-        "paper-cifar100", "released-cifar10", "released-cifar100",
-        "released-mode1.1-cifar10", "released-mode1.1-cifar100",
-        "released-ensemble-cifar10", "released-ensemble-cifar100" (five ResNet-10),
-        "sam-cifar10", "sam-cifar100", "bsam-cifar10", "bsam-cifar100" (the released
-        commands of bSAM: ResNet-18); of Bayesian ResNet-10 (Table 4; give
-        `model="resnet_18"` for the other column) "paper-bnn-cifar10",
-        "released-bnn-cifar10", "sgvb-cifar10", and the same with "cifar100"; of its
-        Table 3 (ResNet-10) "deep-ensemble-cifar10", "sam-ensemble-cifar10",
-        "otmdr-ensemble-cifar10", "snapshot-cifar10", "fge-cifar10", "swa-cifar10",
-        "swag-cifar10", "dst-cifar10", "edst-cifar10", and the same with "cifar100".
-      num_particles: K, for those of OT-MDR: see :func:`otmdr_jax.preset`.
-
-    Returns:
-      A :class:`TrainConfig`.
-
-    Raises:
-      ValueError: An unknown name.
-
-    Example:
-      >>> from otmdr_jax import config
-      >>> config.preset("released-cifar10").model  # what its "WRN-28-10" really is
-      'wide_resnet_34_10'
-      >>> config.preset("paper-cifar100").rho
-      (0.1, 0.2)
-
-    Reference: Nguyen et al., 2023, appendix B.1, and their released code.
-    """
-    if name not in PRESETS:
-        known = ", ".join(map(repr, PRESETS))
-        raise ValueError(f"preset must be one of {known}; got {name!r}.")
-    if name == "demo":
-        # One device: the batch need not suit the machine; there is little to divide.
-        return TrainConfig(label_noise=0.2, epochs=28, eval_every=2, mesh="data=1")
-    version, data = name.rsplit("-", 1)
-    if version in _BAYESIAN:
-        return _bayesian_preset(version, data, num_particles)
-    if version == "bsam":
-        return _bsam_preset(data)
-    if version in baselines.PRESETS:
-        return _baseline_preset(version, data, num_particles)
-    common: dict[str, Any] = dict(data=data, epochs=200, model="wide_resnet_28_10")
-    if version == "sam":
-        # The radii of Foret et al., which the paper takes over (section 5.1).
-        rho = (0.05,) if data == "cifar10" else (0.1,)
-        return TrainConfig(method="sam", rho=rho, **common)
-    options = presets.preset(name, num_particles)
-    if version.startswith("released"):
-        common |= dict(
-            model="wide_resnet_34_10", label_smoothing=0.1, smoothing="others"
-        )
-        common["sum_particles"] = version in ("released", "released-ensemble")
-    if version == "released-ensemble":
-        # The first of the paper's Table 3, on one loss of the mean probability.
-        common |= dict(model="resnet_10", members="5", ensemble="joint")
-    return TrainConfig(method="otmdr", **common, **options)
-
-
-def _bsam_preset(data: str) -> TrainConfig:
-    """What the README of Moellenhoff & Khan's code runs, and how it evaluates that."""
-    return TrainConfig(
-        data=data,
-        method="bsam",
-        model="resnet_18",
-        epochs=180,
-        batch_size=200,
-        num_subbatches=8,
-        rho=(0.01,),
-        learning_rate=0.5,
-        warmup_epochs=5,
-        # A prior precision of 10, divided by four times the training set.
-        weight_decay=10 / 200_000,
-        data_factor=4.0,
-        num_samples=32,
-    )
-
-
-def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig:
-    """Appendix B.3: Adam at 1e-3, a plateau schedule, 100 epochs, no weight decay."""
-    common: dict[str, Any] = dict(
-        data=data,
-        model="resnet_10",
-        epochs=100,
-        optimizer="adam",
-        learning_rate=1e-3,
-        schedule="plateau",
-        weight_decay=0.0,
-        # Adam's 1e-8 beside the gradient of the sum over 50,000 examples.
-        adam_eps=1e-8 / 50_000,
-    )
-    options = bnn.preset(
-        "released" if "released" in version else "paper", num_particles
-    )
-    prior = {name: options[name] for name in ("prior_std", "kl_weight")}
-    if version == "sgvb":
-        return TrainConfig(method="sgvb", **common, **prior)
-    if version == "released-bnn":
-        common |= dict(
-            batch_size=1024, activation="softplus", posterior_init="released"
-        )
-        common["sum_particles"] = num_particles > 1
-    options["posterior_norm"] = options.pop("norm")
-    return TrainConfig(method="otmdr-bnn", **common, **options)
-
-
-def _baseline_preset(version: str, data: str, num_particles: int) -> TrainConfig:
-    """A competitor's settings, with the paper's radii where there are any."""
-    options = baselines.preset(version)
-    if version == "sam-ensemble":
-        options["rho"] = (0.05,) if data == "cifar10" else (0.1,)
-    elif version == "otmdr-ensemble":
-        options |= presets.preset(f"paper-{data}", num_particles)
-    return TrainConfig(data=data, **options)
-
-
-_BAYESIAN = ("paper-bnn", "released-bnn", "sgvb")
-
-PRESETS = (
-    "demo",
-    *(name for name in presets.PRESETS if "-" in name),
-    "sam-cifar10",
-    "sam-cifar100",
-    "bsam-cifar10",
-    "bsam-cifar100",
-    *(
-        f"{version}-{data}"
-        for version in (*_BAYESIAN, *baselines.PRESETS)
-        for data in ("cifar10", "cifar100")
-    ),
-)
-
-
-def save(config: TrainConfig, path: str | os.PathLike) -> None:
-    """Writes a configuration as JSON, atomically."""
-    path = pathlib.Path(path)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(scratch, path)
-
-
-def load(path: str | os.PathLike) -> TrainConfig:
-    """Reads a configuration that :func:`save` wrote, or one written by hand.
-
-    Options that are left out have their defaults.
-
-    Raises:
-      FileNotFoundError: There is no such file.
-      ValueError: It is no JSON object, or holds an unknown option or a bad value.
-    """
-    path = pathlib.Path(path)
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object of options.")
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(
-            f"{path} holds unknown options {', '.join(unknown)}; "
-            f"known are {', '.join(sorted(known))}."
-        )
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    try:
-        return TrainConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Options that differ and change a run's numbers: name -> (old, new)."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
-    return {
-        name: (before[name], after[name])
-        for name in before
-        if before[name] != after[name] and name not in RESUMABLE
-    }
-
-
-def _check_members(config: TrainConfig) -> None:
-    if config.members is None:
-        for name in ("ensemble", "member_data", "member_map"):
-            default = TrainConfig.__dataclass_fields__[name].default
-            _check(config, name, getattr(config, name) == default, "left out without "
-                   "members")  # fmt: skip
-        return
-    _check(config, "members", isinstance(config.members, str), "text: '5', or names")
-    names = config.member_names
-    _check(
-        config,
-        "members",
-        len(names) >= 2 and all(names),
-        "a number of at least 2, or the names of as many models with commas between "
-        "them",
-    )
-    if not config.members.isdigit():
-        default = TrainConfig.__dataclass_fields__["model"].default
-        _check(config, "model", config.model in (default, *names), "left out where "
-               "members names the models")  # fmt: skip
-    if config.ensemble == "joint":
-        _check(config, "member_data", config.member_data == "shared", "'shared' for a "
-               "joint loss, which is of one batch")  # fmt: skip
-
-
-def _check(config: TrainConfig, name: str, holds: bool, must: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {must}, got {getattr(config, name)!r}.")
-
-
-def _check_literal(config: TrainConfig, name: str, type_: Any) -> None:
-    """Checks a field of type Literal[...] or Literal[...] | None."""
-    parts = [type_]
-    if isinstance(type_, types.UnionType) or typing.get_origin(type_) is typing.Union:
-        parts = list(typing.get_args(type_))
-    words = [w for p in parts if typing.get_origin(p) is Literal
-             for w in typing.get_args(p)]  # fmt: skip
-    if words:
-        words += [None] if type(None) in parts else []
-        known = ", ".join(map(repr, words))
-        _check(config, name, getattr(config, name) in words, f"one of {known}")

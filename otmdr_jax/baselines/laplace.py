@@ -1,0 +1,239 @@
+r"""Laplace approximations: a Gaussian around trained weights, from curvature.
+
+.. math:: \mathcal N\left(w^*, (H + \delta I)^{-1}\right)
+
+H is the Gauss-Newton matrix over the training set
+(:mod:`otmdr_jax.baselines.curvature`) of the last layer, or its diagonal over all
+weights; delta the precision of the prior.
+Training is that of any method of one weight vector: the Gaussian is fitted afterwards,
+by `batch_statistics` and `settle` of the method, and takes part in predictions alone.
+Samples of the last layer predict as they are; samples of all weights by the network's
+linearisation at the mode, of which H is the curvature (Immer et al., 2021).
+
+References: MacKay, A Practical Bayesian Framework for Backpropagation Networks, 1992;
+Daxberger et al., `Laplace Redux <https://arxiv.org/abs/2106.14806>`_, NeurIPS 2021;
+Immer et al., `Improving predictions of Bayesian neural nets via local linearization
+<https://arxiv.org/abs/2008.08400>`_, AISTATS 2021.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.baselines import curvature
+
+PyTree = Any
+
+# How far logits may be from those of the last layer by itself, relative, before it is
+# no last layer.
+_TOLERANCE = 1e-2
+
+
+class LaplacePosterior(NamedTuple):
+    """A fitted Gaussian, as predictions need it.
+
+    Attributes:
+      prior_precision: delta, of the prior.
+      effective_parameters: How many parameters the data determine.
+      draws: (S, D, C) draws of the last layer less its mode, the bias as the last row
+        of D; None of the diagonal.
+      std: Standard deviations of all weights; None of the last layer.
+    """
+
+    prior_precision: jax.Array
+    effective_parameters: jax.Array
+    draws: jax.Array | None
+    std: PyTree | None
+
+
+def laplace(
+    method: Any,
+    model: Any,
+    structure: str = "last-layer",
+    *,
+    num_samples: int = 30,
+    prior_precision: float | None = None,
+) -> Any:
+    """A method that predicts with a Laplace approximation of what it trains.
+
+    Args:
+      method: A :class:`otmdr_jax.methods.Method` of one weight vector.
+      model: Its model.
+      structure: Of what: "last-layer", all of its matrix, for up to 10,000 parameters;
+        "last-layer-kron", as a Kronecker product; or "diagonal", of all weights.
+      num_samples: S, the samples of a prediction.
+      prior_precision: delta; None for the one of highest marginal likelihood.
+
+    Returns:
+      A method. `batch_statistics` takes (images, mask), and its results are to be
+      summed over the training set, each example once, for `settle`, which puts a
+      :class:`LaplacePosterior` into `method_state`; `settle` is not for `jax.jit`.
+      `predict` gives (S, B, C) log-probabilities, of the method itself, which are
+      (1, B, C), until then.
+
+    Raises:
+      ValueError: An unknown structure, or samples or a precision that cannot be.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from otmdr_jax import methods, models
+      >>> from otmdr_jax.baselines import laplace
+      >>> model = models.create("cnn_small", 10)
+      >>> method = laplace(methods.create("sgd", model, optax.sgd(0.1)), model)
+      >>> images = jax.random.normal(jax.random.key(0), (20, 8, 8, 1))
+      >>> state = method.init(jax.random.key(0), images)
+      >>> found = method.batch_statistics(state, (images, jnp.ones(20)))
+      >>> method.predict(method.settle(state, found), images).shape
+      (30, 20, 10)
+    """
+    if structure not in curvature.STRUCTURES:
+        raise ValueError(
+            f"laplace must be one of {', '.join(curvature.STRUCTURES)}; got "
+            f"{structure!r}."
+        )
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    if prior_precision is not None and not 0 < prior_precision < float("inf"):
+        raise ValueError(
+            f"prior_precision must be positive, or left out, got {prior_precision}."
+        )
+    # Squares of gradients, and gradients without a loss scale, underflow in float16.
+    # Whole batches are seen outside of any device axis.
+    if getattr(model, "dtype", None) == jnp.float16:
+        model = dataclasses.replace(model, dtype=jnp.dtype(jnp.float32))
+    if getattr(model, "batchnorm_axis_name", None) is not None:
+        model = dataclasses.replace(model, batchnorm_axis_name=None)
+
+    def init(key, example_images):
+        state = method.init(key, example_images)
+        curvature.check_size(state.params, structure)
+        return state
+
+    def batch_statistics(state, batch):
+        images, mask = batch
+        return curvature.of_batch(
+            model, state.params, state.model_state, images, mask, structure
+        )
+
+    @jax.jit
+    def fitted(state, found):
+        weights = state.params if structure == "diagonal" else _head(state.params)
+        values, draw = _eigen(found, structure, jax.tree.map(jnp.shape, weights))
+        norm = jnp.sum(jnp.stack([jnp.sum(x**2) for x in jax.tree.leaves(weights)]))
+        delta = (
+            curvature.prior_precision(values, norm)
+            if prior_precision is None
+            else jnp.asarray(prior_precision, jnp.float32)
+        )
+        number = curvature.effective_number(values, delta)
+        if structure == "diagonal":
+            std = jax.tree.map(lambda h: 1 / jnp.sqrt(h + delta), values)
+            return LaplacePosterior(delta, number, None, std)
+        noise = jax.random.normal(_key(state), (num_samples, *weights.shape))
+        return LaplacePosterior(delta, number, draw(noise, delta), None)
+
+    def settle(state, found):
+        _check_last_layer(found)
+        kept = state._replace(opt_state=None, memory=None)  # not to be mapped over
+        if state.step.ndim:  # members of one architecture
+            posterior = jax.lax.map(lambda row: fitted(*row), (kept, found))
+        else:
+            posterior = fitted(kept, found)
+        return state._replace(method_state=posterior)
+
+    def predict(state, images):
+        posterior = state.method_state
+        state = state._replace(method_state=None)
+        if posterior is None:
+            return method.predict(state, images)
+        if posterior.draws is not None:
+            logits, phi = curvature.features(
+                model, state.params, state.model_state, images
+            )
+            moved = jnp.einsum("nd,sdc->snc", phi, posterior.draws)
+            return jax.nn.log_softmax(logits[None] + moved)
+
+        def logits_of(params):
+            logits, _ = model.apply(params, state.model_state, images, train=False)
+            return logits.astype(jnp.float32)
+
+        logits, along = jax.linearize(logits_of, state.params)
+
+        def row(i):  # the same sample for all batches
+            moved = _noise(posterior.std, jax.random.fold_in(_key(state), i))
+            return jax.nn.log_softmax(logits + along(moved))
+
+        return jax.lax.map(row, jnp.arange(num_samples))
+
+    return method._replace(
+        init=init, predict=predict, batch_statistics=batch_statistics, settle=settle
+    )
+
+
+def _key(state):
+    return jax.random.split(state.key, 3)[2]
+
+
+def _head(params):
+    """The last layer as one array (D, C), the bias as the last row."""
+    kernel, bias = curvature.head_of(params)
+    return kernel if bias is None else jnp.concatenate([kernel, bias[None]])
+
+
+def _noise(std, key):
+    leaves, structure = jax.tree.flatten(std)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        x * jax.random.normal(k, x.shape, x.dtype)
+        for x, k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def _eigen(found, structure, shape):
+    """Eigenvalues of H, and what makes draws of the Gaussian of standard normals.
+
+    The prior joins the eigenvalues of the whole matrix, of a Kronecker product too.
+    """
+    if structure == "diagonal":
+        return found["diagonal"], None
+
+    def spectrum(matrix):
+        values, vectors = jnp.linalg.eigh(matrix)
+        return jnp.maximum(values, 0.0), vectors  # of a matrix without negative ones
+
+    if structure == "last-layer":
+        values, vectors = spectrum(found["full"])
+
+        def rotate(scaled):
+            return (scaled.reshape(len(scaled), -1) @ vectors.T).reshape(scaled.shape)
+
+        values = values.reshape(shape)  # of eigenvectors, in any order
+    else:
+        of_features, left = spectrum(found["features"])
+        of_logits, right = spectrum(found["logits"] / found["count"])
+        values = of_features[:, None] * of_logits[None]
+
+        def rotate(scaled):
+            return left @ scaled @ right.T
+
+    def draw(noise, delta):
+        with jax.default_matmul_precision("highest"):
+            return rotate(noise / jnp.sqrt(values + delta)[None])
+
+    return values, draw
+
+
+def _check_last_layer(found):
+    if "mismatch" not in found:
+        return
+    share = float(jnp.max(jnp.sqrt(found["mismatch"] / found["scale"])))
+    if share > _TOLERANCE:  # NaN is not: a run that diverged says so elsewhere
+        raise ValueError(
+            'the logits are not those of params["head"], an affine map of its input: '
+            f"they differ by {share:.3g} of their size. A Laplace "
+            "approximation of the last layer needs it to be the last; use "
+            "laplace='diagonal'."
+        )
