@@ -407,10 +407,27 @@ def test_baselines_page_shows_the_committed_measurements(monkeypatch):
     }
     assert min(means, key=lambda x: means[x]["nll"]) == "OT-MDR ensemble"
     best = sorted(means, key=lambda x: -means[x]["accuracy"])
-    assert best[:2] == ["LookSAM", "EDST"]
+    assert best[:3] == ["LookSAM", "SGVB", "MC dropout"] and len(best) == 24
+    sgd = means["SGD"]["accuracy"]
+    away = sorted(best, key=lambda x: abs(means[x]["accuracy"] - sgd))
+    assert away[:2] == ["SGD", "Laplace"]
     one = means["OT-MDR, num_particles = 1"]["accuracy"]
     assert abs(one - means["SAM, rho = 0.1"]["accuracy"]) < 5e-4
     assert means["SAM, rho = 0.15"]["accuracy"] > one
+
+
+def test_models_page_shows_what_dropout_costs(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import dropout
+
+    results = json.loads((RESULTS / "dropout_cpu.json").read_text())["results"]
+    assert dropout.table(results) in shown("models.md", "dropout")
+    for found in results.values():
+        assert round(found[dropout.DROPS]["ratio"], 2) == 1.05
+        samples = (
+            found[dropout.MANY]["milliseconds"] / found[dropout.ONE]["milliseconds"]
+        )
+        assert 6.5 < samples < 7.7
 
 
 def test_shift_page_shows_the_parameters_of_the_corruptions():
