@@ -25,6 +25,7 @@ from otmdr_jax import (
     training,
 )
 from otmdr_jax.config import TrainConfig
+from otmdr_jax.training import starting
 from tests.sets import real_cifar10
 
 TINY = TrainConfig(
@@ -83,7 +84,7 @@ class TestRun:
         for m in range(3):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
-                    training,
+                    starting,
                     "run_keys",
                     lambda seed, m=m: (keys[m], programs.run_keys(seed)[1]),
                 )

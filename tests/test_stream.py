@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from otmdr_jax import data, training
 from otmdr_jax.config import TrainConfig
-from otmdr_jax.data import dataset, prepared, records, stream
+from otmdr_jax.data import prepared, records, statistics, stream
 from otmdr_jax.programs import compile_programs, run_keys
 from otmdr_jax.training import feed
 from tests.sets import gray_examples, gray_features, run_python
@@ -172,14 +172,14 @@ def test_statistics_read_a_limited_sample(monkeypatch):
 
     labels = np.arange(700) % 4
     pair = data.LazyImages(read, PIXELS.shape), labels
-    monkeypatch.setattr(dataset, "_STATISTICS_IMAGES", 50)
+    monkeypatch.setattr(statistics, "_STATISTICS_IMAGES", 50)
     made = data.from_arrays(pair, pair)
     assert len(set(seen)) == 50 and (min(seen), max(seen)) == (0, 699)
     unit = PIXELS[np.sort(seen)] / 255.0
     np.testing.assert_allclose(made.mean, unit.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(made.std, unit.std(axis=(0, 1, 2)), rtol=1e-12)
     seen.clear()
-    monkeypatch.setattr(dataset, "_STATISTICS_BYTES", 7 * PIXELS[0].nbytes)
+    monkeypatch.setattr(statistics, "_STATISTICS_BYTES", 7 * PIXELS[0].nbytes)
     data.from_arrays(pair, pair)
     assert len(seen) == 7
     seen.clear()

@@ -7,21 +7,19 @@ the validation split, and test and validation labels are always the original one
 
 import dataclasses
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from otmdr_jax.data.lazy import LazyImages
+from otmdr_jax.data.statistics import check_statistics
 
 AUGMENTATIONS = ("crop", "flip")
 
 # Streams of the one seed: independent, and stable when another one is added.
 _VALIDATION_STREAM, _NOISE_STREAM = 0, 1
-
-# Statistics of images that are not in memory: of so many, and of so many bytes at most.
-_STATISTICS_IMAGES, _STATISTICS_BYTES = 10_000, 2**30
 
 
 class Split(NamedTuple):
@@ -152,7 +150,7 @@ def from_arrays(
         train_split = Split(*(a[~chosen] for a in train_split))
     noise_rng = np.random.default_rng([_NOISE_STREAM, _seed(seed)])
     noisy = _replace_labels(train_split.labels, label_noise, num_classes, noise_rng)
-    mean, std = _check_statistics(train_split.images, mean, std)
+    mean, std = check_statistics(train_split.images, mean, std)
     return Dataset(
         name=name,
         train=Split(train_split.images, noisy),
@@ -376,67 +374,3 @@ def _seed(seed: int) -> int:
             f"seed must be an int of at least 0, got {seed=}. Pass for example 0."
         )
     return int(seed)
-
-
-def _check_statistics(
-    images, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The given channel statistics, checked, or those of the images."""
-    if mean is None or std is None:
-        computed = channel_statistics(_sample(images))
-        mean = computed[0] if mean is None else mean
-        std = computed[1] if std is None else std
-    channels = images.shape[-1]
-    result = []
-    for label, values in (("mean", mean), ("std", std)):
-        array = np.asarray(values, np.float64)
-        if array.shape != (channels,) or not np.isfinite(array).all():
-            raise ValueError(
-                f"{label} must be {channels} finite numbers, one a channel, got "
-                f"{values!r}. Leave it out to compute it from the training images."
-            )
-        result.append(tuple(array.tolist()))
-    if min(result[1]) <= 0.0:
-        raise ValueError(
-            f"std must be positive, got {std!r}. For a constant channel pass 1."
-        )
-    return result[0], result[1]
-
-
-def _sample(images) -> np.ndarray:
-    """The images; of lazy ones as many as can be read at every start, evenly spread."""
-    if not isinstance(images, LazyImages):
-        return images
-    affordable = _STATISTICS_BYTES * len(images) // images.nbytes
-    count = min(len(images), _STATISTICS_IMAGES, max(1, affordable))
-    return images[np.linspace(0, len(images) - 1, count).astype(int)]
-
-
-def channel_statistics(images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, in float64 and two passes.
-
-    Args:
-      images: (N, H, W, C); uint8 counts as value / 255.
-
-    Returns:
-      (mean, std), C floats each. The deviation is the population's (divided by
-      N * H * W). It is 1 where the channel is constant up to float32's rounding.
-    """
-    scale = 255.0 if images.dtype == np.uint8 else 1.0
-    count = images[..., 0].size
-    total = sum(block.sum(axis=0) for block in _pixel_blocks(images))
-    mean = total / count
-    squares = sum(((b - mean) ** 2).sum(axis=0) for b in _pixel_blocks(images))
-    std = np.sqrt(squares / count)
-    # Float32 resolves 6e-8 of a value: a spread below 1e-6 of the mean is rounding.
-    # Below float32's smallest normal number, dividing by it would give inf.
-    floor = np.maximum(1e-6 * np.abs(mean), np.finfo(np.float32).tiny)
-    std = np.where(std > floor, std / scale, 1.0)
-    return tuple((mean / scale).tolist()), tuple(std.tolist())
-
-
-def _pixel_blocks(images) -> Iterator[np.ndarray]:
-    """Blocks of (pixels, C) in float64, small enough to leave memory alone."""
-    for start in range(0, len(images), 1024):
-        block = images[start : start + 1024]
-        yield block.reshape(-1, images.shape[-1]).astype(np.float64)

@@ -1,0 +1,116 @@
+"""All members as one model: the mean of their probabilities, and its loss."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import mapping, tree
+from otmdr_jax.ensemble.stacking import (
+    check_all,
+    each_or_one,
+    functions_of,
+    is_tuple,
+    rows_of,
+)
+from otmdr_jax.options import MEMBER_MAPS, check_word
+
+PyTree = Any
+
+
+def log_mean_probs(log_probs: jax.Array, axis: int = 0) -> jax.Array:
+    """The ensemble's prediction: log of the mean of its members' probabilities.
+
+    Args:
+      log_probs: (M, ..., C) log-probabilities of M members.
+      axis: The members' axis.
+
+    Returns:
+      (..., C) log-probabilities: exact where the probabilities themselves underflow.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import ensemble
+      >>> p = jnp.array([[0.9, 0.1], [0.5, 0.5]])
+      >>> [round(float(p), 4) for p in jnp.exp(ensemble.log_mean_probs(jnp.log(p)))]
+      [0.7, 0.3]
+    """
+    members = log_probs.shape[axis]
+    return jax.nn.logsumexp(log_probs, axis=axis) - jnp.log(float(members))
+
+
+def joint_loss(
+    logits_fn: Callable[..., Any] | Sequence[Callable[..., Any]],
+    loss: Callable[[jax.Array, PyTree], jax.Array],
+    *,
+    has_aux: bool = False,
+    member_map: str = "auto",
+) -> Callable[..., Any]:
+    r"""The released code's joint variant: one loss on the members' mean probability.
+
+    .. math:: L(\theta_{1:M}) = \ell\Big(\log \frac1M \sum_m p_{\theta_m}(x), y\Big)
+
+    It is the loss of one model whose parameters are all members, to be given to
+    :func:`otmdr_jax.value_and_grad` itself: the gradient norm is then one over all
+    members, as in the released code. The paper trains members independently
+    (:func:`value_and_grad` of this module).
+
+    Args:
+      logits_fn: (params, batch, *args) -> (B, C) logits of one member, or (logits,
+        aux). For a tuple of members one function, or a tuple of M.
+      loss: ((B, C) log-probabilities, batch) -> scalar, the mean over the batch.
+      has_aux: Whether `logits_fn` returns (logits, aux).
+      member_map: As for :func:`value_and_grad`.
+
+    Returns:
+      `loss_fn(members, batch, *args)` -> loss, or (loss, aux) with aux stacked or a
+      tuple; `args` are per member, as the members are.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, otmdr_jax
+      >>> from otmdr_jax import ensemble
+      >>> def nll(log_probs, batch):
+      ...     return -jnp.mean(jnp.take_along_axis(log_probs, batch["y"][:, None], 1))
+      >>> loss_fn = ensemble.joint_loss(lambda w, batch: batch["x"] @ w, nll)
+      >>> members = jnp.zeros((3, 2, 4))  # of 2 features and 4 classes
+      >>> batch = {"x": jnp.eye(2), "y": jnp.array([0, 3])}
+      >>> round(float(loss_fn(members, batch)), 4)  # log 4
+      1.3863
+      >>> grad_fn = otmdr_jax.value_and_grad(
+      ...     loss_fn, **otmdr_jax.preset("released-cifar10")
+      ... )
+      >>> grad_fn(members, batch)[1].shape
+      (3, 2, 4)
+
+    Reference: the code released with Nguyen et al., 2023.
+    """
+    check_word("member_map", member_map, MEMBER_MAPS)
+    functions = functions_of(logits_fn)
+
+    def joint(members, batch, *args):
+        check_all(members, args, len(functions))
+
+        def of_member(function):
+            def member(wait, params, own_args):
+                del wait  # their backward passes run together: nothing is saved
+                out = function(params, batch, *own_args)
+                logits, aux = out if has_aux else (out, None)
+                wide = logits.astype(tree.accumulation_dtype(logits))
+                return jax.nn.log_softmax(wide), aux
+
+            return member
+
+        found: Any = mapping.each(
+            each_or_one([of_member(f) for f in functions], members),
+            (members, rows_of(args, members)),
+            member_map,
+        )
+        if is_tuple(members):
+            log_probs, aux = zip(*found, strict=True)
+            found = jnp.stack(log_probs), aux
+        log_probs, aux = found
+        value = loss(log_mean_probs(log_probs), batch)
+        return (value, aux) if has_aux else value
+
+    return joint

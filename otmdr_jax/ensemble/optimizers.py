@@ -1,0 +1,86 @@
+"""An Optax transformation, lifted to members: each has its own state and norms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otmdr_jax.ensemble.stacking import count_members, is_tuple
+
+PyTree = Any
+
+
+def per_member(
+    optimizer: optax.GradientTransformation,
+    *,
+    member_args: Sequence[str] = ("value", "grad"),
+) -> optax.GradientTransformationExtraArgs:
+    """Lifts an Optax transformation to members: norms, counts and states are of each.
+
+    Around stacked members a bare `optax.clip_by_global_norm` would clip them by one
+    norm over all, and a count or an injected hyper-parameter would be one for all.
+
+    Args:
+      optimizer: Any transformation of one member.
+      member_args: Names of extra arguments that are per member, with a leading axis of
+        M (or tuples, for a tuple of members): by default what `optax.contrib.
+        reduce_on_plateau` and line searches take. Others are handed on whole.
+
+    Returns:
+      A transformation of stacked members, or of a tuple of them. Its state is the
+      optimizer's with a leading axis of M on every leaf, or a tuple of states. Typed
+      PRNG keys in it are made different for each member: those of
+      `per_member(otmdr(loss_fn, key))` are independent.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from otmdr_jax import ensemble
+      >>> tx = ensemble.per_member(optax.clip_by_global_norm(1.0))
+      >>> grads = jnp.array([[3.0, 4.0], [0.3, 0.4]])
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> [round(float(x), 4) for x in updates.ravel()]  # the second was shorter than 1
+      [0.6, 0.8, 0.3, 0.4]
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params):
+        count = count_members(params)
+        if is_tuple(params):
+            return tuple(_own_keys(inner.init(p), i) for i, p in enumerate(params))
+        return jax.vmap(lambda p, i: _own_keys(inner.init(p), i))(
+            params, jnp.arange(count)
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        own = {k: extra_args.pop(k) for k in member_args if k in extra_args}
+
+        def update(updates, state, params, own):
+            return inner.update(updates, state, params, **own, **extra_args)
+
+        if not is_tuple(updates):
+            return jax.vmap(update)(updates, state, params, own)
+        found = [
+            update(
+                updates[i],
+                state[i],
+                None if params is None else params[i],
+                {name: values[i] for name, values in own.items()},
+            )
+            for i in range(count_members(updates))
+        ]
+        return tuple(zip(*found, strict=True))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _own_keys(state: PyTree, index: Any) -> PyTree:
+    """Typed PRNG keys of a member's state, made its own."""
+
+    def fold(leaf):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return jax.random.fold_in(leaf, index)
+        return leaf
+
+    return jax.tree.map(fold, state)

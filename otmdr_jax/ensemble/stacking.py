@@ -1,0 +1,116 @@
+"""Members side by side: stacked on a leading axis, or a tuple; a key for each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax import collectives
+
+PyTree = Any
+
+
+def count_members(members: PyTree) -> int:
+    """M: the leading axis that all leaves share, or the length of a tuple.
+
+    Raises:
+      ValueError: No members, or leaves that do not share their leading axis.
+    """
+    if is_tuple(members):
+        if not members:
+            raise ValueError("an ensemble needs at least one member, got none.")
+        return len(members)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(members)]
+    sizes = {shape[:1] for shape in shapes}
+    if len(sizes) != 1 or not all(shapes) or sizes == {(0,)}:
+        raise ValueError(
+            "members of one architecture must be stacked: one leading axis of M on "
+            f"every leaf, got shapes {sorted(set(shapes))[:8]}. Stack them with "
+            "otmdr_jax.tree.stack; members that differ are a tuple."
+        )
+    return shapes[0][0]
+
+
+def member_keys(key: Any, count: int, axis_name: Any = None) -> Any:
+    """The keys of the members that are here: (M,) of them; None for no key.
+
+    Args:
+      key: One key, typed or raw, which is split into one for each member; or M keys,
+        which are taken as they are.
+      count: M, the members of this device.
+      axis_name: Device axis that members are spread over, or None: a single key is
+        split into those of all devices, each of which takes its own.
+
+    Raises:
+      ValueError: Keys that are neither one nor M.
+    """
+    if key is None:
+        return None
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    rank = jnp.ndim(key) - (0 if typed else 1)
+    if rank == 1 and key.shape[0] == count:
+        return key
+    if rank != 0:
+        raise ValueError(
+            f"key must be one key, or one for each of {count} members, got an array "
+            f"of shape {key.shape}."
+        )
+    axes = collectives.axes_of(axis_name)
+    if not axes:
+        return jax.random.split(key, count)
+    collectives.check_bound(axes)
+    keys = jax.random.split(key, count * jax.lax.axis_size(axes))
+    start = count * jax.lax.axis_index(axes)
+    return jax.lax.dynamic_slice_in_dim(keys, start, count)
+
+
+def is_tuple(members: PyTree) -> bool:
+    """Whether members are a tuple of models; lists and NamedTuples are one model's."""
+    return type(members) is tuple
+
+
+def functions_of(function: Any) -> list[Callable[..., Any]]:
+    """One function for all members, or those of each, as a list."""
+    return list(function) if isinstance(function, (tuple, list)) else [function]
+
+
+def each_or_one(functions: list, members: PyTree) -> Any:
+    """One function for stacked members, one for each of a tuple."""
+    if not is_tuple(members):
+        return functions[0]
+    return functions * len(members) if len(functions) == 1 else functions
+
+
+def rows_of(args: tuple, members: PyTree) -> Any:
+    """Arguments that are tuples of M -> M tuples of arguments; stacked ones as is."""
+    if not is_tuple(members):
+        return args
+    return [tuple(arg[i] for arg in args) for i in range(len(members))]
+
+
+def check_all(members: PyTree, per_member: tuple, functions: int) -> int:
+    """Checks that there is one of everything for each member; returns M."""
+    count, different = count_members(members), is_tuple(members)
+    if functions > 1 and not (different and functions == count):
+        raise ValueError(
+            f"{functions} functions need a tuple of as many members, got "
+            + (f"{count}." if different else "stacked members, which share one.")
+        )
+    for values in per_member:
+        if different:
+            if not is_tuple(values) or len(values) != count:
+                raise ValueError(
+                    f"an argument must be a tuple of {count}, one for each member, got "
+                    f"{type(values).__name__}. What all members share is passed by "
+                    "name."
+                )
+            continue
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(values)]
+        if any(shape[:1] != (count,) for shape in shapes):
+            raise ValueError(
+                f"an argument must have a leading axis of {count}, one for each "
+                f"member, got shapes {sorted(set(shapes))[:8]}. What all members share "
+                "is passed by name."
+            )
+    return count
