@@ -87,7 +87,10 @@ def open_run(
 
 
 def with_laplace(
-    folder: str | os.PathLike, structure: str, prior_precision: float | None = None
+    folder: str | os.PathLike,
+    structure: str,
+    prior_precision: float | None = None,
+    examples: int | None = None,
 ) -> dict[str, Any]:
     """Options for :func:`open_run` that give a run a Laplace approximation.
 
@@ -95,6 +98,7 @@ def with_laplace(
       folder: The folder of a run of one of the methods that it can ride on.
       structure: Of what: see :func:`otmdr_jax.baselines.laplace`.
       prior_precision: Of its prior; None for that of highest marginal likelihood.
+      examples: Training images that it is fitted to; None for all.
 
     Raises:
       ValueError: The run's method is another.
@@ -106,11 +110,15 @@ def with_laplace(
             f"a Laplace approximation is around one trained weight vector: {folder} "
             f"must be a run of {', '.join((*BASES, *FITTED))}, got {config.method}."
         )
-    given: dict[str, Any] = {"method": "laplace", "base_method": base}
-    given["laplace"] = structure
-    if prior_precision is not None:
-        given["prior_precision"] = prior_precision
-    return given
+    # All of them: a run that has one already is given another, not a mixture.
+    return {
+        "method": "laplace",
+        "base_method": base,
+        "laplace": structure,
+        "prediction": "samples",
+        "prior_precision": prior_precision,
+        "laplace_examples": examples,
+    }
 
 
 def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:

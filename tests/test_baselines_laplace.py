@@ -18,6 +18,7 @@ from otmdr_jax import (
     cli,
     config,
     cost,
+    data,
     methods,
     models,
     predictors,
@@ -28,6 +29,7 @@ from otmdr_jax import (
     training,
 )
 from otmdr_jax.baselines import curvature, laplace
+from otmdr_jax.baselines.laplace import _check_last_layer
 from otmdr_jax.config import TrainConfig
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits, stop_after
@@ -354,6 +356,10 @@ class TestPosterior:
         found = method.batch_statistics(state, (images, jnp.ones(40)))
         with pytest.raises(ValueError, match="an affine map of its input"):
             method.settle(state, found)
+        # Of members, one of which diverged, as well.
+        two = {"mismatch": jnp.array([jnp.nan, 9.0]), "scale": jnp.ones(2)}
+        with pytest.raises(ValueError, match="they differ by 3 of"):
+            _check_last_layer(two)
         with pytest.raises(ValueError, match="needs that layer as"):
             state_of(Net(last="top"), images)
         state_of(Net(last="top"), images, structure="diagonal")
@@ -478,14 +484,28 @@ class TestRuns:
             assert_allclose(x, y, rtol=1e-3)
 
     def test_some_examples_stand_for_all(self, straight, small):
-        chosen = dataclasses.replace(TINY, laplace="diagonal", laplace_examples=100)
+        chosen = dataclasses.replace(
+            TINY, laplace="diagonal", laplace_examples=100, prior_precision=2.0
+        )
         compiled = programs.compile_programs(chosen, small)
         state = predictors.settle(chosen, straight["sgd"].state, small, compiled)
         kept = state.method_state
         assert predictors.settle(chosen, state, small, compiled) is state
-        whole = straight["diagonal"].metrics["prior_precision"]
-        assert_allclose(kept.prior_precision, whole, rtol=0.5)
-        assert float(kept.prior_precision) != whole
+        # The sum over those hundred, by hand, and scaled up.
+        count = small.train.num_examples
+        rows = np.sort(np.random.default_rng(chosen.seed).permutation(count)[:100])
+        images = data.normalise(small.train.images[rows], small.mean, small.std)
+        trained = straight["sgd"].state
+        summed = curvature.of_batch(
+            models.create("cnn_small", 10),
+            trained.params,
+            trained.model_state,
+            images,
+            jnp.ones(100),
+            "diagonal",
+        )["diagonal"]
+        for std, h in zip(*map(jax.tree.leaves, (kept.std, summed)), strict=True):
+            assert_allclose(1 / std**2, 2.0 + h * count / 100, rtol=1e-3)
 
     def test_a_resumed_run_is_the_same(self, small, straight, tmp_path, monkeypatch):
         stop_after(7, monkeypatch)
@@ -547,6 +567,11 @@ def test_options():
     assert building.method_options(sam) == {"rho": (0.1,)}
     assert cost.gradient_evaluations(sam) == 2.0
     assert report.label_of(dataclasses.asdict(sam)) == "Laplace of SAM"
+    mode = dataclasses.replace(sam, prediction="mean")
+    assert building.method_options(mode) == {"rho": (0.1,)}
+    for own in (dict(laplace="diagonal"), dict(prior_precision=1.0)):
+        with pytest.raises(ValueError, match="for which nothing is fitted"):
+            building.method_options(dataclasses.replace(mode, **own))
     assert callable(laplace)
 
 
@@ -576,9 +601,24 @@ def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
     found = json.loads(after["evaluation_laplace_last_layer.json"])
     for name in ("nll", "accuracy", "epistemic", "prior_precision"):
         assert_allclose(found[name], result[name], rtol=1e-4)  # trained alike
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", base, "--laplace", "last-layer"])  # 30 samples
-    assert "--overwrite" in capsys.readouterr().err
+    assert found["num_samples"] == 4 and found["settings"]["step"] == 12
+    # A run that has one is given another, whole; without samples there is none.
+    cli.main(["evaluate", own, "--laplace", "last-layer-kron"])
+    path = tmp_path / "laplace" / "evaluation_laplace_last_layer_kron.json"
+    kron = json.loads(path.read_text())
+    assert kron["settings"]["prior_precision"] is None
+    assert kron["prior_precision"] not in (3.0, result["prior_precision"])
+    cli.main(["evaluate", own, "--prediction", "mean"])
+    mode = json.loads((tmp_path / "laplace" / "evaluation.json").read_text())
+    assert mode["num_samples"] is None and "prior_precision" not in mode
+    for options, message in (
+        (["--laplace", "last-layer"], "--overwrite"),  # of 30 samples
+        (["--laplace", "diagonal", "--prediction", "mean"], "leave one of them out"),
+        (["--laplace-examples", "9"], "are of --laplace"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["evaluate", base, *options])
+        assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="one trained weight vector"):
         runs.write_json(
             tmp_path / "sam" / "config.json",

@@ -229,8 +229,10 @@ def _eigen(found, structure, shape):
 def _check_last_layer(found):
     if "mismatch" not in found:
         return
-    share = float(jnp.max(jnp.sqrt(found["mismatch"] / found["scale"])))
-    if share > _TOLERANCE:  # NaN is not: a run that diverged says so elsewhere
+    shares = jnp.sqrt(found["mismatch"] / found["scale"])  # of each member
+    # NaN is that of a member that diverged, which says so elsewhere.
+    share = float(jnp.max(jnp.nan_to_num(shares, nan=0.0)))
+    if share > _TOLERANCE:
         raise ValueError(
             'the logits are not those of params["head"], an affine map of its input: '
             f"they differ by {share:.3g} of their size. A Laplace "

@@ -7,7 +7,12 @@ assembly.py   methods, with what depends on the data and the length of the run
 
 from otmdr_jax.building.assembly import methods_of
 from otmdr_jax.building.networks import check_models, dropout_rate, networks
-from otmdr_jax.building.options import method_names, method_options, num_subbatches
+from otmdr_jax.building.options import (
+    method_names,
+    method_options,
+    num_subbatches,
+    options_of,
+)
 
 __all__ = [
     "check_models",
@@ -17,4 +22,5 @@ __all__ = [
     "methods_of",
     "networks",
     "num_subbatches",
+    "options_of",
 ]

@@ -104,6 +104,12 @@ def method_names() -> frozenset[str]:
     return frozenset(name for known in tables for name in known)
 
 
+def options_of(config: TrainConfig) -> tuple[str, ...]:
+    """The options that the method of a configuration has, and not every other."""
+    riding = _RIDING.get(config.method, ())
+    return tuple(dict.fromkeys((*_OPTIONS[config.gradient_method], *riding)))
+
+
 def method_options(config: TrainConfig) -> dict[str, Any]:
     """The options of the gradient that a configuration names, by its own names.
 
@@ -117,7 +123,7 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
     tables: tuple[Iterable[str], ...] = (*_OPTIONS.values(), *_RIDING.values())
     every = {name: None for known in tables for name in known}
     own = _OPTIONS[config.gradient_method]
-    mine = {**own, **dict.fromkeys(_RIDING.get(config.method, ()))}
+    mine = options_of(config)
     set_ = [name for name in every if getattr(config, name) != getattr(defaults, name)]
     if foreign := [name for name in set_ if name not in mine]:
         hint = ""
@@ -176,9 +182,16 @@ def _check_riding(config):
             f"{config.method} needs dropout, got dropout=0: leave it out for "
             f"{baselines.dropout.RATE}, or name a rate."
         )
+    defaults = TrainConfig()
+    if config.method in methods.FITTED and config.prediction == "mean":
+        for name in ("laplace", "prior_precision", "laplace_examples"):
+            if getattr(config, name) != getattr(defaults, name):
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r} with prediction='mean', for "
+                    "which nothing is fitted: leave one of them out."
+                )
     if config.method not in optimizers.OWN_SCHEDULE:
         return
-    defaults = TrainConfig()
     for name in ("schedule", "warmup_epochs"):
         if getattr(config, name) != getattr(defaults, name):
             raise ValueError(

@@ -1,7 +1,6 @@
 """`otmdr evaluate`: metrics of a run at one of its checkpoints."""
 
 import dataclasses
-import pathlib
 from typing import Literal
 
 import tyro
@@ -27,22 +26,34 @@ class Evaluate:
     data_dir: str | None = None
     """Folder of prepared TFDS data, if it is no longer where the run found it."""
     num_samples: int | None = None
-    """Samples of the posterior of a Bayesian network, or of SWAG, instead of the run's
-    own."""
+    """Samples in a prediction of a posterior, of SWAG, MC dropout or a Laplace
+    approximation, instead of the run's own number."""
     prediction: Literal["samples", "mean"] | None = None
-    """Predict with samples of the posterior or with its mean, instead of the run's."""
+    """Predict with these samples or with the mean alone, instead of the run's."""
     laplace: Literal["last-layer", "last-layer-kron", "diagonal"] | None = None
     """Give a run of sgd, sam, asam or otmdr a Laplace approximation, without training:
     writes evaluation_laplace_<which>.json and reliability_laplace_<which>.png."""
     prior_precision: float | None = None
     """Precision of its prior. Default: that of highest marginal likelihood."""
+    laplace_examples: int | None = None
+    """Training images that it is fitted to. Default: all."""
     overwrite: bool = False
     """Replace the record of a Laplace approximation of other settings."""
 
 
 def run(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
-    from otmdr_jax import bnn, evaluation, programs, report, restoring, runs, sharpness
+    from otmdr_jax import (
+        evaluation,
+        predictors,
+        programs,
+        report,
+        restoring,
+        runs,
+        sharpness,
+    )
+    from otmdr_jax.building import options_of
+    from otmdr_jax.config import TrainConfig
     from otmdr_jax.members import steps_taken
 
     given = {
@@ -50,33 +61,48 @@ def run(options: Evaluate) -> None:
         for name in ("data_dir", "num_samples", "prediction")
         if getattr(options, name) is not None
     }
-    if given.get("prediction") == "mean" and "num_samples" not in given:
-        given["num_samples"] = bnn.NUM_SAMPLES  # the run's own number has no meaning
+    if given.get("prediction") == "mean":
+        # The run's own have no meaning: what samples are of, and how many.
+        defaults = TrainConfig()
+        names = ("num_samples", "laplace", "prior_precision", "laplace_examples")
+        given = {name: getattr(defaults, name) for name in names} | given
+    if options.laplace is not None:
+        if options.prediction == "mean":
+            raise ValueError(
+                "--laplace with --prediction mean would be the run itself: leave one "
+                "of them out."
+            )
+        given |= restoring.with_laplace(
+            options.run,
+            options.laplace,
+            options.prior_precision,
+            options.laplace_examples,
+        )
+    elif options.prior_precision is not None or options.laplace_examples is not None:
+        raise ValueError(
+            "--prior-precision and --laplace-examples are of --laplace: name one."
+        )
+    folder, config, dataset, compiled, state, meta, diverged = restoring.open_run(
+        options.run,
+        options.checkpoint,
+        split=options.split,
+        predicts=options.laplace is None,  # it is fitted below
+        **given,
+    )
     suffix, settings = "", {}
     if options.laplace is not None:
-        given |= restoring.with_laplace(
-            options.run, options.laplace, options.prior_precision
-        )
         suffix = f"_laplace_{options.laplace.replace('-', '_')}"
-        settings = {
-            "settings": {
-                name: getattr(options, name)
-                for name in (
-                    "split", "checkpoint", "num_samples", "prediction",
-                    "prior_precision",
-                )
-            }
-        }  # fmt: skip
+        own = ("num_samples", "prior_precision", "laplace_examples")
+        settings["settings"] = {
+            "split": options.split,
+            "checkpoint": options.checkpoint,
+            "step": steps_taken(state),
+            **{name: getattr(config, name) for name in own},
+        }
         runs.check_record(
-            pathlib.Path(options.run) / f"evaluation{suffix}.json",
-            settings["settings"],
-            options.overwrite,
+            folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
         )
-    elif options.prior_precision is not None:
-        raise ValueError("prior_precision is that of --laplace: name one.")
-    folder, config, dataset, compiled, state, meta, diverged = restoring.open_run(
-        options.run, options.checkpoint, split=options.split, **given
-    )
+        state = predictors.settle(config, state, dataset, compiled)
     found = evaluation.evaluate(
         config,
         state,
@@ -103,6 +129,7 @@ def run(options: Evaluate) -> None:
     how = ""
     if posterior := evaluation.posterior_record(compiled, state, diverged):
         result["posterior"] = posterior
+    if "num_samples" in options_of(config):
         samples = config.prediction == "samples"
         how = f", {config.num_samples} samples" if samples else ", mean"
         result["prediction"] = config.prediction

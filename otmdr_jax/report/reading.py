@@ -62,8 +62,8 @@ def label_of(config: Mapping[str, Any]) -> str:
     """A short label of a run's method, for humans.
 
     Args:
-      config: The run's options; "method", "num_particles", "optimizer", "members" and
-        "ensemble" are used.
+      config: The run's options; "method", "base_method", "num_particles", "optimizer",
+        "laplace", "dropout", "prediction", "members" and "ensemble" are used.
 
     Returns:
       The method's written name, with K for OT-MDR; the method itself where no other
@@ -77,6 +77,8 @@ def label_of(config: Mapping[str, Any]) -> str:
       'OT-MDR (K = 2)'
       >>> label_of({"method": "sam"}), label_of({"method": "sam", "members": "5"})
       ('SAM', 'SAM, 5 members')
+      >>> label_of({"method": "laplace", "laplace": "diagonal", "dropout": 0.1})
+      'Laplace, diagonal, dropout 0.1'
     """
     if not config.get("method"):
         raise ValueError(
@@ -91,6 +93,12 @@ def label_of(config: Mapping[str, Any]) -> str:
         label = _OPTIMIZERS[config["optimizer"]]
     if config.get("base_method", "sgd") != "sgd":
         label += f" of {_NAMES[config['base_method']]}"
+    if method == "laplace" and config.get("laplace", "last-layer") != "last-layer":
+        label += f", {config['laplace']}"
+    if config.get("dropout"):
+        label += f", dropout {config['dropout']:g}"
+    if config.get("prediction") == "mean":
+        label += ", mean"
     if members := config.get("members"):
         count = int(members) if members.isdigit() else len(members.split(","))
         label += f", {count} members"
