@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test lint format docs bench clean
+.PHONY: help setup demo test test-optimized lint format docs bench clean
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 setup: $(VENV)/installed  ## create .venv and install everything into it
 
@@ -22,8 +22,13 @@ $(VENV)/installed: pyproject.toml
 demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-report/
 	$(BIN)/otmdr demo --output demo-report
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: setup  ## run the tests (about 30 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-optimized: setup  ## run them on programs compiled as users' are: takes longer
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ import otmdr_jax
 from otmdr_jax import mapping
 from tests import toy
 
+# As a user's programs are compiled: see tests/conftest.py.
+pytestmark = pytest.mark.usefixtures("optimized")
 RTOL = 2e-5
 
 

@@ -18,6 +18,8 @@ import otmdr_jax
 from otmdr_jax import perturbation, tree
 from tests import toy
 
+# As a user's programs are compiled: see tests/conftest.py.
+pytestmark = pytest.mark.usefixtures("optimized")
 RHO = (0.05, 0.1)
 
 
