@@ -325,6 +325,16 @@ def test_shift_digits_in_its_smoke_form(tmp_path):
     assert len(values) == 24 and f"| {100 * np.mean(values):.2f} ± " in out
 
 
+def test_methods_in_their_smoke_form(tmp_path):
+    file = tmp_path / "m.json"
+    out = run("methods.py", "--smoke", "--json", str(file))
+    results = json.loads(file.read_text())["results"]
+    assert results["sgd"]["ratio_to_sgd"] == 1.0 and results["sam"]["gradients"] == 2
+    # SWAG holds its mean, variance and 20 deviations beside the weights.
+    extra = results["swag"]["peak_mib"] - results["sgd"]["peak_mib"]
+    assert extra > 22 * 4 * 14_746 / 2**20 and "| `swag` | 1 |" in out
+
+
 def test_sweeps_in_their_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]
