@@ -34,6 +34,7 @@ from jax import lax
 
 from otmdr_jax import models
 from otmdr_jax.models import convolution as zoo
+from otmdr_jax.models import convolution_programs as programs
 
 LAYERS = ((32, 32, 32, 1, 3), (64, 64, 16, 1, 3), (128, 128, 8, 1, 3))
 PAD = ((1, 1), (1, 1))
@@ -134,16 +135,16 @@ def winograd(x, w):
 
 
 def loop_kernel(x, y):
-    return zoo._tap_kernel(x, y, (1, 1), PAD, (3, 3))
+    return programs._tap_kernel(x, y, (1, 1), PAD, (3, 3))
 
 
 def unrolled_kernel(x, y):
-    taps = jnp.stack([zoo._product(seen, y) for seen in windows(x)])
+    taps = jnp.stack([programs._product(seen, y) for seen in windows(x)])
     return taps.reshape(3, 3, *taps.shape[1:])
 
 
 def im2col_kernel(x, y):
-    return zoo._product(patches(x), y).reshape(3, 3, x.shape[3], y.shape[3])
+    return programs._product(patches(x), y).reshape(3, 3, x.shape[3], y.shape[3])
 
 
 def assemble(forward, kernel_gradient):
@@ -263,7 +264,7 @@ STEPS = {
         "XLA without YNNPACK": (lax.conv_general_dilated, NO_YNNPACK),
         "ours without YNNPACK": (zoo.convolve, NO_YNNPACK),
         "ours, forward by Winograd": (
-            assemble(winograd, lambda x, y: zoo._winograd_kernel(x, y, PAD)),
+            assemble(winograd, lambda x, y: programs._winograd_kernel(x, y, PAD)),
             None,
         ),
         "ours, kernel by taps in a loop": (assemble(ours, loop_kernel), None),
