@@ -416,6 +416,27 @@ def test_baselines_page_shows_the_committed_measurements(monkeypatch):
     assert means["SAM, rho = 0.15"]["accuracy"] > one
 
 
+def test_baselines_page_shows_the_small_sweep_of_cifar10(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sweeps
+
+    record = json.loads((RESULTS / "sweep_cifar10_small.json").read_text())
+    file = ROOT / "examples" / "sweep_cifar10_small.toml"
+    assert record["sweep"] == file.read_text()
+    table = sweeps.table(record["results"])
+    assert table in shown("baselines.md", "sweep cifar10 small")
+    # What the text below says.
+    found = {}
+    for row in record["results"]:
+        found.setdefault(row["label"], []).append(row["accuracy"])
+    means = {label: sum(rows) / len(rows) for label, rows in found.items()}
+    order = sorted(means, key=lambda label: -means[label])
+    assert order[0] == "SGD" and order[-1] == "OT-MDR, released"
+    radii = [means[f"SAM, rho = {rho}"] for rho in (0.05, 0.1, 0.15)]
+    assert radii == sorted(radii, reverse=True)
+    assert radii[2] < means["OT-MDR, paper"] < radii[1]
+
+
 def test_models_page_shows_what_dropout_costs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import dropout
