@@ -1,5 +1,6 @@
 """Strict settings for every test: they run before the first use of a JAX backend."""
 
+import contextlib
 import os
 import tempfile
 
@@ -13,7 +14,7 @@ from tests.sets import cache_dir, cifar_dir, own_copy, prepare  # noqa: F401
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="otmdr-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Small programs compile for longer than they run: XLA is told to optimize little, here
-# and in the processes that tests start. `optimized` is for what runs for longer, and
+# and in the processes that tests start. `optimized` is for the core's tests, and
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs all tests as a user's programs are compiled.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
@@ -34,12 +35,31 @@ def key():
     return jax.random.key(0)
 
 
-@pytest.fixture
-def optimized():
-    """Programs are compiled as a user's are."""
+@contextlib.contextmanager
+def _optimized():
+    # JAX's caches know nothing of the setting: a program of another test, compiled
+    # quickly, would be used beside new ones, and the two differ in rounding.
     jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", QUICK)
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", QUICK)
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs of a module's tests are compiled as a user's are."""
+    with _optimized():
+        yield
+
+
+@pytest.fixture
+def optimized_once():
+    """Programs of one test are compiled as a user's are: of what runs for longer."""
+    with _optimized():
+        yield
 
 
 # The files that take longest, by processor time. Sent first, they leave short ones for

@@ -427,7 +427,7 @@ def test_overfits_real_images(
     Narrow and depthwise networks compile for longer than they run (`quick`).
     """
     if not quick:
-        request.getfixturevalue("optimized")
+        request.getfixturevalue("optimized_once")
     images, labels = real_images
     cut = 16 // side
     images = jnp.asarray(images.reshape(64, side, cut, side, cut, 3).mean((2, 4)))
