@@ -594,6 +594,8 @@ def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
     cli.main(["evaluate", base, "--laplace", "last-layer", "--num-samples", "4"])
     out = capsys.readouterr().out
     assert "evaluation_laplace_last_layer.json" in out
+    shown = " ".join(out.split())
+    assert f"prior precision {result['prior_precision']:.3g}," in shown
     after = {p.name: p.read_bytes() for p in (tmp_path / "sam").glob("*.*")}
     new = {"evaluation_laplace_last_layer.json", "reliability_laplace_last_layer.png"}
     assert set(after) - set(before) == new

@@ -134,6 +134,11 @@ def run(options: Evaluate) -> None:
         how = f", {config.num_samples} samples" if samples else ", mean"
         result["prediction"] = config.prediction
         result["num_samples"] = config.num_samples if samples else None
+    if "prior_precision" in result:
+        how += (
+            f", prior precision {result['prior_precision']:.3g}, "
+            f"{result['effective_parameters']:.4g} effective parameters"
+        )
     labels = getattr(dataset, options.split).labels
     record, picture = (
         folder / f"{name}{suffix}.{kind}"
