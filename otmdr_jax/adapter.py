@@ -95,6 +95,8 @@ def from_gradient(
         diagnostics = Diagnostics(
             *[jnp.full(shape, jnp.nan, jnp.float32) for shape in shapes]
         )
+        if num_radii == 0:
+            diagnostics = diagnostics._replace(ascent_norms=None)
         own_key, aux = jax.tree.map(jnp.array, (key, aux_init if has_aux else None))
         state = jnp.zeros((), jnp.int32), own_key, aux, diagnostics
         if start is None:
@@ -133,10 +135,11 @@ def from_gradient(
             result, memory = compute(
                 state.memory, *arguments, **options, **(loss_kwargs or {})
             )
+        seen = result.diagnostics
+        if num_radii == 0:  # Orbax saves no empty arrays
+            seen = seen._replace(ascent_norms=None)
         diagnostics = jax.tree.map(
-            lambda new, old: new.astype(old.dtype),
-            result.diagnostics,
-            state.diagnostics,
+            lambda new, old: new.astype(old.dtype), seen, state.diagnostics
         )
         # A step that apply_if_finite will skip leaves no NaN statistics behind either.
         finite = jnp.isfinite(result.diagnostics.grad_norm)

@@ -28,7 +28,8 @@ class Diagnostics(NamedTuple):
         the batch: with `split="shared"` on all of it.
       robust_loss: Mean over particles of the loss of all of the batch at the particle.
       gap: `robust_loss - center_loss`, a running estimate of sharpness.
-      ascent_norms: (S,) gradient norms of the ascent steps, mean over particles.
+      ascent_norms: (S,) gradient norms of the ascent steps, mean over particles; None
+        in the state of a transformation that takes no such steps.
       grad_norm: Norm of the gradient that is returned.
       distances: (K,) distance of each particle from the center.
     """
@@ -36,7 +37,7 @@ class Diagnostics(NamedTuple):
     center_loss: jax.Array
     robust_loss: jax.Array
     gap: jax.Array
-    ascent_norms: jax.Array
+    ascent_norms: jax.Array | None
     grad_norm: jax.Array
     distances: jax.Array
 

@@ -2,22 +2,59 @@
 
 import contextlib
 import os
-import tempfile
+import pathlib
+import resource
+import shutil
+import sys
 
 import jax
 import pytest
 
 from tests.sets import cache_dir, cifar_dir, own_copy, prepare  # noqa: F401
 
-# Programs compile once for all workers and for the processes that tests start. The
-# first process makes the folder, the others inherit it.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="otmdr-"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# --- How programs are compiled ------------------------------------------------------
+
+# Compilation is most of the time of a first run. Programs are kept for the next one,
+# for all workers and for the processes that tests start. Their keys hold the version,
+# the flags and the settings; those of machines with other processors have a folder of
+# their own, since a program of one may not run on the other.
+CACHE = ROOT / ".cache" / "xla"
+CACHE_LIMIT = 2 * 2**30  # bytes; above it the cache starts anew
+
+
+def _prepare_cache():
+    if CACHE.exists() and sum(f.stat().st_size for f in CACHE.rglob("*")) > CACHE_LIMIT:
+        shutil.rmtree(CACHE)
+    return CACHE / _processor()
+
+
+def _processor():
+    """A name that differs where the instructions of processors do."""
+    import hashlib
+    import platform
+
+    facts = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        facts += "".join(sorted({x for x in lines if x.startswith(("flags", "model"))}))
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process: no worker yet
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_prepare_cache())
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Small programs compile for longer than they run: XLA is told to optimize little, here
 # and in the processes that tests start. `optimized` is for the core's tests, and
 # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs all tests as a user's programs are compiled.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+# XLA's older code for fusions compiles twice as fast. Later versions do not have it.
+if QUICK and jax.__version_info__ < (0, 11):
+    _flag = "--xla_cpu_use_fusion_emitters=false"
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 jax.config.update("jax_disable_most_optimizations", QUICK)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
@@ -37,8 +74,8 @@ def key():
 
 @contextlib.contextmanager
 def _optimized():
-    # JAX's caches know nothing of the setting: a program of another test, compiled
-    # quickly, would be used beside new ones, and the two differ in rounding.
+    # JAX's caches in memory know nothing of the setting: a program of another test,
+    # compiled quickly, would be used beside new ones, and the two differ in rounding.
     jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     try:
@@ -60,6 +97,44 @@ def optimized_once():
     """Programs of one test are compiled as a user's are: of what runs for longer."""
     with _optimized():
         yield
+
+
+# --- How long tests take ------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cpu-limit",
+        type=float,
+        default=3.0,
+        help="processor seconds that a test may take without a mark (default: 3; "
+        "0: any)",
+    )
+
+
+def _processor_seconds():
+    both = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a test without a mark that takes long, so that `make test` stays short."""
+    start, modules = _processor_seconds(), len(sys.modules)
+    result = yield
+    spent, limit = _processor_seconds() - start, item.config.getoption("--cpu-limit")
+    marked = item.get_closest_marker("slow") or item.get_closest_marker("essential")
+    # Whichever test is the first to use a library pays for its import.
+    imported = len(sys.modules) > modules + 100
+    if limit and spent > limit and not marked and not imported:
+        pytest.fail(
+            f"{item.nodeid} took {spent:.1f} processor seconds, and a test without a "
+            f"mark may take {limit:g}: make it smaller, or mark it slow (make test-all "
+            "runs it) or essential (make test does too). On a slow machine raise "
+            "--cpu-limit.",
+            pytrace=False,
+        )
+    return result
 
 
 # The files that take longest, by processor time. Sent first, they leave short ones for

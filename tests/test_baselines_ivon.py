@@ -17,7 +17,6 @@ from tests.test_baselines_bsam import (
     problem,
     run,
 )
-from tests.test_training import assert_same_bits
 
 ALPHA, B1, B2, DELTA, H0, N = 0.2, 0.8, 0.9, 0.05, 0.5, 40.0
 OPTIONS = dict(
@@ -145,14 +144,6 @@ class TestEquations:
         assert_allclose(got, want, rtol=1e-4)
         assert_allclose(state.hess, there.hess, rtol=1e-4)
 
-    def test_a_step_that_is_not_finite_leaves_the_hessian(self, key):
-        w, batches = problem(steps=1)
-        w = jnp.asarray(w, jnp.float32)
-        tx = baselines.ivon(loss, key, **OPTIONS)
-        bad = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), batches[0])
-        _, after = tx.update(None, tx.init(w), w, batch=bad)
-        assert_allclose(after.hess, H0)
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -202,14 +193,6 @@ class TestMethod:
         at_mean = self.make(mean_only=True).predict(got, images)
         logits = images @ got.params["w"]
         assert_allclose(at_mean[0], jax.nn.log_softmax(logits), rtol=1e-5)
-
-    def test_a_skipped_step_leaves_the_memory(self, key):
-        method = self.make()
-        state = method.init(key, jnp.zeros((4, 2)))
-        bad = jnp.full((4, 2), jnp.nan), jnp.arange(4) % 3
-        new, metrics = jax.jit(method.step)(state, bad)
-        assert metrics["skipped"] == 1
-        assert_same_bits((new.memory, new.opt_state), (state.memory, state.opt_state))
 
     def test_the_command_line(self, tmp_path, capsys):
         output = tmp_path / "run"

@@ -328,33 +328,6 @@ class TestLooksam:
         jax.effects_barrier()
         assert len(passes) == 2 * 2 + 4
 
-    def test_on_devices(self, batches):
-        """The branches of a step agree with shard_map on what differs."""
-        params, data = toy.regression_problem(batch=16)
-        options = dict(every=2, num_subbatches=1)
-        tx = baselines.looksam(toy.regression, RHO, axis_name="data", **options)
-        one = baselines.looksam(toy.regression, RHO, **options)
-
-        def step(state, batch):
-            _, state = tx.update(params, state, params, batch=batch)
-            grads, state = tx.update(params, state, params, batch=batch)
-            return state, grads
-
-        mesh = parallel.make_mesh("data=4")
-        run = parallel.shard_map_step(step, mesh, donate=False)
-        _, got = run(tx.init(params), data)
-        _, state = one_update(one, params, data)
-        want, _ = one_update(one, params, data, state)
-        assert_allclose(flat(got), flat(want), rtol=1e-5)
-
-    def test_a_step_that_is_not_finite_is_forgotten(self, batches):
-        params, _ = toy.regression_problem()
-        tx = baselines.looksam(toy.regression, RHO, every=2)
-        bad = jax.tree.map(lambda x: np.full_like(x, np.nan), batches[0])
-        _, state = one_update(tx, params, bad)
-        assert state.memory.count == 0 and state.count == 1
-        assert not np.any(np.isnan(flat(state.memory.direction)))
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [(dict(every=0), "every must be at least 1"), (dict(alpha=-1.0), "alpha must")],

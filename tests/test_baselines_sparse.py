@@ -29,7 +29,7 @@ from otmdr_jax.building import assembly
 from otmdr_jax.config import TrainConfig
 from tests.sets import small_digits
 from tests.test_baselines_collected import Linear
-from tests.test_training import assert_same_bits, stop_after
+from tests.test_training import assert_same_bits
 
 TINY = TrainConfig(
     mesh="data=1", method="edst", epochs=6, batch_size=64, log_every=2, seed=3,
@@ -382,16 +382,6 @@ class TestRuns:
         )
         saved = json.loads((straight.folder / "result.json").read_text())
         assert saved["sparsity"] == found
-
-    def test_resume_is_exact(self, small, straight, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            stop_after(21, patch)
-            with pytest.raises(training.Interrupted):
-                training.train(TINY, small, tmp_path / "run", show_progress=False)
-        resumed = training.train(
-            TINY, small, tmp_path / "run", resume=True, show_progress=False
-        )
-        assert_same_bits(resumed.state, straight.state)
 
     @pytest.mark.parametrize(
         "options",

@@ -30,7 +30,7 @@ from otmdr_jax import (
 )
 from otmdr_jax.config import TrainConfig
 from tests.sets import small_digits
-from tests.test_training import assert_same_bits, stop_after
+from tests.test_training import assert_same_bits
 
 TINY = TrainConfig(
     mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=64,
@@ -179,17 +179,6 @@ class TestRuns:
         assert 0 < result.metrics["epistemic"] < result.metrics["aleatoric"]
         lines = (result.folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == result.history
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_resumption_is_exact(self, method, small, straight, tmp_path, monkeypatch):
-        chosen, folder = of_method(TINY, method), tmp_path / "run"
-        with monkeypatch.context() as patch:
-            stop_after(7, patch)
-            with pytest.raises(training.Interrupted):
-                training.train(chosen, small, folder, show_progress=False)
-        got = training.train(chosen, small, folder, resume=True, show_progress=False)
-        assert_same_bits(got.state, straight[method].state)
-        np.testing.assert_array_equal(got.log_probs, straight[method].log_probs)
 
     def test_a_finished_run_that_is_resumed_logs_nothing_twice(self, small, straight):
         result = straight["sgvb"]

@@ -32,7 +32,7 @@ from otmdr_jax import (
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.models.dropout import Dropout, checked_keys, kept_levels
 from tests.sets import small_digits
-from tests.test_training import assert_same_bits, stop_after
+from tests.test_training import assert_same_bits
 from tests.zoo import (
     as_float32,
     draw,
@@ -614,21 +614,15 @@ def straight(small, tmp_path_factory):
 
 
 class TestRuns:
+    def test_rates_that_nobody_gave(self):
+        assert building.dropout_rate(TrainConfig(method="mc-dropout")) == 0.1
+        assert building.dropout_rate(TrainConfig(method="sam")) == 0.0
+        assert cost.gradient_evaluations(TINY) == 2.0
+
     def test_it_learns_and_is_uncertain(self, straight):
         assert straight.metrics["accuracy"] > 0.3  # ten classes, 20 steps
         assert straight.metrics["epistemic"] > 0
         assert report.read_run(straight.folder).label == "MC dropout of SAM"
-
-    def test_resume_is_exact(self, small, straight, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            stop_after(13, patch)
-            with pytest.raises(training.Interrupted):
-                training.train(TINY, small, tmp_path / "run", show_progress=False)
-        resumed = training.train(
-            TINY, small, tmp_path / "run", resume=True, show_progress=False
-        )
-        assert_same_bits(resumed.state, straight.state)
-        assert_array_equal(resumed.log_probs, straight.log_probs)
 
     @pytest.mark.parametrize("change", [dict(eval_batch_size=32), dict(mesh="data=2")])
     def test_predictions_do_not_depend_on_batches(self, change, small, straight):
@@ -654,18 +648,6 @@ class TestRuns:
         assert result.metrics["epistemic"] > 0
         if chosen.members is not None:
             assert len(result.metrics["members"]) == 2
-
-    def test_every_method_takes_dropout(self):
-        for name in methods.METHODS:
-            chosen = TrainConfig(method=name, dropout=0.2)
-            building.method_options(chosen)
-            (network,) = building.networks(chosen, 10)
-            assert network.dropout == 0.2
-            (network,) = building.networks(chosen, 10, drops=False)
-            assert network == building.networks(TrainConfig(), 10)[0]
-        assert building.dropout_rate(TrainConfig(method="mc-dropout")) == 0.1
-        assert building.dropout_rate(TrainConfig(method="sam")) == 0.0
-        assert cost.gradient_evaluations(TINY) == 2.0
 
     @pytest.mark.parametrize(
         ("options", "message"),

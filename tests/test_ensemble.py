@@ -387,8 +387,10 @@ class TestLift:
         images = jax.random.normal(jax.random.key(5), (16, 8, 8, 1))
         return images, jnp.arange(16) % 10
 
-    @pytest.mark.parametrize("name", ["sgd", "sam", "otmdr"])
-    @pytest.mark.parametrize("how", MAPS)
+    @pytest.mark.parametrize(
+        ("name", "how"),
+        [*(("otmdr", how) for how in MAPS), ("sgd", "scan"), ("sam", "scan")],
+    )
     def test_independent_training_is_single_runs(self, name, how, data):
         """Scanned: to the bit, network and optimizer; unrolled or vmap: to rounding."""
         model = models.create("cnn_small", 10)

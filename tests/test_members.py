@@ -147,7 +147,7 @@ class TestRun:
             "wide_resnet_10_1",
         ]
 
-    @pytest.mark.parametrize("mesh", ["member=3", "member=3,data=2"])
+    @pytest.mark.parametrize("mesh", ["member=3,data=2"])
     def test_members_on_their_own_devices(self, mesh, small, trio):
         """With the split of one device: BatchNorm and halves see the same examples."""
         config = dataclasses.replace(TINY, mesh=mesh, split="shared", epochs=1,

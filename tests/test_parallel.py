@@ -81,8 +81,9 @@ def network():
 
 
 class TestData:
-    @pytest.mark.parametrize("devices", [2, 4, 8])
-    @pytest.mark.parametrize("entry", ["shard_map", "pmap"])
+    @pytest.mark.parametrize(
+        ("devices", "entry"), [(2, "shard_map"), (8, "shard_map"), (4, "pmap")]
+    )
     def test_a_network_on_many_devices_is_the_one_on_one(self, devices, entry, network):
         """Value, gradient and BatchNorm's running statistics, on the joined batch."""
         loss, alone, params, state, batch = network
@@ -104,7 +105,7 @@ class TestData:
         )
         assert_close(((value, new_state), grads), want, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("devices", [2, 4, 8])
+    @pytest.mark.parametrize("devices", [4])
     def test_plain_jit_on_a_mesh_is_one_device(self, devices, network, key):
         """BatchNorm included, with no axis name: the program is that of one device."""
         _, alone, params, state, batch = network

@@ -1,0 +1,226 @@
+"""What every Optax transformation does alike: one contract over all of them.
+
+Formulas have their independent values in the tests of each; parameters on meshes are in
+test_sharded_parameters.py, options in test_options.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from numpy.testing import assert_allclose
+
+import otmdr_jax
+from otmdr_jax import baselines, ensemble, parallel
+from tests import toy
+from tests.test_training import assert_same_bits
+
+KEY = jax.random.key(3)
+OWN = dict(learning_rate=0.1, weight_decay=0.01, num_data=50.0)
+# Each: (loss, options) -> transformation. One of its numbers, for inject_hyperparams.
+MAKE = {
+    "otmdr": lambda loss, **o: otmdr_jax.otmdr(
+        loss, KEY, split="ordered", noise_std=0.1, **o
+    ),
+    "sam": lambda loss, **o: otmdr_jax.sam(loss, **o),
+    "asam": lambda loss, **o: otmdr_jax.asam(loss, **o),
+    "gsam": lambda loss, **o: baselines.gsam(loss, **o),
+    "looksam": lambda loss, **o: baselines.looksam(loss, every=2, **o),
+    "fisher_sam": lambda loss, **o: baselines.fisher_sam(loss, **o),
+    "bsam": lambda loss, **o: baselines.bsam(loss, KEY, **OWN, **o),
+    "ivon": lambda loss, **o: baselines.ivon(loss, KEY, **{**OWN, **o}),
+}
+NUMBER = dict.fromkeys(MAKE, "rho") | {"ivon": "learning_rate"}
+WITH_MEMORY = ("looksam", "bsam", "ivon")
+every_one = pytest.mark.parametrize("name", MAKE)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    params, data = toy.regression_problem(batch=8)
+    return jax.tree.map(jnp.asarray, params), data
+
+
+def steps(tx, params, data, count=3, **extra):
+    """The updates and the state after some steps by plain descent, in one program."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(params, state, params, batch=data, **extra)
+        params = jax.tree.map(
+            lambda p, u: (p - 0.1 * u).astype(p.dtype), params, updates
+        )
+        return (params, state), updates
+
+    # A scan wants a state whose structure, shapes and dtypes never change.
+    loop = jax.jit(lambda p, s: jax.lax.scan(step, (p, s), length=count))
+    (params, state), updates = loop(params, tx.init(params))
+    return params, state, updates
+
+
+def close(got, want, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
+
+
+@every_one
+def test_arguments_of_the_loss_and_of_others(name, problem):
+    """loss_args and loss_kwargs reach the loss; what others in a chain take, nobody."""
+    params, data = problem
+    seen = []
+
+    def loss(params, batch, scale, *, shift):
+        seen.append((scale, shift))
+        return scale * toy.regression(params, batch) + shift
+
+    def plain(params, batch):
+        return 2.0 * toy.regression(params, batch) + 1.0
+
+    extra = dict(loss_args=(2.0,), loss_kwargs={"shift": 1.0}, value=jnp.zeros(()))
+    got, state, _ = steps(MAKE[name](loss), params, data, **extra)
+    want, _, _ = steps(MAKE[name](plain), params, data)
+    close(got, want)
+    assert seen and state.count == 3
+    with pytest.raises(TypeError, match="batch=batch"):
+        MAKE[name](plain).update(params, MAKE[name](plain).init(params), params)
+    with pytest.raises(ValueError, match="params"):
+        MAKE[name](plain).update(params, MAKE[name](plain).init(params), batch=data)
+
+
+@every_one
+def test_auxiliary_output_is_in_the_state(name, problem):
+    params, data = problem
+
+    def loss(params, batch):
+        return toy.regression(params, batch), {"mean": jnp.mean(batch["y"])}
+
+    tx = MAKE[name](loss, has_aux=True, aux_init={"mean": jnp.zeros(())})
+    got, state, _ = steps(tx, params, data)
+    # OT-MDR's comes from the pass at the center, on the first half.
+    rows = data["y"][:4] if name == "otmdr" else data["y"]
+    assert_allclose(optax.tree.get(state, "aux")["mean"], np.mean(rows), rtol=1e-5)
+    close(got, steps(MAKE[name](toy.regression), params, data)[0])
+    with pytest.raises(ValueError, match="aux_init"):
+        MAKE[name](loss, has_aux=True)
+
+
+@every_one
+def test_dtypes_are_kept(name, problem):
+    params, data = problem
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    data = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), data)
+    got, state, updates = steps(MAKE[name](toy.regression), small, data)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+    # What is remembered has the precision of sums, but for a gradient itself.
+    if name in ("bsam", "ivon"):
+        memory = state.precision if name == "bsam" else state.hess
+        assert {m.dtype for m in jax.tree.leaves(memory)} == {jnp.dtype("float32")}
+    want = steps(MAKE[name](toy.regression), params, data)[0]
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), got)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=0.1, atol=0.1), wide, want)
+
+
+@every_one
+def test_its_number_may_be_injected(name, problem):
+    params, data = problem
+    number = NUMBER[name]
+    made = optax.inject_hyperparams(lambda x: MAKE[name](toy.regression, **{number: x}))
+    tx = made(x=0.05)
+    state = tx.init(params)
+    update = jax.jit(lambda s: tx.update(params, s, params, batch=data))
+    for value in (0.05, 0.3):
+        state.hyperparams["x"] = jnp.asarray(value)
+        updates, _ = update(state)
+        plain = MAKE[name](toy.regression, **{number: value})
+        want, _ = plain.update(params, plain.init(params), params, batch=data)
+        close(updates, want)
+
+
+@every_one
+def test_donated_states_cost_the_caller_nothing(name, problem):
+    params, data = problem
+    tx = MAKE[name](toy.regression)
+    step = jax.jit(lambda s, p: tx.update(p, s, p, batch=data)[::-1], donate_argnums=0)
+    first, second = tx.init(params), tx.init(params)
+    state, updates = step(first, params)
+    step(state, params)
+    _, again = step(second, params)  # the key and all else are still there
+    assert_same_bits(again, updates)
+
+
+@every_one
+def test_a_step_that_is_not_finite_is_not_remembered(name, problem):
+    params, data = problem
+    bad = jax.tree.map(lambda x: np.full_like(x, np.nan), data)
+    tx = MAKE[name](toy.regression)
+    state = tx.init(params)
+    _, after = tx.update(params, state, params, batch=bad)
+    assert after.count == 1
+    assert np.isnan(after.diagnostics.grad_norm)
+    if name in WITH_MEMORY:
+        field = {"looksam": "memory", "bsam": "precision", "ivon": "hess"}[name]
+        assert_same_bits(getattr(after, field), getattr(state, field))
+
+
+@every_one
+def test_a_checkpoint_holds_its_state(name, problem, tmp_path):
+    import orbax.checkpoint as ocp
+
+    params, data = problem
+    tx = MAKE[name](toy.regression)
+    update = jax.jit(lambda s: tx.update(params, s, params, batch=data))
+    _, state = update(tx.init(params))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+        saver.wait_until_finished()
+        restored = saver.restore(tmp_path / "state", tx.init(params))
+    assert_same_bits(restored, state)
+    close(update(restored)[0], update(state)[0])
+
+
+@every_one
+def test_two_devices_are_one(name, problem):
+    params, data = problem
+    if name == "otmdr":  # each device halves its own part of the batch
+        make = lambda loss, **o: otmdr_jax.otmdr(  # noqa: E731
+            loss, KEY, split="shared", noise_std=0.1, **o
+        )
+    else:
+        make = MAKE[name]
+    tx = make(toy.regression, axis_name="data")
+
+    def step(state, batch):
+        updates, state = tx.update(params, state, params, batch=batch)
+        return state, updates
+
+    mesh = parallel.make_mesh("data=2")
+    run = parallel.shard_map_step(step, mesh, donate=False)
+    state, first = run(tx.init(params), data)
+    _, second = run(state, data)
+    one = make(toy.regression)
+    want, there = one.update(params, one.init(params), params, batch=data)
+    close(first, want)
+    # LookSAM divides by what is left of a gradient: rounding grows.
+    close(second, one.update(params, there, params, batch=data)[0], 1e-3, 1e-4)
+
+
+@every_one
+def test_micro_batches_change_nothing(name, problem):
+    params, data = problem
+    whole = steps(MAKE[name](toy.regression), params, data)[0]
+    close(steps(MAKE[name](toy.regression, microbatch_size=3), params, data)[0], whole)
+
+
+@every_one
+def test_members_climb_on_their_own(name, problem):
+    params, data = problem
+    each = [params, jax.tree.map(lambda p: p + 0.5, params)]
+    both = jax.tree.map(lambda *x: jnp.stack(x), *each)
+    tx = MAKE[name](toy.regression)
+    lifted = ensemble.per_member(tx)
+    state = lifted.init(both)
+    got, _ = lifted.update(both, state, both, batch=data)
+    for i, own in enumerate(each):
+        alone = jax.tree.map(lambda x, i=i: x[i], state)  # with a key of its own
+        want, _ = tx.update(own, alone, own, batch=data)
+        close(jax.tree.map(lambda x, i=i: x[i], got), want)
