@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-optimized lint format docs bench clean
+.PHONY: help setup demo test test-all test-optimized lint format docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -24,11 +24,14 @@ demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-r
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## run the tests (about 30 minutes on 2 cores)
+test: setup  ## run the tests, but for those that take long (5 minutes on 2 cores)
+	$(PYTEST) -m 'not slow'
+
+test-all: setup  ## run all tests (18 minutes on 2 cores)
 	$(PYTEST)
 
-test-optimized: setup  ## run them on programs compiled as users' are: takes longer
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST)
+test-optimized: setup  ## run all on programs compiled as users' are: takes longer
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) --cpu-limit 0
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
@@ -47,4 +50,4 @@ bench: setup  ## time a step of each method (about 10 minutes)
 	$(BIN)/python benchmarks/step_time.py
 
 clean:  ## remove the environment, caches and the demo's report
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report

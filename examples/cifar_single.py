@@ -21,9 +21,9 @@ from otmdr_jax import training
 
 
 def smoke(config):
-    """The same code path on embedded 8 x 8 digits: a narrow network, one epoch."""
+    """The same code path on embedded 8 x 8 digits: a small network, one epoch."""
     return dataclasses.replace(
-        config, data="digits", model="wide_resnet_10_1", epochs=1, eval_every=1
+        config, data="digits", model="cnn_small", epochs=1, eval_every=1
     )
 
 

@@ -96,7 +96,13 @@ def test_configuration_files_go_in_and_out(session):
     assert again == dataclasses.replace(robust, seed=5)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.essential),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
     args = [
         "train",

@@ -74,7 +74,20 @@ def page_texts():
 # -- code -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+FIRST = ("README.md", "method.md")  # what everybody reads
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=page.name,
+            marks=pytest.mark.essential if page.name in FIRST else pytest.mark.slow,
+        )
+        for page in PAGES
+    ],
+)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     """All blocks of a page share one namespace, in an empty working directory."""
     monkeypatch.chdir(tmp_path)
