@@ -4,6 +4,8 @@ Formulas have their independent values in the tests of each; parameters on meshe
 test_sharded_parameters.py, options in test_options.py.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,21 @@ MAKE = {
 NUMBER = dict.fromkeys(MAKE, "rho") | {"ivon": "learning_rate"}
 WITH_MEMORY = ("looksam", "bsam", "ivon")
 every_one = pytest.mark.parametrize("name", MAKE)
+
+
+def test_the_table_has_every_transformation_of_a_loss():
+    found = set()
+    for module in (otmdr_jax, baselines):
+        for name in module.__all__:
+            if inspect.isfunction(function := getattr(module, name)):
+                signature = inspect.signature(function)
+                gives = signature.return_annotation
+                if (
+                    gives is optax.GradientTransformationExtraArgs
+                    and "loss_fn" in signature.parameters
+                ):
+                    found.add(name)
+    assert found == set(MAKE)
 
 
 @pytest.fixture(scope="module")
