@@ -49,7 +49,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "microbatch_size": "microbatch_size", "estimator": "estimator", **_POSTERIOR
     },
     "otmdr-bnn": {
-        **{n: n for n in _ROBUST if n not in ("norm", "num_subbatches")},
+        **{name: name for name in _ROBUST if name != "norm"},
         **_OTMDR_BNN,
         **_POSTERIOR,
     },
