@@ -782,6 +782,23 @@ class TestMethods:
 
 
 class TestRuns:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (dict(optimizer="adam", nesterov=True), "nesterov=True does nothing"),
+            (dict(adam_eps=1e-3), "adam_eps=0.001 does nothing with optimizer='sgd'"),
+            (dict(plateau_factor=0.5), "with schedule='cosine', but with plateau"),
+            (dict(plateau_patience=3), "plateau_patience=3 does nothing"),
+            (
+                dict(method="sgvb", posterior_init="released", posterior_std=0.1),
+                "posterior_std=0.1 does nothing with posterior_init='released'",
+            ),
+        ],
+    )
+    def test_options_that_another_one_makes_idle_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            building.method_options(config.TrainConfig(**options))
+
     def test_a_posterior_has_subbatches(self):
         found = building.method_options(
             config.TrainConfig(method="otmdr-bnn", num_subbatches=4)
