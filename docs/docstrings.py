@@ -1,10 +1,17 @@
-"""Turns the reStructuredText in the package's docstrings into Markdown for the site."""
+"""What the site shows of the package's docstrings and signatures.
 
+Their reStructuredText becomes Markdown, and functions that take options by
+`**options: Unpack[...]` are shown with each of them, as `help` shows them.
+"""
+
+import importlib
+import inspect
 import re
 import textwrap
 from typing import Any
 
 import griffe
+import jax
 
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr):`~?([^`]+)`")
 _INLINE_MATH = re.compile(r":math:`([^`]+)`")
@@ -32,11 +39,41 @@ def to_markdown(text: str) -> str:
     return _LINK.sub(lambda m: f"[{' '.join(m[1].split())}]({m[2]})", text)
 
 
+def _shown(annotation: Any) -> str:
+    """A type as it is written in code."""
+    if annotation == jax.typing.ArrayLike:
+        return "ArrayLike"
+    return inspect.formatannotation(annotation).replace("typing.", "")
+
+
+def _spell_out(func: griffe.Function) -> None:
+    """Puts each option of `**options: Unpack[...]` in its place."""
+    if "options" not in func.parameters or func.docstring is None:
+        return
+    if "Unpack" not in str(func.parameters["options"].annotation):
+        return
+    made = getattr(importlib.import_module(func.module.path), func.name)
+    func.docstring.value = inspect.getdoc(made) or ""
+    del func.parameters["options"]
+    for parameter in inspect.signature(made).parameters.values():
+        if parameter.name not in func.parameters:
+            func.parameters.add(
+                griffe.Parameter(
+                    parameter.name,
+                    annotation=_shown(parameter.annotation),
+                    kind=griffe.ParameterKind.keyword_only,
+                    default=repr(parameter.default),
+                )
+            )
+
+
 class Docstrings(griffe.Extension):
-    """Applies :func:`to_markdown` to every docstring that is loaded."""
+    """Spells options out, and applies :func:`to_markdown` to every docstring."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called once for each module, class, function and attribute."""
         del kwargs
+        if isinstance(obj, griffe.Function):
+            _spell_out(obj)
         if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)

@@ -79,13 +79,19 @@ def from_gradient(
         state is then a :class:`MemoryState`.
 
     Raises:
-      ValueError: `has_aux` without `aux_init`.
+      ValueError: `has_aux` without `aux_init`, or `aux_init` without `has_aux`.
     """
     radii_at, num_radii = (None, 0) if rho is None else schedule_of(rho)
     if has_aux and aux_init is None:
         raise ValueError(
             "has_aux=True needs aux_init, a pytree of the structure, shapes and dtypes "
             "of aux: it fixes the state's structure before the first update."
+        )
+
+    if aux_init is not None and not has_aux:
+        raise ValueError(
+            "aux_init is where the aux of a loss that returns (loss, aux) starts: pass "
+            "has_aux=True with it, or leave it out."
         )
 
     def init_fn(params):
@@ -97,7 +103,7 @@ def from_gradient(
         )
         if num_radii == 0:
             diagnostics = diagnostics._replace(ascent_norms=None)
-        own_key, aux = jax.tree.map(jnp.array, (key, aux_init if has_aux else None))
+        own_key, aux = jax.tree.map(jnp.array, (key, aux_init))
         state = jnp.zeros((), jnp.int32), own_key, aux, diagnostics
         if start is None:
             return OtmdrState(*state)

@@ -14,12 +14,10 @@ import jax.numpy as jnp
 
 from otmdr_jax import baselines, bnn, engine
 from otmdr_jax.gradients import robust_gradient
-from otmdr_jax.options import Options, check_rho
+from otmdr_jax.options import Options, PassOptions, check_names, check_rho, fields_of
 
 PyTree = Any
 
-# What the plain gradient has of the robust gradient's options.
-PLAIN_OPTIONS = ("microbatch_size", "axis_name", "particle_axis_name")
 INITS = ("model", "released")
 
 
@@ -58,11 +56,8 @@ def weights(name: str, loss_fn: Callable, own: Any, options: dict[str, Any]) -> 
       options: The user's, over them.
     """
     if own is None:
-        if foreign := sorted(set(options) - set(PLAIN_OPTIONS)):
-            raise TypeError(
-                f"{name} has no option {', '.join(foreign)}; it has "
-                f"{', '.join(PLAIN_OPTIONS)}."
-            )
+        known = set(fields_of(PassOptions)) - {"has_aux"}
+        check_names(f"the method {name!r}", options, sorted(known))
         compute = engine.build(
             loss_fn, (), Options(split="shared", has_aux=True, **options)
         )

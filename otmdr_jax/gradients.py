@@ -9,15 +9,12 @@ For each of K particles (Nguyen et al., 2023, Eqs. 9-10; S = 2 radii in the pape
 With one radius, the whole batch and no noise this is SAM (Theorem 4.3).
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
-
-import jax
+from typing import Any, Unpack
 
 from otmdr_jax import subbatches
 from otmdr_jax.engine import Diagnostics, RobustGradient
-from otmdr_jax.options import Options, check_names, check_rho
+from otmdr_jax.options import Options, RobustOptions, check_rho, with_options
 
 __all__ = [
     "PAPER_RHO",
@@ -33,24 +30,9 @@ PyTree = Any
 PAPER_RHO = (0.05, 0.1)
 
 
+@with_options
 def value_and_grad(
-    loss_fn: Callable[..., Any],
-    rho: Any = PAPER_RHO,
-    num_particles: int = 1,
-    noise_std: jax.typing.ArrayLike = 0.0,
-    split: str = "random",
-    norm: str = "global",
-    adaptive: bool = False,
-    merge: str | None = None,
-    mask: Any = None,
-    has_aux: bool = False,
-    axis_name: Any = None,
-    sync_perturbation: bool = True,
-    particle_map: str = "auto",
-    particle_axis_name: Any = None,
-    microbatch_size: int | None = None,
-    num_subbatches: int = 1,
-    fisher: jax.typing.ArrayLike = 0.0,
+    loss_fn: Callable[..., Any], rho: Any = PAPER_RHO, **options: Unpack[RobustOptions]
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The OT-MDR counterpart of `jax.value_and_grad`.
 
@@ -65,42 +47,7 @@ def value_and_grad(
         batch, a scalar, or to (loss, aux). It sees plain pytrees.
       rho: One radius :math:`\rho_s` for each ascent step, in the units of the weights:
         numbers or traced scalars. The paper's (0.05, 0.1) for CIFAR-10 by default.
-      num_particles: K. Cost in gradients of single examples: 2 K |B| for random parts.
-        Otherwise the first gradient is that of all particles, and without noise all
-        particles are one, so K is 1.
-      noise_std: Standard deviation of :math:`\epsilon` per coordinate, after each
-        ascent step. Without noise by default, as in the released code; 0.01 in the
-        paper's appendix B.1.
-      split: "random" (each particle cuts B at random into S parts, as the paper),
-        "ordered" (consecutive parts, as the released code for K = 1), or "shared"
-        (every step sees all of B, as SAM). Sizes differ by at most one.
-      norm: "global" (one norm over all parameters), "per_leaf", or "none": steps of
-        :math:`\rho_s` times the gradient (Andriushchenko & Flammarion, 2022).
-      adaptive: Scale element-wise by the absolute weights (ASAM).
-      merge: None (the paper), or the released code's second direction: "sum" of the
-        gradients so far, or their "mean", over the norm of the last one.
-      mask: A pytree of bools, or a function of the parameters to one: True where a
-        leaf may be perturbed. Other leaves do not count in the norm, but are trained.
-      has_aux: Whether `loss_fn` returns (loss, aux).
-      axis_name: Name of the device axis inside `jax.pmap` or `jax.shard_map`; values,
-        aux and gradients come back averaged over it.
-      sync_perturbation: With `axis_name`: True makes every ascent direction the global
-        one; False lets each device climb on its own part (m-sharpness), with a single
-        all-reduce a step.
-      particle_map: How K particles are mapped: "unroll", "scan", "vmap", or "auto".
-        A matter of speed and memory only; see `docs/performance.md`.
-      particle_axis_name: Name of a device axis that the K particles are spread over,
-        K / devices on each; the same K particles as on one device. Averaged together
-        with `axis_name`, in one reduction at the end.
-      microbatch_size: Examples that a pass differentiates at a time; None for all. The
-        objective stays that of the whole batch: gradients are accumulated inside each
-        pass, before a norm is taken. With `axis_name` it counts a device's examples.
-        BatchNorm sees micro-batches; aux is averaged over them.
-      num_subbatches: Consecutive parts of one size that the batch is cut into, each
-        with particles of its own (m-sharpness); the results are averaged. A multiple of
-        the devices of `axis_name`, on which `sync_perturbation` then plays no part.
-      fisher: :math:`\eta` of Fisher SAM: the ball is an ellipsoid, see
-        :func:`otmdr_jax.baselines.fisher_sam`. 0 is the ball.
+      **options: Those of :class:`otmdr_jax.options.RobustOptions`.
 
     Returns:
       `grad_fn(params, batch, *args, key=None, rho=None, **kwargs)`, which returns
@@ -131,25 +78,8 @@ def value_and_grad(
       Nguyen et al., `Optimal Transport Model Distributional Robustness
       <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023.
     """
-    compute = robust_gradient(
-        loss_fn,
-        rho,
-        num_particles=num_particles,
-        noise_std=noise_std,
-        split=split,
-        norm=norm,
-        adaptive=adaptive,
-        merge=merge,
-        mask=mask,
-        has_aux=has_aux,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        particle_map=particle_map,
-        particle_axis_name=particle_axis_name,
-        microbatch_size=microbatch_size,
-        num_subbatches=num_subbatches,
-        fisher=fisher,
-    )
+    compute = robust_gradient(loss_fn, rho, **options)
+    has_aux = options.get("has_aux", False)
 
     def grad_fn(params, batch, *args, key=None, rho=None, **kwargs):
         value, aux, grads, _ = compute(params, batch, *args, key=key, rho=rho, **kwargs)
@@ -158,8 +88,9 @@ def value_and_grad(
     return grad_fn
 
 
+@with_options
 def robust_gradient(
-    loss_fn: Callable[..., Any], rho: Any = PAPER_RHO, **options: Any
+    loss_fn: Callable[..., Any], rho: Any = PAPER_RHO, **options: Unpack[RobustOptions]
 ) -> Callable[..., RobustGradient]:
     """:func:`value_and_grad` with everything it knows, diagnostics included.
 
@@ -168,7 +99,7 @@ def robust_gradient(
     Args:
       loss_fn: See :func:`value_and_grad`.
       rho: See :func:`value_and_grad`.
-      **options: See :func:`value_and_grad`.
+      **options: Those of :class:`otmdr_jax.options.RobustOptions`.
 
     Returns:
       `fn(params, batch, *args, key=None, rho=None, **kwargs)`, which returns a
@@ -187,6 +118,4 @@ def robust_gradient(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
-    known = {field.name for field in dataclasses.fields(Options)}
-    check_names(options, known)
     return subbatches.build(loss_fn, check_rho(rho), Options(**options))

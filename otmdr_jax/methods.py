@@ -102,6 +102,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 # Those whose center is a posterior.
 BAYESIAN = ("sgvb", "otmdr-bnn")
 
+# Those with particles, which devices may share.
+PARTICLES = ("otmdr", "otmdr-bnn")
 # Those that train a Gaussian around one weight vector by an update of their own, which
 # takes the place of the base optimizer: see optimizers.create.
 VARIATIONAL = ("bsam", "ivon")
@@ -150,9 +152,9 @@ def create(
       loss_scaling: Scale losses dynamically, as float16 needs: see
         :mod:`otmdr_jax.precision`.
       **options: Those of :func:`otmdr_jax.value_and_grad`, over the method's own. With
-        `axis_name` and `particle_axis_name` the step runs inside `jax.shard_map` or
-        `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has these two and
-        `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
+        `axis_name` (and for particles `particle_axis_name`) the step runs inside
+        `jax.shard_map` or `jax.pmap`: see :mod:`otmdr_jax.parallel`. "sgd" has
+        `axis_name` and `microbatch_size`. "sgvb" and "otmdr-bnn" have those of
         :func:`otmdr_jax.centers.posterior`; `num_data` is required. "snapshot" and
         "fge" have `base`, the method that they ride on, its options, and `ends` of
         :func:`otmdr_jax.baselines.collect`; "swa" and "swag" those of
@@ -191,6 +193,11 @@ def create(
         )
         return _riding(name, model, optimizer, **shared, **options)
     own = METHODS[name]
+    if sum_particles and (own is None or name in centers.OWN):
+        raise TypeError(
+            f"{name} has no particles to add up: leave sum_particles out, or use "
+            f"{' or '.join(PARTICLES)}."
+        )
     optimizer = optax.with_extra_args_support(optimizer)
 
     def loss_fn(params, batch, model_state):
@@ -211,7 +218,7 @@ def create(
         center = centers.OWN[name](loss_fn, own, **options)
     else:
         center = centers.weights(name, loss_fn, own, options)
-    copies = options.get("num_particles", 1) if sum_particles and own else 1
+    copies = options.get("num_particles", 1) if sum_particles else 1
 
     def init(key, example_images):
         # A third key, that models of one weight vector have the keys they had.
@@ -322,6 +329,10 @@ def _riding(name, model, optimizer, *, base="sgd", ends=None, **options):
     if base not in BASES or (name in SPARSE and base != "sgd"):
         known = "sgd" if name in SPARSE else ", ".join(BASES)
         raise ValueError(f"base of {name} must be one of {known}; got {base!r}.")
+    if ends is not None and name not in COLLECTING + AVERAGING:
+        raise TypeError(
+            f"{name} collects nothing on its way: leave ends out, got {ends!r}."
+        )
     takes = {
         "swag": ("rank", "num_samples"),
         "laplace": ("structure", "num_samples", "prior_precision"),

@@ -45,7 +45,9 @@ def build(
     axes = collectives.axes_of(options.axis_name)
     own = options
     if count > 1:
-        own = dataclasses.replace(options, axis_name=None, num_subbatches=1)
+        # The parts are those of one device: each climbs on its own.
+        alone: Any = {"axis_name": None, "sync_perturbation": True, "num_subbatches": 1}
+        own = dataclasses.replace(options, **alone)
     of_one = engine.build(loss_fn, rho, own, **hooks)
     how = "sequential" if options.particle_map == "auto" else options.particle_map
 

@@ -6,37 +6,31 @@ the robust gradient at the center.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import optax
 
 from otmdr_jax.adapter import from_gradient, schedule_of
 from otmdr_jax.gradients import PAPER_RHO, robust_gradient
+from otmdr_jax.options import (
+    FixedShapeOptions,
+    RobustOptions,
+    SamOptions,
+    with_options,
+)
 
 PyTree = Any
 
 
+@with_options
 def otmdr(
     loss_fn: Callable[..., Any],
     key: jax.Array | None = None,
     *,
     rho: Any = PAPER_RHO,
-    num_particles: int = 1,
-    noise_std: jax.typing.ArrayLike = 0.0,
-    split: str = "random",
-    norm: str = "global",
-    adaptive: bool = False,
-    merge: str | None = None,
-    mask: Any = None,
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = True,
-    particle_map: str = "auto",
-    particle_axis_name: Any = None,
-    microbatch_size: int | None = None,
-    num_subbatches: int = 1,
+    **options: Unpack[RobustOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """OT-MDR as an Optax transformation: replaces updates by the robust gradient.
 
@@ -51,23 +45,10 @@ def otmdr(
         May be None where nothing is random.
       rho: Radii as for :func:`otmdr_jax.value_and_grad`; each one, or the whole, may
         be an Optax schedule of the number of updates so far.
-      num_particles: See :func:`otmdr_jax.value_and_grad`, as for all below.
-      noise_std: Standard deviation of the noise per coordinate.
-      split: "random", "ordered" or "shared".
-      norm: "global" or "per_leaf".
-      adaptive: ASAM's element-wise scaling.
-      merge: None, "sum" or "mean".
-      mask: What may be perturbed.
-      has_aux: Whether `loss_fn` returns (loss, aux). The state then holds aux:
-        `optax.tree.get(opt_state, "aux")`.
       aux_init: With `has_aux`: a pytree of arrays of the structure, shapes and dtypes
-        of aux, the initial BatchNorm statistics, say.
-      axis_name: Device axis inside pmap or shard_map.
-      sync_perturbation: One global perturbation, or one for each device.
-      particle_map: How the K particles are mapped.
-      particle_axis_name: Device axis that the K particles are spread over.
-      microbatch_size: Examples that a pass differentiates at a time.
-      num_subbatches: Parts of the batch, each with particles of its own.
+        of aux, the initial BatchNorm statistics, say. The state then holds aux:
+        `optax.tree.get(opt_state, "aux")`.
+      **options: Those of :class:`otmdr_jax.options.RobustOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. To accumulate over micro-batches put
@@ -76,8 +57,9 @@ def otmdr(
       `optax.apply_if_finite(optimizer, n)` after it.
 
     Raises:
-      ValueError, TypeError: As :func:`otmdr_jax.value_and_grad`; `has_aux` without
-        `aux_init`; at the update a missing batch, or an aux of another structure.
+      ValueError, TypeError: As :func:`otmdr_jax.value_and_grad`; one of `has_aux` and
+        `aux_init` without the other; at the update a missing batch, or an aux of
+        another structure.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, otmdr_jax
@@ -100,46 +82,24 @@ def otmdr(
       <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023.
     """
     _, num_radii = schedule_of(rho)
-    options = dict(
-        num_particles=num_particles,
-        noise_std=noise_std,
-        split=split,
-        norm=norm,
-        adaptive=adaptive,
-        merge=merge,
-        mask=mask,
-        has_aux=has_aux,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        particle_map=particle_map,
-        particle_axis_name=particle_axis_name,
-        microbatch_size=microbatch_size,
-        num_subbatches=num_subbatches,
-    )
     compute = robust_gradient(loss_fn, (0.0,) * num_radii, **options)
     return from_gradient(
         compute,
         key,
         rho=rho,
-        num_particles=num_particles,
-        has_aux=has_aux,
+        num_particles=options.get("num_particles", 1),
+        has_aux=options.get("has_aux", False),
         aux_init=aux_init,
     )
 
 
+@with_options
 def sam(
     loss_fn: Callable[..., Any],
     rho: Any = 0.05,
     *,
-    norm: str = "global",
-    adaptive: bool = False,
-    mask: Any = None,
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    axis_name: Any = None,
-    sync_perturbation: bool = True,
-    microbatch_size: int | None = None,
-    num_subbatches: int = 1,
+    **options: Unpack[SamOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-Aware Minimization: OT-MDR with one step on the whole batch.
 
@@ -147,16 +107,8 @@ def sam(
       loss_fn: See :func:`otmdr_jax.value_and_grad`.
       rho: The radius; 0.05 as in Foret et al. for CIFAR-10. Several radii give
         several ascent steps; schedules as in :func:`otmdr`.
-      norm: "global" or "per_leaf".
-      adaptive: See :func:`asam`.
-      mask: What may be perturbed.
-      has_aux: See :func:`otmdr`.
       aux_init: See :func:`otmdr`.
-      axis_name: Device axis inside pmap or shard_map.
-      sync_perturbation: False is m-sharpness, each device its own perturbation.
-      microbatch_size: See :func:`otmdr`.
-      num_subbatches: Parts of the batch, each with its own perturbation: m-sharpness on
-        one device.
+      **options: Those of :class:`otmdr_jax.options.SamOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, used like :func:`otmdr`.
@@ -174,24 +126,16 @@ def sam(
       Generalization <https://arxiv.org/abs/2010.01412>`_, ICLR 2021; Nguyen et al.,
       2023, Theorem 4.3.
     """
-    return otmdr(
-        loss_fn,
-        rho=rho,
-        split="shared",
-        norm=norm,
-        adaptive=adaptive,
-        mask=mask,
-        has_aux=has_aux,
-        aux_init=aux_init,
-        axis_name=axis_name,
-        sync_perturbation=sync_perturbation,
-        microbatch_size=microbatch_size,
-        num_subbatches=num_subbatches,
-    )
+    return otmdr(loss_fn, rho=rho, aux_init=aux_init, split="shared", **options)
 
 
+@with_options
 def asam(
-    loss_fn: Callable[..., Any], rho: Any = 0.5, **options: Any
+    loss_fn: Callable[..., Any],
+    rho: Any = 0.5,
+    *,
+    aux_init: PyTree = None,
+    **options: Unpack[FixedShapeOptions],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM: the ball is measured in units of each weight.
 
@@ -203,7 +147,8 @@ def asam(
     Args:
       loss_fn: See :func:`otmdr_jax.value_and_grad`.
       rho: The radius; 0.5 as in Kwon et al. for CIFAR-10.
-      **options: As for :func:`sam`.
+      aux_init: See :func:`otmdr`.
+      **options: Those of :class:`otmdr_jax.options.FixedShapeOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, used like :func:`otmdr`.
@@ -220,6 +165,4 @@ def asam(
       Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
     """
-    if "adaptive" in options:
-        raise TypeError("asam is adaptive already: leave adaptive out, or use sam.")
-    return sam(loss_fn, rho, adaptive=True, **options)
+    return sam(loss_fn, rho, aux_init=aux_init, adaptive=True, **options)

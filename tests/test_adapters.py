@@ -169,7 +169,7 @@ def test_optax_chain_follows_its_own_keys(problem):
     )
     state = tx.init(params)
     update = jax.jit(lambda s, p: tx.update(p, s, p, batch=data))
-    grad_fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, RHO, 2))
+    grad_fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, RHO, num_particles=2))
     base = optax.sgd(0.05, momentum=0.9)
     key, base_state, reference = jax.random.key(7), base.init(params), params
     for _ in range(STEPS):

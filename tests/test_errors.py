@@ -25,13 +25,14 @@ CONSTRUCTION = [
     (dict(num_particles=1.5), TypeError, "num_particles must be an integer"),
     (dict(noise_std=-1.0), ValueError, "noise_std must be finite and not negative"),
     (dict(split="half"), ValueError, "'random', 'ordered', 'shared'; got 'half'"),
-    (dict(norm="l1"), ValueError, "'global', 'per_leaf'; got 'l1'"),
+    (dict(norm="l1"), ValueError, "'global', 'per_leaf', 'none'; got 'l1'"),
     (dict(merge="max"), ValueError, "None, 'sum', 'mean'; got 'max'"),
     (dict(particle_map="map"), ValueError, "'auto', 'vmap', 'unroll', 'scan'"),
     (dict(adaptive=0.01), TypeError, "adaptive must be True or False"),
     (dict(has_aux=1), TypeError, "has_aux must be True or False"),
     (dict(sync_perturbation="yes"), TypeError, "sync_perturbation must be True"),
-    (dict(particle=3), TypeError, "particle"),
+    (dict(particle=3), TypeError, "takes no particle"),
+    (dict(sync_perturbation=False), ValueError, "lets each device of axis_name climb"),
 ]
 
 
@@ -145,5 +146,5 @@ class TestTransformation:
             otmdr_jax.preset("paper")
 
     def test_asam_is_adaptive_already(self):
-        with pytest.raises(TypeError, match="adaptive already"):
+        with pytest.raises(TypeError, match="asam takes no adaptive; it takes"):
             otmdr_jax.asam(toy.regression, adaptive=False)

@@ -48,9 +48,9 @@ def test_k_particles_average_over_random_splits_against_numpy(key):
     """Recovers each particle's split by replaying the permutations, then NumPy."""
     params, data = toy.regression_problem(batch=9)
     radii, num_particles = (0.05, 0.1, 0.02), 3
-    _, grads = otmdr_jax.value_and_grad(toy.regression, radii, num_particles)(
-        params, data, key=key
-    )
+    _, grads = otmdr_jax.value_and_grad(
+        toy.regression, radii, num_particles=num_particles
+    )(params, data, key=key)
     split_key, _ = jax.random.split(key)
     p, d = double(params), double(data)
     results = []
@@ -100,9 +100,9 @@ def test_noise_differs_between_particles_steps_and_leaves(key):
         jax.debug.callback(lambda p: seen.append(jax.tree.map(np.asarray, p)), p)
         return jnp.sum(p["a"] * 0) + jnp.sum(p["b"] * 0) + 0 * jnp.sum(batch)
 
-    otmdr_jax.value_and_grad(loss, (0.0, 0.0), 2, noise_std=1.0, split="ordered")(
-        params, jnp.zeros(4), key=key
-    )
+    otmdr_jax.value_and_grad(
+        loss, (0.0, 0.0), num_particles=2, noise_std=1.0, split="ordered"
+    )(params, jnp.zeros(4), key=key)
     jax.effects_barrier()
     points = np.array([np.concatenate([p["a"], p["b"]]) for p in seen])
     draws = points[np.abs(points).sum(axis=1) > 0]
@@ -173,7 +173,7 @@ def test_limit_one_step_on_the_whole_batch_is_sam():
 def test_limit_zero_radius_is_the_plain_gradient(split, num_particles, key):
     params, data = toy.regression_problem()
     value, grads = otmdr_jax.value_and_grad(
-        toy.regression, (0.0, 0.0), num_particles, split=split
+        toy.regression, (0.0, 0.0), num_particles=num_particles, split=split
     )(params, data, key=key)
     expected_value, expected = jax.value_and_grad(toy.regression)(params, data)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)

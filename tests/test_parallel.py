@@ -109,7 +109,9 @@ class TestData:
     def test_plain_jit_on_a_mesh_is_one_device(self, devices, network, key):
         """BatchNorm included, with no axis name: the program is that of one device."""
         _, alone, params, state, batch = network
-        grad_fn = jax.jit(otmdr_jax.value_and_grad(alone, RHO, 2, has_aux=True))
+        grad_fn = jax.jit(
+            otmdr_jax.value_and_grad(alone, RHO, num_particles=2, has_aux=True)
+        )
         mesh = parallel.make_mesh(f"data={devices}")
         got = grad_fn(params, parallel.place(batch, mesh, P("data")), state, key=key)
         want = grad_fn(params, batch, state, key=key)

@@ -262,7 +262,7 @@ def test_batch_norm_statistics_come_once_from_the_center(problem):
         return toy.regression(p, batch), new
 
     (_, stats), _ = otmdr_jax.value_and_grad(
-        loss, RHO, 2, split="ordered", has_aux=True
+        loss, RHO, num_particles=2, split="ordered", has_aux=True
     )(params, data, jnp.array(5.0))
     jax.effects_barrier()
     first_half = np.mean(data["x"][:6] @ np.asarray(params["w"]))
@@ -413,7 +413,7 @@ class TestDevices:
 
     def test_plain_jit_with_a_sharded_batch_is_one_device(self, key):
         params, data = toy.regression_problem(batch=16)
-        fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, RHO, 2))
+        fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, RHO, num_particles=2))
         want = fn(params, data, key=key)
         mesh = jax.make_mesh((self.devices,), ("data",), axis_types=(AxisType.Auto,))
         sharded = jax.device_put(data, jax.NamedSharding(mesh, PartitionSpec("data")))
@@ -423,7 +423,7 @@ class TestDevices:
     def test_plain_jit_on_a_mesh_with_explicit_axes_is_one_device(self, rho, key):
         """The default of `jax.make_mesh`; parts of 16, 8, and 6 or 5 on 4 devices."""
         params, data = toy.regression_problem(batch=16)
-        fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, rho, 2))
+        fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, rho, num_particles=2))
         want = fn(params, data, key=key)
         mesh = jax.make_mesh((self.devices,), ("data",))
         with jax.set_mesh(mesh):

@@ -62,9 +62,9 @@ def test_particles_stay_within_the_sum_of_the_radii(problem, rho, num_particles)
 @hypothesis.given(problems(), st.integers(1, 3), st.integers(1, 3))
 def test_zero_radii_give_the_plain_gradient_in_any_dtype(problem, steps, num_particles):
     params, batch = problem
-    value, grads = otmdr_jax.value_and_grad(loss_fn, (0.0,) * steps, num_particles)(
-        params, batch, key=jax.random.key(1)
-    )
+    value, grads = otmdr_jax.value_and_grad(
+        loss_fn, (0.0,) * steps, num_particles=num_particles
+    )(params, batch, key=jax.random.key(1))
     expected_value, expected = jax.value_and_grad(loss_fn)(params, batch)
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     for name, leaf in grads.items():

@@ -27,7 +27,7 @@ https://github.com/team-approx-bayes/bayesian-sam.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,13 @@ from otmdr_jax import subbatches
 from otmdr_jax.adapter import from_gradient, schedule_of
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.engine import Diagnostics
-from otmdr_jax.options import Options, check_number, check_word
+from otmdr_jax.options import (
+    Options,
+    PartedOptions,
+    check_number,
+    check_word,
+    with_options,
+)
 
 PyTree = Any
 
@@ -67,6 +73,7 @@ class BsamState(NamedTuple):
     rule: PyTree
 
 
+@with_options
 def bsam(
     loss_fn: Callable[..., Any],
     key: jax.Array | None = None,
@@ -79,18 +86,16 @@ def bsam(
     num_data: float,
     precision_init: float = PRECISION,
     damping: float = DAMPING,
-    num_subbatches: int = 1,
     order: str = "released",
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    axis_name: Any = None,
-    microbatch_size: int | None = None,
+    **options: Unpack[PartedOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """BSAM as an Optax transformation: a whole optimizer, not to be chained with one.
 
     `update(updates, state, params, *, batch, loss_args=(), loss_kwargs=None)` computes
     its own gradients, as :func:`otmdr_jax.otmdr` does; the incoming updates are not
-    used. The trained Gaussian is `posterior(params, state.precision, num_data)`.
+    used. The trained Gaussian is `posterior(params, state.precision, num_data)`. Each
+    of the sub-batches, 8 in the released commands, has noise of its own.
 
     Args:
       loss_fn: The mean loss over a batch, a negative log-likelihood in nats: see
@@ -107,16 +112,11 @@ def bsam(
         multiply it by 4, for the augmentation. `float("inf")` switches the noise off.
       precision_init: s at the start; 1.
       damping: gamma, added to the precision's target; 0.1.
-      num_subbatches: Equal consecutive parts of the batch, each with its own noise and
-        perturbation; 8 in the released commands.
       order: "released" (the step is divided by the precision that its gradients were
         computed with, which is then updated, as in the code) or "paper" (the precision
         first, as in the listing).
-      has_aux: Whether `loss_fn` returns (loss, aux).
       aux_init: See :func:`otmdr_jax.otmdr`.
-      axis_name: Device axis inside pmap or shard_map; sub-batches are then divided over
-        it, or one perturbation is shared by all devices.
-      microbatch_size: Examples that a pass differentiates at a time.
+      **options: Those of :class:`otmdr_jax.options.PartedOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a :class:`BsamState`.
@@ -158,10 +158,7 @@ def bsam(
         weight_decay=weight_decay,
         b2=b2,
         damping=damping,
-        num_subbatches=num_subbatches,
-        has_aux=has_aux,
-        axis_name=axis_name,
-        microbatch_size=microbatch_size,
+        **options,
     )
     check_number("precision_init", precision_init, positive=True)
     check_word("order", order, ORDERS)
@@ -169,7 +166,7 @@ def bsam(
         compute,
         key,
         rho=rho,
-        has_aux=has_aux,
+        has_aux=options.get("has_aux", False),
         aux_init=aux_init,
         start=lambda params: preconditioned.full(params, precision_init),
     )
@@ -183,6 +180,7 @@ def bsam(
     )
 
 
+@with_options
 def bsam_gradient(
     loss_fn: Callable[..., Any],
     rho: float = RHO,
@@ -191,7 +189,7 @@ def bsam_gradient(
     weight_decay: float,
     b2: float = B2,
     damping: float = DAMPING,
-    **options: Any,
+    **options: Unpack[PartedOptions],
 ) -> Callable[..., tuple[Any, PyTree]]:
     """The perturbed gradient of bSAM and the precision's next value.
 
@@ -202,8 +200,7 @@ def bsam_gradient(
       weight_decay: delta.
       b2: beta_2.
       damping: gamma.
-      **options: num_subbatches, microbatch_size, has_aux, axis_name,
-        sync_perturbation and particle_map of :func:`otmdr_jax.value_and_grad`.
+      **options: Those of :class:`otmdr_jax.options.PartedOptions`.
 
     Returns:
       (precision, params, batch, *args, key=None, rho=None, **kwargs) ->
@@ -280,5 +277,11 @@ def bsam_rule(
 
 
 def bsam_divisor(old: PyTree, new: PyTree, order: str = "released") -> PyTree:
-    """The precision that a step is divided by: before its update, or after."""
+    """The precision that a step is divided by.
+
+    Args:
+      old: The one before its update.
+      new: The one after it.
+      order: "released" for the old one, "paper" for the new one.
+    """
     return old if order == "released" else new

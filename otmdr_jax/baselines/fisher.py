@@ -13,12 +13,13 @@ Minimisation <https://arxiv.org/abs/2206.04920>`_, ICML 2022, section 3.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import optax
 
 from otmdr_jax.adapter import from_gradient, schedule_of
 from otmdr_jax.gradients import robust_gradient
+from otmdr_jax.options import FixedShapeOptions, with_options
 
 PyTree = Any
 
@@ -26,14 +27,14 @@ PyTree = Any
 RHO, ETA = 0.1, 1.0
 
 
+@with_options
 def fisher_sam(
     loss_fn: Callable[..., Any],
     rho: Any = RHO,
     *,
     eta: float = ETA,
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    **options: Any,
+    **options: Unpack[FixedShapeOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Fisher SAM as an Optax transformation, used like :func:`otmdr_jax.sam`.
 
@@ -43,10 +44,8 @@ def fisher_sam(
         :func:`otmdr_jax.otmdr`.
       eta: How far the squared gradient bends the ball. 0 is SAM, as is a gradient whose
         entries are all of one size.
-      has_aux: See :func:`otmdr_jax.otmdr`.
       aux_init: See :func:`otmdr_jax.otmdr`.
-      **options: norm, mask, axis_name, sync_perturbation, microbatch_size,
-        num_subbatches and particle_map of :func:`otmdr_jax.value_and_grad`.
+      **options: Those of :class:`otmdr_jax.options.FixedShapeOptions`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +67,11 @@ def fisher_sam(
         (0.0,) * schedule_of(rho)[1],
         split="shared",
         fisher=eta,
-        has_aux=has_aux,
         **options,
     )
-    return from_gradient(compute, rho=rho, has_aux=has_aux, aux_init=aux_init)
+    return from_gradient(
+        compute,
+        rho=rho,
+        has_aux=options.get("has_aux", False),
+        aux_init=aux_init,
+    )

@@ -23,7 +23,7 @@ https://github.com/team-approx-bayes/ivon.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import optax
@@ -32,7 +32,13 @@ from otmdr_jax import engine, mapping, tree
 from otmdr_jax.adapter import from_gradient
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.engine import Diagnostics
-from otmdr_jax.options import Options, check_count, check_number
+from otmdr_jax.options import (
+    Options,
+    PassOptions,
+    check_count,
+    check_number,
+    with_options,
+)
 
 PyTree = Any
 
@@ -60,6 +66,7 @@ class IvonState(NamedTuple):
     rule: PyTree
 
 
+@with_options
 def ivon(
     loss_fn: Callable[..., Any],
     key: jax.Array,
@@ -74,17 +81,16 @@ def ivon(
     clip_radius: float | None = None,
     debias: bool = True,
     rescale: bool = True,
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    axis_name: Any = None,
-    microbatch_size: int | None = None,
+    **options: Unpack[PassOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """IVON as an Optax transformation: a whole optimizer, not to be chained with one.
 
     `update(updates, state, params, *, batch, loss_args=(), loss_kwargs=None)` computes
     its own gradients, as :func:`otmdr_jax.otmdr` does; the incoming updates are not
     used. The trained Gaussian is
-    `posterior(params, ivon_precision(state.hess, weight_decay), num_data)`.
+    `posterior(params, ivon_precision(state.hess, weight_decay), num_data)`. Devices of
+    `axis_name` share their samples.
 
     Args:
       loss_fn: The mean loss over a batch, a negative log-likelihood in nats: see
@@ -102,10 +108,8 @@ def ivon(
       debias: Whether the momentum is corrected for its start at 0.
       rescale: Whether alpha is multiplied by h_0 + delta, so that a learning rate of
         SGD serves.
-      has_aux: Whether `loss_fn` returns (loss, aux).
       aux_init: See :func:`otmdr_jax.otmdr`.
-      axis_name: Device axis inside pmap or shard_map: devices share their samples.
-      microbatch_size: Examples that a pass differentiates at a time.
+      **options: Those of :class:`otmdr_jax.options.PassOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with an :class:`IvonState`.
@@ -140,9 +144,7 @@ def ivon(
         weight_decay=weight_decay,
         b2=b2,
         mc_samples=mc_samples,
-        has_aux=has_aux,
-        axis_name=axis_name,
-        microbatch_size=microbatch_size,
+        **options,
     )
     rule = ivon_rule(
         learning_rate,
@@ -156,7 +158,7 @@ def ivon(
     gradient = from_gradient(
         compute,
         key,
-        has_aux=has_aux,
+        has_aux=options.get("has_aux", False),
         aux_init=aux_init,
         start=lambda params: preconditioned.full(params, hess_init),
     )
@@ -169,6 +171,7 @@ def ivon(
     )
 
 
+@with_options
 def ivon_gradient(
     loss_fn: Callable[..., Any],
     *,
@@ -176,7 +179,7 @@ def ivon_gradient(
     weight_decay: float,
     b2: float = B2,
     mc_samples: int = 1,
-    **options: Any,
+    **options: Unpack[PassOptions],
 ) -> Callable[..., tuple[Any, PyTree]]:
     """The mean gradient at samples of the posterior, and the Hessian's next value.
 
@@ -186,8 +189,7 @@ def ivon_gradient(
       weight_decay: delta.
       b2: beta_2.
       mc_samples: Samples.
-      **options: microbatch_size, has_aux and axis_name of
-        :func:`otmdr_jax.value_and_grad`.
+      **options: Those of :class:`otmdr_jax.options.PassOptions`.
 
     Returns:
       (hess, params, batch, *args, key=, **kwargs) ->

@@ -15,7 +15,7 @@ Reference: Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimizat
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,14 @@ import optax
 from otmdr_jax import engine, subbatches, tree
 from otmdr_jax.adapter import from_gradient, schedule_of
 from otmdr_jax.baselines.surgery import orthogonal
-from otmdr_jax.options import Options, check_count, check_number, check_rho
+from otmdr_jax.options import (
+    Options,
+    SamOptions,
+    check_count,
+    check_number,
+    check_rho,
+    with_options,
+)
 
 PyTree = Any
 
@@ -44,28 +51,27 @@ class LookMemory(NamedTuple):
     direction: PyTree
 
 
+@with_options
 def looksam(
     loss_fn: Callable[..., Any],
     rho: Any = RHO,
     *,
     alpha: float = ALPHA,
     every: int = EVERY,
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    **options: Any,
+    **options: Unpack[SamOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """LookSAM as an Optax transformation, used like :func:`otmdr_jax.sam`.
+
+    With `norm="per_leaf"` its climb is that of LookLayerSAM.
 
     Args:
       loss_fn: See :func:`otmdr_jax.value_and_grad`.
       rho: The radius, a number or a schedule of the number of updates.
       alpha: Length of the remembered direction in lengths of the gradient.
       every: k: how often it climbs. 1 is SAM.
-      has_aux: See :func:`otmdr_jax.otmdr`.
       aux_init: See :func:`otmdr_jax.otmdr`.
-      **options: norm, adaptive, fisher, mask, axis_name, sync_perturbation,
-        microbatch_size, num_subbatches and particle_map of
-        :func:`otmdr_jax.value_and_grad`. "per_leaf" is the climb of LookLayerSAM.
+      **options: Those of :class:`otmdr_jax.options.SamOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state, a
@@ -94,11 +100,14 @@ def looksam(
         (0.0,) * schedule_of(rho)[1],
         alpha=alpha,
         every=every,
-        has_aux=has_aux,
         **options,
     )
     return from_gradient(
-        compute, rho=rho, has_aux=has_aux, aux_init=aux_init, start=start
+        compute,
+        rho=rho,
+        has_aux=options.get("has_aux", False),
+        aux_init=aux_init,
+        start=start,
     )
 
 
@@ -110,16 +119,23 @@ def start(params: PyTree) -> LookMemory:
     return LookMemory(jnp.zeros((), jnp.int32), zeros)
 
 
+@with_options
 def looksam_gradient(
     loss_fn: Callable[..., Any],
     rho: Any = RHO,
     *,
     alpha: float = ALPHA,
     every: int = EVERY,
-    has_aux: bool = False,
-    **options: Any,
+    **options: Unpack[SamOptions],
 ) -> Callable[..., Any]:
-    """LookSAM's gradient and what it remembers; arguments as :func:`looksam`.
+    """LookSAM's gradient and what it remembers.
+
+    Args:
+      loss_fn: See :func:`looksam`, as all below.
+      rho: Radii where a call names none.
+      alpha: Length of the remembered direction in lengths of the gradient.
+      every: k: how often it climbs.
+      **options: Those of :class:`otmdr_jax.options.SamOptions`.
 
     Returns:
       (memory, params, batch, *args, rho=None, **kwargs) ->
@@ -129,7 +145,7 @@ def looksam_gradient(
     check_number("alpha", alpha)
     check_count("every", every)
     radii = check_rho(rho)
-    chosen = Options(split="shared", has_aux=has_aux, **options)
+    chosen = Options(split="shared", **options)
     climbing = subbatches.build(
         loss_fn,
         radii,
@@ -141,9 +157,8 @@ def looksam_gradient(
         (),
         Options(
             split="shared",
-            has_aux=has_aux,
+            has_aux=chosen.has_aux,
             axis_name=chosen.axis_name,
-            particle_axis_name=chosen.particle_axis_name,
             microbatch_size=chosen.microbatch_size,
         ),
     )

@@ -13,7 +13,7 @@ Reference: Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware T
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,13 @@ import optax
 
 from otmdr_jax import subbatches, tree
 from otmdr_jax.adapter import from_gradient, schedule_of
-from otmdr_jax.options import Options, check_number, check_rho
+from otmdr_jax.options import (
+    Options,
+    SamOptions,
+    check_number,
+    check_rho,
+    with_options,
+)
 
 PyTree = Any
 
@@ -29,27 +35,26 @@ PyTree = Any
 RHO, ALPHA = 0.05, 0.2
 
 
+@with_options
 def gsam(
     loss_fn: Callable[..., Any],
     rho: Any = RHO,
     *,
     alpha: float = ALPHA,
-    has_aux: bool = False,
     aux_init: PyTree = None,
-    **options: Any,
+    **options: Unpack[SamOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """GSAM as an Optax transformation, used like :func:`otmdr_jax.sam`.
+
+    Sub-batches, and devices that climb on their own, are also decomposed on their own.
 
     Args:
       loss_fn: See :func:`otmdr_jax.value_and_grad`.
       rho: The radius: a number, or a schedule of the number of updates. The authors let
         it follow the learning rate: see :func:`follow`.
       alpha: Weight of the orthogonal part; with 0 and a constant radius it is SAM.
-      has_aux: See :func:`otmdr_jax.otmdr`.
       aux_init: See :func:`otmdr_jax.otmdr`.
-      **options: norm, adaptive, mask, axis_name, sync_perturbation, microbatch_size,
-        num_subbatches and particle_map of :func:`otmdr_jax.value_and_grad`. Sub-batches
-        and devices that climb on their own are also decomposed on their own.
+      **options: Those of :class:`otmdr_jax.options.SamOptions`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,24 +76,30 @@ def gsam(
             loss_fn,
             (0.0,) * schedule_of(rho)[1],
             alpha=alpha,
-            has_aux=has_aux,
             **options,
         ),
         rho=rho,
-        has_aux=has_aux,
+        has_aux=options.get("has_aux", False),
         aux_init=aux_init,
     )
 
 
+@with_options
 def gsam_gradient(
     loss_fn: Callable[..., Any],
     rho: Any = RHO,
     *,
     alpha: float = ALPHA,
-    has_aux: bool = False,
-    **options: Any,
+    **options: Unpack[SamOptions],
 ) -> Callable[..., Any]:
-    """GSAM's gradient: :func:`otmdr_jax.robust_gradient` with the options of `gsam`."""
+    """GSAM's gradient, to be called as that of :func:`otmdr_jax.robust_gradient`.
+
+    Args:
+      loss_fn: See :func:`gsam`, as all below.
+      rho: Radii where a call names none.
+      alpha: Weight of the orthogonal part.
+      **options: Those of :class:`otmdr_jax.options.SamOptions`.
+    """
     check_number("alpha", alpha)
 
     def finish(first, last):
@@ -99,7 +110,7 @@ def gsam_gradient(
     compute = subbatches.build(
         loss_fn,
         check_rho(rho),
-        Options(split="shared", has_aux=has_aux, **options),
+        Options(split="shared", **options),
         finish=finish,
     )
 

@@ -160,7 +160,11 @@ def blundell(num_batches: int, weight: float = 1.0) -> Callable[[Any], jax.Array
 
 
 def warmup(num_steps: int, weight: float = 1.0) -> Callable[[Any], jax.Array]:
-    """A weight that grows from 0 to `weight` in so many steps, linearly.
+    """A weight that grows from 0 in so many steps, linearly.
+
+    Args:
+      num_steps: How many.
+      weight: What it grows to.
 
     Example:
       >>> from otmdr_jax import bnn

@@ -36,8 +36,6 @@ from otmdr_jax.bnn.posterior import MeanField
 
 PyTree = Any
 
-ESTIMATORS = ("weights", "local", "flipout")
-
 # sqrt has no gradient at 0, where all inputs of an output are 0.
 _TINY = 1e-20
 # Linear in their one operand and the same for every entry: a kernel may pass.

@@ -16,26 +16,38 @@ The engine is that of one model: means are weights that move, standard deviation
 point estimates are weights that do not.
 """
 
-import dataclasses
-import inspect
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    Unpack,
+)
 
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import collectives, engine
+from otmdr_jax import collectives, engine, subbatches
 from otmdr_jax.bnn import divergence, local, posterior, priors
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.engine import Diagnostics, Roles
 from otmdr_jax.options import (
     Options,
-    check_names,
+    ParticleOptions,
+    PartOptions,
+    PassOptions,
+    RobustOptions,
+    ShapeOptions,
     check_number,
     check_rho,
-    check_word,
+    check_words,
+    fields_of,
+    filled,
+    with_options,
 )
 
 PyTree = Any
@@ -43,9 +55,88 @@ PyTree = Any
 # Nguyen et al., 2023, appendix B.3, for all experiments with Bayesian networks.
 PAPER_RHO = (0.005, 0.01)
 
-NORMS = ("per_leaf", "global", "joint")
-SIGMA_GRADIENTS = ("center", "center_first", "particle")
-WEIGHT_NOISES = ("once", "each_step")
+
+class ObjectiveOptions(TypedDict, total=False):
+    """Of the objective, the negative ELBO per example."""
+
+    num_data: Annotated[
+        float | None, None, "N, the number of examples in the training set; required."
+    ]
+    prior_std: Annotated[
+        float | None,
+        None,
+        "Standard deviation of a normal prior, 0.1 by default (released code).",
+    ]
+    prior: Annotated[
+        Any, None, "Another prior in its place: see :mod:`otmdr_jax.bnn.priors`."
+    ]
+    kl_weight: Annotated[
+        jax.typing.ArrayLike,
+        1.0,
+        """What KL / N is multiplied by: 1 is the ELBO. A number or a traced scalar;
+        schedules are called outside and handed to `grad_fn`.""",
+    ]
+
+
+class MeansOptions(TypedDict, total=False):
+    """Of the climb of the means."""
+
+    rho: Annotated[
+        Any,
+        PAPER_RHO,
+        "Radii, one for each ascent step, (0.005, 0.01) by default (appendix B.3).",
+    ]
+    norm: Annotated[
+        Literal["per_leaf", "global", "joint"],
+        "per_leaf",
+        """"per_leaf" (the paper: each layer's means have a norm), "global" (one over
+        all means) or "joint" (one over the gradients of means and raw scales; the
+        released code).""",
+    ]
+    sigma_gradient: Annotated[
+        Literal["center", "center_first", "particle"],
+        "center",
+        """"center" (the paper: at mu + sigma kappa, on all of the batch),
+        "center_first" (there, but on the first part of the batch alone, which saves a
+        pass), or "particle" (in the last pass; the released code).""",
+    ]
+    weight_noise: Annotated[
+        Literal["once", "each_step"],
+        "once",
+        """kappa drawn "once" a step (the paper), or at "each_step" of ascent, the last
+        one kept for the last pass (the released code). The same on all devices and
+        sub-batches in any case.""",
+    ]
+    mask: Annotated[
+        Any,
+        None,
+        """Which means may be perturbed: a pytree of bools of the model's structure, or
+        a function of its parameters to one.""",
+    ]
+
+
+class MeanFieldOptions(
+    ObjectiveOptions,
+    MeansOptions,
+    ParticleOptions,
+    ShapeOptions,
+    PartOptions,
+    PassOptions,
+    total=False,
+):
+    """Of the robust gradient of a posterior."""
+
+
+class SgvbOptions(ObjectiveOptions, PassOptions, total=False):
+    """Of SGVB."""
+
+    estimator: Annotated[
+        Literal["weights", "local", "flipout"],
+        "weights",
+        """"weights" (one sample of the weights for the batch), "local" or "flipout"
+        (noise of its own for each example: gradients of lower variance, two products
+        for one; see :mod:`otmdr_jax.bnn.local`).""",
+    ]
 
 
 class BayesGradient(NamedTuple):
@@ -68,15 +159,16 @@ class BayesGradient(NamedTuple):
     kl: jax.Array
 
 
+@with_options
 def value_and_grad(
-    loss_fn: Callable[..., Any], **options: Any
+    loss_fn: Callable[..., Any], **options: Unpack[MeanFieldOptions]
 ) -> Callable[..., tuple[Any, MeanField]]:
     """OT-MDR for a Bayesian network: robust in the means of its posterior.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)` to the mean negative
         log-likelihood over the batch in nats, or to (loss, aux): the loss of one model.
-      **options: Those of :func:`robust_gradient`, `num_data` among them.
+      **options: Those of :class:`MeanFieldOptions`.
 
     Returns:
       `grad_fn(q, batch, *args, key, rho=None, kl_weight=None, **kwargs)`, which returns
@@ -105,14 +197,15 @@ def value_and_grad(
     return _plain_face(robust_gradient(loss_fn, **options), options)
 
 
+@with_options
 def sgvb(
-    loss_fn: Callable[..., Any], **options: Any
+    loss_fn: Callable[..., Any], **options: Unpack[SgvbOptions]
 ) -> Callable[..., tuple[Any, MeanField]]:
     """SGVB: the gradient of the objective at one sample of the posterior.
 
     Args:
       loss_fn: As for :func:`value_and_grad`.
-      **options: Those of :func:`sgvb_gradient`, `num_data` among them.
+      **options: Those of :class:`SgvbOptions`.
 
     Returns:
       A function like that of :func:`value_and_grad`, without `rho`.
@@ -130,23 +223,12 @@ def sgvb(
       Kingma & Welling, `Auto-Encoding Variational Bayes
       <https://arxiv.org/abs/1312.6114>`_, ICLR 2014; Blundell et al., 2015.
     """
-    check_names(options, _own_options(sgvb_gradient))
     return _plain_face(sgvb_gradient(loss_fn, **options), options)
 
 
+@with_options
 def robust_gradient(
-    loss_fn: Callable[..., Any],
-    *,
-    num_data: int | None = None,
-    prior_std: float | None = None,
-    prior: Any = None,
-    kl_weight: jax.typing.ArrayLike = 1.0,
-    rho: Any = PAPER_RHO,
-    norm: str = "per_leaf",
-    sigma_gradient: str = "center",
-    weight_noise: str = "once",
-    mask: Any = None,
-    **options: Any,
+    loss_fn: Callable[..., Any], **options: Unpack[MeanFieldOptions]
 ) -> Callable[..., BayesGradient]:
     """:func:`value_and_grad` with everything it knows.
 
@@ -157,25 +239,7 @@ def robust_gradient(
 
     Args:
       loss_fn: See :func:`value_and_grad`.
-      num_data: N, examples in the training set; required.
-      prior_std: Standard deviation of a normal prior, 0.1 by default (released code).
-      prior: Another prior in its place: see :mod:`otmdr_jax.bnn.priors`.
-      kl_weight: What KL / N is multiplied by: 1 is the ELBO. A number or a traced
-        scalar; schedules are called outside and handed to `grad_fn`.
-      rho: Radii, one for each ascent step, (0.005, 0.01) by default (appendix B.3).
-      norm: "per_leaf" (the paper: each layer's means have a norm), "global" (one over
-        all means) or "joint" (one over the gradients of means and raw scales; the
-        released code).
-      sigma_gradient: "center" (the paper: at mu + sigma kappa, on all of the batch),
-        "center_first" (there, but on the first part of the batch alone, which saves a
-        pass), or "particle" (in the last pass; the released code).
-      weight_noise: kappa drawn "once" a step (the paper), or at "each_step" of ascent,
-        the last one kept for the last pass (the released code). The same on all devices
-        in any case.
-      mask: Which means may be perturbed: a pytree of bools of the model's structure, or
-        a function of its parameters to one.
-      **options: Others of :func:`otmdr_jax.value_and_grad`: num_particles, noise_std
-        (of the means), split, adaptive, merge, has_aux, axis_name, ...
+      **options: Those of :class:`MeanFieldOptions`.
 
     Returns:
       `fn(q, batch, *args, key, rho=None, kl_weight=None, **kwargs)`, which returns a
@@ -187,99 +251,79 @@ def robust_gradient(
         posterior that is none, no key, and what :func:`otmdr_jax.value_and_grad`
         raises.
     """
-    check_word("norm", norm, NORMS)
-    check_word("sigma_gradient", sigma_gradient, SIGMA_GRADIENTS)
-    check_word("weight_noise", weight_noise, WEIGHT_NOISES)
-    _check_options(options)
-    opts = Options(
-        norm="global" if norm == "joint" else norm,
-        mask=lambda q: posterior.map_means(_mask_function(mask), q),
-        **{**options, "has_aux": True},
-    )
+    given = filled(MeanFieldOptions, options)
+    check_words(MeanFieldOptions, given)
+    norm, sigma_gradient = given["norm"], given["sigma_gradient"]
+    shared = {name: given[name] for name in fields_of(RobustOptions)}
+    shared |= {
+        "norm": "global" if norm == "joint" else norm,
+        "mask": lambda q: posterior.map_means(_mask_function(given["mask"]), q),
+        "has_aux": True,
+    }
+    opts = Options(**shared)
     roles = Roles(
         counts=_marks(mean=True) if norm == "joint" else None,
         at_center=None if sigma_gradient == "particle" else _marks(mean=False),
         center_batch="first" if sigma_gradient == "center_first" else "all",
     )
-    objective = _objective(loss_fn, num_data, prior_std, prior, options)
-    radii = check_rho(rho)
-    compute = engine.build(objective, radii, opts, roles)
-    _check_weight(kl_weight)
-    default = kl_weight
+    objective = _objective(loss_fn, given)
+    radii = check_rho(given["rho"])
+    default = _check_weight(given["kl_weight"])
 
     def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
         noise_key, key, later_key = _keys(q, key)
         steps = len(radii if rho is None else check_rho(rho))
         kappas = [posterior.noise(q, noise_key)] * steps
-        if weight_noise == "each_step":
+        if given["weight_noise"] == "each_step":
             for s in range(1, steps):
                 kappas[s] = posterior.noise(q, jax.random.fold_in(later_key, s))
-        _check_size(batch, num_data)
+        _check_size(batch, given["num_data"])
         weight = default if kl_weight is None else _check_weight(kl_weight)
 
         def by_pass(taken):
             kappa = kappas[min(taken, steps - 1)]
             return {"kappa": kappa, "weight": weight}
 
-        found = compute(q, batch, args, kwargs, key=key, rho=rho, by_pass=by_pass)
-        return _unpacked(found)
+        compute = subbatches.build(
+            objective,
+            radii,
+            opts,
+            per_key=lambda key: {"by_pass": by_pass},
+            roles=roles,
+        )
+        return _unpacked(compute(q, batch, args, kwargs, key=key, rho=rho))
 
     return fn
 
 
+@with_options
 def sgvb_gradient(
-    loss_fn: Callable[..., Any],
-    *,
-    num_data: int | None = None,
-    prior_std: float | None = None,
-    prior: Any = None,
-    kl_weight: jax.typing.ArrayLike = 1.0,
-    estimator: str = "weights",
-    has_aux: bool = False,
-    axis_name: Any = None,
-    particle_axis_name: Any = None,
-    microbatch_size: int | None = None,
+    loss_fn: Callable[..., Any], **options: Unpack[SgvbOptions]
 ) -> Callable[..., BayesGradient]:
     """:func:`sgvb` with everything it knows; |B| gradients of single examples.
 
     Args:
       loss_fn: See :func:`value_and_grad`.
-      num_data: See :func:`robust_gradient`, as for the next three.
-      prior_std: Standard deviation of a normal prior.
-      prior: Another prior.
-      kl_weight: What KL / N is multiplied by.
-      estimator: "weights" (one sample of the weights for the batch), "local" or
-        "flipout" (noise of its own for each example: gradients of lower variance, two
-        products for one; see :mod:`otmdr_jax.bnn.local`).
-      has_aux: See :func:`otmdr_jax.value_and_grad`, as for all that follow.
-      axis_name: Device axis of the data.
-      particle_axis_name: Device axis that does the same everywhere.
-      microbatch_size: Examples at a time.
+      **options: Those of :class:`SgvbOptions`.
 
     Returns:
       `fn(q, batch, *args, key, kl_weight=None, **kwargs)`, which returns a
       :class:`BayesGradient`.
     """
-    check_word("estimator", estimator, local.ESTIMATORS)
-    options = dict(
-        has_aux=has_aux,
-        axis_name=axis_name,
-        particle_axis_name=particle_axis_name,
-        microbatch_size=microbatch_size,
-    )
-    opts = Options(split="shared", **{**options, "has_aux": True})
-    objective = _objective(loss_fn, num_data, prior_std, prior, options, estimator)
-    compute = engine.build(objective, (), opts)
-    _check_weight(kl_weight)
-    default = kl_weight
-    axes = collectives.axes_of(axis_name)
+    given = filled(SgvbOptions, options)
+    check_words(SgvbOptions, given)
+    shared = {name: given[name] for name in fields_of(PassOptions)}
+    opts = Options(**{**shared, "split": "shared", "has_aux": True})
+    compute = engine.build(_objective(loss_fn, given), (), opts)
+    default = _check_weight(given["kl_weight"])
+    axes = collectives.axes_of(opts.axis_name)
 
     def fn(q, batch, *args, key=None, kl_weight=None, **kwargs):
         noise_key, local_key, _ = _keys(q, key)
-        _check_size(batch, num_data)
+        _check_size(batch, given["num_data"])
         weight = default if kl_weight is None else _check_weight(kl_weight)
         own: dict[str, Any] = {"weight": weight}
-        if estimator == "weights":
+        if given["estimator"] == "weights":
             own["kappa"] = posterior.noise(q, noise_key)
         else:
             if axes:
@@ -294,8 +338,12 @@ def sgvb_gradient(
     return fn
 
 
-def _objective(loss_fn, num_data, prior_std, prior, options, estimator="weights"):
+def _objective(loss_fn, given):
     """The objective per example, as a loss of a posterior."""
+    num_data, prior, prior_std = (
+        given[name] for name in ("num_data", "prior", "prior_std")
+    )
+    estimator = given.get("estimator", "weights")
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     number = isinstance(num_data, numbers.Real) and not isinstance(num_data, bool)
@@ -309,7 +357,7 @@ def _objective(loss_fn, num_data, prior_std, prior, options, estimator="weights"
     if prior is None:
         prior = priors.Normal(priors.PRIOR_STD if prior_std is None else prior_std)
     priors.check_prior(prior)
-    of_model = engine.checked(loss_fn, options.get("has_aux", False))
+    of_model = engine.checked(loss_fn, given["has_aux"])
 
     def with_divergence(q, loss, aux, kappa, weight):
         kl = divergence.at_sample(q, prior, kappa)
@@ -370,17 +418,6 @@ def _marks(mean):
         return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
 
     return mask
-
-
-def _check_options(options):
-    known = {field.name for field in dataclasses.fields(Options)}
-    known |= _own_options(robust_gradient)
-    check_names(options, known)
-
-
-def _own_options(function):
-    return {p.name for p in inspect.signature(function).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY}  # fmt: skip
 
 
 def _check_weight(weight):

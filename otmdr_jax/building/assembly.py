@@ -44,11 +44,10 @@ def methods_of(
             label_smoothing=config.label_smoothing,
             smoothing=config.smoothing,
             loss_scaling=config.dtype == "float16",
-            **method_options(config),
+            **_on_devices(method_options(config), config, mesh),
             **_posterior_options(config, num_train, total_steps, steps_per_epoch),
             **_radius_schedule(config, total_steps, steps_per_epoch),
             **_collecting_options(config, total_steps, steps_per_epoch),
-            **_axis_names(mesh),
         )
         if isinstance(network, members.JointModel):
             method = members.joint(method, network)
@@ -56,11 +55,16 @@ def methods_of(
     return found
 
 
-def _axis_names(mesh):
-    """The axes of a mesh, as the options of a method."""
-    names = {"data": "axis_name", "particle": "particle_axis_name"}
+def _on_devices(options, config, mesh):
+    """The options of a method, with the axes of a mesh that it has a use for."""
     found = () if mesh is None else mesh.shape
-    return {names[axis]: axis for axis in found if axis in names}
+    if "data" in found:
+        options |= {"axis_name": "data"}
+    else:  # one device's own perturbation is that of all
+        options.pop("sync_perturbation", None)
+    if "particle" in found and config.gradient_method in methods.PARTICLES:
+        options |= {"particle_axis_name": "particle"}
+    return options
 
 
 def _radius_schedule(config, total_steps, steps_per_epoch):

@@ -49,7 +49,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "microbatch_size": "microbatch_size", "estimator": "estimator", **_POSTERIOR
     },
     "otmdr-bnn": {
-        **{n: n for n in _ROBUST if n not in ("norm", "num_subbatches")},
+        **{name: name for name in _ROBUST if name != "norm"},
         **_OTMDR_BNN,
         **_POSTERIOR,
     },
@@ -77,6 +77,14 @@ _OPTIONS["ivon"] = {
     "mc_samples": "mc_samples",
     "clip_radius": "clip_radius",
     **{name: name for name in _GAUSSIAN},
+}
+# Options of all methods that play a part with some values of another one alone.
+_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "nesterov": ("optimizer", ("sgd",)),
+    "adam_eps": ("optimizer", ("adam", "adamw")),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "plateau_factor": ("schedule", ("plateau",)),
+    "posterior_std": ("posterior_init", ("model",)),
 }
 # Of the released commands, which cut batches of 200 into parts of 25.
 _SUBBATCHES = {"bsam": 8}
@@ -139,6 +147,13 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
                 f"num_particles={config.num_particles} with split={config.split!r} and "
                 'no noise gives equal particles: use split="random", set noise_std, or '
                 "leave num_particles at 1."
+            )
+    for name, (other, values) in _ONLY_WITH.items():
+        value = getattr(config, other)
+        if getattr(config, name) != getattr(defaults, name) and value not in values:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} does nothing with {other}="
+                f"{value!r}, but with {' or '.join(values)}: leave one of them out."
             )
     if config.method in methods.BAYESIAN:
         _check_posterior(config)

@@ -1,7 +1,7 @@
 """The robust gradient of every member (Eqs. 11-12)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 
@@ -16,11 +16,12 @@ from otmdr_jax.ensemble.stacking import (
     rows_of,
 )
 from otmdr_jax.gradients import PAPER_RHO, RobustGradient
-from otmdr_jax.options import MEMBER_MAPS, check_word
+from otmdr_jax.options import MEMBER_MAPS, RobustOptions, check_word, with_options
 
 PyTree = Any
 
 
+@with_options
 def value_and_grad(
     loss_fn: Callable[..., Any] | Sequence[Callable[..., Any]],
     rho: Any = PAPER_RHO,
@@ -28,7 +29,7 @@ def value_and_grad(
     member_map: str = "auto",
     member_axis_name: Any = None,
     own_batches: bool = False,
-    **options: Any,
+    **options: Unpack[RobustOptions],
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""The robust gradient of every member of an ensemble.
 
@@ -52,7 +53,7 @@ def value_and_grad(
         this device's: nothing is exchanged between members.
       own_batches: Whether each member has a batch of its own: a leading axis of M on
         every leaf of the batch, or a tuple of M batches for a tuple of members.
-      **options: Those of :func:`otmdr_jax.value_and_grad`, for every member.
+      **options: Those of :class:`otmdr_jax.options.RobustOptions`.
 
     Returns:
       `grad_fn(members, batch, *args, key=None, rho=None, **kwargs)`, which returns
@@ -98,6 +99,7 @@ def value_and_grad(
     return grad_fn
 
 
+@with_options
 def robust_gradient(
     loss_fn: Callable[..., Any] | Sequence[Callable[..., Any]],
     rho: Any = PAPER_RHO,
@@ -105,7 +107,7 @@ def robust_gradient(
     member_map: str = "auto",
     member_axis_name: Any = None,
     own_batches: bool = False,
-    **options: Any,
+    **options: Unpack[RobustOptions],
 ) -> Callable[..., RobustGradient]:
     """:func:`value_and_grad` with everything it knows, diagnostics included.
 
@@ -115,7 +117,7 @@ def robust_gradient(
       member_map: How members are mapped.
       member_axis_name: Device axis that they are spread over.
       own_batches: Whether each has its own batch.
-      **options: Those of :func:`otmdr_jax.value_and_grad`.
+      **options: Those of :class:`otmdr_jax.options.RobustOptions`.
 
     Returns:
       A function like that of :func:`value_and_grad` which returns a

@@ -7,14 +7,11 @@ from otmdr_jax import data as data_lib
 from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset
 from otmdr_jax.gradients import PAPER_RHO
+from otmdr_jax.methods import PARTICLES
 
 # With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
 # He, 2018 ("Group Normalization", figure 1) errors rise below 16.
 FEW_IMAGES = 16
-
-
-# Methods with particles, each of whose ascent steps needs a part of the batch.
-PARTICLES = ("otmdr", "otmdr-bnn")
 
 
 def load_data(config: TrainConfig) -> Dataset:
