@@ -1,6 +1,5 @@
 """Cutting a batch: into the parts of the ascent steps, and into micro-batches."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import mapping, tree
+from otmdr_jax import mapping, shards, tree
 
 PyTree = Any
 
@@ -62,29 +61,14 @@ def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[Py
     bounds = [i * each + min(i, longer) for i in range(num_parts + 1)]
     if key is None:
         return [
-            jax.tree.map(lambda x, a=a, b=b: x[a:b], batch)
+            jax.tree.map(lambda x, a=a, b=b: shards.cut(x, a, b), batch)
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
     order = jax.random.permutation(key, size)
     return [
-        jax.tree.map(lambda x, i=order[a:b]: _gather(jnp.asarray(x), i), batch)
+        jax.tree.map(lambda x, i=order[a:b]: shards.take(jnp.asarray(x), i), batch)
         for a, b in zip(bounds, bounds[1:], strict=False)
     ]
-
-
-def _gather(x, index):
-    """x[index]; on a mesh with explicit axes the result is sharded as x is."""
-    sharding = jax.typeof(x).sharding
-    axes = sharding.spec[0] if sharding.spec else None
-    if axes is None:
-        return x[index]
-    mesh, rest = sharding.mesh, sharding.spec[1:]
-    names = axes if isinstance(axes, tuple) else (axes,)
-    devices = math.prod(mesh.shape[name] for name in names)
-    # A part that the devices do not divide is on all of them.
-    first = None if len(index) % devices else axes
-    spec = jax.sharding.PartitionSpec(first, *rest)
-    return x.at[index].get(out_sharding=jax.NamedSharding(mesh, spec))
 
 
 def accumulate(
@@ -119,8 +103,9 @@ def accumulate(
         return function(batch)
     count, rest = divmod(size, microbatch_size)
     whole = size - rest
-    pieces = optax.microbatching.reshape_batch_axis(
-        jax.tree.map(lambda x: jnp.asarray(x)[:whole], batch), microbatch_size
+    pieces = jax.tree.map(
+        lambda x: _interleaved(shards.cut(jnp.asarray(x), 0, whole), microbatch_size),
+        batch,
     )
     if count == 1:
         pieces = jax.tree.map(lambda x: x[0], pieces)
@@ -130,7 +115,15 @@ def accumulate(
     if not rest:
         return mean
     # A shape of its own: one more copy of the pass in the program, no padding.
-    last = function(
-        mapping.after(mean, jax.tree.map(lambda x: jnp.asarray(x)[whole:], batch))
-    )
+    rest_of = jax.tree.map(lambda x: shards.cut(jnp.asarray(x), whole, size), batch)
+    last = function(mapping.after(mean, rest_of))
     return tree.weighted_mean(mean, last, whole, rest)
+
+
+def _interleaved(x, microbatch_size):
+    """Micro-batches on a new first axis, each of every n-th example."""
+    sharding = shards.of_rows(x, microbatch_size, lead=1)
+    if sharding is None:
+        return optax.microbatching.reshape_batch_axis(x, microbatch_size)
+    shape = -1, microbatch_size, *x.shape[1:]
+    return x.reshape(shape, order="F", out_sharding=sharding)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import tree
+from otmdr_jax import shards, tree
 
 PyTree = Any
 
@@ -121,18 +121,25 @@ def each(
             for i in range(len(functions))
         ]
         return tuple(unrolled(functions, rows))
-    count = jnp.shape(jax.tree.leaves(list(columns))[0])[0]
-    how = member_map(how)
+    columns = list(columns)
+    first = jax.tree.leaves(columns)[0]
+    count = jnp.shape(first)[0]
+    if (spread := shards.axes_of_rows(first)) and how not in ("auto", "vmap"):
+        raise ValueError(
+            f"members that are spread over devices (axis {spread!r} of an explicit "
+            f'mesh) are mapped at once: use member_map="vmap" or "auto", got {how!r}.'
+        )
+    how = "vmap" if spread else member_map(how)
     if how == "unroll":
-        rows = [_take(list(columns), i) for i in range(count)]
+        rows = [_take(columns, i) for i in range(count)]
         return tree.stack(unrolled([functions] * count, rows))
 
     def together(row):
         return functions(lambda values: values, *row)
 
     if how == "scan":
-        return jax.lax.map(together, list(columns))
-    return jax.vmap(together)(list(columns))
+        return jax.lax.map(together, columns)
+    return jax.vmap(together)(shards.align_rows(columns, first))
 
 
 def member_map(how: str) -> str:
@@ -155,7 +162,7 @@ def after(floats: PyTree, xs: PyTree) -> PyTree:
     it; as an integer it is 0 either way.
     """
     leaves = [x for x in map(jnp.asarray, jax.tree.leaves(floats)) if x.size]
-    seen = sum(jnp.real(jnp.ravel(x)[0]) for x in leaves if tree.is_floating(x))
+    seen = sum(jnp.real(shards.first_entry(x)) for x in leaves if tree.is_floating(x))
     zero = jnp.nan_to_num(seen * 0).astype(jnp.uint32)
 
     def wait(x):
@@ -200,7 +207,7 @@ def _scan(function, xs, count, varying):
         floats, others = function(x)
         return jax.tree.map(jnp.add, total, floats), others
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(shards.zeros, shapes)
     total, others = jax.lax.scan(body, varying(_widen(zeros)), xs)
     return _divide(total, shapes, count), others
 

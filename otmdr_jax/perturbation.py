@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import tree
+from otmdr_jax import shards, tree
 
 PyTree = Any
 
@@ -178,4 +178,4 @@ def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
     # fold_in by leaf index: leaf i gets the same noise whatever the mask.
     if key is None:
         raise ValueError("noise_std needs a PRNG key: pass key=jax.random.key(...).")
-    return jax.random.normal(jax.random.fold_in(key, index), like.shape, like.dtype)
+    return shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)

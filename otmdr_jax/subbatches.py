@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from otmdr_jax import collectives, engine, mapping, tree
+from otmdr_jax import collectives, engine, mapping, shards, tree
 from otmdr_jax.batches import batch_size
 from otmdr_jax.engine import RobustGradient
 from otmdr_jax.options import Options
@@ -97,7 +97,13 @@ def _parts(batch, key, count, axes):
     first = here * jax.lax.axis_index(axes) if devices > 1 else 0
     if here == 1:
         return batch, None if keys is None else keys[first], 1
-    parts = jax.tree.map(lambda x: x.reshape(here, size // here, *x.shape[1:]), batch)
+    each = size // here
+    parts = jax.tree.map(
+        lambda x: x.reshape(
+            here, each, *x.shape[1:], out_sharding=shards.of_rows(x, each, lead=1)
+        ),
+        batch,
+    )
     if keys is not None:
         keys = jax.lax.dynamic_slice_in_dim(keys, first, here)
     return parts, keys, here

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import engine, subbatches, tree
+from otmdr_jax import engine, shards, subbatches, tree
 from otmdr_jax.adapter import from_gradient, schedule_of
 from otmdr_jax.baselines.surgery import orthogonal
 from otmdr_jax.options import (
@@ -114,7 +114,7 @@ def looksam(
 def start(params: PyTree) -> LookMemory:
     """The memory before the first step, which climbs."""
     zeros = jax.tree.map(
-        lambda p: jnp.zeros(jnp.shape(p), tree.accumulation_dtype(p)), params
+        lambda p: jnp.zeros_like(p, tree.accumulation_dtype(p)), params
     )
     return LookMemory(jnp.zeros((), jnp.int32), zeros)
 
@@ -191,6 +191,6 @@ def looksam_gradient(
 
         if every == 1:
             return climb()
-        return jax.lax.cond(memory.count % every == 0, climb, reuse)
+        return shards.cond(memory.count % every == 0, climb, reuse, params)
 
     return compute

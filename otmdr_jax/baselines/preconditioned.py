@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import bnn, tree
+from otmdr_jax import bnn, shards, tree
 from otmdr_jax.adapter import MemoryState
 from otmdr_jax.options import check_number
 
@@ -26,7 +26,7 @@ class DividedState(NamedTuple):
 def full(params: PyTree, value: jax.typing.ArrayLike) -> PyTree:
     """A pytree like the parameters that holds a value, float32 or wider."""
     return jax.tree.map(
-        lambda p: jnp.full(jnp.shape(p), value, tree.accumulation_dtype(p)), params
+        lambda p: jnp.full_like(p, value, tree.accumulation_dtype(p)), params
     )
 
 
@@ -47,7 +47,7 @@ def noise(key: jax.Array, precision: PyTree, num_data: float) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(precision)
     draws = [
-        jax.random.normal(jax.random.fold_in(key, i), p.shape, p.dtype)
+        shards.draw(jax.random.normal, jax.random.fold_in(key, i), p)
         / jnp.sqrt(num_data * p)
         for i, p in enumerate(leaves)
     ]

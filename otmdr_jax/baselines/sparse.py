@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from otmdr_jax import shards
+
 PyTree = Any
 
 GROWTHS = ("gradient", "random")
@@ -132,14 +134,17 @@ def draw_masks(key: jax.Array, params: PyTree, density: float) -> PyTree:
         if number == math.prod(leaf.shape):
             masks.append(jnp.ones((), bool))
         else:
-            masks.append(_rank(jax.random.uniform(own, leaf.shape)) < number)
+            scores = shards.draw(
+                jax.random.uniform, own, leaf, dtype=jnp.result_type(float)
+            )
+            masks.append(_smallest(scores, number))
     return jax.tree.unflatten(structure, masks)
 
 
 def apply(masks: PyTree, values: PyTree) -> PyTree:
     """Values where the masks are True, zero elsewhere."""
     return jax.tree.map(
-        lambda mask, x: jnp.where(mask, x, jnp.zeros((), x.dtype)), masks, values
+        lambda mask, x: jnp.where(mask, x, jnp.zeros_like(x)), masks, values
     )
 
 
@@ -176,12 +181,14 @@ def renew(
             continue
         number = jnp.ceil(rate * jnp.sum(mask)).astype(jnp.int32)
         size = jnp.abs(weight.astype(jnp.float32))
-        kept = mask & (_rank(jnp.where(mask, size, jnp.inf)) >= number)
+        kept = mask & ~_smallest(jnp.where(mask, size, jnp.inf), number)
         if growth == "random":
-            score = jax.random.uniform(own, mask.shape)
+            score = shards.draw(
+                jax.random.uniform, own, mask, dtype=jnp.result_type(float)
+            )
         else:
             score = jnp.abs(grad.astype(jnp.float32))
-        grown = _rank(jnp.where(kept, jnp.inf, -score)) < number
+        grown = _smallest(jnp.where(kept, jnp.inf, -score), number)
         pairs.append((kept, kept | grown))
     both: Any = zip(*pairs, strict=True)
     kept, new = (jax.tree.unflatten(structure, part) for part in both)
@@ -256,7 +263,7 @@ def dynamic(
         due = escape | _is_among(step, steps)
         share = rate(step) if callable(rate) else rate
         share = jnp.where(escape, escape_rate, share)
-        kept, masks = jax.lax.cond(
+        kept, masks = shards.cond(
             due,
             lambda: renew(
                 state.masks,
@@ -267,6 +274,7 @@ def dynamic(
                 growth,
             ),
             lambda: (state.masks, state.masks),
+            params,
         )
         # p + (-p) is exactly 0, and what grows starts from there.
         updates = jax.tree.map(
@@ -277,7 +285,7 @@ def dynamic(
         )
         inner = optax.tree_map_params(
             optimizer,
-            lambda x, mask: jnp.where(mask, x, jnp.zeros((), x.dtype)),
+            lambda x, mask: jnp.where(mask, x, jnp.zeros_like(x)),
             inner,
             kept,
         )
@@ -354,13 +362,44 @@ def update_steps(every: int, ends: Sequence[int]) -> tuple[int, ...]:
     )
 
 
-def _rank(scores: jax.Array) -> jax.Array:
-    """Each entry's place in ascending order, from 0: distinct where scores tie."""
-    flat = scores.ravel()
-    order = jnp.argsort(flat)
-    ranks = jnp.zeros(flat.shape, jnp.int32)
-    ranks = ranks.at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
-    return ranks.reshape(scores.shape)
+def _smallest(scores: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
+    """True for exactly so many entries, the smallest ones; of ties the first.
+
+    It is what a stable sort would give, found by bisection: sums over all entries are
+    all that it takes, so that a sharded array stays where it is. NaN is the largest.
+    """
+    value = _ordered_bits(scores)
+    place = jnp.zeros_like(value)
+    stride = 1
+    for axis in reversed(range(value.ndim)):
+        along = jax.lax.broadcasted_iota(value.dtype, value.shape, axis)
+        place, stride = place + along * stride, stride * value.shape[axis]
+    bound = _largest(value, number, True)
+    below = value < bound
+    ties = value == bound
+    first = place < _largest(place, number - jnp.sum(below, dtype=jnp.int32), ties)
+    return below | (ties & first)
+
+
+def _ordered_bits(x):
+    """Unsigned integers in the order of floating numbers."""
+    width = 8 * x.dtype.itemsize
+    x = jnp.where(jnp.isnan(x), jnp.nan, jnp.where(x == 0, 0.0, x))
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}"))
+    sign = jnp.ones((), bits.dtype) << (width - 1)
+    return jnp.where(bits < sign, bits | sign, ~bits)
+
+
+def _largest(values, number, among):
+    """The largest bound that at most `number` of some unsigned integers are below."""
+    width = 8 * values.dtype.itemsize
+
+    def set_bit(i, bound):
+        trial = bound | jnp.ones((), values.dtype) << (width - 1 - i)
+        fit = jnp.sum(among & (values < trial), dtype=jnp.int32) <= number
+        return jnp.where(fit, trial, bound)
+
+    return jax.lax.fori_loop(0, width, set_bit, jnp.zeros((), values.dtype))
 
 
 def _is_among(step, steps):

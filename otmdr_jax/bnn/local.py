@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
 
+from otmdr_jax import shards
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
 
@@ -40,8 +41,8 @@ PyTree = Any
 _TINY = 1e-20
 # Linear in their one operand and the same for every entry: a kernel may pass.
 _TRANSPARENT = (
-    "convert_element_type", "copy", "copy_p", "pcast", "pvary", "reshape", "squeeze",
-    "transpose",
+    "convert_element_type", "copy", "copy_p", "pcast", "pvary", "reshape", "reshard",
+    "sharding_constraint", "squeeze", "transpose",
 )  # fmt: skip
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _REMATS = ("remat", "remat2", "checkpoint")
@@ -149,7 +150,7 @@ class _Noisy:
         self.products += 1
         if self.estimator == "local":
             variance = multiply(jnp.square(x), jnp.square(kernel.std))
-            zeta = jax.random.normal(self.next_key(), mean.shape, mean.dtype)
+            zeta = shards.draw(jax.random.normal, self.next_key(), mean)
             return mean + jnp.sqrt(variance + _TINY) * zeta
         if axes is None:
             return mean + multiply(x, kernel.deviation)
@@ -160,7 +161,7 @@ class _Noisy:
 
     def _signs(self, like, axes):
         shape = [n if i in axes else 1 for i, n in enumerate(like.shape)]
-        return jax.random.rademacher(self.next_key(), shape, like.dtype)
+        return shards.draw(jax.random.rademacher, self.next_key(), like, shape=shape)
 
 
 def _run(program: ClosedJaxpr, inputs, noisy):

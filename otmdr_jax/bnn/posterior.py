@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import tree
+from otmdr_jax import shards, tree
 from otmdr_jax.perturbation import resolve_mask
 
 PyTree = Any
@@ -217,7 +217,7 @@ def noise(q: MeanField, key: jax.Array) -> PyTree:
     """kappa: standard normal noise for every stochastic leaf."""
     means, treedef = jax.tree.flatten(check(q).mean)
     draws = [
-        jax.random.normal(jax.random.fold_in(key, i), m.shape, m.dtype)
+        shards.draw(jax.random.normal, jax.random.fold_in(key, i), m)
         for i, m in enumerate(means)
     ]
     return jax.tree.unflatten(treedef, draws)
@@ -326,4 +326,5 @@ def _raw_scale(leaf, sigma):
             )
     sigma = jnp.asarray(sigma, _wide(leaf).dtype)
     raw = sigma + jnp.log(-jnp.expm1(-sigma))
-    return jnp.broadcast_to(raw, leaf.shape) + jnp.zeros(leaf.shape, raw.dtype)
+    raw = raw.reshape((1,) * (leaf.ndim - raw.ndim) + raw.shape)
+    return raw + jnp.zeros_like(leaf, raw.dtype)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from otmdr_jax import shards
 from otmdr_jax.ensemble.stacking import count_members, is_tuple
 
 PyTree = Any
@@ -49,9 +50,10 @@ def per_member(
         count = count_members(params)
         if is_tuple(params):
             return tuple(_own_keys(inner.init(p), i) for i, p in enumerate(params))
-        return jax.vmap(lambda p, i: _own_keys(inner.init(p), i))(
-            params, jnp.arange(count)
-        )
+        with shards.on_their_mesh(params):
+            index = shards.align_rows(jnp.arange(count), params)
+            state = jax.vmap(lambda p, i: _own_keys(inner.init(p), i))(params, index)
+            return shards.place_like(shards.align_rows(state, params), params)
 
     def update_fn(updates, state, params=None, **extra_args):
         own = {k: extra_args.pop(k) for k in member_args if k in extra_args}
@@ -60,7 +62,8 @@ def per_member(
             return inner.update(updates, state, params, **own, **extra_args)
 
         if not is_tuple(updates):
-            return jax.vmap(update)(updates, state, params, own)
+            rows = shards.align_rows((updates, state, params, own), updates)
+            return jax.vmap(update)(*rows)
         found = [
             update(
                 updates[i],
