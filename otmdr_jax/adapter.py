@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.gradients import Diagnostics
+from otmdr_jax.keys import one_key
 from otmdr_jax.options import check_rho
 
 PyTree = Any
@@ -23,7 +24,8 @@ class OtmdrState(NamedTuple):
 
     Attributes:
       count: Number of updates so far.
-      key: The PRNG key of the next update, or None where nothing is random.
+      key: The PRNG key of the next update, a typed one whatever it was made of, or None
+        where nothing is random.
       aux: The auxiliary output of the center pass of the last update whose gradient was
         finite; `aux_init` at first.
       diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; NaN at first.
@@ -82,6 +84,7 @@ def from_gradient(
       ValueError: `has_aux` without `aux_init`, or `aux_init` without `has_aux`.
     """
     radii_at, num_radii = (None, 0) if rho is None else schedule_of(rho)
+    key = one_key(key)
     if has_aux and aux_init is None:
         raise ValueError(
             "has_aux=True needs aux_init, a pytree of the structure, shapes and dtypes "
@@ -95,6 +98,7 @@ def from_gradient(
         )
 
     def init_fn(params):
+        _check_whole(params)
         # Each array is new, the caller's key and aux_init copied: whoever donates the
         # state must neither donate one buffer twice nor lose what is theirs.
         shapes = ((), (), (), (num_radii,), (), (num_particles,))
@@ -103,7 +107,11 @@ def from_gradient(
         )
         if num_radii == 0:
             diagnostics = diagnostics._replace(ascent_norms=None)
-        own_key, aux = jax.tree.map(jnp.array, (key, aux_init))
+        own_key, aux = jax.tree.map(
+            # Strongly typed, as after an update.
+            lambda x: jnp.array(x, jnp.result_type(x)),
+            (key, aux_init),
+        )
         state = jnp.zeros((), jnp.int32), own_key, aux, diagnostics
         if start is None:
             return OtmdrState(*state)
@@ -130,6 +138,7 @@ def from_gradient(
                 "the robust gradient is computed from the batch: call "
                 "tx.update(updates, state, params, batch=batch)."
             )
+        _check_whole(params)
         next_key, step_key = _split(state.key)
         arguments = (params, batch, *loss_args)
         options = {"key": step_key}
@@ -175,6 +184,22 @@ def schedule_of(rho: Any) -> tuple[Callable[[jax.Array], tuple], int]:
         )
     radii = check_rho(rho)
     return lambda count: radii, len(radii)
+
+
+def _check_whole(params):
+    """Refuses what `optax.masked` and `optax.partition` leave of the parameters."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_masked)
+    if any(_is_masked(leaf) for leaf in leaves):
+        raise TypeError(
+            "the robust gradient needs all parameters, got some that optax.masked or "
+            "optax.partition took away. Put these around the optimizer that is chained "
+            "after it, optax.chain(otmdr(...), optax.partition(...)); to perturb some "
+            "leaves alone use the option mask= of the transformation."
+        )
+
+
+def _is_masked(leaf):
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def _split(key):

@@ -24,7 +24,8 @@ def batch_size(batch: PyTree) -> int:
         raise ValueError(
             "batch must be a pytree of arrays with a leading example axis, got "
             f"leaves of shapes {shapes}. Pass what has no such axis as a further "
-            "argument of the loss, after batch."
+            "argument of the loss, after batch; make an array of a list of numbers, "
+            "each of which is a leaf."
         )
     sizes = {shape[0] for shape in shapes}
     if len(sizes) > 1:
@@ -35,6 +36,27 @@ def batch_size(batch: PyTree) -> int:
     if sizes == {0}:
         raise ValueError(f"batch is empty: its leaves have shapes {shapes}.")
     return sizes.pop()
+
+
+def check_known(size: Any, num_parts: int, what: str) -> None:
+    """Raises ValueError for a symbolic size that does not divide into equal parts.
+
+    A program that `jax.export` makes for any batch size cannot cut a batch where that
+    depends on the size.
+
+    Args:
+      size: Of the batch, an integer or what `jax.export.symbolic_shape` makes.
+      num_parts: Parts to cut it into; 0 where it has to be a number.
+      what: What needs the size.
+    """
+    if isinstance(size, int) or (num_parts and isinstance(size % num_parts, int)):
+        return
+    parts = f" or a multiple of {num_parts}" if num_parts else ""
+    raise ValueError(
+        f"{what} needs a batch size that is a number{parts} when a program is "
+        f"exported, got {size}: export with such a size, or use split='shared' without "
+        "microbatch_size and num_subbatches, which works for any."
+    )
 
 
 def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[PyTree]:
@@ -52,6 +74,10 @@ def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[Py
       [[0, 1, 2], [3, 4]]
     """
     size = batch_size(batch)
+    if key is None:
+        check_known(size, num_parts, "split='ordered'")
+    else:
+        check_known(size, 0, "split='random'")
     if size < num_parts:
         raise ValueError(
             f"a batch of {size} cannot be cut into {num_parts} parts, one for each "
@@ -99,7 +125,10 @@ def accumulate(
       2.0
     """
     size = batch_size(batch)
-    if microbatch_size is None or microbatch_size >= size:
+    if microbatch_size is None:
+        return function(batch)
+    check_known(size, 0, f"microbatch_size={microbatch_size}")
+    if microbatch_size >= size:
         return function(batch)
     count, rest = divmod(size, microbatch_size)
     whole = size - rest

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from otmdr_jax import collectives, mapping, tree
 from otmdr_jax.batches import accumulate, batch_size, split_batch
+from otmdr_jax.keys import one_key
 from otmdr_jax.options import Options, check_rho
 from otmdr_jax.particles import climb
 from otmdr_jax.perturbation import resolve_mask
@@ -48,7 +49,7 @@ class RobustGradient(NamedTuple):
     Attributes:
       value: The robust loss, a scalar.
       aux: The auxiliary output of the pass at the center, or None.
-      grads: The gradient, of the structure and dtypes of the parameters.
+      grads: The gradient, of the structure and dtypes of the parameters as arrays.
       diagnostics: See :class:`Diagnostics`.
     """
 
@@ -108,6 +109,7 @@ def build(
     all_axes = data_axes + particle_axes
 
     def compute(params, batch, *args, key=None, rho=None, by_pass=None, **kwargs):
+        params, key = tree.arrays(params), one_key(key)
         radii = default_rho if rho is None else check_rho(rho)
         moves, counts, central = (
             resolve_mask(mask, params)
@@ -233,7 +235,7 @@ def build(
             distances = jnp.tile(distances, options.num_particles)
         means, distances = collectives.pmean((means, distances), all_axes)
         value, aux, moved, kept, center_loss, norms = means
-        grads = _joined(moved, kept, central, params)
+        grads = tree.like(_joined(moved, kept, central, params), params)
         diagnostics = Diagnostics(
             center_loss, value, value - center_loss, norms, tree.norm(grads), distances
         )

@@ -54,14 +54,15 @@ def value_and_grad(
       `(value, grads)` or, with `has_aux`, `((value, aux), grads)`. `value` is the mean
       over particles of the loss of all of B at the particle; `aux` comes from the
       pass at the center, its floating leaves averaged over particles (BatchNorm
-      statistics, say), others from the first particle. `key` may be left out where
-      nothing is random; `rho` overrides the radii for one call. Both belong to
-      `grad_fn`: a loss that needs a key or a rho of its own takes it by position.
+      statistics, say), others from the first particle. `key`, typed or raw, may be
+      left out where nothing is random; `rho` overrides the radii for one call. Both
+      belong to `grad_fn`: a loss that needs a key or a rho of its own takes it by
+      position.
 
     Raises:
       ValueError, TypeError: An option that cannot work, here; at the call a batch
-        that cannot be split, a missing key, a mask of another structure, a loss that
-        is no scalar.
+        that cannot be split, a missing key, a mask of another structure, a parameter
+        that cannot be differentiated, a loss that is no scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp, otmdr_jax

@@ -166,6 +166,7 @@ def after(floats: PyTree, xs: PyTree) -> PyTree:
     zero = jnp.nan_to_num(seen * 0).astype(jnp.uint32)
 
     def wait(x):
+        x = jnp.asarray(x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = jax.random.key_data(x) + zero
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))

@@ -14,6 +14,7 @@ import optax
 
 from otmdr_jax import baselines, bnn, centers, precision, tree
 from otmdr_jax.gradients import PAPER_RHO
+from otmdr_jax.keys import one_key
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]
@@ -222,7 +223,7 @@ def create(
 
     def init(key, example_images):
         # A third key, that models of one weight vector have the keys they had.
-        init_key, key, center_key = jax.random.split(key, 3)
+        init_key, key, center_key = jax.random.split(one_key(key), 3)
         params, model_state = model.init(init_key, example_images)
         params = center.init(center_key, params)
         # Three arrays, not one three times: the state is made to be donated.

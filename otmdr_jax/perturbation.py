@@ -4,8 +4,9 @@ r"""One ascent step in weight space: the inner line of Eq. 9.
 
 with g the gradient at w, d the direction (g itself, or the released code's merged
 one), and T = 1, T = |w| for ASAM, T = (1 + eta g^2)^(-1/2) for Fisher SAM, or a T that
-is given. No gradient flows through the result: the
-callers differentiate at `w'`, never through it (identity Hessian, as in SAM).
+is given. The callers differentiate at `w'`, never through it (identity Hessian, as in
+SAM). Whoever does (for a radius that is learned, say) finds the step's derivative, and
+0 for a zero gradient, where there is none: the particle stays with the center.
 
 Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4; Kim et
 al., 2022 (Fisher SAM), section 3.
@@ -80,7 +81,7 @@ def ascend(
         t = [fisher_scale(x, fisher) for x in g]
     else:
         t = [element_scale(x, adaptive) for x in w]
-    tg = [ti * gi.astype(ti.dtype) for ti, gi in zip(t, g, strict=True)]
+    tg = [ti * _wide(gi) for ti, gi in zip(t, g, strict=True)]
     counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
     total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
     new = list(w)
@@ -91,12 +92,12 @@ def ascend(
         divisor = 1.0 if norm == "none" else jnp.where(length == 0, 1.0, length)
         # The steepest ascent of a real function is the conjugate of JAX's gradient
         # for complex weights. Dividing first keeps 1 / length from overflowing.
-        uphill = t[i] * (t[i] * jnp.conj(d[i]).astype(t[i].dtype))
+        uphill = t[i] * (t[i] * jnp.conj(_wide(d[i])))
         step = uphill / divisor * _radius(rho, length)
         if noise_std is not None:
             step = step + noise_std * _noise(key, i, step)
-        new[i] = (w[i] + step).astype(w[i].dtype)
-    return jax.tree.unflatten(treedef, new), total
+        new[i] = w[i] + step
+    return tree.like(jax.tree.unflatten(treedef, new), params), total
 
 
 def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
@@ -141,7 +142,7 @@ def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
       adaptive: Whether to scale by |w|.
 
     Returns:
-      |w|, or a scalar 1, in float32 or wider.
+      |w|, or a scalar 1, real and in float32 or wider.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,14 +150,15 @@ def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
       >>> element_scale(jnp.array([-2.0, 0.5]), adaptive=True).tolist()
       [2.0, 0.5]
     """
-    dtype = tree.accumulation_dtype(w)
+    dtype = jnp.finfo(tree.accumulation_dtype(w)).dtype
     return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
 
 
 def fisher_scale(g: jax.Array, eta: jax.typing.ArrayLike) -> jax.Array:
     """Fisher SAM's T of a leaf, the root of 1 / (1 + eta g^2), in float32 or wider.
 
-    g^2 stands for the diagonal of the Fisher information, as Kim et al. approximate it.
+    g^2 stands for the diagonal of the Fisher information, as Kim et al. approximate it;
+    of complex weights it is |g|^2.
 
     Example:
       >>> import jax.numpy as jnp
@@ -164,8 +166,21 @@ def fisher_scale(g: jax.Array, eta: jax.typing.ArrayLike) -> jax.Array:
       >>> fisher_scale(jnp.array([0.0, 3.0]), 1.0).round(4).tolist()
       [1.0, 0.316...]
     """
-    wide = jnp.abs(g).astype(tree.accumulation_dtype(jnp.abs(g)))
-    return 1 / jnp.hypot(jnp.ones((), wide.dtype), jnp.sqrt(eta) * wide)
+    return _fisher_scale(_wide(jnp.abs(g)), eta)
+
+
+@jax.custom_jvp
+def _fisher_scale(size, eta):
+    return 1 / jnp.hypot(jnp.ones((), size.dtype), jnp.sqrt(eta) * size)
+
+
+@_fisher_scale.defjvp
+def _fisher_scale_jvp(primals, tangents):
+    """-T/2 ((T g)^2 d eta + 2 eta T g T dg): the root of eta has no derivative at 0."""
+    (size, eta), (dsize, deta) = primals, tangents
+    t = _fisher_scale(size, eta)
+    tg = t * size
+    return t, -0.5 * t * (tg * tg * deta + 2 * eta * tg * t * dsize)
 
 
 def _radius(rho: jax.typing.ArrayLike, length: jax.Array) -> jax.Array:
@@ -178,4 +193,10 @@ def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
     # fold_in by leaf index: leaf i gets the same noise whatever the mask.
     if key is None:
         raise ValueError("noise_std needs a PRNG key: pass key=jax.random.key(...).")
-    return shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)
+    drawn = shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)
+    # Of complex weights both parts are coordinates; JAX's draws have half of it each.
+    return drawn * 2**0.5 if jnp.iscomplexobj(like) else drawn
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(tree.accumulation_dtype(x))

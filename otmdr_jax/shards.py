@@ -121,11 +121,12 @@ def place_like(state: PyTree, params: PyTree) -> PyTree:
 
     Inside of jit it is where it is.
     """
-    structure = jax.tree.structure(params)
+    structure: Any = jax.tree.structure(params)
 
     def place(x, like):
         sharding = _sharding_on_devices(like)
-        return jax.device_put(x, sharding) if sharding and x.shape == like.shape else x
+        alike = sharding and x.shape == like.shape
+        return jax.device_put(x, sharding) if alike else x
 
     def is_alike(part):
         return jax.tree.structure(part) == structure
@@ -209,8 +210,8 @@ def draw(
       >>> shards.draw(jax.random.normal, jax.random.key(0), jnp.zeros((2, 3))).shape
       (2, 3)
     """
-    shape = like.shape if shape is None else tuple(shape)
-    dtype = jnp.dtype(like.dtype if dtype is None else dtype)
+    shape = jnp.shape(like) if shape is None else tuple(shape)
+    dtype = jnp.dtype(jnp.result_type(like) if dtype is None else dtype)
     if isinstance(like, jax.ShapeDtypeStruct):
         return sampler(key, shape, dtype)
     concrete = _sharding_on_devices(like)

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 
 from otmdr_jax import collectives, engine, mapping, shards, tree
-from otmdr_jax.batches import batch_size
+from otmdr_jax.batches import batch_size, check_known
 from otmdr_jax.engine import RobustGradient
+from otmdr_jax.keys import one_key
 from otmdr_jax.options import Options
 
 PyTree = Any
@@ -56,6 +57,7 @@ def build(
         return of_one(params, batch, *args, key=key, **extra, **kwargs)
 
     def compute(params, batch, *args, key=None, **kwargs):
+        params, key = tree.arrays(params), one_key(key)
         if count == 1:
             return of_part(params, batch, *args, key=key, **kwargs)
         collectives.check_bound(axes)
@@ -71,6 +73,7 @@ def build(
             lambda fresh: collectives.vary(fresh, differs),
         )
         mean = collectives.pmean(mean, axes)
+        mean = mean._replace(grads=tree.like(mean.grads, params))
         info = mean.diagnostics._replace(grad_norm=tree.norm(mean.grads))
         return mean._replace(diagnostics=info)
 
@@ -87,6 +90,7 @@ def _parts(batch, key, count, axes):
             f"batch is divided over, got {count}: each cuts its own part."
         )
     size = batch_size(batch)
+    check_known(size, here, f"num_subbatches={count}")
     if size % here:
         raise ValueError(
             f"{here} sub-batches of one size cannot be cut from a batch of {size}"

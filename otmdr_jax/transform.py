@@ -41,8 +41,8 @@ def otmdr(
 
     Args:
       loss_fn: See :func:`otmdr_jax.value_and_grad`.
-      key: A PRNG key, typed or raw. It lives in the state and is split at each update.
-        May be None where nothing is random.
+      key: A PRNG key, typed or raw. It lives in the state, as a typed one, and is split
+        at each update. May be None where nothing is random.
       rho: Radii as for :func:`otmdr_jax.value_and_grad`; each one, or the whole, may
         be an Optax schedule of the number of updates so far.
       aux_init: With `has_aux`: a pytree of arrays of the structure, shapes and dtypes
@@ -59,7 +59,8 @@ def otmdr(
     Raises:
       ValueError, TypeError: As :func:`otmdr_jax.value_and_grad`; one of `has_aux` and
         `aux_init` without the other; at the update a missing batch, or an aux of
-        another structure.
+        another structure; parameters of which `optax.masked` or `optax.partition` took
+        some away.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, otmdr_jax

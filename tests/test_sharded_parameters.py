@@ -49,7 +49,7 @@ def make_batch():
 
 
 def make_mesh(kind):
-    """"explicit-1d" and the like."""
+    """ "explicit-1d" and the like."""
     axes, dims = kind.split("-")
     shape, names = ((4,), ("model",)) if dims == "1d" else ((2, 4), ("data", "model"))
     types = {"explicit": AxisType.Explicit, "auto": AxisType.Auto}[axes]
@@ -211,7 +211,13 @@ def around(name, params, specs=SPECS):
         stacked = tree.stack([params, jax.tree.map(lambda x: 2 * x, params)])
         return stacked, jax.tree.map(lambda s: P(None, *s), specs)
     if name in POSTERIORS:
-        q = bnn.init(params, mask=lambda p: {**{k: True for k in ()}, **jax.tree.map(lambda x: x.ndim > 1, p)})
+        q = bnn.init(
+            params,
+            mask=lambda p: {
+                **{k: True for k in ()},
+                **jax.tree.map(lambda x: x.ndim > 1, p),
+            },
+        )
     return params, specs
 
 

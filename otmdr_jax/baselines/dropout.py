@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax import collectives
+from otmdr_jax.keys import one_key
 
 # Of Uncertainty Baselines' MC dropout (baselines/cifar/dropout.py): WideResNet-28-10.
 RATE = 0.1
@@ -41,7 +42,7 @@ def example_keys(key: jax.Array, count: int, axis_name: Any = None) -> jax.Array
         device follow those of the devices before it.
 
     Returns:
-      (B,) keys; that of an example depends on `key` and its position in the batch.
+      (B,) typed keys; that of an example depends on `key` and its place in the batch.
 
     Example:
       >>> import jax
@@ -50,7 +51,7 @@ def example_keys(key: jax.Array, count: int, axis_name: Any = None) -> jax.Array
       >>> keys.shape, bool((keys[:2] == example_keys(jax.random.key(0), 2)).all())
       ((4,), True)
     """
-    key = jax.random.fold_in(key, _STREAM)
+    key = jax.random.fold_in(one_key(key), _STREAM)
     axes = collectives.axes_of(axis_name)
     first = count * jax.lax.axis_index(axes) if axes else 0
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))

@@ -32,6 +32,7 @@ from otmdr_jax import engine, mapping, tree
 from otmdr_jax.adapter import from_gradient
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.engine import Diagnostics
+from otmdr_jax.keys import one_key
 from otmdr_jax.options import (
     Options,
     PassOptions,
@@ -204,6 +205,7 @@ def ivon_gradient(
     def compute(hess, params, batch, *args, key=None, **kwargs):
         if key is None:
             raise ValueError("ivon draws noise: pass key=jax.random.key(...).")
+        params, key = tree.arrays(params), one_key(key)
         precision = ivon_precision(hess, weight_decay)
 
         def at_sample(key):

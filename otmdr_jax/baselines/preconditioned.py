@@ -24,7 +24,18 @@ class DividedState(NamedTuple):
 
 
 def full(params: PyTree, value: jax.typing.ArrayLike) -> PyTree:
-    """A pytree like the parameters that holds a value, float32 or wider."""
+    """A pytree like the parameters that holds a value, float32 or wider.
+
+    Raises:
+      TypeError: A complex leaf.
+    """
+    for leaf in jax.tree.leaves(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                "bSAM and IVON keep a precision for each real weight, got a parameter "
+                f"of {jnp.result_type(leaf)}: make its real and its imaginary part two "
+                "parameters, and join them in the loss with jax.lax.complex."
+            )
     return jax.tree.map(
         lambda p: jnp.full_like(p, value, tree.accumulation_dtype(p)), params
     )

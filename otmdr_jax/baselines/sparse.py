@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax import shards
+from otmdr_jax.keys import one_key
 
 PyTree = Any
 
@@ -39,7 +40,7 @@ class Sparse(NamedTuple):
       masks: True where there is a weight, for each array of the parameters; a scalar
         True for those that are dense.
       step: Steps taken.
-      key: Where random masks come from.
+      key: Where random masks come from, typed.
     """
 
     inner: PyTree
@@ -100,11 +101,12 @@ def counts(params: PyTree, density: float) -> PyTree:
     if not 0 < density < 1:
         raise ValueError(f"density must be in (0, 1), got {density!r}.")
     leaves, structure = jax.tree.flatten(params)
-    kernels = [i for i, leaf in enumerate(leaves) if len(leaf.shape) > 1]
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    kernels = [i for i, shape in enumerate(shapes) if len(shape) > 1]
     if not kernels:
         raise ValueError("sparse training needs kernels: arrays of two and more axes.")
-    kept = [math.prod(leaf.shape) for leaf in leaves]
-    densities = erk([leaves[i].shape for i in kernels], density)
+    kept = [math.prod(shape) for shape in shapes]
+    densities = erk([shapes[i] for i in kernels], density)
     for i, share in zip(kernels, densities, strict=True):
         kept[i] = max(round(share * kept[i]), 1)
     return jax.tree.unflatten(structure, kept)
@@ -131,7 +133,8 @@ def draw_masks(key: jax.Array, params: PyTree, density: float) -> PyTree:
     for leaf, number, own in zip(
         leaves, kept, jax.random.split(key, len(leaves)), strict=True
     ):
-        if number == math.prod(leaf.shape):
+        shape = jnp.shape(leaf)
+        if number == math.prod(shape):
             masks.append(jnp.ones((), bool))
         else:
             scores = shards.draw(
@@ -246,6 +249,7 @@ def dynamic(
     if growth not in GROWTHS:
         raise ValueError(f"growth must be one of {', '.join(GROWTHS)}; got {growth!r}.")
     optimizer = optax.with_extra_args_support(optimizer)
+    key = one_key(key)
 
     def init(params):
         mask_key, own = jax.random.split(key)
@@ -278,7 +282,7 @@ def dynamic(
         )
         # p + (-p) is exactly 0, and what grows starts from there.
         updates = jax.tree.map(
-            lambda mask, u, p: jnp.where(mask, u, -p.astype(u.dtype)),
+            lambda mask, u, p: jnp.where(mask, u, -jnp.asarray(p, u.dtype)),
             kept,
             updates,
             params,

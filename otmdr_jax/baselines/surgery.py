@@ -125,7 +125,7 @@ def orthogonal(vector: PyTree, to: PyTree) -> PyTree:
     """What of a vector is orthogonal to another one; all of it where that one is 0.
 
     Args:
-      vector: A pytree of real arrays.
+      vector: A pytree of arrays; complex ones are vectors of their parts.
       to: Another one of the same structure.
 
     Returns:
@@ -144,7 +144,9 @@ def orthogonal(vector: PyTree, to: PyTree) -> PyTree:
         ),
         to,
     )
-    products = jax.tree.map(lambda v, u: jnp.sum(v.astype(u.dtype) * u), vector, unit)
+    products = jax.tree.map(
+        lambda v, u: jnp.sum(jnp.real(v.astype(u.dtype) * jnp.conj(u))), vector, unit
+    )
     along = sum(jax.tree.leaves(products), start=jnp.zeros(()))
     return jax.tree.map(lambda v, u: v.astype(u.dtype) - along * u, vector, unit)
 

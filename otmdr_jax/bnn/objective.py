@@ -35,6 +35,7 @@ from otmdr_jax import collectives, engine, subbatches
 from otmdr_jax.bnn import divergence, local, posterior, priors
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.engine import Diagnostics, Roles
+from otmdr_jax.keys import one_key
 from otmdr_jax.options import (
     Options,
     ParticleOptions,
@@ -401,7 +402,7 @@ def _keys(q, key):
             "the weight noise kappa is random: pass key=jax.random.key(...) by name, a "
             "fresh one each step."
         )
-    return jax.random.split(key, 3)
+    return jax.random.split(one_key(key), 3)
 
 
 def _mask_function(mask):
@@ -432,7 +433,7 @@ def _check_weight(weight):
 
 def _check_size(batch, num_data):
     size = engine.batch_size(batch)
-    if size > num_data:
+    if isinstance(size, int) and size > num_data:  # not one of jax.export
         raise ValueError(
             f"num_data={num_data} is less than a batch of {size}: it is the number of "
             "examples in the training set, not of batches."

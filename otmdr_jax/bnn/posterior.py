@@ -324,7 +324,7 @@ def _raw_scale(leaf, sigma):
                 f"{sigma!r}: it is a standard deviation. For a point estimate leave a "
                 "leaf out of mask."
             )
-    sigma = jnp.asarray(sigma, _wide(leaf).dtype)
+    sigma, shape = jnp.asarray(sigma, _wide(leaf).dtype), jnp.shape(leaf)
     raw = sigma + jnp.log(-jnp.expm1(-sigma))
-    raw = raw.reshape((1,) * (leaf.ndim - raw.ndim) + raw.shape)
+    raw = raw.reshape((1,) * (len(shape) - raw.ndim) + raw.shape)
     return raw + jnp.zeros_like(leaf, raw.dtype)

@@ -155,7 +155,7 @@ class FittedNormal:
     def fit(self, mean: PyTree, std: PyTree) -> Normal:
         """The prior that maximises the ELBO of a posterior."""
         squares = jax.tree.map(lambda m, s: jnp.sum(m**2 + s**2), mean, std)
-        sizes = jax.tree.map(lambda m: m.size, mean)
+        sizes = jax.tree.map(jnp.size, mean)
         if self.per == "all":
             total = sum(jax.tree.leaves(squares)) / sum(jax.tree.leaves(sizes))
             squares = jax.tree.map(lambda _: total, squares)

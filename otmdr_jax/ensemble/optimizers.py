@@ -33,7 +33,9 @@ def per_member(
       A transformation of stacked members, or of a tuple of them. Its state is the
       optimizer's with a leading axis of M on every leaf, or a tuple of states. Typed
       PRNG keys in it are made different for each member: those of
-      `per_member(otmdr(loss_fn, key))` are independent.
+      `per_member(otmdr(loss_fn, key))` are independent, whatever kind `key` is. A raw
+      key that another library keeps is an array of numbers, and the same for all: give
+      it a typed one.
 
     Example:
       >>> import jax.numpy as jnp, optax

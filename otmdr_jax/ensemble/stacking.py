@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax import collectives
+from otmdr_jax.keys import typed_keys
 
 PyTree = Any
 
@@ -33,25 +34,24 @@ def count_members(members: PyTree) -> int:
 
 
 def member_keys(key: Any, count: int, axis_name: Any = None) -> Any:
-    """The keys of the members that are here: (M,) of them; None for no key.
+    """The keys of the members that are here: (M,) typed ones; None for no key.
 
     Args:
-      key: One key, typed or raw, which is split into one for each member; or M keys,
-        which are taken as they are.
+      key: One key, typed () or raw (words,), which is split into one for each member;
+        or M keys, (M,) or raw (M, words), which are taken as they are.
       count: M, the members of this device.
       axis_name: Device axis that members are spread over, or None: a single key is
         split into those of all devices, each of which takes its own.
 
     Raises:
-      ValueError: Keys that are neither one nor M.
+      ValueError: Keys that are neither one nor M; TypeError: no keys.
     """
     if key is None:
         return None
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    rank = jnp.ndim(key) - (0 if typed else 1)
-    if rank == 1 and key.shape[0] == count:
+    key = typed_keys(key)
+    if key.shape == (count,):
         return key
-    if rank != 0:
+    if key.shape:
         raise ValueError(
             f"key must be one key, or one for each of {count} members, got an array "
             f"of shape {key.shape}."
