@@ -97,6 +97,7 @@ def test_nnx_optimizer(problem, expected):
     assert_close({"w": model.w[...], "b": model.b[...]}, expected)
 
 
+@pytest.mark.slow
 def test_linen_with_batch_statistics(key):
     class Net(flax.linen.Module):
         @flax.linen.compact
@@ -161,6 +162,7 @@ def test_equinox_modules(problem, expected):
     assert_close({"w": net.w, "b": net.b}, expected)
 
 
+@pytest.mark.slow
 def test_optax_chain_follows_its_own_keys(problem):
     params, data = problem
     tx = optax.chain(

@@ -32,6 +32,7 @@ def run(code, check=True, cwd=None):
     )
 
 
+@pytest.mark.essential
 def test_zoo_training_and_evaluation_run_on_arrays(tmp_path):
     code = """
 import numpy as np, jax

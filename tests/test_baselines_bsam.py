@@ -135,6 +135,7 @@ class TestEquations:
         m = -np.asarray(updates, np.float64) * s / ALPHA / (1 - B1)
         assert_allclose(m, w0 + RHO * (w0 + e) / s + DELTA * w0, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_sub_batches_draw_their_own_noise(self, key):
         tx = baselines.bsam(
             lambda w, batch: jnp.sum(w**2) / 2 + 0 * jnp.mean(batch),
@@ -181,6 +182,7 @@ class TestEquations:
 
 
 class TestDevices:
+    @pytest.mark.slow
     @pytest.mark.parametrize("devices", [1, 4])
     def test_sub_batches_on_devices_are_those_of_one(self, devices, key):
         w, batches = problem(steps=1, size=16)
@@ -246,6 +248,7 @@ def straight(tmp_path_factory):
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_a_step_of_the_method_is_one_of_the_transformation(self, key):
         model = Linear()
         options = dict(weight_decay=DELTA, num_data=400.0, damping=GAMMA, b2=B2)
@@ -290,6 +293,7 @@ class TestTraining:
         assert_allclose(at_mean, jax.nn.log_softmax(logits)[None], 1e-5, 1e-5)
         assert np.abs(np.asarray(predicted - at_mean)).max() > 1e-4
 
+    @pytest.mark.slow
     def test_a_run_learns_and_logs_its_posterior(self, straight, capsys):
         found = report.read_run(straight)
         assert found.label == "bSAM" and found.config["learning_rate"] == 0.5
@@ -301,6 +305,7 @@ class TestTraining:
         cli.main(["evaluate", str(straight), "--prediction", "mean"])
         assert "bSAM" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_float16_on_two_devices(self, small):
         chosen = TrainConfig(
             method="bsam", steps=4, batch_size=64, mesh="data=2", dtype="float16",

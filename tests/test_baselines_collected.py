@@ -200,6 +200,7 @@ class Walk:
         return state
 
 
+@pytest.mark.slow
 def test_a_skipped_step_counts_for_the_schedule(key):
     """Or members would be collected before the learning rate is at its lowest."""
     rate = optax.piecewise_constant_schedule(1.0, {2: 0.25})
@@ -250,6 +251,7 @@ class TestCollect:
             assert_allclose(np.exp(rows).mean(0)[0], probs.mean(0), rtol=1e-4)
             assert_allclose(np.exp(rows[: len(used), 0]), probs, rtol=1e-4, atol=1e-8)
 
+    @pytest.mark.slow
     def test_a_run_is_that_of_the_base_method(self, key):
         model = Linear()
         optimizer = optax.sgd(0.1, 0.9)
@@ -274,6 +276,7 @@ class TestCollect:
                     getattr(states[end - 1], part),
                 )
 
+    @pytest.mark.slow
     def test_a_step_holds_no_copy_of_what_was_collected(self):
         """Members are written in place: its temporaries do not grow with them."""
 
@@ -341,6 +344,7 @@ class TestAverage:
         want = jax.nn.log_softmax(jnp.asarray(a * b, jnp.float32))
         assert_allclose(method.predict(early, None)[0, 0], want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_samples_have_the_covariance_of_the_paper(self, key):
         """Sigma = 1/2 diag + D D^T / (2 (K - 1)), over both arrays together."""
         from otmdr_jax.baselines import swag
@@ -363,6 +367,7 @@ class TestAverage:
         still = swag._sample(kept, key, jnp.zeros(()))
         assert_array_equal(still["a"], kept.mean["a"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("alike", [True, False])
     def test_members_of_an_ensemble_are_settled_each_for_itself(self, alike, key):
         one = methods.create(
@@ -406,6 +411,7 @@ class TestStatistics:
         compiled = programs.compile_programs(chosen, small)
         return predictors.settle(chosen, result.state, small, compiled)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("examples", [None, 130])
     def test_they_are_those_of_a_numpy_pass(self, examples, straight, small):
         chosen = of_method("swag", batchnorm_examples=examples)
@@ -443,6 +449,7 @@ class TestStatistics:
             state = apply(state)
         jax.tree.map(lambda a, b: assert_allclose(a, b, 1e-3, 1e-4), got, state)
 
+    @pytest.mark.slow
     def test_predictions_use_them_and_are_better_for_it(self, straight, small):
         chosen = of_method("swag")
         state = self.settled(straight["swag"], small, chosen)
@@ -457,6 +464,7 @@ class TestStatistics:
         nll = [metrics.nll(np.exp(x), small.test.labels) for x in (before, after)]
         assert nll[1] < nll[0]
 
+    @pytest.mark.slow
     def test_a_mesh_gives_the_same(self, straight, small):
         chosen = of_method("swag")
         alone = self.settled(straight["swag"], small, chosen)
@@ -518,6 +526,7 @@ class TestRuns:
         assert result.metrics["accuracy"] > 0.35  # ten classes, 30 steps
         assert int(result.state.method_state.number) == 3
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "options"),
         [
@@ -541,6 +550,7 @@ class TestRuns:
             assert len(result.metrics["members"]) == 2
             assert result.metrics["epistemic"] > 0
 
+    @pytest.mark.slow
     def test_runs_are_joined_into_an_ensemble(
         self, small, straight, tmp_path, monkeypatch
     ):
@@ -613,6 +623,7 @@ def test_labels_name_the_base():
     assert report.label_of(chosen) == "Snapshot of SAM"
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
     common = ["--steps", "16", "--mesh", "data=1", "--quiet"]
     runs = []

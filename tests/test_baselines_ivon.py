@@ -93,6 +93,7 @@ class TestEquations:
         assert_allclose(e.mean(), 0, atol=2e-3)
         assert_allclose(e.std(), 1 / np.sqrt(N * (H0 + DELTA)), rtol=0.01)
 
+    @pytest.mark.slow
     def test_it_finds_the_posterior_of_a_gaussian(self, key):
         """Of a quadratic loss: precision a + delta, mean 0.5 a / (a + delta)."""
         a = jnp.repeat(jnp.array([0.5, 2.0, 8.0]), 4_000)
@@ -167,6 +168,7 @@ class TestMethod:
         own = dict(num_data=N, weight_decay=DELTA, hess_init=H0, b2=B2)
         return methods.create("ivon", Linear(), rule, num_samples=3, **own, **options)
 
+    @pytest.mark.slow
     def test_a_step_is_one_of_the_transformation(self, key):
         method, model = self.make(), Linear()
         images = jax.random.normal(key, (8, 2))
@@ -194,6 +196,7 @@ class TestMethod:
         logits = images @ got.params["w"]
         assert_allclose(at_mean[0], jax.nn.log_softmax(logits), rtol=1e-5)
 
+    @pytest.mark.slow
     def test_the_command_line(self, tmp_path, capsys):
         output = tmp_path / "run"
         common = ["train", "--output", str(output), "--quiet"]

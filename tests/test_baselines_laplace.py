@@ -98,6 +98,7 @@ def explicit(jac, probs):
 
 
 class TestCurvature:
+    @pytest.mark.slow
     @pytest.mark.parametrize("bias", [True, False])
     def test_it_is_that_of_explicit_jacobians(self, bias):
         model, images = Net(bias=bias), points(17)
@@ -113,6 +114,7 @@ class TestCurvature:
         got = np.concatenate([np.ravel(x) for x in order])
         assert_allclose(got, np.diag(want), rtol=2e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_of_a_linear_model_it_is_the_hessian_of_the_loss(self):
         model, images = Softmax(), points(30)
         params, _ = model.init(jax.random.key(0), images)
@@ -133,6 +135,7 @@ class TestCurvature:
         got = np.concatenate([diagonal["kernel"], diagonal["bias"][None]])
         assert_allclose(got.ravel(), np.diag(want), rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", STRUCTURES)
     @settings(deadline=None, max_examples=5)
     @given(cut=st.integers(1, 12))
@@ -147,6 +150,7 @@ class TestCurvature:
         alone = curve(model, params, images[:cut], structure)
         jax.tree.map(lambda a, b: assert_allclose(a, b, 1e-4, 1e-4), parts[0], alone)
 
+    @pytest.mark.slow
     def test_micro_batches_of_the_diagonal_make_no_difference(self, monkeypatch):
         model, images = Net(), points(13)
         params, _ = model.init(jax.random.key(0), images)
@@ -185,6 +189,7 @@ class TestCurvature:
 
 
 class TestPriorPrecision:
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=25)
     @given(st.integers(0, 2**31 - 1), st.floats(-3, 3), st.integers(1, 40))
     def test_it_is_the_maximum_of_the_marginal_likelihood(self, seed, scale, size):
@@ -217,6 +222,7 @@ class TestPosterior:
     def images(self):
         return points(40)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", STRUCTURES)
     def test_logits_have_its_mean_and_covariance(self, structure):
         images = points(40)
@@ -252,6 +258,7 @@ class TestPosterior:
             ratio = np.cov(got[:, n].T) / np.outer(deviation, deviation)
             assert_allclose(ratio, cov / np.outer(deviation, deviation), atol=0.08)
 
+    @pytest.mark.slow
     def test_logistic_regression_has_its_closed_form(self):
         """Two classes are one weight vector u = w1 - w0, with twice its covariance."""
         linear_model = pytest.importorskip("sklearn.linear_model")
@@ -278,6 +285,7 @@ class TestPosterior:
             got / np.outer(scale, scale), covariance / np.outer(scale, scale), atol=0.08
         )
 
+    @pytest.mark.slow
     def test_a_strong_prior_gives_the_mode_and_a_weak_one_more_doubt(self):
         images = points(40)
         entropies = []
@@ -327,6 +335,7 @@ class TestPosterior:
 class TestLaplax:
     """The JAX library of Laplace approximations, where it does the same."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", ["last-layer", "diagonal"])
     def test_curvature_posterior_and_evidence_are_its(self, structure):
         pytest.importorskip("laplax")

@@ -59,6 +59,7 @@ def straight(small, tmp_path_factory):
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_training_is_the_bases_bit_for_bit(self, straight):
         base = straight["sgd"]
         for name in STRUCTURES:
@@ -76,6 +77,7 @@ class TestRuns:
             assert early[0]["step"] == 10 and early[0]["nll"] == early[1]["nll"]
             assert "epistemic" not in early[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", STRUCTURES)
     def test_neither_batches_nor_devices_matter(self, structure, straight, small):
         chosen = dataclasses.replace(TINY, laplace=structure)
@@ -99,6 +101,7 @@ class TestRuns:
         for x, y in zip(*(jax.tree.leaves(found[n].std) for n in "ac"), strict=True):
             assert_allclose(x, y, rtol=1e-3)
 
+    @pytest.mark.slow
     def test_some_examples_stand_for_all(self, straight, small):
         chosen = dataclasses.replace(
             TINY, laplace="diagonal", laplace_examples=100, prior_precision=2.0
@@ -123,6 +126,7 @@ class TestRuns:
         for std, h in zip(*map(jax.tree.leaves, (kept.std, summed)), strict=True):
             assert_allclose(1 / std**2, 2.0 + h * count / 100, rtol=1e-3)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", ["last-layer", "diagonal"])
     def test_members_have_their_own(self, structure, small):
         chosen = dataclasses.replace(TINY, members="2", laplace=structure, epochs=1)
@@ -139,6 +143,7 @@ class TestRuns:
             "effective_parameters",
         }
 
+    @pytest.mark.slow
     def test_float16_has_a_finite_curvature(self, small):
         chosen = dataclasses.replace(TINY, dtype="float16", laplace="diagonal", steps=2)
         result = training.train(chosen, small, show_progress=False)
@@ -180,6 +185,7 @@ def test_options():
     assert callable(laplace)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
     common = ["--steps", "12", "--mesh", "data=1", "--quiet"]
     own, base = str(tmp_path / "laplace"), str(tmp_path / "sam")

@@ -74,6 +74,7 @@ class TestSubBatches:
         assert_allclose(state.diagnostics.grad_norm, np.linalg.norm(want), rtol=1e-5)
         assert_allclose(state.diagnostics.distances, RHO, rtol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("count", [2, 8])
     def test_they_are_many_devices_without_a_shared_perturbation(self, count):
         params, data = toy.regression_problem(batch=16)
@@ -84,6 +85,7 @@ class TestSubBatches:
         alone = otmdr_jax.sam(toy.regression, RHO, num_subbatches=count)
         assert_allclose(flat(one_update(alone, params, data)[0]), flat(want), rtol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", ["unroll", "scan", "vmap"])
     def test_the_map_and_the_devices_change_nothing(self, how, key):
         """With noise: parts have the keys that they have on one device."""
@@ -237,6 +239,7 @@ class TestGsam:
         got = on_devices(tx, params, data, devices)
         assert_allclose(flat(got), gsam_of(flat(params), data, 0.7), rtol=1e-5)
 
+    @pytest.mark.slow
     def test_sub_batches_are_decomposed_on_their_own(self):
         params, data = toy.regression_problem(batch=16)
         want = np.mean(
@@ -389,6 +392,7 @@ class TestMethods:
             distances.append(metrics["distance"])
         assert_allclose(distances, [follows(t) for t in range(3)], rtol=1e-4)
 
+    @pytest.mark.slow
     def test_a_run_that_remembers_is_resumed_exactly(
         self,
         small,  # noqa: F811

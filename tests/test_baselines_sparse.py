@@ -320,6 +320,7 @@ def masks_of(state):
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_every_step_of_a_run_is_sparse(self, small):
         compiled = programs.compile_programs(TINY, small)
         state = compiled.init(jax.random.key(0))
@@ -353,6 +354,7 @@ class TestRuns:
         for ticket, member in zip(tickets, baselines.members(state), strict=True):
             assert_same_bits(member.params, ticket)
 
+    @pytest.mark.slow
     def test_edst_is_an_ensemble_of_sparse_networks(self, straight):
         kept = straight.state.method_state
         assert int(kept.number) == 3
@@ -383,6 +385,7 @@ class TestRuns:
         saved = json.loads((straight.folder / "result.json").read_text())
         assert saved["sparsity"] == found
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -407,6 +410,7 @@ class TestRuns:
             assert not np.array_equal(*masks)
             assert len(result.metrics["sparsity"]["members"]) == 2
 
+    @pytest.mark.slow
     def test_a_skipped_step_changes_no_mask(self, key):
         method = methods.create(
             "dst", Linear(), optax.sgd(0.1, 0.9), density=0.2, rate=0.5, steps=(1, 2, 3)
@@ -458,6 +462,7 @@ def test_positions_are_those_of_the_papers_networks():
         models.output_positions(model, (1, 32, 32, 3))
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
     folder = tmp_path / "edst"
     cli.main(

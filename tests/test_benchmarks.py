@@ -47,6 +47,7 @@ def session(accelerator, tmp_path, minutes=1.0):
     return accelerator.Session(options)
 
 
+@pytest.mark.slow
 def test_accelerator_in_its_smoke_form(tmp_path):
     file = tmp_path / "a.json"
     options = ["--smoke", "--only", "peak", "steps", "--particles"]
@@ -72,6 +73,7 @@ def test_accelerator_in_its_smoke_form(tmp_path):
         assert all(math.isfinite(value) for value in gap.values())
 
 
+@pytest.mark.slow
 def test_metrics_in_its_smoke_form(tmp_path):
     file = tmp_path / "m.json"
     out = run("metrics.py", "--smoke", "--scikit-learn", "--json", str(file))
@@ -85,6 +87,7 @@ def test_metrics_in_its_smoke_form(tmp_path):
     assert abs(record["scikit_learn_difference"]) < 1e-12
 
 
+@pytest.mark.slow
 def test_memory_in_its_smoke_form(tmp_path):
     file = tmp_path / "m.json"
     out = run("memory.py", "--smoke", "--variants", "remat", "--json", str(file))
@@ -93,6 +96,7 @@ def test_memory_in_its_smoke_form(tmp_path):
     assert all(result["peak_mib"] > 0 for result in results["remat"].values())
 
 
+@pytest.mark.slow
 def test_models_in_its_smoke_form(tmp_path):
     file = tmp_path / "m.json"
     out = run("models.py", "--smoke", "--json", str(file))
@@ -104,6 +108,7 @@ def test_models_in_its_smoke_form(tmp_path):
     assert result["forward_images_per_second"] > 0 and result["n"] == 1
 
 
+@pytest.mark.slow
 def test_ensemble_in_its_smoke_form(tmp_path):
     file = tmp_path / "e.json"
     out = run("ensemble.py", "--smoke", "--json", str(file))
@@ -115,6 +120,7 @@ def test_ensemble_in_its_smoke_form(tmp_path):
     assert "| 2 | scan |" in out
 
 
+@pytest.mark.slow
 def test_bnn_in_its_smoke_form(tmp_path):
     file = tmp_path / "b.json"
     out = run("bnn.py", "--smoke", "--json", str(file))
@@ -128,6 +134,7 @@ def test_bnn_in_its_smoke_form(tmp_path):
     assert "| SGVB, flipout |" in out and "| flipout |" in out
 
 
+@pytest.mark.slow
 def test_bnn_digits_in_its_smoke_form(tmp_path):
     file = tmp_path / "d.json"
     out = run("bnn_digits.py", "--smoke", "--json", str(file))
@@ -136,6 +143,7 @@ def test_bnn_digits_in_its_smoke_form(tmp_path):
     assert "| 0.1 | SGVB | 1 |" in out
 
 
+@pytest.mark.slow
 def test_landscape_in_its_smoke_form(tmp_path):
     file = tmp_path / "l.json"
     out = run("landscape.py", "--smoke", "--json", str(file))
@@ -148,6 +156,7 @@ def test_landscape_in_its_smoke_form(tmp_path):
     assert "| trace, 2 probes |" in out and {"load", "cores", "date"} <= set(record)
 
 
+@pytest.mark.slow
 def test_cpu_alternatives_in_their_smoke_form(tmp_path):
     """Every formula is right, and what runs is timed."""
     file = tmp_path / "c.json"
@@ -165,6 +174,7 @@ def test_cpu_alternatives_in_their_smoke_form(tmp_path):
     assert record["flags"]["none"]["SGD, ours"]["speedup"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formula", ["winograd", "im2col", "nine_products"])
 def test_other_formulas_have_the_gradients_of_a_convolution(formula, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -297,6 +307,7 @@ def test_scaling_predicts_by_the_rings_formula(monkeypatch):
     assert row["efficiency_256"] < row["efficiency_8"] < 1
 
 
+@pytest.mark.slow
 def test_corruptions_in_their_smoke_form(tmp_path):
     file = tmp_path / "c.json"
     out = run("corruptions.py", "--smoke", "--json", str(file))
@@ -307,6 +318,7 @@ def test_corruptions_in_their_smoke_form(tmp_path):
     assert (tmp_path / "sheet.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_dropout_in_its_smoke_form(tmp_path):
     file = tmp_path / "d.json"
     out = run("dropout.py", "--smoke", "--json", str(file))
@@ -315,6 +327,7 @@ def test_dropout_in_its_smoke_form(tmp_path):
     assert found["step with dropout"]["milliseconds"] > 0
 
 
+@pytest.mark.slow
 def test_shift_digits_in_its_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]
@@ -325,6 +338,7 @@ def test_shift_digits_in_its_smoke_form(tmp_path):
     assert len(values) == 24 and f"| {100 * np.mean(values):.2f} ± " in out
 
 
+@pytest.mark.slow
 def test_methods_in_their_smoke_form(tmp_path):
     file = tmp_path / "m.json"
     out = run("methods.py", "--smoke", "--json", str(file))
@@ -335,6 +349,7 @@ def test_methods_in_their_smoke_form(tmp_path):
     assert extra > 22 * 4 * 14_746 / 2**20 and "| `swag` | 1 |" in out
 
 
+@pytest.mark.slow
 def test_sweeps_in_their_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]

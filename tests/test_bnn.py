@@ -41,6 +41,7 @@ def test_sigma_may_be_one_for_each_leaf():
     assert_allclose(bnn.std(q)["b"], 0.2, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["cnn_small", "resnet_10", "wide_resnet_10_1", "densenet_121", "mobilenet",
@@ -210,6 +211,7 @@ def test_kl_of_a_scale_that_nearly_vanished_is_finite():
 # --- its weight ---
 
 
+@pytest.mark.slow
 @hypothesis.given(st.integers(1, 400), st.floats(0.01, 10.0))
 @hypothesis.settings(deadline=None, max_examples=20)
 def test_blundells_weights_have_the_mean_that_was_asked_for(num_batches, weight):
@@ -321,6 +323,7 @@ def test_uncertainty_of_logits_is_refused(key):
         bnn.uncertainty(jnp.zeros(3))
 
 
+@pytest.mark.slow
 @hypothesis.given(st.integers(0, 2**31 - 1), st.integers(1, 8))
 @hypothesis.settings(deadline=None, max_examples=20)
 def test_epistemic_uncertainty_lies_between_zero_and_log_samples(seed, samples):

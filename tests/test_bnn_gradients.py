@@ -34,6 +34,7 @@ def problem():
 # --- limits ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("sigma_gradient", ["center", "particle"])
 def test_without_radius_and_noise_it_is_sgvb(problem, key, particles, sigma_gradient):
@@ -158,6 +159,7 @@ VERSIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["random", "ordered"])
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("particles", [1, 2, 3])
@@ -250,6 +252,7 @@ def test_a_full_step_is_that_of_numpy(key, version, particles, split):
     assert_allclose(found.kl, reference.divergence(reference.mu), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["scan", "vmap", "unroll"])
 @pytest.mark.parametrize("sigma_gradient", ["center", "center_first", "particle"])
 def test_how_particles_are_mapped_changes_nothing(problem, key, how, sigma_gradient):
@@ -300,6 +303,7 @@ def trained(grad_fn, q, data, steps=1_500, draws=16):
     return run((q, optimizer.init(q)), jax.random.split(jax.random.key(7), steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["weights", "local", "flipout"])
 def test_sgvb_reaches_the_exact_mean_field_optimum(estimator):
     data, prior_std, _, mean, sigma = linear_gaussian()
@@ -312,6 +316,7 @@ def test_sgvb_reaches_the_exact_mean_field_optimum(estimator):
     assert_allclose(bnn.std(q)[:, 0], sigma, rtol=0.04)
 
 
+@pytest.mark.slow
 def test_the_objective_at_the_optimum_is_the_evidence_bound():
     """-N L there is log p(y) less the divergence of the mean field from the truth."""
     data, prior_std, precision, mean, sigma = linear_gaussian()
@@ -461,6 +466,7 @@ def test_microbatches_change_nothing(problem, key, size, build):
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_point_estimates_are_trained_and_not_perturbed(key):
     model = models.create("cnn_small", num_classes=10)
     images = jax.random.normal(key, (8, 8, 8, 1))
@@ -478,6 +484,7 @@ def test_point_estimates_are_trained_and_not_perturbed(key):
     assert len(scales) == 6 and all(np.any(np.asarray(g) != 0) for g in scales)
 
 
+@pytest.mark.slow
 def test_bfloat16_model_and_float32_posterior(key):
     model = models.create("cnn_small", num_classes=10, dtype=jnp.bfloat16)
     images = jax.random.normal(key, (8, 8, 8, 1))
@@ -527,6 +534,7 @@ def test_devices_of_a_data_axis_give_what_one_gives(
     assert_close(got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sync", [True, False])
 def test_weight_noise_is_the_same_on_all_devices_of_a_data_axis(problem, key, sync):
     q, _ = problem
@@ -553,6 +561,7 @@ def test_weight_noise_is_the_same_on_all_devices_of_a_data_axis(problem, key, sy
         assert_allclose(each, np.full(4, want), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["local", "flipout"])
 @pytest.mark.parametrize("micro", [None, 2])
 def test_devices_have_local_noise_of_their_own(key, estimator, micro):
@@ -583,6 +592,7 @@ def test_devices_have_local_noise_of_their_own(key, estimator, micro):
     assert np.all(np.abs(between) < 0.25)
 
 
+@pytest.mark.slow
 def test_particles_spread_over_devices(problem, key):
     q, data = problem
     mesh = parallel.make_mesh("particle=2")

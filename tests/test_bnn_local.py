@@ -104,6 +104,7 @@ def test_flipout_keeps_one_set_of_weights_for_an_example(layer):
     assert not np.allclose(noisy[:, 0, 0], noisy[:, 1, 1], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_other_leaves_are_sampled_once_for_the_batch(estimator):
     """A bias, a scale and a kernel that is used in two ways."""
@@ -121,6 +122,7 @@ def test_other_leaves_are_sampled_once_for_the_batch(estimator):
     assert_allclose(np.std(found[:, 0], axis=0), 1.0, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_without_noise_it_is_the_function_itself(estimator, key):
     model = models.create("resnet_10", num_classes=10, remat=True)
@@ -141,6 +143,7 @@ def test_without_noise_it_is_the_function_itself(estimator, key):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_module_of_another_library(estimator, key):
     mlp = eqx.nn.MLP(3, 2, 8, 1, key=key)
@@ -172,6 +175,7 @@ def test_kernels_that_are_rounded_keep_noise_of_their_own(estimator, key):
     assert y.dtype == jnp.bfloat16 and not np.allclose(y[0], y[1], atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_flags_and_words_of_a_loss_stay_what_they_are(estimator, key):
     q = bnn.init(jnp.ones((8, 4)), sigma=0.5)
@@ -247,6 +251,7 @@ def gradients():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
 def test_variance_of_gradients_is_that_of_the_closed_form(estimator):
     """Least squares: noise that examples share does not average out, other noise does.
@@ -272,6 +277,7 @@ def test_variance_of_gradients_is_that_of_the_closed_form(estimator):
     assert_allclose(np.var(found, axis=0), want, rtol=0.12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_have_the_same_mean(gradients, estimator):
     """Flipout's is exactly that of weights; local's is, but for convolutions.
@@ -284,6 +290,7 @@ def test_gradients_have_the_same_mean(gradients, estimator):
         assert np.mean(away < 3) > (0.98 if estimator == "flipout" else 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_microbatches_have_noise_of_their_own(estimator, key):
     """Equal micro-batches would give equal gradients, were their noise the same."""

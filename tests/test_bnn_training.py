@@ -74,6 +74,7 @@ class TestMethod:
         own = dict(num_data=400, **options)
         return model, methods.create(name, model, optax.adam(1e-3), **own)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", METHODS)
     def test_a_step_is_gradient_and_update_of_the_posterior(self, name, key):
         model, method = self.make(name, kl_weight=0.5, prior=bnn.Normal(0.2))
@@ -103,6 +104,7 @@ class TestMethod:
         ):
             assert_allclose(got, of_loss, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_predictions_are_of_samples_and_the_same_for_all_batches(self, key):
         model, method = self.make("sgvb", num_samples=4, sigma=0.3)
         images = jax.random.normal(key, (12, 8, 8, 1))
@@ -119,6 +121,7 @@ class TestMethod:
         want = jax.nn.log_softmax(logits)[None]
         assert_allclose(at_mean.predict(state, images), want, atol=1e-4)
 
+    @pytest.mark.slow
     def test_weights_of_the_divergence_follow_their_schedule(self, key):
         images = jax.random.normal(key, (16, 8, 8, 1))
         batch = images, jnp.arange(16) % 10
@@ -151,6 +154,7 @@ class TestMethod:
 
 
 class TestRuns:
+    @pytest.mark.slow
     @pytest.mark.parametrize("method", METHODS)
     def test_a_run_learns_and_logs_its_posterior(self, method, straight):
         result = straight[method]
@@ -234,6 +238,7 @@ class TestRuns:
         )
         assert_allclose(found["train_nll"], nll.mean(), rtol=1e-3)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -256,6 +261,7 @@ class TestRuns:
         assert kinds == {jnp.dtype(jnp.float32)}
         assert not np.array_equal(result.log_probs, plain.log_probs)
 
+    @pytest.mark.slow
     def test_members_have_a_posterior_each(self, small, tmp_path):
         chosen = dataclasses.replace(TINY, members="2", epochs=1)
         result = training.train(chosen, small, tmp_path / "run", show_progress=False)
@@ -282,6 +288,7 @@ class TestRuns:
             lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, state.params
         )
 
+    @pytest.mark.slow
     def test_many_devices_are_one(self, small):
         mesh = "data=2,particle=2"
         chosen = dataclasses.replace(
@@ -344,6 +351,7 @@ def runs(tmp_path_factory):
 
 
 class TestCommandLine:
+    @pytest.mark.slow
     def test_evaluate(self, runs, capsys):
         before = (runs / "sgvb" / "result.json").read_bytes()
         cli.main(["evaluate", str(runs / "sgvb"), "--num-samples", "2"])
@@ -388,6 +396,7 @@ class TestCommandLine:
         with pytest.raises(ValueError, match="at least one run"):
             report.signal_to_noise_figure([found[0]._replace(result={})])
 
+    @pytest.mark.slow
     def test_an_ensemble_of_finished_runs(self, runs, tmp_path, capsys):
         other = str(tmp_path / "other")
         cli.main(
@@ -446,6 +455,7 @@ class TestPresets:
         with pytest.raises(ValueError, match="'paper', 'released'"):
             bnn.preset("cifar10")
 
+    @pytest.mark.slow
     def test_softplus_networks_differ_from_relu_ones(self, key):
         images = jax.random.normal(key, (2, 8, 8, 3))
         plain, soft = (
@@ -502,6 +512,7 @@ def test_bad_numbers_and_words(options, message):
         TrainConfig(**options)
 
 
+@pytest.mark.slow
 def test_devices_of_a_data_axis_hold_the_same_posterior(small):
     """After a run on four devices every device's copy has the same bits."""
     chosen = dataclasses.replace(ONE, mesh="data=4")
@@ -527,6 +538,7 @@ def first_steps(small, **options):
     return states, numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "weights"),
     [
@@ -570,6 +582,7 @@ def test_the_presets_steps_are_those_of_a_summed_objective():
     assert_allclose(ours["w"], want["w"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_members_of_different_architectures_log_their_posteriors(small):
     chosen = dataclasses.replace(
         ONE, members="cnn_small,wide_resnet_10_1", method="sgvb", noise_std=0.0,

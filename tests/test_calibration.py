@@ -152,6 +152,7 @@ def test_isotonic_names_the_extra_that_it_needs(monkeypatch):
 # -- folds ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_protocol_is_two_folds_five_times_raw_beside_calibrated():
     logits, labels = sample(4, n=401)
     seen = []
@@ -220,6 +221,7 @@ def test_no_label_leaks_into_what_it_is_measured_on(num_folds):
     assert math.isclose(found.metrics["nll"].calibrated, math.log(4))
 
 
+@pytest.mark.slow
 def test_every_method_and_metric_goes_through_the_folds():
     logits, labels = sample(6, n=400, classes=3)
     measure = functools.partial(metrics.summary, log_probs=True)

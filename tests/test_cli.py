@@ -40,6 +40,7 @@ def session(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_train_writes_a_run_with_its_options(session):
     folder = session / "runs" / "digits-cnn_small-sgd-seed0"
     stored = config.load(folder / "config.json")
@@ -48,6 +49,7 @@ def test_train_writes_a_run_with_its_options(session):
     assert robust.rho == (0.05, 0.1) and robust.num_particles == 2
 
 
+@pytest.mark.slow
 def test_a_second_run_into_the_same_folder_is_refused(session):
     done = otmdr("train", "--method", "sgd", *QUICK, cwd=session, check=False)
     assert done.returncode == 2
@@ -55,6 +57,7 @@ def test_a_second_run_into_the_same_folder_is_refused(session):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_prints_a_table_and_writes_files(session):
     done = otmdr("evaluate", "robust", "--checkpoint", "best", cwd=session)
     assert "Accuracy" in done.stdout and "OT-MDR (K = 2)" in done.stdout
@@ -68,6 +71,7 @@ def test_evaluate_prints_a_table_and_writes_files(session):
     assert abs(evaluation["nll"] - result["nll"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_compare_puts_runs_side_by_side(session):
     done = otmdr(
         "compare", "runs/digits-cnn_small-sgd-seed0", "robust", cwd=session
@@ -84,6 +88,7 @@ def test_compare_puts_runs_side_by_side(session):
     assert done.returncode == 2 and "mine" in done.stderr
 
 
+@pytest.mark.slow
 def test_configuration_files_go_in_and_out(session):
     done = otmdr(
         "train", "--config", "robust/config.json", "--seed", "5", "--output", "again",

@@ -85,6 +85,7 @@ def windows(draw):
     return (batch, *sizes, channels[0]), (*kernel, *channels), strides, padding
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 @hypothesis.example((((2, 8, 8, 16), (3, 3, 16, 16), (1, 1), SAME)), jnp.float32)
 @hypothesis.example((((2, 7, 5, 16), (3, 3, 16, 16), (1, 1), SAME)), jnp.float16)
@@ -157,6 +158,7 @@ def test_bfloat16_rounds_the_gradient_of_the_kernel_once(stride):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8, atol=atol)
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences():
     with jax.enable_x64(True):
         x, w = draw((2, 5, 4, 16), (3, 3, 16, 16), dtype=np.float64)

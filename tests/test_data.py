@@ -409,6 +409,7 @@ def test_augment_crops_and_flips_each_image_by_its_own_draw():
     assert np.abs(correlation).max() < 4.5 / np.sqrt(num)
 
 
+@pytest.mark.slow
 def test_augment_uses_one_key_for_each_op_and_position(key):
     images = jnp.asarray(GOOD[0])
     crop_keys, flip_keys = (

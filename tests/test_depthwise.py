@@ -75,6 +75,7 @@ def test_values_and_gradients_equal_those_of_lax(size, stride, dtype):
     assert_close(got, want, 5e-6 if dtype == jnp.float32 else 3e-2)
 
 
+@pytest.mark.slow
 def test_bfloat16_rounds_once():
     x, w = draw((3, 9, 8, 6), (5, 5, 1, 6), dtype=jnp.bfloat16)
     ours, exact = both(size=5)
@@ -103,6 +104,7 @@ def test_unequal_padding_and_strides():
     assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_derivatives_by_finite_differences_in_float64():
     with jax.enable_x64(True):
         x, w = draw((2, 5, 6, 2), (3, 3, 1, 2), dtype=np.float64)

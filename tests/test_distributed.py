@@ -37,6 +37,7 @@ def alone(digits):
     return training.train(config, digits, show_progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,particle=2"])
 def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, digits, alone):
     """Augmentation, order, particles and BatchNorm do not depend on the devices."""
@@ -76,6 +77,7 @@ def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
         training.train(TrainConfig(**options), show_progress=False)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_other_devices(digits, tmp_path, capsys):
     """And says that the rest will not be the same bits."""
     run = tmp_path / "run"
@@ -106,6 +108,7 @@ def test_few_images_a_device_are_named(options, images):
     assert images is None or f"only {images} images a pass on each of 8" in found
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
     """Two epochs after the first: no program is built again."""
     events = []
@@ -191,6 +194,7 @@ def two_hosts(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
     """One process is killed; both start again from the checkpoint; as one process."""
     run = tmp_path / "run"
@@ -242,6 +246,7 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
     np.testing.assert_allclose(result["nll"], want.metrics["nll"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_hosts_stop_together_on_a_signal_to_one(two_hosts, tmp_path):
     run = tmp_path / "run"
     config = dataclasses.replace(SAME, steps=4000, checkpoint_every=5, log_every=5)
@@ -295,6 +300,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.essential
 def test_a_loop_of_ones_own_on_two_hosts():
     """The whole batch on each host, or each host its rows: the same on both."""
     port = str(free_port())
@@ -331,6 +337,7 @@ print("still here")
     assert done.returncode == -signal.SIGTERM and "still here" not in done.stdout
 
 
+@pytest.mark.slow
 def test_hosts_that_were_started_differently_are_refused(two_hosts, tmp_path):
     """They would wait for each other for ever."""
     port = free_port()
@@ -344,6 +351,7 @@ def test_hosts_that_were_started_differently_are_refused(two_hosts, tmp_path):
         assert "configuration must be the same on all hosts" in log
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_by_both(two_hosts, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")

@@ -84,6 +84,7 @@ def np_masks(keys, site, shape, rate):
 
 
 class TestMasks:
+    @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
     @given(
         rate=st.floats(0.0, 0.95),
@@ -140,6 +141,7 @@ class TestMasks:
 
 
 class TestNetworks:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", PLACES)
     def test_without_keys_they_are_the_networks_without_dropout(self, name):
         """The same programs, and so the same bits, parameters and initial weights."""
@@ -169,6 +171,7 @@ class TestNetworks:
         ]
         assert inits[0] == inits[1]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("train", [True, False])
     def test_the_small_network_drops_where_numpy_does(self, train):
         model = models.create("cnn_small", 5, dropout=RATE)
@@ -208,6 +211,7 @@ class TestNetworks:
         x = np_relu(np_norm(x, params["norm"], state["norm"], True)[0])
         assert_allclose(got, np_head(x, params["head"]), rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.slow
     def test_the_dense_one_drops_after_its_convolutions(self):
         model = network("densenet_121", dropout=RATE)
         params, state, x = draw(model, (3, 4, 4, 3))
@@ -266,6 +270,7 @@ class TestNetworks:
         want = np.asarray(apply(None)) * np_masks(keys, 0, (16,), RATE)
         assert_allclose(apply(keys), want, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.slow
     def test_masks_travel_with_their_examples(self):
         """Any subset in any order, one by one or under vmap, jit and scan."""
         model = models.create("cnn_small", 5, dropout=RATE)
@@ -291,6 +296,7 @@ class TestNetworks:
         assert_array_equal(whole, logits(images, jax.random.key_data(keys)))
         assert not np.allclose(one, whole)
 
+    @pytest.mark.slow
     def test_a_block_that_is_computed_again_drops_the_same(self):
         found = []
         for remat in (False, True):
@@ -372,6 +378,7 @@ ALL = np.arange(12)
 
 
 class TestRobustGradients:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "options", "parts", "rho"),
         [
@@ -395,6 +402,7 @@ class TestRobustGradients:
         want = w - np_robust_gradient(w, x, np.asarray(LABELS), parts, rho)
         assert_allclose(after.params["kernel"], want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_sub_batches_climb_with_the_masks_of_their_examples(self):
         method = methods.create(
             "sam", Softmax(), optax.sgd(1.0), rho=0.5, num_subbatches=3
@@ -412,6 +420,7 @@ class TestRobustGradients:
             after.params["kernel"], w - np.mean(each, axis=0), rtol=1e-4, atol=1e-5
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options", [dict(particle_map="scan"), dict(particle_map="vmap"),
                     dict(microbatch_size=4), dict(microbatch_size=5)]
@@ -426,6 +435,7 @@ class TestRobustGradients:
 
         assert_allclose(run(**options), run(), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["sgd", "sam"])
     def test_two_devices_drop_what_one_does(self, name):
         def run(devices):
@@ -536,6 +546,7 @@ class TestMonteCarlo:
         )  # fmt: skip
         assert np.std(probs, axis=0).max() > 0.05
 
+    @pytest.mark.slow
     def test_no_prediction_depends_on_its_batch(self):
         method = self.method(num_samples=3)
         state = method.init(jax.random.key(0), IMAGES)
@@ -575,6 +586,7 @@ class TestMonteCarlo:
             self.method(model, **options)
 
 
+@pytest.mark.slow
 def test_members_of_a_joint_loss_have_masks_of_their_own():
     model = members.JointModel((Softmax(),), 2)
     mixed = members.JointModel((Softmax(), Softmax(0.6)), 2)
@@ -619,6 +631,7 @@ class TestRuns:
         assert building.dropout_rate(TrainConfig(method="sam")) == 0.0
         assert cost.gradient_evaluations(TINY) == 2.0
 
+    @pytest.mark.slow
     def test_it_learns_and_is_uncertain(self, straight):
         assert straight.metrics["accuracy"] > 0.3  # ten classes, 20 steps
         assert straight.metrics["epistemic"] > 0
@@ -633,6 +646,7 @@ class TestRuns:
         found = evaluation.evaluate(chosen, state, small, "test", compiled)
         assert_allclose(found.log_probs, straight.log_probs, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
         [
@@ -671,6 +685,7 @@ class TestRuns:
             TrainConfig(dropout=rate)
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_it(tmp_path, capsys):
     """From training to a report; what measures weights does so without dropout."""
     run = str(tmp_path / "run")

@@ -38,6 +38,7 @@ def five(batch=16):
 
 
 class TestGradient:
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", MAPS)
     @pytest.mark.parametrize(
         "options",
@@ -71,6 +72,7 @@ class TestGradient:
         _, grads = fn(weights, jnp.zeros(2))
         np.testing.assert_allclose(grads[0], [3.3, 4.4], rtol=1e-6)
 
+    @pytest.mark.slow
     def test_splits_and_noise_are_independent(self, key):
         """Members that start alike part, as different keys do; the same keys do not."""
         stacked, each, data = five()
@@ -82,6 +84,7 @@ class TestGradient:
         values, _ = fn(alike, data, key=keys)
         assert values[0] == values[1] != values[2]
 
+    @pytest.mark.slow
     def test_different_architectures_are_a_tuple(self, key):
         def line(w, batch):
             return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
@@ -126,6 +129,7 @@ class TestGradient:
         np.testing.assert_allclose(values, [5.0, 500.0])
         np.testing.assert_allclose(grads, [-4.0, -40.0])
 
+    @pytest.mark.slow
     def test_members_on_a_mesh_take_the_keys_of_one_device(self, key):
         stacked, _, data = five()
         stacked = jax.tree.map(lambda x: x[:4], stacked)
@@ -144,6 +148,7 @@ class TestGradient:
         )
         assert_close(mapped(stacked, data, key), here(stacked, data, key=key))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", MAPS)
     def test_raw_keys(self, how):
         stacked, _, data = five()
@@ -152,6 +157,7 @@ class TestGradient:
         raw, _ = fn(stacked, data, key=jax.random.PRNGKey(3))
         np.testing.assert_array_equal(typed, raw)
 
+    @pytest.mark.slow
     def test_unrolled_members_take_the_memory_of_one(self):
         def loss(weights, x):
             for w in weights:
@@ -257,6 +263,7 @@ class TestJoint:
         np.testing.assert_allclose(value, want[0], rtol=1e-5)
         np.testing.assert_allclose(np.asarray(grads), want[1], rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.slow
     def test_a_joint_model_is_the_joint_loss(self):
         network = models.create("cnn_small", 10)
         model = members.JointModel((network,), 2)
@@ -287,6 +294,7 @@ class TestJoint:
         assert_close(got.params, want)
         assert method.predict(got, images).shape == (2, 8, 10)
 
+    @pytest.mark.slow
     def test_stacked_and_tuple_joint_models_agree(self):
         network = models.create("cnn_small", 10)
         one = members.JointModel((network,), 3)
@@ -358,6 +366,7 @@ class TestPerMember:
         assert want[0] < 1.0
         np.testing.assert_array_equal(updates, [want, grads[1]])
 
+    @pytest.mark.slow
     def test_robust_transformations_climb_on_their_own(self, key):
         stacked, each, data = five()
         alike = jax.tree.map(lambda x: jnp.stack([x] * 3), each[0])
@@ -387,6 +396,7 @@ class TestLift:
         images = jax.random.normal(jax.random.key(5), (16, 8, 8, 1))
         return images, jnp.arange(16) % 10
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "how"),
         [*(("otmdr", how) for how in MAPS), ("sgd", "scan"), ("sam", "scan")],
@@ -417,6 +427,7 @@ class TestLift:
         losses = [float(m["loss"]) for _, m in found]
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_a_member_that_diverges_does_not_stop_the_rest(self, data):
         one = methods.create("sgd", models.create("cnn_small", 10), optax.sgd(0.1))
         together = members.lift(one, 2)
@@ -429,6 +440,7 @@ class TestLift:
         assert np.isfinite(kernel[0]).all()
         assert (kernel[0] != state.params["head"]["kernel"][0]).any()
 
+    @pytest.mark.slow
     def test_different_architectures(self, data):
         networks = models.create("cnn_small", 10), models.create("wide_resnet_10_1", 10)
         each = [methods.create("sgd", m, optax.sgd(0.1)) for m in networks]
@@ -451,6 +463,7 @@ class TestLift:
 
 
 class TestPrediction:
+    @pytest.mark.slow
     @hypothesis.given(st.integers(1, 5), st.integers(1, 4), st.integers(2, 6))
     @hypothesis.settings(max_examples=20, deadline=None)
     def test_the_mean_probability(self, count, examples, classes):

@@ -26,6 +26,7 @@ def run(name, *args, cwd):
     ).stdout
 
 
+@pytest.mark.slow
 def test_quickstart_is_short_and_does_what_its_header_expects(tmp_path):
     assert len((EXAMPLES / "quickstart.py").read_text().splitlines()) <= 100
     out = run("quickstart.py", cwd=tmp_path)
@@ -37,6 +38,7 @@ def test_quickstart_is_short_and_does_what_its_header_expects(tmp_path):
     assert accuracy["SGD"] < accuracy["OT-MDR"]
 
 
+@pytest.mark.slow
 def test_cifar_single_runs_whole_and_resumes_in_its_smoke_form(tmp_path):
     out = run("cifar_single.py", "--smoke", cwd=tmp_path)
     folder = tmp_path / "runs" / "smoke-paper-cifar10-seed0"
@@ -46,6 +48,7 @@ def test_cifar_single_runs_whole_and_resumes_in_its_smoke_form(tmp_path):
     assert '"accuracy"' in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "members"),
     [
@@ -79,6 +82,7 @@ def test_the_papers_ensembles_are_in_the_zoo(monkeypatch):
     assert joint.member_names == ("resnet_10",) * 5 and joint.merge == "sum"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [[], ["--released", "--num-particles", "2"], ["--method", "sgvb"]],
     ids=["paper", "released", "sgvb"],
@@ -116,6 +120,7 @@ def test_the_papers_bayesian_networks_are_in_the_zoo(monkeypatch):
             assert config.model == model and config.epochs == 100
 
 
+@pytest.mark.slow
 def test_bnn_regression_covers_its_points(tmp_path):
     out = run("bnn_regression.py", "--steps", "2000", cwd=tmp_path)
     assert (tmp_path / "bnn_regression.png").stat().st_size > 10_000

@@ -27,6 +27,7 @@ def halves(data, size):
 # -- Eqs. 9 and 10 --------------------------------------------------------------------
 
 
+@pytest.mark.essential
 @pytest.mark.parametrize("batch", [12, 7])
 def test_equations_9_and_10_against_numpy(batch):
     params, data = toy.regression_problem(batch=batch)
@@ -44,6 +45,7 @@ def test_equations_9_and_10_against_numpy(batch):
     np.testing.assert_allclose(value, loss, rtol=RTOL)
 
 
+@pytest.mark.slow
 def test_k_particles_average_over_random_splits_against_numpy(key):
     """Recovers each particle's split by replaying the permutations, then NumPy."""
     params, data = toy.regression_problem(batch=9)
@@ -182,6 +184,7 @@ def test_limit_zero_radius_is_the_plain_gradient(split, num_particles, key):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particle_map", ["vmap", "unroll", "scan"])
 def test_limit_particles_with_equal_randomness_are_one_particle(particle_map, key):
     params, data = toy.regression_problem()
@@ -249,6 +252,7 @@ def test_limit_scaling_the_loss_leaves_the_particles(factor, key):
 # -- options --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particle_map", ["vmap", "scan"])
 @pytest.mark.parametrize("noise_std", [0.0, 0.05])
 def test_particle_maps_agree(particle_map, noise_std, key):

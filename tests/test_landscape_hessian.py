@@ -54,6 +54,7 @@ def rotated(values, seed=0):
 
 
 class TestProduct:
+    @pytest.mark.slow
     def test_is_that_of_the_dense_hessian(self, key):
         params, batches, dense = network()
         flat, unravel = ravel_pytree(params)
@@ -127,6 +128,7 @@ class TestEigenvalues:
         np.testing.assert_allclose(inside @ inside.T, np.eye(4), atol=1e-3)
         assert abs(found.vectors[0] @ basis[:, 0]) == pytest.approx(1, abs=1e-4)
 
+    @pytest.mark.slow
     @settings(max_examples=20, deadline=None)
     @given(st.integers(1, 30), st.integers(0, 10), st.data())
     def test_of_any_symmetric_matrix(self, size, seed, data):
@@ -286,6 +288,7 @@ def of_the_zoo(name, key):
     return loss_sum, params, (images, labels), np.asarray(logits, float)
 
 
+@pytest.mark.slow
 def test_convolutions_go_forward_over_reverse(key):
     """Against reverse over reverse, and the closed form of the last bias' Hessian."""
     loss_sum, params, batch, logits = of_the_zoo("cnn_small", key)

@@ -205,6 +205,7 @@ def network_loss(params, batch):
     return jnp.sum(losses), len(batch[1])
 
 
+@pytest.mark.slow
 def test_adaptive_versions_see_the_function_not_its_scale(key):
     rng = np.random.default_rng(0)
     data = (rng.normal(size=(20, 4)).astype(np.float32), rng.integers(0, 3, 20))
@@ -226,6 +227,7 @@ def test_adaptive_versions_see_the_function_not_its_scale(key):
 # -- whole sets -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_values_do_not_depend_on_how_the_set_is_cut(sizes):
@@ -308,6 +310,7 @@ def test_leaves_that_are_no_floats_stay(key):
         np.testing.assert_allclose(got, measure(quadratic, CENTER, ONE, 0.3), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_batchnorm_is_measured_with_its_running_statistics(key):
     """Whatever the batches; the batch's own statistics would depend on them."""
     model = models.create("cnn_small", 4)

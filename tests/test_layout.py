@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(otmdr_jax.__file__).parent
 # Top to bottom, as in docs/architecture.md: a module imports from lines above only.
 LAYERS = [
     {"_version"},
-    {"tree", "options", "keys"},
+    {"tree", "options", "keys", "shards"},
     {"collectives", "mapping", "perturbation"},
     {"batches"},
     {"particles"},

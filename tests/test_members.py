@@ -77,6 +77,7 @@ def losses(result):
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_a_member_is_a_run_of_its_own(self, small, trio):
         """The loop of one model, from each member's key, gives its losses."""
         keys = jax.random.split(programs.run_keys(TINY.seed)[0], 3)
@@ -118,6 +119,7 @@ class TestRun:
         gain = np.mean(own) - result["nll"]
         np.testing.assert_allclose(result["nll_ambiguity"], gain, rtol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", ["trio", "mixed"])
     def test_resumption_is_exact(self, case, small, tmp_path, request):
         want = request.getfixturevalue(case)
@@ -147,6 +149,7 @@ class TestRun:
             "wide_resnet_10_1",
         ]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("mesh", ["member=3,data=2"])
     def test_members_on_their_own_devices(self, mesh, small, trio):
         """With the split of one device: BatchNorm and halves see the same examples."""
@@ -159,6 +162,7 @@ class TestRun:
         np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
         assert got.metrics["mesh"] == mesh
 
+    @pytest.mark.slow
     def test_a_plateau_of_each_member_on_a_mesh(self, small):
         config = dataclasses.replace(
             TINY, mesh="member=3", method="sgd", noise_std=0.0, schedule="plateau",
@@ -170,6 +174,7 @@ class TestRun:
         np.testing.assert_allclose(losses(got), losses(want), rtol=1e-3)
         np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
 
+    @pytest.mark.slow
     def test_orders_of_their_own(self, small):
         """Each member is a single run on its own order, on one device and on three."""
         shared = dataclasses.replace(TINY, epochs=1, method="sgd", noise_std=0.0,
@@ -207,11 +212,13 @@ class TestRun:
                 dataclasses.replace(config, input="host"), small, show_progress=False
             )
 
+    @pytest.mark.slow
     def test_streamed_members_are_resident_ones(self, small, trio):
         config = dataclasses.replace(TINY, input="host")
         got = training.train(config, small, show_progress=False)
         assert_same_bits(got.state.params, trio.state.params)
 
+    @pytest.mark.slow
     def test_a_member_that_diverges_is_named_and_does_not_stop_the_rest(
         self, small, capsys, monkeypatch, tmp_path
     ):
@@ -241,6 +248,7 @@ class TestRun:
         written = json.loads((tmp_path / "run" / "result.json").read_text())
         assert written["members"][1]["nll"] is None
 
+    @pytest.mark.slow
     def test_an_evaluation_that_is_nan_is_never_the_best(self, small, monkeypatch):
         """It comes before the member has skipped steps enough to count as diverged."""
         init = members.init
@@ -258,6 +266,7 @@ class TestRun:
         found = training.train(config, held, show_progress=False).metrics["best"]
         assert np.isfinite(found["score"]) and found["step"] > 4
 
+    @pytest.mark.slow
     def test_a_run_ends_when_all_have_diverged(self, small):
         config = dataclasses.replace(
             TINY, method="sgd", noise_std=0.0, learning_rate=1e20, schedule="constant",
@@ -266,6 +275,7 @@ class TestRun:
         with pytest.raises(training.NonFiniteError, match="not finite in 2 steps"):
             training.train(config, small, show_progress=False)
 
+    @pytest.mark.slow
     def test_joint(self, small, tmp_path):
         config = dataclasses.replace(TINY, ensemble="joint", epochs=1, members="2")
         result = training.train(config, small, tmp_path / "run", show_progress=False)
@@ -278,6 +288,7 @@ class TestRun:
             combine.combine([tmp_path / "run"], tmp_path / "new", [0, 1])
 
 
+@pytest.mark.slow
 def test_three_networks_beat_each_of_them_on_real_cifar10():
     """2,000 training and 1,000 test images of 16x16: the mean has the lowest NLL."""
     images, labels = real_cifar10(np.r_[0:50_000:25, 50_000:60_000:10])
@@ -327,6 +338,7 @@ def predictions(folder):
 
 
 class TestCombine:
+    @pytest.mark.slow
     def test_members_are_added(self, folders, capsys):
         before = (folders / "three" / "result.json").read_bytes()
         out = folders / "five"
@@ -350,6 +362,7 @@ class TestCombine:
         np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
         assert runs.read_config(out).members == "2"
 
+    @pytest.mark.slow
     def test_single_models_join(self, folders):
         out = folders / "mixed"
         combine.combine(
@@ -358,6 +371,7 @@ class TestCombine:
         assert runs.read_config(out).members == "cnn_small,wide_resnet_10_1"
         assert len(predictions(out)) == 2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("names", "options", "message"),
         [

@@ -68,6 +68,7 @@ def test_an_infinite_metric_has_an_interval():
     assert found == (math.inf, 0.0, math.inf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "scale"), [(metrics.accuracy, 1.0), (metrics.nll, -math.log(9))]
 )

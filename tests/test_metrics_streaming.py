@@ -77,6 +77,7 @@ def assert_same(got, want):
         np.testing.assert_allclose(value, want[name], rtol, 1e-12, err_msg=name)
 
 
+@pytest.mark.slow
 @settings
 @given(seeds, counts, seeds, seeds)
 def test_any_batches_give_the_metrics_of_the_whole_set(seed, n, one, other):
@@ -106,6 +107,7 @@ def test_states_merge_in_any_order(seed, n, order):
         np.testing.assert_allclose(value, want[name], 1e-12, 1e-14, err_msg=name)
 
 
+@pytest.mark.slow
 def test_many_examples_lose_nothing():
     """A plain float32 sum of as many terms is off by far more."""
     rng = np.random.default_rng(0)
@@ -147,6 +149,7 @@ def test_probabilities_on_an_edge_fall_into_the_bin_that_they_do_in_float64(num_
     np.testing.assert_array_equal(streaming.reliability(state).counts, want.counts)
 
 
+@pytest.mark.slow
 def test_log_probabilities():
     probs, labels = predictions(2, 48, CLASSES)
     logits = np.log(probs).astype(np.float32)
@@ -169,6 +172,7 @@ def test_log_probabilities():
         np.testing.assert_allclose(streaming.compute(state)[name], np.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_state_goes_through_jit_scan_and_bfloat16():
     probs, labels = set_of(3, 64)
     batches = probs.reshape(4, 16, CLASSES), labels.reshape(4, 16)

@@ -148,6 +148,7 @@ def test_forward_equals_numpy(name, options, image_shape, reference, train):
     )
 
 
+@pytest.mark.slow
 def test_blocks_are_called_in_order_beyond_ten_a_stage():
     model = models.create("wide_resnet_70_1", 2)
     module = nnx.eval_shape(lambda: model.module_fn(3, nnx.Rngs(0)))
@@ -302,6 +303,7 @@ def test_initial_batchnorm_and_keys(key):
 # --- transformations ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_of_stacked_members_equal_a_loop():
     model = models.create("cnn_small", 5)
     drawn = [as_float32(draw(model, (4, 8, 8, 1), seed)) for seed in range(2)]
@@ -326,6 +328,7 @@ def test_gradients_of_stacked_members_equal_a_loop():
         )
 
 
+@pytest.mark.slow
 def test_first_use_inside_a_transformation_leaks_no_tracer():
     model = models.create("wide_resnet_10_1", 3)
     images = jax.ShapeDtypeStruct((2, 9, 9, 2), jnp.float32)
@@ -340,6 +343,7 @@ def test_first_use_inside_a_transformation_leaks_no_tracer():
         jax.eval_shape(loss, jax.random.key(0), images)
 
 
+@pytest.mark.slow
 def test_small_cnn_learns_digits():
     digits = pytest.importorskip("sklearn.datasets").load_digits()
     rng = np.random.default_rng(0)
@@ -373,6 +377,7 @@ def test_small_cnn_learns_digits():
 # --- recomputation ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype", "tolerance"),
     [
@@ -393,6 +398,7 @@ def test_remat_changes_no_result(name, dtype, tolerance):
     assert all(jax.tree.leaves(moved))  # the running statistics
 
 
+@pytest.mark.slow
 def test_remat_under_a_robust_gradient(key):
     """K particles in a loop of the compiled program, and batched."""
     (plain, lean), arguments = kept_and_recomputed("cnn_small")
@@ -415,6 +421,7 @@ def test_remat_under_a_robust_gradient(key):
         assert_close(gradient(lean, particle_map), want, 1e-3)
 
 
+@pytest.mark.slow
 def test_remat_inside_shard_map():
     """Each device climbs on its part, with BatchNorm's statistics of that part."""
     losses, arguments = kept_and_recomputed("cnn_small")
@@ -439,6 +446,7 @@ def test_remat_inside_shard_map():
     assert_close(got, want, 1e-3)
 
 
+@pytest.mark.slow
 def test_remat_of_a_deep_network_takes_less_memory():
     """With the barriers in place, as on accelerators: see `models.create`."""
     losses, arguments = kept_and_recomputed("wide_resnet_16_1", size=256)

@@ -169,6 +169,7 @@ def small_efficientnet(stem="cifar"):
     return small(EfficientNet, stage_sizes=(1, 2, 1, 1, 1, 1, 1), stem=stem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "image_shape", "count_10", "count_100"),
     [
@@ -188,6 +189,7 @@ def test_parameter_counts(name, options, image_shape, count_10, count_100):
         assert models.parameter_count(model, image_shape) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count"), [("densenet_121", 7_978_856), ("efficientnet_b0", 5_288_548)]
 )
@@ -196,6 +198,7 @@ def test_torchvisions_counts_for_1000_classes(name, count):
     assert models.parameter_count(model, (224, 224, 3)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [32, 224])
 @pytest.mark.parametrize(
     ("name", "options"),
@@ -221,6 +224,7 @@ def test_shapes_of_logits_and_state(name, options, side):
     assert new_state == state
 
 
+@pytest.mark.slow
 def test_a_pyramid_grows_by_alpha():
     """Han et al., eq. 3; stages of 11 blocks that grow by 64 / 33 channels each."""
     params, _ = shapes(models.create("pyramidnet_101", 10), (1, 32, 32, 3))
@@ -234,6 +238,7 @@ def test_a_pyramid_grows_by_alpha():
     assert params["head"]["kernel"].shape == (320, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "image_shape", "reference"),
     [
@@ -304,6 +309,7 @@ FAMILIES = {
 family = pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
 
 
+@pytest.mark.slow
 @family
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_are_finite_at_initialisation(model, dtype, key):
@@ -319,6 +325,7 @@ def test_gradients_are_finite_at_initialisation(model, dtype, key):
     assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @family
 def test_remat_changes_no_result(model):
     """In float64: BatchNorm of four single pixels blows up float32's rounding."""
@@ -335,6 +342,7 @@ def test_remat_changes_no_result(model):
     assert_close(got, want, 1e-8)
 
 
+@pytest.mark.slow
 def test_remat_of_a_dense_network_takes_less_memory():
     """With the barriers in place, as on accelerators: see `models.create`."""
     model = small(DenseNet, stage_sizes=(8,), growth=4, stem="cifar")
@@ -352,6 +360,7 @@ def test_remat_of_a_dense_network_takes_less_memory():
     assert recomputed < 0.6 * kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet", "efficientnet_b0"])
 def test_bfloat16_computes_convolutions_and_nothing_else(name):
     """Traced as for an accelerator, where all of them are XLA's."""
@@ -373,6 +382,7 @@ def test_bfloat16_computes_convolutions_and_nothing_else(name):
             assert dtypes([v.aval for v in eqn.invars]) == {"float32"}
 
 
+@pytest.mark.slow
 def test_stacked_members_equal_a_loop():
     """Depthwise kernels of two members in one `vmap`."""
     model = small_efficientnet()
@@ -399,6 +409,7 @@ def real_images():
     return (small - small.mean()) / small.std(), labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "learning_rate", "side", "quick"),
     [

@@ -81,6 +81,7 @@ def network():
 
 
 class TestData:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("devices", "entry"), [(2, "shard_map"), (8, "shard_map"), (4, "pmap")]
     )
@@ -105,6 +106,7 @@ class TestData:
         )
         assert_close(((value, new_state), grads), want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("devices", [4])
     def test_plain_jit_on_a_mesh_is_one_device(self, devices, network, key):
         """BatchNorm included, with no axis name: the program is that of one device."""
@@ -137,6 +139,7 @@ class TestData:
         fn, args = on_mesh("data=8", toy.regression, params, data, key, **options)
         assert all_reduces(fn, *args) == count
 
+    @pytest.mark.slow
     def test_replicas_are_the_same_bits_after_fifty_steps(self, network):
         loss, _, params, state, batch = network
         del loss  # statistics of each device's own part differ, and are averaged
@@ -240,6 +243,7 @@ class TestData:
 
 
 class TestParticles:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "shape, split, particle_map",
         [
@@ -268,6 +272,7 @@ class TestParticles:
         assert_close(fn(*args), want)
         assert all_reduces(fn, *args) == 1
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sync", [True, False])
     @pytest.mark.parametrize("shape", ["data=2,particle=4", "particle=2,data=4"])
     def test_two_axes_are_the_data_axis_alone(self, sync, shape, key):
@@ -278,6 +283,7 @@ class TestParticles:
         want, _ = on_mesh(data_only, toy.regression, params, data, key, **options)
         assert_close(got(*args), want(*args))
 
+    @pytest.mark.slow
     def test_diagnostics_hold_every_particle_in_its_order(self, key):
         params, data = toy.regression_problem(batch=16)
         options = dict(num_particles=4, noise_std=0.05)
@@ -305,6 +311,7 @@ class TestParticles:
 
 
 class TestMembers:
+    @pytest.mark.slow
     @pytest.mark.parametrize("particle_map", ["unroll", "scan"])
     @pytest.mark.parametrize(
         "shape", ["member=4", "member=2,data=2", "member=2,data=2,particle=2"]
@@ -357,6 +364,7 @@ class TestMembers:
 
 
 class TestMicrobatches:
+    @pytest.mark.slow
     @hypothesis.given(
         size=st.integers(2, 13),
         micro=st.integers(1, 14),
@@ -378,6 +386,7 @@ class TestMicrobatches:
         assert_close(got, fn(data), rtol=1e-4, atol=1e-5)
         assert got[1].dtype == jnp.int32
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("micro", [3, 4, 8, 100])
     @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"merge": "sum"}])
     def test_the_objective_stays_that_of_the_whole_batch(self, micro, options, key):
@@ -393,6 +402,7 @@ class TestMicrobatches:
         want, _ = on_mesh("data=2", toy.regression, params, data, key)
         assert_close(fn(*args), want(*args))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", ["data=2", "data=2,particle=2"])
     def test_scanned_on_a_mesh_as_on_accelerators(self, shape, key, monkeypatch):
         """With a network, whose statistics are aux; the last micro-batch is smaller."""
@@ -425,6 +435,7 @@ class TestMicrobatches:
         assert_close(jax.jit(fn)(params, data), want)
         all_reduces(jax.jit(fn), params, data)  # refuses gathers
 
+    @pytest.mark.slow
     def test_memory_falls_with_the_micro_batch(self):
         """Activations of a perceptron, layer after layer, of 1024 examples or 128."""
 

@@ -35,6 +35,7 @@ def assert_close(got, want, rtol=1e-5):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["global", "per_leaf"])
 @pytest.mark.parametrize("merge", [None, "sum"])
 def test_zero_gradient_keeps_the_particle_at_the_center(norm, merge):
@@ -331,6 +332,7 @@ class TestDevices:
             )
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["pmap", "shard_map", "shard_map unchecked"])
     @pytest.mark.parametrize("particle_map", ["unroll", "scan", "vmap"])
     def test_global_perturbation_is_that_of_one_device(self, kind, particle_map, key):
@@ -353,6 +355,7 @@ class TestDevices:
         )(params, joined, key=key)
         assert_close(got, want)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["pmap", "shard_map", "shard_map unchecked"])
     @pytest.mark.parametrize("particle_map", ["unroll", "scan", "vmap"])
     def test_per_device_perturbation_is_m_sharpness(self, kind, particle_map, key):
@@ -411,6 +414,7 @@ class TestDevices:
         (_, aux), _ = self.device_fn(grad_fn, "shard_map")(jnp.ones(2), jnp.arange(8.0))
         np.testing.assert_allclose(aux, 3.5)
 
+    @pytest.mark.slow
     def test_plain_jit_with_a_sharded_batch_is_one_device(self, key):
         params, data = toy.regression_problem(batch=16)
         fn = jax.jit(otmdr_jax.value_and_grad(toy.regression, RHO, num_particles=2))
@@ -419,6 +423,7 @@ class TestDevices:
         sharded = jax.device_put(data, jax.NamedSharding(mesh, PartitionSpec("data")))
         assert_close(fn(params, sharded, key=key), want)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("rho", [(0.1,), RHO, (0.1, 0.1, 0.1)])
     def test_plain_jit_on_a_mesh_with_explicit_axes_is_one_device(self, rho, key):
         """The default of `jax.make_mesh`; parts of 16, 8, and 6 or 5 on 4 devices."""
@@ -440,6 +445,7 @@ def test_unknown_extra_arguments_are_ignored_in_a_chain(problem):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
 @pytest.mark.parametrize("particle_map", ["unroll", "scan", "vmap"])
 def test_typed_and_raw_keys_work_everywhere(make_key, particle_map, problem):
@@ -459,6 +465,7 @@ def test_typed_and_raw_keys_work_everywhere(make_key, particle_map, problem):
     assert not np.allclose(first["w"], second["w"])
 
 
+@pytest.mark.slow
 def test_typed_keys_in_the_state_survive_an_orbax_checkpoint(problem, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     params, data = problem
@@ -563,6 +570,7 @@ def optax_sam(loss):
     return optax.contrib.sam(optax.sgd(0.1), ascent, opaque_mode=True), update
 
 
+@pytest.mark.slow
 def test_perturbed_copy_takes_no_more_memory_than_optax_contrib_sam():
     sam, otmdr, reference = mlp_peaks(
         [ours(rho=0.05, split="shared"), ours(), optax_sam]
@@ -571,6 +579,7 @@ def test_perturbed_copy_takes_no_more_memory_than_optax_contrib_sam():
     assert otmdr <= 1.05 * reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particle_map", ["unroll", "scan"])
 def test_particles_one_after_the_other_take_the_memory_of_one(particle_map):
     one, four, at_once = mlp_peaks(
@@ -584,6 +593,7 @@ def test_particles_one_after_the_other_take_the_memory_of_one(particle_map):
     assert at_once > 2 * one  # what is being avoided
 
 
+@pytest.mark.slow
 def test_optimizer_contract_state_keeps_structure_shapes_and_dtypes(problem):
     params, data = problem
     for tx in (

@@ -54,6 +54,7 @@ def network(dtype):
     return loss_fn, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, scale", [("bfloat16", None), ("float16", 2.0**12)])
 @pytest.mark.parametrize(
     "make, factor",
@@ -156,6 +157,7 @@ class TestLossScale:
         np.testing.assert_allclose(got, 1e-9, rtol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad_pass", ["ascent", "particle"])
 def test_a_step_is_skipped_as_a_whole_if_one_pass_overflows(bad_pass, problem):
     """State, statistics and optimizer stay; the scale halves; then training goes on."""
@@ -231,6 +233,7 @@ def test_only_a_scale_that_cannot_fall_any_more_is_divergence(problem):
     assert int(state.skipped) == 18
 
 
+@pytest.mark.slow
 def test_float16_trains_from_the_configuration():
     """From a scale that overflows at first: some steps are skipped, the rest learn."""
     config = TrainConfig(
@@ -248,6 +251,7 @@ def test_float16_trains_from_the_configuration():
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(result.state.params))
 
 
+@pytest.mark.slow
 def test_other_dtypes_have_no_loss_scale():
     config = TrainConfig(dtype="bfloat16", steps=11, mesh="data=1")
     result = training.train(config, show_progress=False)

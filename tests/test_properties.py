@@ -45,6 +45,7 @@ def loss_fn(params, batch):
 radii = st.lists(st.floats(0.01, 0.5), min_size=1, max_size=3).map(tuple)
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(problems(("float32",)), radii, st.integers(1, 3))
 def test_particles_stay_within_the_sum_of_the_radii(problem, rho, num_particles):
@@ -58,6 +59,7 @@ def test_particles_stay_within_the_sum_of_the_radii(problem, rho, num_particles)
         np.testing.assert_allclose(info.distances, rho[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(problems(), st.integers(1, 3), st.integers(1, 3))
 def test_zero_radii_give_the_plain_gradient_in_any_dtype(problem, steps, num_particles):
@@ -77,6 +79,7 @@ def test_zero_radii_give_the_plain_gradient_in_any_dtype(problem, steps, num_par
         )
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(problems(("float32",)), st.floats(0.01, 1.0))
 def test_a_small_ascent_step_raises_the_loss(problem, scale):
@@ -90,6 +93,7 @@ def test_a_small_ascent_step_raises_the_loss(problem, scale):
     assert float(info.gap) >= 0.5 * predicted - 10 * rounding - 1e-5
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(problems(), radii)
 def test_grads_and_particles_keep_dtypes_and_are_finite(problem, rho):
@@ -102,6 +106,7 @@ def test_grads_and_particles_keep_dtypes_and_are_finite(problem, rho):
         assert np.all(np.isfinite(np.asarray(leaf, np.float32)))
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(st.integers(1, 40), st.integers(1, 8), st.booleans())
 def test_a_split_drops_nothing_and_is_balanced(size, parts, random):
@@ -131,6 +136,7 @@ def test_norm_is_homogeneous_over_sixty_orders_of_magnitude(values, exponent):
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(st.integers(1, 5), st.integers(1, 4))
 def test_stack_and_unstack_are_inverse(count, size):

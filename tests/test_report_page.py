@@ -103,6 +103,7 @@ def written(tmp_path_factory):
 
 
 class TestThePage:
+    @pytest.mark.slow
     def test_has_every_section_once_and_in_order(self, written):
         page = Page(written[0].read_text())
         titles = [x for x in page.headings if x in SECTIONS]
@@ -161,6 +162,7 @@ class TestThePage:
         sgd = metrics.sce(np.exp(runs[0].log_probs), LABELS)
         assert f"| SCE ↓ | {sgd:.4f} | {np.mean(of_sam):.4f} |" in text
 
+    @pytest.mark.slow
     def test_a_run_without_data_or_numbers_is_named(self, tmp_path):
         gone = make("gone", data=str(tmp_path / "nowhere.npz"))
         sick = make("sick")
@@ -175,12 +177,14 @@ class TestThePage:
         assert "other: the data at hand are not those of its test set" in missing
         assert "sick, other: their test sets are not gone's" in missing
 
+    @pytest.mark.slow
     def test_a_run_cannot_write_into_the_page(self, tmp_path):
         run = make("<script>alert(1)</script>", folder=tmp_path / "<img src=x>")
         path = report.write(tmp_path / "page", [run], "x", whole=True)
         page = Page(path.read_text())
         assert "script" not in page.tags and len(page.pictures) == len(page.sources)
 
+    @pytest.mark.slow
     def test_records_of_other_conditions_are_compared_where_they_are_alike(
         self, tmp_path
     ):
@@ -214,6 +218,7 @@ class TestThePage:
         assert "SGD (a) was measured" not in text
         assert "**Missing:** svhn_cropped: it is not prepared" in text
 
+    @pytest.mark.slow
     def test_runs_in_folders_of_one_name_are_told_apart(self, tmp_path):
         runs = []
         for i, place in enumerate(("p", "q")):
@@ -229,6 +234,7 @@ class TestThePage:
         assert "| Measure | SAM (p/run) | SAM (q/run) |" in text
         assert "| SAM's gap, ρ = 0.05 (nats) | 1.5 | 2.5 |" in text
 
+    @pytest.mark.slow
     def test_a_landscape_without_a_finite_loss_is_named(self, tmp_path):
         record = {"step": 7, "kind": "random", "split": "train", "num_examples": 9,
                   "axes": [[0, 1]], "losses": [None, None], "points": None}  # fmt: skip
@@ -237,6 +243,7 @@ class TestThePage:
         missing = Page(path.read_text()).missing
         assert "Missing: SAM: none of its losses is finite." in missing
 
+    @pytest.mark.slow
     def test_writing_anew_leaves_no_picture_of_before_and_no_file_of_others_out(
         self, tmp_path
     ):
@@ -253,6 +260,7 @@ class TestThePage:
             report.write(tmp_path / "p", [make()], "x", whole=True, baseline="x")
         assert not (tmp_path / "p").exists()
 
+    @pytest.mark.slow
     def test_says_what_html_needs(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "markdown_it", None)
         with pytest.raises(ImportError, match=r"markdown-it-py.*otmdr-jax\[train\]"):
@@ -273,6 +281,7 @@ class TestThePage:
 
 
 class TestSignificance:
+    @pytest.mark.slow
     def test_one_run_each_is_the_bootstrap_and_the_paired_test(self):
         runs = [make("SGD", 0, 2.0), make("SAM", 1, 2.2)]
         _, found = significance.compare(runs)

@@ -41,6 +41,7 @@ def opened(run):
 
 
 class TestOpening:
+    @pytest.mark.slow
     def test_a_run_is_what_was_trained(self, run, opened):
         assert opened.config == TINY and opened.diverged == ()
         found = np.load(run / "predictions.npz")
@@ -93,6 +94,7 @@ class TestCalibrate:
         assert got == pytest.approx(np.mean(after), rel=1e-6)
         assert "2 folds x 2 of 360 test examples" in record["how"]
 
+    @pytest.mark.slow
     def test_with_the_validation_set(self, run, opened):
         record = calibrating.calibrate(run, fit="validation", show_progress=False)
         valid = opened.dataset.validation
@@ -176,6 +178,7 @@ class TestSharpness:
             num_examples=200, num_probes=3, **options,
         )  # fmt: skip
 
+    @pytest.mark.slow
     def test_measures_are_those_of_landscape(self, opened):
         record = self.of(opened, num_eigenvalues=2, seed=5)
         found = {row["name"]: row for row in record["measures"]}
@@ -223,6 +226,7 @@ class TestSharpness:
         assert found["sam_gap"]["standard_error"] is None
         assert record["num_examples"] == 200 and record["seed"] == 5
 
+    @pytest.mark.slow
     def test_of_members_it_is_the_mean_of_those_that_count(self, opened, monkeypatch):
         config = TrainConfig(method="sgd", members="3", mesh="data=1", validation=0.2)
         compiled = programs.compile_programs(config, opened.dataset)
@@ -271,6 +275,7 @@ class TestSharpness:
                 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_commands_write_and_the_report_shows(run, capsys, tmp_path):
     cli.main(["calibrate", str(run), "--methods", "temperature", "--num-repeats", "1"])
     out = capsys.readouterr().out
@@ -291,6 +296,7 @@ def test_the_commands_write_and_the_report_shows(run, capsys, tmp_path):
     assert not (run / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_records_of_other_settings_are_not_replaced(run, capsys, monkeypatch):
     few = ["--num-examples", "50", "--num-probes", "2"]
     for command, name, options, others, differs in (

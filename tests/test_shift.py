@@ -220,6 +220,7 @@ def test_one_program_serves_all_severities_and_positions(name, monkeypatch):
         assert np.mean(got == want) > 0.9
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(data.CORRUPTIONS),
@@ -366,6 +367,7 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_is_the_evaluation_of_corrupted_sets(kind, small):
     config = dataclasses.replace(TINY, eval_batch_size=32, **KINDS[kind])
@@ -584,6 +586,7 @@ def photograph_run(tmp_path_factory):
     return folder / "run", config
 
 
+@pytest.mark.slow
 def test_the_command_reads_what_is_prepared_and_names_what_is_not(
     photograph_run, capsys, monkeypatch
 ):
@@ -855,6 +858,7 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
     assert "otmdr shift RUN" in str(gone)
 
 
+@pytest.mark.slow
 def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
     """What bnn.uncertainty says of samples is what the record's means are of."""
     config = dataclasses.replace(TINY, **KINDS["a posterior"])

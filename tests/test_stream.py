@@ -414,6 +414,7 @@ def test_close_ends_the_threads_while_they_read():
     del dropped  # no_threads_are_left looks after both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["close", "nothing", "error"])
 def test_a_process_ends_in_the_middle_of_a_stream(end):
     code = """
@@ -665,6 +666,7 @@ RUN = TrainConfig(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=1", "data=4"])
 def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
     """Over an epoch's end, and stopped and resumed on the way."""
@@ -683,6 +685,7 @@ def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
     np.testing.assert_array_equal(again.log_probs, want.log_probs)
 
 
+@pytest.mark.slow
 def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp_path):
     """The real images, to the bit; and a run may go on with the other."""
     config = dataclasses.replace(
@@ -702,6 +705,7 @@ def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp
     assert resumed.metrics["nll"] == want.metrics["nll"]
 
 
+@pytest.mark.slow
 def test_auto_takes_the_first_memory_that_holds_the_images(monkeypatch):
     streamed = []
     monkeypatch.setattr(

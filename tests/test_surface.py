@@ -115,6 +115,7 @@ def member(state, m):
 
 
 class TestLosses:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["sgd", "bnn"])
     def test_around_a_weight_vector_or_the_mean_of_a_posterior(
         self, name, trained, tmp_path
@@ -131,6 +132,7 @@ class TestLosses:
         assert record["step"] == (6 if name == "sgd" else 0)
         assert record["statistics"] == "running"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["pair", "joint", "diverged"])
     def test_of_an_ensemble_are_those_of_its_mean_probability(
         self, name, trained, tmp_path
@@ -161,6 +163,7 @@ class TestLosses:
         np.testing.assert_allclose(record["losses"], want, rtol=2e-4)
         assert record["members"] == [1]
 
+    @pytest.mark.slow
     def test_of_members_of_different_architectures(self, trained, tmp_path):
         plan = dataclasses.replace(SMALL, dimensions=1)
         record = measure([trained("mixed")], plan, tmp_path)
@@ -176,6 +179,7 @@ class TestLosses:
         assert record["losses"][1] == pytest.approx(-np.mean(np.log(right)), rel=1e-4)
         assert record["model"] == ("cnn_small", "wide_resnet_10_1")
 
+    @pytest.mark.slow
     def test_along_eigenvectors_of_the_hessian(self, trained, tmp_path):
         plan = dataclasses.replace(SMALL, kind="hessian")
         record = measure([trained("sgd")], plan, tmp_path)
@@ -195,6 +199,7 @@ class TestLosses:
         )  # fmt: skip
         np.testing.assert_allclose(record["losses"], want, rtol=1e-2)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("statistics", ["running", "auto"])
     def test_between_runs_with_statistics_as_asked(self, statistics, trained, tmp_path):
         one, two = trained("sgd"), trained("other")
@@ -434,6 +439,7 @@ class TestCommand:
         self.otmdr(folder, "--dimensions", "1", "--overwrite")
         assert not (folder / "landscape_surface.png").exists()
 
+    @pytest.mark.slow
     def test_runs_side_by_side_along_the_same_directions(self, trained, tmp_path):
         folders = [trained(name).folder for name in ("sgd", "other")]
         self.otmdr(*folders, "--seed", "2", "--output", tmp_path / "both")
@@ -475,6 +481,7 @@ class TestCommand:
         text = self.refused(capsys, monkeypatch, *both, "--output", tmp_path / "file")
         assert "is a file, and a landscape's files need a folder" in text
 
+    @pytest.mark.slow
     def test_another_comparison_is_left_alone(
         self, trained, tmp_path, capsys, monkeypatch
     ):
@@ -538,6 +545,7 @@ class TestCommand:
         assert "dimensions: 1, now 2" in text
         assert not (tmp_path / "0-sgd").exists()
 
+    @pytest.mark.slow
     def test_between_runs_and_along_a_trajectory(self, trained, tmp_path, capsys):
         folders = [trained(name).folder for name in ("sgd", "other")]
         self.otmdr(*folders, "--kind", "runs", "--output", tmp_path / "line")

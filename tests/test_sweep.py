@@ -134,6 +134,7 @@ def done(tmp_path_factory):
 
 
 class TestRun:
+    @pytest.mark.slow
     def test_rows_hold_results_and_cost(self, done):
         root, plan, rows = done
         stored = json.loads((root / "out" / "sweep.json").read_text())["rows"]
@@ -193,6 +194,7 @@ class TestRun:
         with pytest.raises(FileExistsError, match="is not empty"):
             sweep.check(plan.runs)
 
+    @pytest.mark.slow
     def test_a_run_that_diverges_does_not_stop_the_others(self, tmp_path):
         text = FILE.replace("steps = 4", "steps = 12\nmax_skipped = 2").replace(
             "[0, 3]", "[0]"
@@ -243,6 +245,7 @@ class TestRun:
         assert [row["memory_mib"] for row in again] == [x["memory_mib"] for x in rows]
 
 
+@pytest.mark.slow
 def test_the_command_runs_compares_and_reports(done, capsys):
     root, _, _ = done
     args = ["sweep", str(root / "sweep.toml"), "--output", str(root / "out")]

@@ -70,6 +70,7 @@ def assert_same_bits(got, want):
     jax.tree.map(same, got, want)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
     assert straight.metrics["accuracy"] > 0.5  # of three classes, in six steps
     assert straight.metrics["steps"] == 3 * (160 // 64)
@@ -113,6 +114,7 @@ def stop_after(steps, monkeypatch):
     monkeypatch.setattr(training.Loop, "__init__", counting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_resume_is_exact(steps, small, straight, tmp_path, monkeypatch):
     """Pitfalls: stopped anywhere, by a real SIGTERM, and resumed: the same bits."""
@@ -148,6 +150,7 @@ def run_script(folder, mode):
     return [sys.executable, "-c", KILLED, str(folder), mode]
 
 
+@pytest.mark.slow
 def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
     """A process is really killed, twice, wherever it is, and its successor finishes."""
     whole = subprocess.run(
@@ -249,6 +252,7 @@ def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
         assert_same_bits(saved.restore(state).state, state)
 
 
+@pytest.mark.slow
 def test_logs_of_a_resumed_run_are_those_of_a_whole_one(small, tmp_path):
     """Windows end at checkpoints, whatever the intervals: no step is lost."""
     config = dataclasses.replace(
@@ -287,6 +291,7 @@ def test_a_save_is_due_once_a_multiple_has_passed(saved, step, due):
     assert saving.Saver(None, every=4, step=saved).is_due(step, 600.0) == due
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_measures_its_result_is_saved(
     small, tmp_path, monkeypatch
 ):
@@ -308,6 +313,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
     assert runs.is_finished(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path):
     """Parameters may stay finite while evaluation overflows."""
     config = dataclasses.replace(
@@ -404,6 +410,7 @@ def poisoned(small, count):
     return dataclasses.replace(dataset, train=data.Split(bad, dataset.train.labels))
 
 
+@pytest.mark.slow
 def test_non_finite_steps_are_skipped_and_counted(small):
     """One NaN image: the step that meets it is skipped, training goes on."""
     config = dataclasses.replace(TINY, epochs=8)
@@ -416,6 +423,7 @@ def test_non_finite_steps_are_skipped_and_counted(small):
     assert result.metrics["accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_too_many_non_finite_steps_in_a_row(small):
     config = dataclasses.replace(TINY, max_skipped=4, epochs=10)
     with pytest.raises(training.NonFiniteError, match="not finite in 4 steps in a row"):
@@ -455,6 +463,7 @@ def test_no_key_of_a_run_is_used_twice(small):
     assert len(data_of) == len(keys)
 
 
+@pytest.mark.slow
 def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
     traces = []
     create = methods.create
@@ -477,6 +486,7 @@ def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch):
     """A window's numbers are fetched when two more steps are under way."""
     dispatched, ahead = [], []
@@ -551,6 +561,7 @@ def test_cosine_and_warmup_follow_their_formula():
         optimizers.schedule(config, total_steps=10, steps_per_epoch=5)
 
 
+@pytest.mark.slow
 def test_plateau_lowers_the_rate_when_the_loss_stops_falling():
     config = TrainConfig(
         schedule="plateau", learning_rate=1.0, plateau_patience=2, weight_decay=0.0,
@@ -641,6 +652,7 @@ def test_a_step_is_gradient_update_and_statistics_from_the_center(key):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_summed_particles_are_k_times_the_mean(key):
     images, labels = jnp.ones((6, 2)) * jnp.arange(6.0)[:, None], jnp.arange(6) % 2
     updates = []
@@ -655,6 +667,7 @@ def test_summed_particles_are_k_times_the_mean(key):
     np.testing.assert_allclose(updates[1], 3 * updates[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_convolution_stands_inside_a_loop_on_cpu(small):
     """Pitfalls: convolutions in lax.scan crawl on CPUs; auto never makes one."""
 
