@@ -211,6 +211,12 @@ class TestLeaves:
             with pytest.raises(TypeError, match=message):
                 call()
 
+    def test_integers_among_point_estimates_too(self):
+        params = {**AS_PEOPLE, "count": 3, "w": np.ones((3, 2))}
+        q = bnn.init(params, mask={name: name == "w" for name in params})
+        with pytest.raises(TypeError, match=r"int32 at params\.point\['count'\]"):
+            bnn.sgvb(scaled_kernel, num_data=60)(q, X, key=KEY)
+
     def test_what_is_no_number_at_all_is_refused(self):
         with pytest.raises(TypeError, match="'weights'"):
             otmdr_jax.value_and_grad(scaled)({"w": "weights"}, X, key=KEY)
