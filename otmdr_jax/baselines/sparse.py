@@ -134,10 +134,7 @@ def draw_masks(key: jax.Array, params: PyTree, density: float) -> PyTree:
         if number == math.prod(leaf.shape):
             masks.append(jnp.ones((), bool))
         else:
-            scores = shards.draw(
-                jax.random.uniform, own, leaf, dtype=jnp.result_type(float)
-            )
-            masks.append(_smallest(scores, number))
+            masks.append(_smallest(_uniform(own, leaf), number))
     return jax.tree.unflatten(structure, masks)
 
 
@@ -183,9 +180,7 @@ def renew(
         size = jnp.abs(weight.astype(jnp.float32))
         kept = mask & ~_smallest(jnp.where(mask, size, jnp.inf), number)
         if growth == "random":
-            score = shards.draw(
-                jax.random.uniform, own, mask, dtype=jnp.result_type(float)
-            )
+            score = _uniform(own, mask)
         else:
             score = jnp.abs(grad.astype(jnp.float32))
         grown = _smallest(jnp.where(kept, jnp.inf, -score), number)
@@ -360,6 +355,10 @@ def update_steps(every: int, ends: Sequence[int]) -> tuple[int, ...]:
         for step in range(every, ends[-1], every)
         if min(end for end in ends if end >= step) - step >= every
     )
+
+
+def _uniform(key, like):
+    return shards.draw(jax.random.uniform, key, like, dtype=jnp.result_type(float))
 
 
 def _smallest(scores: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
