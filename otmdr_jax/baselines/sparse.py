@@ -361,6 +361,7 @@ def _uniform(key, like):
     return shards.draw(jax.random.uniform, key, like, dtype=jnp.result_type(float))
 
 
+@jax.jit
 def _smallest(scores: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     """True for exactly so many entries, the smallest ones; of ties the first.
 
