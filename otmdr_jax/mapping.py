@@ -139,7 +139,8 @@ def each(
 
     if how == "scan":
         return jax.lax.map(together, columns)
-    return jax.vmap(together)(shards.align_rows(columns, first))
+    with shards.on_their_mesh(first):
+        return jax.vmap(together)(shards.align_rows(columns, first))
 
 
 def member_map(how: str) -> str:

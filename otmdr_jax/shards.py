@@ -104,14 +104,17 @@ def align_rows(values: PyTree, like: PyTree) -> PyTree:
 
 
 def on_their_mesh(values: PyTree) -> contextlib.AbstractContextManager:
-    """A context in which `jax.vmap` makes arrays on the mesh of others, outside of jit.
+    """A context in which `jax.vmap` finds the mesh with explicit axes of some arrays.
 
-    Args:
-      values: A pytree of arrays; where one is on a mesh with explicit axes, this is it.
+    What is new under it, zeros or a broadcast, belongs to the mesh of the context, not
+    to that of its operands. Nothing changes where there is no such mesh.
     """
-    inside_jit = isinstance(jnp.zeros(()), jax.core.Tracer)
-    for x in [] if inside_jit else jax.tree.leaves(values):
-        if _is_explicit(x) and (sharding := _sharding_on_devices(x)):
+    for x in jax.tree.leaves(values):
+        if not _is_explicit(x):
+            continue
+        if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside of jit
+            return jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh)
+        if sharding := _sharding_on_devices(x):
             return jax.set_mesh(sharding.mesh)
     return contextlib.nullcontext()
 

@@ -137,10 +137,7 @@ def draw_masks(key: jax.Array, params: PyTree, density: float) -> PyTree:
         if number == math.prod(shape):
             masks.append(jnp.ones((), bool))
         else:
-            scores = shards.draw(
-                jax.random.uniform, own, leaf, dtype=jnp.result_type(float)
-            )
-            masks.append(_smallest(scores, number))
+            masks.append(_smallest(_uniform(own, leaf), number))
     return jax.tree.unflatten(structure, masks)
 
 
@@ -186,9 +183,7 @@ def renew(
         size = jnp.abs(weight.astype(jnp.float32))
         kept = mask & ~_smallest(jnp.where(mask, size, jnp.inf), number)
         if growth == "random":
-            score = shards.draw(
-                jax.random.uniform, own, mask, dtype=jnp.result_type(float)
-            )
+            score = _uniform(own, mask)
         else:
             score = jnp.abs(grad.astype(jnp.float32))
         grown = _smallest(jnp.where(kept, jnp.inf, -score), number)
@@ -366,6 +361,11 @@ def update_steps(every: int, ends: Sequence[int]) -> tuple[int, ...]:
     )
 
 
+def _uniform(key, like):
+    return shards.draw(jax.random.uniform, key, like, dtype=jnp.result_type(float))
+
+
+@jax.jit
 def _smallest(scores: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
     """True for exactly so many entries, the smallest ones; of ties the first.
 

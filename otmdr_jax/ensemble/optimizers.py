@@ -64,8 +64,9 @@ def per_member(
             return inner.update(updates, state, params, **own, **extra_args)
 
         if not is_tuple(updates):
-            rows = shards.align_rows((updates, state, params, own), updates)
-            return jax.vmap(update)(*rows)
+            with shards.on_their_mesh(updates):
+                rows = shards.align_rows((updates, state, params, own), updates)
+                return jax.vmap(update)(*rows)
         found = [
             update(
                 updates[i],
