@@ -51,10 +51,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 QUICK = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
 # XLA's older code for fusions compiles twice as fast. Later versions do not have it.
-if QUICK and jax.__version_info__ < (0, 11):
-    _flag = "--xla_cpu_use_fusion_emitters=false"
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+EMITTERS = "xla_cpu_use_fusion_emitters"
+OLD_EMITTERS = QUICK and jax.__version_info__ < (0, 11)
+if OLD_EMITTERS and EMITTERS not in (flags := os.environ.get("XLA_FLAGS", "")):
+    os.environ["XLA_FLAGS"] = f"{flags} --{EMITTERS}=false".strip()
 jax.config.update("jax_disable_most_optimizations", QUICK)
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
@@ -70,6 +70,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def users_fusions():
+    """Options of `jax.jit`: fusions as users have them, for equality to the bit."""
+    return {"compiler_options": {EMITTERS: True}} if OLD_EMITTERS else {}
 
 
 @contextlib.contextmanager

@@ -401,7 +401,7 @@ class TestLift:
         ("name", "how"),
         [*(("otmdr", how) for how in MAPS), ("sgd", "scan"), ("sam", "scan")],
     )
-    def test_independent_training_is_single_runs(self, name, how, data):
+    def test_independent_training_is_single_runs(self, name, how, data, users_fusions):
         """Scanned: to the bit, network and optimizer; unrolled or vmap: to rounding."""
         model = models.create("cnn_small", 10)
         optimizer = optax.chain(
@@ -412,7 +412,8 @@ class TestLift:
         together = members.lift(one, 3, how)
         keys = jax.random.split(jax.random.key(0), 3)
         state = together.init(jax.random.key(0), data[0])
-        step, single = jax.jit(together.step), jax.jit(one.step)
+        step = jax.jit(together.step, **users_fusions)
+        single = jax.jit(one.step, **users_fusions)
         alone = [one.init(k, data[0]) for k in keys]
         assert_same(members.separate(state), alone)
         for _ in range(3):
