@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from otmdr_jax import landscape, models
 
@@ -38,8 +38,9 @@ def network(seed=0):
 def network_loss(params, batch):
     hidden = jnp.tanh(batch[0] @ params["in"][0] + params["in"][1][None])
     logits = hidden @ params["out"] + params["bias"][None]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[1])
-    return jnp.sum(losses), len(batch[1])
+    # Of integer labels JAX 0.12 cannot take the gradient on explicit axes.
+    labels = jax.nn.one_hot(batch[1], logits.shape[-1])
+    return jnp.sum(optax.softmax_cross_entropy(logits, labels)), len(batch[1])
 
 
 def quadratic(matrix):
@@ -251,11 +252,16 @@ class TestTrace:
             )
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_batches_may_be_spread_over_devices(devices, key):
+@pytest.mark.parametrize(
+    ("devices", "kind"),
+    [(1, AxisType.Explicit), (4, AxisType.Explicit), (4, AxisType.Auto)],
+)
+def test_batches_may_be_spread_over_devices(devices, kind, key):
     params, batches, dense = network()
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    mesh = jax.make_mesh(
+        (devices,), ("data",), devices=jax.devices()[:devices], axis_types=(kind,)
+    )
     spread = jax.device_put((x, y), NamedSharding(mesh, PartitionSpec("data")))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     found = landscape.hessian_eigenvalues(network_loss, params, [spread], 2, tol=1e-5)
