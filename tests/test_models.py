@@ -251,6 +251,22 @@ def test_bfloat16_is_close_to_float32():
     assert not np.array_equal(got, want)
 
 
+@pytest.mark.parametrize("members", [None, 2])
+def test_bfloat16_predictions_are_finite(members, key):
+    """In one program with what they are made from: JAX 0.12 fused a sum wrongly."""
+    narrow = models.create("cnn_small", 10, dtype=jnp.bfloat16)
+    images = jax.random.normal(key, (16, 16, 16, 3))
+
+    def predict(model, key):
+        return model.apply(*model.init(key, images), images, train=False)[0]
+
+    keys = key if members is None else jax.random.split(key, members)
+    run = predict if members is None else jax.vmap(predict, in_axes=(None, 0))
+    got = jax.jit(run, static_argnums=0)(narrow, keys)
+    want = jax.jit(run, static_argnums=0)(models.create("cnn_small", 10), keys)
+    np.testing.assert_allclose(got, want, atol=0.05 * np.abs(want).max())
+
+
 def test_float64_throughout_for_gradient_checks():
     with jax.enable_x64(True):
         model = models.create(
