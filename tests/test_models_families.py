@@ -199,16 +199,15 @@ def test_torchvisions_counts_for_1000_classes(name, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [32, 224])
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "options", "side"),
     [
-        ("pyramidnet_101", {}),
-        ("densenet_121", {}),
-        ("densenet_121", {"stem": "cifar"}),
-        ("mobilenet", {}),
-        ("efficientnet_b0", {}),
-        ("efficientnet_b0", {"stem": "imagenet"}),
+        ("pyramidnet_101", {}, 32),
+        ("densenet_121", {}, 224),
+        ("densenet_121", {"stem": "cifar"}, 32),
+        ("mobilenet", {}, 32),
+        ("efficientnet_b0", {}, 32),
+        ("efficientnet_b0", {"stem": "imagenet"}, 224),
     ],
 )
 def test_shapes_of_logits_and_state(name, options, side):
@@ -311,9 +310,8 @@ family = pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
 
 @pytest.mark.slow
 @family
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_are_finite_at_initialisation(model, dtype, key):
-    model = dataclasses.replace(model, dtype=jnp.dtype(dtype))
+def test_bfloat16_gradients_are_finite_at_initialisation(model, key):
+    model = dataclasses.replace(model, dtype=jnp.dtype("bfloat16"))
     images = jax.random.normal(key, (4, 16, 16, 3))
     params, state = model.init(key, images)
     gradient = jax.jit(jax.value_and_grad(classification_loss(model), has_aux=True))
@@ -415,7 +413,6 @@ def real_images():
     [
         (models.create("cnn_small", 10), 0.02, 16, True),
         (models.create("resnet_10", 10), 0.003, 8, False),
-        (models.create("resnet_18", 10), 0.003, 8, False),
         (models.create("wide_resnet_16_2", 10), 0.01, 8, False),
         # In place of pyramidnet_101 and densenet_121, which compile for a minute.
         (FAMILIES["pyramidnet"], 0.01, 8, True),

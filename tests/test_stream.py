@@ -667,7 +667,7 @@ RUN = TrainConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=1", "data=4"])
+@pytest.mark.parametrize("mesh", ["data=4"])
 def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
     """Over an epoch's end, and stopped and resumed on the way."""
     config = dataclasses.replace(RUN, mesh=mesh, checkpoint_every=10)
