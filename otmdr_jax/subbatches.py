@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from otmdr_jax import collectives, engine, mapping, shards, tree
 from otmdr_jax.batches import batch_size, check_known
@@ -103,7 +104,7 @@ def _parts(batch, key, count, axes):
         return batch, None if keys is None else keys[first], 1
     each = size // here
     parts = jax.tree.map(
-        lambda x: x.reshape(
+        lambda x: jnp.asarray(x).reshape(
             here, each, *x.shape[1:], out_sharding=shards.of_rows(x, each, lead=1)
         ),
         batch,
