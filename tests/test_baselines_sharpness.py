@@ -64,6 +64,7 @@ def on_devices(tx, params, data, devices):
 
 
 class TestSubBatches:
+    @pytest.mark.slow
     @pytest.mark.parametrize("count", [2, 3, 6])
     def test_they_are_the_mean_of_sam_on_each(self, count):
         params, data = toy.regression_problem(batch=12)

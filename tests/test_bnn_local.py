@@ -235,7 +235,7 @@ def gradients():
     q, batch, loss_fn = problem()
     keys = jax.random.split(jax.random.key(3), 300)
     found = {}
-    for estimator in local.ESTIMATORS:
+    for estimator in ("weights", *ESTIMATORS):
         grad_fn = bnn.sgvb(loss_fn, num_data=1_000, kl_weight=0.0, estimator=estimator)
 
         @jax.jit

@@ -184,6 +184,7 @@ class TestRuns:
         lines = (result.folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == result.history
 
+    @pytest.mark.slow
     def test_a_finished_run_that_is_resumed_logs_nothing_twice(self, small, straight):
         result = straight["sgvb"]
         before = (result.folder / "metrics.jsonl").read_text()
@@ -248,7 +249,8 @@ class TestRuns:
             dict(method="sgvb", estimator="local", noise_std=0.0),
             dict(method="sgvb", estimator="flipout", noise_std=0.0, dtype="bfloat16"),
             dict(posterior_init="released", posterior_norm="joint", merge="sum",
-                 sigma_gradient="particle", weight_noise="each_step"),
+                 sigma_gradient="particle", weight_noise="each_step",
+                 posterior_std=TrainConfig.posterior_std),
             dict(microbatch_size=32, input="host", optimizer="adamw", decay_all=False),
         ],
         ids=lambda options: ",".join(options),

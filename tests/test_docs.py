@@ -251,7 +251,7 @@ def joined_lines(text):
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]")
 # Programs with flags of their own.
 OTHERS = re.compile(
-    r"\b(pip|uv|mkdocs|pytest|make|ruff|mypy|git|docker|xprof|SBATCH|gcloud)\b"
+    r"\b(pip|uv|mkdocs|pytest|make|ruff|mypy|git|docker|xprof|SBATCH|gcloud|XLA_FLAGS)\b"
 )
 
 

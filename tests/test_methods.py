@@ -173,6 +173,7 @@ def test_members_are_runs_of_their_own(name):
     assert_allclose(predicted[len(rows) :], rows, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.essential
 @every_method
 def test_two_devices_train_what_one_does(name):
     """With the split of one device, since each cuts its own part of the batch."""

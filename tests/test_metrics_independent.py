@@ -14,6 +14,7 @@ PROBS, LABELS = predictions(0, 3000, 10)
 CONFIDENCE, RIGHT = PROBS.max(axis=1), PROBS.argmax(axis=1) == LABELS
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_torchmetrics_agrees():
     torch = pytest.importorskip("torch")

@@ -209,6 +209,7 @@ def run(module, images):
 # --- whole networks -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make"),
     [

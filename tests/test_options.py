@@ -587,6 +587,7 @@ def test_the_table_has_every_public_function_with_options(module):
     assert not missing, f"say in TABLE how the options of {missing} are seen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "name"), ROWS)
 def test_every_option_is_seen(function, name):
     run, own = TABLE[function]
@@ -699,6 +700,7 @@ class TestSubbatchesOfAPosterior:
         for name in ("value", "grads", "nll", "kl"):
             assert not differ(getattr(got, name), getattr(want, name)), name
 
+    @pytest.mark.slow
     def test_on_devices_they_are_those_of_one(self):
         options = self.OPTIONS | {"num_subbatches": 4}
         alone = bnn.value_and_grad(toy.regression, **options)
@@ -730,6 +732,7 @@ class TestMethods:
         "snapshot": {"ends": (1, 2)},
     }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name",
         [*(name for name in methods.METHODS if name not in methods.RIDING), "snapshot"],

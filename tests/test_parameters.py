@@ -115,6 +115,7 @@ def updated(tx, params, steps=3, **kwargs):
 class TestLeaves:
     """Python numbers and NumPy arrays as leaves of the parameters."""
 
+    @pytest.mark.slow
     @some("random", "noisy particles", "per leaf, masked", "sub-batches")
     def test_they_are_what_arrays_are(self, options):
         fn = otmdr_jax.value_and_grad(scaled, **options)
@@ -177,6 +178,7 @@ class TestLeaves:
         got = call(fn, (AS_PEOPLE, AS_PEOPLE))
         assert_close(got, call(fn, (AS_ARRAYS, AS_ARRAYS)))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("mask", "make"), [(None, bnn.value_and_grad), (True, bnn.sgvb)]
     )
@@ -240,6 +242,7 @@ class TestLeaves:
 class TestBatches:
     """Batches of NumPy arrays, and of lists."""
 
+    @pytest.mark.slow
     @some("noisy particles", "micro-batches", "sub-batches")
     def test_numpy_of_64_bits(self, options):
         def loss(params, batch):
@@ -326,6 +329,7 @@ def assert_exported(function, size):
 class TestExport:
     """Programs of jax.export with a symbolic batch size."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ANY_SIZE)
     def test_any_size_where_nothing_is_cut(self, name):
         assert_exported(ANY_SIZE[name], "b")
@@ -535,6 +539,7 @@ class TestKeys:
             update(update(tx.init(AS_ARRAYS)))
         np.testing.assert_array_equal(raw, RAW)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "kind"),
         [
@@ -581,6 +586,7 @@ class TestKeys:
         assert_equal(call(fn, MEMBERS, key=RAW), want)
         assert_equal(call(fn, MEMBERS, key=jax.random.split(RAW, 2)), want)
 
+    @pytest.mark.slow
     def test_posteriors(self):
         fn = bnn.value_and_grad(scaled_kernel, num_data=60, noise_std=0.01)
         assert_equal(call(fn, Q, key=RAW), call(fn, Q))

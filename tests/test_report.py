@@ -415,6 +415,7 @@ def test_runs_of_one_label_must_share_their_classes():
         report.reliability_figure([make(), other])
 
 
+@pytest.mark.slow
 def test_pictures_are_1200_pixels_wide_and_reproducible(tmp_path):
     runs = [make("costs $1 and $2"), make("SAM")]
     for plot in (report.plot_learning_curves, report.plot_reliability):

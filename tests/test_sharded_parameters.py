@@ -244,6 +244,7 @@ def of_kernels(compiled):
     return [(what, entries) for what, entries in moved(compiled) if entries in sizes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "dynamic, random growth"])
 def test_explicit_axes(name):
     assert not of_kernels(check(name, make_mesh("explicit-2d")))
@@ -337,6 +338,7 @@ def test_bfloat16_parameters_stay_what_and_where_they_are():
         )
 
 
+@pytest.mark.slow
 def test_outside_of_jit_arrays_stay_sharded_too():
     mesh = make_mesh("explicit-2d")
     params, batch = setup("noise", mesh), make_batch(mesh, P("data"))
