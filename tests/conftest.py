@@ -130,9 +130,10 @@ def pytest_runtest_call(item):
     result = yield
     spent, limit = _processor_seconds() - start, item.config.getoption("--cpu-limit")
     marked = item.get_closest_marker("slow") or item.get_closest_marker("essential")
-    # Whichever test is the first to use a library pays for its import.
-    imported = len(sys.modules) > modules + 100
-    if limit and spent > limit and not marked and not imported:
+    # Whichever test is the first to use a library pays for its import; examples in
+    # docstrings cannot be marked.
+    excused = len(sys.modules) > modules + 100 or isinstance(item, pytest.DoctestItem)
+    if limit and spent > limit and not marked and not excused:
         pytest.fail(
             f"{item.nodeid} took {spent:.1f} processor seconds, and a test without a "
             f"mark may take {limit:g}: make it smaller, or mark it slow (make test-all "

@@ -327,6 +327,7 @@ def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path)
     assert result["nll"] is None or result["nll"] > 1.0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
     """What a kill in the middle of a save leaves: a temporary folder, removed."""
     folder = tmp_path / "run"
