@@ -850,6 +850,7 @@ class TestComplex:
             params = optax.apply_updates(params, updates)
         assert np.all(np.diff(losses) < 0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["bsam", "ivon"])
     def test_precisions_are_of_real_weights(self, name):
         with pytest.raises(TypeError, match="each real weight.*complex64.*imaginary"):
