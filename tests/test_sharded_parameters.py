@@ -347,3 +347,15 @@ def test_outside_of_jit_arrays_stay_sharded_too():
     assert_sharded_as(params, found.grads)
     (expected, _), *_ = on_one_device("noise")
     assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["noise", "particles, scan"])
+def test_in_the_context_of_a_mesh_no_device_makes_a_whole_kernel(name):
+    """There a new array is on all devices, unless its sharding is said."""
+    mesh = make_mesh("explicit-2d")
+    with jax.set_mesh(mesh):
+        compiled = check(name, mesh)
+    text = compiled.as_text()
+    assert f"[{INPUTS},{HIDDEN // 4}]" in text
+    assert f"[{INPUTS},{HIDDEN}]" not in text
