@@ -165,7 +165,8 @@ class Layers:
 def global_average_pool(x: jax.Array) -> jax.Array:
     """Averages x: (B, H, W, C) over its pixels in float32: (B, C)."""
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        # JAX 0.12's XLA fuses this sum with what made x, and the result is NaN.
+        # JAX 0.12's XLA may fuse this sum with what made x, and give NaN:
+        # docs/architecture.md, Versions.
         x = jax.lax.optimization_barrier(x)
     return jnp.mean(x, axis=(1, 2), dtype=_at_least_float32(x.dtype))
 
