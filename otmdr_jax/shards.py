@@ -51,10 +51,12 @@ def of_rows(x: Any, size: int, lead: int = 0) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*[None] * lead, axes, *rest))
 
 
-def take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """The rows `x[index]`, sharded as those of x."""
+def take(x: jax.Array, index: jax.Array, mode: str | None = None) -> jax.Array:
+    """The rows `x[index]`, sharded as those of x; `mode` as in `jnp.take`."""
     sharding = of_rows(x, len(index))
-    return x[index] if sharding is None else x.at[index].get(out_sharding=sharding)
+    if sharding is None:
+        return x[index] if mode is None else jnp.take(x, index, 0, mode=mode)
+    return x.at[index].get(mode=mode, out_sharding=sharding)
 
 
 def cut(x: jax.Array, start: int, stop: int) -> jax.Array:
@@ -75,6 +77,28 @@ def first_entry(x: jax.Array) -> jax.Array:
         return first(x)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     return jax.sharding.auto_axes(first, out_sharding=everywhere)(x)
+
+
+def left_to_compiler(
+    function: Callable[..., PyTree], like: Any, *, whole: bool = False
+) -> Callable[..., PyTree]:
+    """A function whose shardings XLA chooses, as on automatic axes.
+
+    For what cuts or gathers rows in ways that JAX does not follow on explicit axes.
+
+    Args:
+      function: Takes arrays alone.
+      like: An array: results are sharded as it is; where none of its axes is sharded
+        the function stays as it is.
+      whole: Whether results are on all devices instead.
+    """
+    sharding = of(like)
+    if sharding is None:
+        return function
+    spec = PartitionSpec() if whole else sharding.spec
+    concrete = _sharding_on_devices(like)
+    mesh = (concrete or sharding).mesh
+    return jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, spec))
 
 
 def align_rows(values: PyTree, like: PyTree) -> PyTree:

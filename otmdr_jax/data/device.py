@@ -5,6 +5,7 @@ order is that of the usual PyTorch pipeline: crop and flip see raw pixels, the p
 is black (zero before normalisation), and normalisation comes last.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from otmdr_jax import shards
 from otmdr_jax.data.dataset import Split, check_augmentations
 from otmdr_jax.data.lazy import LazyImages
 
@@ -104,7 +106,12 @@ def augment(
     names = check_augmentations(ops)
     if not names:
         return images
-    positions = jnp.asarray(first) + jnp.arange(images.shape[0])
+    run = shards.left_to_compiler(functools.partial(_augmented, names), images)
+    return run(key, images, jnp.asarray(first))
+
+
+def _augmented(names, key, images, first):
+    positions = first + jnp.arange(images.shape[0])
     for name, op_key in zip(names, jax.random.split(key, len(names)), strict=True):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(op_key, positions)
         images = _OPS[name](keys, images)
@@ -192,7 +199,7 @@ def take(split: Split, order: jax.Array, i: ArrayLike, batch_size: int) -> Split
     positions = (jnp.asarray(i) * batch_size + jnp.arange(batch_size)) % order.shape[0]
     # In bounds by construction; "clip" spares the check that fills with NaN.
     rows = jnp.take(order, positions, mode="clip")
-    images, labels = (jnp.take(jnp.asarray(a), rows, 0, mode="clip") for a in split)
+    images, labels = (shards.take(jnp.asarray(a), rows, "clip") for a in split)
     return Split(images, labels)
 
 

@@ -310,4 +310,4 @@ def _difference(first, second):
 
 def _dot(first, second):
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return sum(float(jnp.vdot(x, y)) for x, y in pairs)
+    return sum(float(jnp.sum(x * y)) for x, y in pairs)

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from otmdr_jax import shards
 from otmdr_jax.metrics.predictions import TOLERANCE
 from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, Reliability, diagram
 from otmdr_jax.metrics.scores import join_parts, parts_of_bins
@@ -151,18 +152,26 @@ def update(
       The state with the batch in it. Rows that are no distribution, and labels that are
       no class, are counted, and :func:`compute` raises an error.
     """
-    num_bins, columns = state.bin_counts.shape
+    columns = state.bin_counts.shape[1]
     values, labels = jnp.asarray(probs), jnp.asarray(labels)
     if values.shape[-2:] != (*labels.shape, columns - 1) or values.ndim not in (2, 3):
         raise ValueError(
             f"need probs of shape (B, {columns - 1}), or samples (S, B, {columns - 1}),"
             f" and labels of shape (B,), got {values.shape} and {labels.shape}."
         )
+    mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    sharded = next((x for x in (values, labels, mask) if shards.of(x)), values)
+    add = functools.partial(_update, log_probs)
+    run = shards.left_to_compiler(add, sharded, whole=True)
+    return run(state, values, labels, mask)
+
+
+def _update(log_probs, state, values, labels, mask):
+    num_bins, columns = state.bin_counts.shape
     samples = values.reshape(-1, *values.shape[-2:])  # (S, B, C)
     samples = samples.astype(jnp.promote_types(values.dtype, jnp.float32))
     within = jnp.mean(_entropy(jnp.exp(samples) if log_probs else samples), axis=0)
     values = _mean(samples, log_probs)
-    mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
     valid = _valid(jnp.exp(values) if log_probs else values, labels)
     counts = mask & valid
     # Rows that do not count become sure and right: their NLL, Brier score and entropy
