@@ -225,12 +225,13 @@ def check(planned: Iterable[Planned]) -> None:
     """Raises an error if a folder holds anything but the run that is planned.
 
     Raises:
-      ValueError: A run with other options.
+      ValueError: A run with other options; a new one with an option without effect.
       FileExistsError: No run.
     """
     for one in planned:
         if not runs.is_run(one.folder):
             runs.check_free(one.folder)
+            building.check_used(one.config)
             continue
         if changed := differences(runs.read_config(one.folder), one.config):
             lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]

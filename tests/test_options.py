@@ -5,6 +5,7 @@ other value it is run again: numbers must change, or for what is a matter of spe
 placement the traced program. An option that is not in the table fails a test.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -19,7 +20,17 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
-from otmdr_jax import baselines, bnn, building, config, ensemble, methods, parallel
+from otmdr_jax import (
+    baselines,
+    bnn,
+    building,
+    cli,
+    config,
+    ensemble,
+    methods,
+    parallel,
+    training,
+)
 from otmdr_jax.options import RobustOptions, fields_of
 from tests import toy
 
@@ -789,7 +800,6 @@ class TestRuns:
         ("options", "message"),
         [
             (dict(optimizer="adam", nesterov=True), "nesterov=True does nothing"),
-            (dict(adam_eps=1e-3), "adam_eps=0.001 does nothing with optimizer='sgd'"),
             (dict(plateau_factor=0.5), "with schedule='cosine', but with plateau"),
             (dict(plateau_patience=3), "plateau_patience=3 does nothing"),
             (
@@ -799,8 +809,26 @@ class TestRuns:
         ],
     )
     def test_options_that_another_one_makes_idle_are_refused(self, options, message):
+        chosen = config.TrainConfig(steps=1, **options)
         with pytest.raises(ValueError, match=message):
-            building.method_options(config.TrainConfig(**options))
+            training.train(chosen, show_progress=False)
+        building.method_options(chosen)  # of a run that there is
+
+    def test_a_presets_optimizer_may_be_changed(self):
+        chosen = config.preset("paper-bnn-cifar10")
+        building.check_used(dataclasses.replace(chosen, optimizer="sgd"))
+
+    @pytest.mark.slow
+    def test_a_run_with_an_idle_option_is_still_read(self, tmp_path, capsys):
+        """Older versions trained it."""
+        run = tmp_path / "run"
+        start = ["train", "--optimizer", "adam", "--steps", "2", "--mesh", "data=1"]
+        cli.main([*start, "--method", "sgd", "--output", str(run), "--quiet"])
+        old = dataclasses.replace(config.load(run / "config.json"), nesterov=True)
+        config.save(old, run / "config.json")
+        cli.main(["evaluate", str(run)])
+        cli.main(["train", "--resume", str(run), "--quiet"])
+        assert "Accuracy" in capsys.readouterr().out
 
     def test_a_posterior_has_subbatches(self):
         found = building.method_options(

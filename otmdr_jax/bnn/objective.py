@@ -270,6 +270,7 @@ def robust_gradient(
     objective = _objective(loss_fn, given)
     radii = check_rho(given["rho"])
     default = _check_weight(given["kl_weight"])
+    compute = subbatches.build(objective, radii, opts, roles=roles)
 
     def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
         noise_key, key, later_key = _keys(q, key)
@@ -285,14 +286,8 @@ def robust_gradient(
             kappa = kappas[min(taken, steps - 1)]
             return {"kappa": kappa, "weight": weight}
 
-        compute = subbatches.build(
-            objective,
-            radii,
-            opts,
-            per_key=lambda key: {"by_pass": by_pass},
-            roles=roles,
-        )
-        return _unpacked(compute(q, batch, args, kwargs, key=key, rho=rho))
+        found = compute(q, batch, args, kwargs, key=key, rho=rho, by_pass=by_pass)
+        return _unpacked(found)
 
     return fn
 

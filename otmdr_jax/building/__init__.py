@@ -8,6 +8,7 @@ assembly.py   methods, with what depends on the data and the length of the run
 from otmdr_jax.building.assembly import methods_of
 from otmdr_jax.building.networks import check_models, dropout_rate, networks
 from otmdr_jax.building.options import (
+    check_used,
     method_names,
     method_options,
     num_subbatches,
@@ -16,6 +17,7 @@ from otmdr_jax.building.options import (
 
 __all__ = [
     "check_models",
+    "check_used",
     "dropout_rate",
     "method_names",
     "method_options",

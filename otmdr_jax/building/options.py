@@ -78,10 +78,10 @@ _OPTIONS["ivon"] = {
     "clip_radius": "clip_radius",
     **{name: name for name in _GAUSSIAN},
 }
-# Options of all methods that play a part with some values of another one alone.
+# Options of all methods that play a part with some values of another one alone. Not
+# adam_eps, which presets set: their optimizer may be changed.
 _ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "nesterov": ("optimizer", ("sgd",)),
-    "adam_eps": ("optimizer", ("adam", "adamw")),
     "plateau_patience": ("schedule", ("plateau",)),
     "plateau_factor": ("schedule", ("plateau",)),
     "posterior_std": ("posterior_init", ("model",)),
@@ -118,6 +118,21 @@ def options_of(config: TrainConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*_OPTIONS[config.gradient_method], *riding)))
 
 
+def check_used(config: TrainConfig) -> None:
+    """Raises ValueError for an option that another one leaves without effect.
+
+    For runs that are about to start: older ones that have such options are still read.
+    """
+    defaults = TrainConfig(method=config.method)
+    for name, (other, values) in _ONLY_WITH.items():
+        value = getattr(config, other)
+        if getattr(config, name) != getattr(defaults, name) and value not in values:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} does nothing with {other}="
+                f"{value!r}, but with {' or '.join(values)}: leave one of them out."
+            )
+
+
 def method_options(config: TrainConfig) -> dict[str, Any]:
     """The options of the gradient that a configuration names, by its own names.
 
@@ -147,13 +162,6 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
                 f"num_particles={config.num_particles} with split={config.split!r} and "
                 'no noise gives equal particles: use split="random", set noise_std, or '
                 "leave num_particles at 1."
-            )
-    for name, (other, values) in _ONLY_WITH.items():
-        value = getattr(config, other)
-        if getattr(config, name) != getattr(defaults, name) and value not in values:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} does nothing with {other}="
-                f"{value!r}, but with {' or '.join(values)}: leave one of them out."
             )
     if config.method in methods.BAYESIAN:
         _check_posterior(config)

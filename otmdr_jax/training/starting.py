@@ -13,7 +13,7 @@ import jax
 
 from otmdr_jax import config as config_lib
 from otmdr_jax import parallel, runs
-from otmdr_jax.building import check_models, method_options
+from otmdr_jax.building import check_models, check_used, method_options
 from otmdr_jax.config import TrainConfig, differences
 from otmdr_jax.data import Dataset
 from otmdr_jax.members import steps_taken
@@ -70,6 +70,8 @@ def train(
     # What cannot work is refused before the data are read.
     method_options(config)
     check_models(config)
+    if not resume:
+        check_used(config)
     dataset = load_data(config) if dataset is None else dataset
     data = fingerprint(dataset)
     if jax.process_count() > 1:
