@@ -15,8 +15,8 @@ import optax
 from _record import nvidia_smi, processor_name
 
 import otmdr_jax
-from otmdr_jax import methods
-from otmdr_jax.batches import accumulate
+from otmdr_jax.core.batches import accumulate
+from otmdr_jax.experiments import methods
 
 RHO = (0.05, 0.1)
 REFERENCE = "SAM (optax.contrib)"

@@ -23,19 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import (
-    Step,
-    compile_step,
-    environment,
-    make_batch,
-    measure,
-    summarise,
-)
+from _common import Step, compile_step, environment, make_batch, measure, summarise
 from _record import markdown, write_json
 from bnn_digits import BASE
 from memory import AS_ACCELERATORS
 
-from otmdr_jax import bnn, data, methods, models, training
+from otmdr_jax import bnn, data, models
+from otmdr_jax.experiments import methods, training
 
 REFERENCE = "SGVB"
 VERSIONS = {

@@ -16,8 +16,8 @@ import tempfile
 from _common import environment
 from _record import markdown, write_json
 
-from otmdr_jax import report, training
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments import report, training
+from otmdr_jax.experiments.config import TrainConfig
 
 BASE = TrainConfig(
     label_noise=0.2,

@@ -19,7 +19,7 @@ from _common import environment
 from _record import markdown, write_json
 
 from otmdr_jax import data, models
-from otmdr_jax.report import plots
+from otmdr_jax.experiments.report import plots
 
 MODEL = "cnn_small"
 

@@ -17,13 +17,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from _common import (
-    compile_step,
-    environment,
-    make_arguments,
-    make_batch,
-    make_steps,
-)
+from _common import compile_step, environment, make_arguments, make_batch, make_steps
 from _record import markdown, processor_name, write_json
 from jax import lax
 

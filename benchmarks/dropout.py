@@ -14,7 +14,8 @@ import optax
 from _common import compile_step, environment, make_batch, measure, summarise
 from _record import markdown, write_json
 
-from otmdr_jax import methods, models
+from otmdr_jax import models
+from otmdr_jax.experiments import methods
 
 MODELS = ("cnn_small", "wide_resnet_16_2")
 RATE, SAMPLES = 0.1, 10

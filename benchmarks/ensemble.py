@@ -23,7 +23,8 @@ import optax
 from _common import environment, make_batch, peak_mib
 from _record import markdown, write_json
 
-from otmdr_jax import members, methods, models
+from otmdr_jax import models
+from otmdr_jax.experiments import members, methods
 
 MAPS = ("vmap", "unroll", "scan")
 

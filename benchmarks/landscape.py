@@ -23,7 +23,7 @@ from _common import environment, peak_mib
 from _record import markdown, write_json
 
 from otmdr_jax import data, landscape, models
-from otmdr_jax.programs import loss_sum
+from otmdr_jax.experiments.programs import loss_sum
 
 AT_ONCE = (1, 4)
 

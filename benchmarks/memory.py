@@ -16,13 +16,7 @@ import argparse
 from unittest import mock
 
 import jax
-from _common import (
-    compile_step,
-    environment,
-    make_arguments,
-    make_batch,
-    make_steps,
-)
+from _common import compile_step, environment, make_arguments, make_batch, make_steps
 from _record import markdown, write_json
 
 from otmdr_jax import models

@@ -21,9 +21,10 @@ import numpy as np
 from _common import environment, measure
 from _record import markdown, write_json
 
-from otmdr_jax import cost, methods, programs
-from otmdr_jax.config import TrainConfig
 from otmdr_jax.data import Dataset, Split
+from otmdr_jax.experiments import methods, programs
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import cost
 
 EXAMPLES = 1024
 

@@ -24,7 +24,8 @@ import optax
 from _common import environment, make_batch, measure
 from _record import markdown, write_json
 
-from otmdr_jax import methods, models, parallel
+from otmdr_jax import models, parallel
+from otmdr_jax.experiments import methods
 
 # Mode -> (method, its options, all-reduces of a whole gradient a step by the model).
 MODES = {

@@ -15,8 +15,10 @@ import statistics
 from _common import environment
 from _record import markdown, write_json
 
-from otmdr_jax import data, demo, programs, report, shift, training
-from otmdr_jax.report.shift import mean_record
+from otmdr_jax import data
+from otmdr_jax.experiments import demo, programs, report, training
+from otmdr_jax.experiments.measure import shift
+from otmdr_jax.experiments.report.shift import mean_record
 
 NAMES = {"accuracy": (100, 2), "nll": (1, 4), "ece": (1, 4)}
 

@@ -20,8 +20,8 @@ import numpy as np
 from _common import environment
 from _record import markdown, write_json
 
-from otmdr_jax import sweep
-from otmdr_jax.report import cost, plots
+from otmdr_jax.experiments import sweep
+from otmdr_jax.experiments.report import cost, plots
 
 NAMES = {
     "accuracy": ("accuracy, %", 100, 2),

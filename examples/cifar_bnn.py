@@ -24,8 +24,8 @@ import argparse
 import dataclasses
 import json
 
-from otmdr_jax import config as config_lib
-from otmdr_jax import training
+from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments import training
 
 
 def configuration(options):

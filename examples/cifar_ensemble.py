@@ -23,8 +23,8 @@ import argparse
 import dataclasses
 import json
 
-from otmdr_jax import config as config_lib
-from otmdr_jax import training
+from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments import training
 
 ENSEMBLES = {
     "5-resnet10": {"members": "5", "model": "resnet_10"},

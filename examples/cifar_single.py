@@ -16,8 +16,8 @@ import argparse
 import dataclasses
 import json
 
-from otmdr_jax import config as config_lib
-from otmdr_jax import training
+from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments import training
 
 
 def smoke(config):

@@ -1,6 +1,6 @@
 """`python -m otmdr_jax` is `otmdr`."""
 
-from otmdr_jax.cli import main
+from otmdr_jax.experiments.cli import main
 
 if __name__ == "__main__":
     main()

@@ -68,7 +68,7 @@ print("accuracy", values["accuracy"])
     [
         ("from otmdr_jax import data; data.load('digits')", "data"),
         ("from otmdr_jax import data; data.load('cifar10')", "data"),
-        ("import otmdr_jax.cli", "train"),
+        ("import otmdr_jax.experiments.cli", "train"),
         (
             "import numpy as np; from otmdr_jax import report;"
             "run = report.Run(None, 'a', {}, {}, [], np.log([[0.5, 0.5]]), [0]);"

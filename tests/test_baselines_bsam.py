@@ -8,18 +8,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 import otmdr_jax
-from otmdr_jax import (
-    baselines,
-    bnn,
-    building,
-    cli,
-    config,
-    methods,
-    parallel,
-    report,
-    training,
-)
-from otmdr_jax.config import TrainConfig
+from otmdr_jax import baselines, bnn, parallel
+from otmdr_jax.experiments import building, cli, config, methods, report, training
+from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
 from tests.sets import small_digits
 

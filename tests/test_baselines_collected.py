@@ -14,27 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from otmdr_jax import (
-    baselines,
+from otmdr_jax import baselines, data, metrics, models
+from otmdr_jax.baselines import schedules
+from otmdr_jax.experiments import (
     building,
     cli,
     combine,
     config,
-    cost,
-    data,
-    diversity,
     members,
     methods,
-    metrics,
-    models,
     optimizers,
     predictors,
     programs,
     report,
     training,
 )
-from otmdr_jax.baselines import schedules
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import cost
+from otmdr_jax.metrics import diversity
 from tests.sets import small_digits
 
 TINY = TrainConfig(

@@ -7,16 +7,11 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from otmdr_jax import baselines, bnn, building, cli, methods, parallel, report
-from otmdr_jax.building import assembly
-from otmdr_jax.config import TrainConfig
-from tests.test_baselines_bsam import (
-    Linear,
-    gradient,
-    loss,
-    problem,
-    run,
-)
+from otmdr_jax import baselines, bnn, parallel
+from otmdr_jax.experiments import building, cli, methods, report
+from otmdr_jax.experiments.building import assembly
+from otmdr_jax.experiments.config import TrainConfig
+from tests.test_baselines_bsam import Linear, gradient, loss, problem, run
 
 ALPHA, B1, B2, DELTA, H0, N = 0.2, 0.8, 0.9, 0.05, 0.5, 40.0
 OPTIONS = dict(

@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from otmdr_jax import (
-    methods,
-    models,
-)
+from otmdr_jax import models
 from otmdr_jax.baselines import curvature
 from otmdr_jax.baselines.laplace import _check_last_layer
+from otmdr_jax.experiments import methods
 
 STRUCTURES = curvature.STRUCTURES
 

@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from otmdr_jax import (
+from otmdr_jax import data, models
+from otmdr_jax.baselines import curvature, laplace
+from otmdr_jax.experiments import (
     building,
     cli,
     config,
-    cost,
-    data,
-    models,
     predictors,
     programs,
     report,
-    restoring,
-    runs,
+    restore,
+    run_folder,
     training,
 )
-from otmdr_jax.baselines import curvature, laplace
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import cost
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits
 
@@ -233,8 +232,8 @@ def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
             cli.main(["evaluate", base, *options])
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="one trained weight vector"):
-        runs.write_json(
+        run_folder.write_json(
             tmp_path / "sam" / "config.json",
             {"method": "swa"},
         )
-        restoring.with_laplace(tmp_path / "sam", "diagonal")
+        restore.with_laplace(tmp_path / "sam", "diagonal")

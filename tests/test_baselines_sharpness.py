@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 import otmdr_jax
-from otmdr_jax import baselines, building, methods, parallel, perturbation, training
-from otmdr_jax.baselines import surgery
-from otmdr_jax.building import assembly
-from otmdr_jax.config import TrainConfig
+from otmdr_jax import baselines, parallel
+from otmdr_jax.baselines.gsam import orthogonal
+from otmdr_jax.core import ascent
+from otmdr_jax.experiments import building, methods, training
+from otmdr_jax.experiments.building import assembly
+from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
 from tests.test_baselines_bsam import Linear, small  # noqa: F401
 from tests.test_training import assert_same_bits, stop_after
@@ -142,7 +144,7 @@ class TestAscent:
 
     def test_a_given_scale(self):
         w, g, t = (jnp.array(x) for x in ([1.0, 2.0], [3.0, 4.0], [0.5, 2.0]))
-        moved, length = perturbation.ascend(w, g, 0.1, scale=t)
+        moved, length = ascent.ascend(w, g, 0.1, scale=t)
         assert_allclose(length, np.hypot(1.5, 8.0), rtol=1e-6)
         step = np.array([0.25 * 3, 4 * 4]) / np.hypot(1.5, 8.0)
         assert_allclose(moved, np.asarray(w) + 0.1 * step, rtol=1e-6)
@@ -172,19 +174,19 @@ class TestFisher:
     def test_gradients_of_one_size_point_as_in_sam(self):
         """F is a multiple of I: its root is the radius's."""
         w, g = jnp.zeros(3), jnp.array([2.0, -2.0, 2.0])
-        plain, _ = perturbation.ascend(w, g, 0.5)
-        bent, _ = perturbation.ascend(w, g, 0.5, fisher=0.75)
+        plain, _ = ascent.ascend(w, g, 0.5)
+        bent, _ = ascent.ascend(w, g, 0.5, fisher=0.75)
         assert_allclose(bent, plain / np.sqrt(1 + 0.75 * 4), rtol=1e-6)
 
     def test_a_large_eta_favours_small_gradients(self):
         w, g = jnp.zeros(2), jnp.array([1.0, 100.0])
-        moved, _ = perturbation.ascend(w, g, 1.0, fisher=1e12)
+        moved, _ = ascent.ascend(w, g, 1.0, fisher=1e12)
         assert_allclose(moved[0] / moved[1], 100.0, rtol=1e-4)
 
     @pytest.mark.parametrize("size", [1e25, 1e-25])
     def test_no_square_overflows(self, size):
         w, g = jnp.zeros(2), jnp.array([size, size], jnp.float32)
-        moved, _ = perturbation.ascend(w, g, 1.0, fisher=1.0)
+        moved, _ = ascent.ascend(w, g, 1.0, fisher=1.0)
         want = 1 / np.sqrt(2 * (1 + float(size) ** 2))
         assert_allclose(moved, want, rtol=1e-5, atol=1e-38)
 
@@ -225,13 +227,13 @@ class TestGsam:
         a, b = rng.normal(size=(2, 5))
         trees = [{"x": jnp.float32(v[:2] * size), "y": jnp.float32(v[2:] * size)}
                  for v in (a, b)]  # fmt: skip
-        aside = surgery.orthogonal(*trees)
+        aside = orthogonal(*trees)
         got = np.concatenate([np.asarray(aside["x"]), np.asarray(aside["y"])]) / size
         assert_allclose(got, a - (a @ b) / (b @ b) * b, rtol=1e-4, atol=1e-5)
 
     def test_a_gradient_of_zero_takes_nothing_out(self):
         v = jnp.array([1.0, 2.0])
-        assert_allclose(surgery.orthogonal(v, jnp.zeros(2)), v)
+        assert_allclose(orthogonal(v, jnp.zeros(2)), v)
 
     @pytest.mark.parametrize("devices", [2, 4])
     def test_a_shared_perturbation_is_decomposed_on_all_devices_at_once(self, devices):

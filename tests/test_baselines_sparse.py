@@ -13,20 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from otmdr_jax import (
-    baselines,
+from otmdr_jax import baselines, models
+from otmdr_jax.baselines import dst, schedules
+from otmdr_jax.experiments import (
     building,
     cli,
     members,
     methods,
-    models,
     optimizers,
     programs,
     training,
 )
-from otmdr_jax.baselines import schedules, sparse
-from otmdr_jax.building import assembly
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.building import assembly
+from otmdr_jax.experiments.config import TrainConfig
 from tests.sets import small_digits
 from tests.test_baselines_collected import Linear
 from tests.test_training import assert_same_bits
@@ -81,10 +80,10 @@ class TestAllocation:
                 (middle, high) if kept < density * sizes.sum() else (low, middle)
             )
         want = np.minimum(1, middle * raw)
-        assert_allclose(sparse.erk(shapes, density), want, rtol=1e-6)
+        assert_allclose(dst.erk(shapes, density), want, rtol=1e-6)
 
     def test_small_layers_are_denser(self):
-        found = sparse.erk(SHAPES, 0.2)
+        found = dst.erk(SHAPES, 0.2)
         assert found[0] == 1.0 and found[1] > found[2] and found[3] > found[2]
 
     @settings(deadline=None, max_examples=20)
@@ -92,8 +91,8 @@ class TestAllocation:
     def test_masks_have_exactly_as_many_weights(self, density, seed):
         params = {"a": jnp.zeros((9, 30)), "b": jnp.zeros((3, 3, 4, 8)),
                   "bias": jnp.zeros(8)}  # fmt: skip
-        kept = sparse.counts(params, density)
-        masks = sparse.draw_masks(jax.random.key(seed), params, density)
+        kept = dst.counts(params, density)
+        masks = dst.draw_masks(jax.random.key(seed), params, density)
         for name in "ab":
             assert (
                 jnp.sum(jnp.broadcast_to(masks[name], params[name].shape))
@@ -105,18 +104,18 @@ class TestAllocation:
 
     def test_masks_are_drawn_evenly(self):
         params = {"a": jnp.zeros((10, 10))}
-        draw = jax.vmap(lambda k: sparse.draw_masks(k, params, 0.3)["a"])
+        draw = jax.vmap(lambda k: dst.draw_masks(k, params, 0.3)["a"])
         share = np.mean(draw(jax.random.split(jax.random.key(0), 4000)), axis=0)
         assert_allclose(share, 0.3, atol=5 * math.sqrt(0.21 / 4000))
 
     @pytest.mark.parametrize("density", [0.0, 1.0, -1])
     def test_densities_that_cannot_be(self, density):
         with pytest.raises(ValueError, match="density"):
-            sparse.counts({"a": jnp.zeros((2, 2))}, density)
+            dst.counts({"a": jnp.zeros((2, 2))}, density)
 
     def test_no_kernel(self):
         with pytest.raises(ValueError, match="kernels"):
-            sparse.counts({"a": jnp.zeros(2)}, 0.5)
+            dst.counts({"a": jnp.zeros(2)}, 0.5)
 
 
 class TestRenewal:
@@ -136,7 +135,7 @@ class TestRenewal:
         rest = sorted(set(range(64)) - kept, key=lambda i: -abs(grads[i]))
         grown = set(rest[:number])
         arrays = [{"w": jnp.asarray(x.reshape(8, 8))} for x in (mask, weights, grads)]
-        got_kept, got = jax.jit(sparse.renew, static_argnums=5)(
+        got_kept, got = jax.jit(dst.renew, static_argnums=5)(
             *arrays, rate, jax.random.key(0), "gradient"
         )
         assert set(np.flatnonzero(got_kept["w"])) == kept
@@ -147,7 +146,7 @@ class TestRenewal:
         mask = {"w": jnp.arange(100).reshape(10, 10) < 40}
         same = {"w": jnp.where(mask["w"], 1.0, 0.0)}
         flat = {"w": jnp.zeros((10, 10))}
-        kept, new = sparse.renew(mask, same, flat, 0.25, jax.random.key(0))
+        kept, new = dst.renew(mask, same, flat, 0.25, jax.random.key(0))
         assert int(kept["w"].sum()) == 30 and int(new["w"].sum()) == 40
 
     def test_random_growth_is_even_over_what_is_not_kept(self):
@@ -155,7 +154,7 @@ class TestRenewal:
         weights = {"w": jnp.arange(100.0).reshape(10, 10) * mask["w"] + mask["w"]}
         grads = {"w": jnp.full((10, 10), jnp.nan)}  # not looked at
         renew = jax.vmap(
-            lambda key: sparse.renew(mask, weights, grads, 0.5, key, "random")[1]["w"]
+            lambda key: dst.renew(mask, weights, grads, 0.5, key, "random")[1]["w"]
         )
         drawn = np.asarray(renew(jax.random.split(jax.random.key(0), 3000)))
         assert (drawn.sum((1, 2)) == 40).all()
@@ -167,12 +166,12 @@ class TestRenewal:
     def test_dense_layers_are_left_alone(self):
         masks = {"w": jnp.ones((), bool)}
         values = {"w": jnp.ones((3, 3))}
-        kept, new = sparse.renew(masks, values, values, 0.9, jax.random.key(0))
+        kept, new = dst.renew(masks, values, values, 0.9, jax.random.key(0))
         assert kept["w"].shape == new["w"].shape == () and bool(new["w"])
 
     def test_the_rate_falls_along_a_cosine(self):
         """PyTorch's CosineAnnealingLR(eta_min=0.005), as the released code has it."""
-        rate = sparse.cosine(0.5, 200)
+        rate = dst.cosine(0.5, 200)
         for step in range(0, 201, 20):
             want = 0.005 + (0.5 - 0.005) * (1 + math.cos(math.pi * step / 200)) / 2
             assert_allclose(rate(step), want, rtol=1e-5)
@@ -181,7 +180,7 @@ class TestRenewal:
     @given(st.integers(1, 30), st.lists(st.integers(1, 60), min_size=1, max_size=4))
     def test_no_update_falls_within_an_interval_of_an_end(self, every, lengths):
         ends = tuple(int(x) for x in np.cumsum(lengths))
-        found = sparse.update_steps(every, ends)
+        found = dst.update_steps(every, ends)
         assert all(step % every == 0 for step in found)
         for step in range(every, ends[-1] + 1, every):
             room = min(end - step for end in ends if end >= step)
@@ -210,12 +209,12 @@ class TestDynamic:
         params = jax.tree.map(
             lambda x: jax.random.normal(jax.random.key(0), x.shape), params
         )
-        tx = sparse.dynamic(
+        tx = dst.dynamic(
             OPTIMIZERS[name], jax.random.key(1), density=0.3, rate=0.5, steps=(3, 6, 9),
             escapes=(8,),
         )  # fmt: skip
         state = tx.init(params)
-        params = sparse.apply(state.masks, params)
+        params = dst.apply(state.masks, params)
         target = jax.random.normal(jax.random.key(2), (12, 10))
 
         @jax.jit
@@ -247,10 +246,10 @@ class TestDynamic:
         key = jax.random.key(0)
         params = {"a": jax.random.normal(key, (12, 10))}
         clipped = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9))
-        tx = sparse.dynamic(clipped, jax.random.key(1), density=0.3, rate=0.5, steps=())
+        tx = dst.dynamic(clipped, jax.random.key(1), density=0.3, rate=0.5, steps=())
         state = tx.init(params)
         mask = np.asarray(state.masks["a"])
-        mine = sparse.apply(state.masks, params)
+        mine = dst.apply(state.masks, params)
         want, momentum = np.asarray(mine["a"], np.float64), 0.0
         for i in range(4):
             grads = jax.random.normal(jax.random.key(10 + i), (12, 10))
@@ -263,11 +262,11 @@ class TestDynamic:
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="growth must be one of"):
-            sparse.dynamic(
+            dst.dynamic(
                 optax.sgd(0.1), jax.random.key(0), density=0.1, rate=0.5, steps=(1,),
                 growth="momentum",
             )  # fmt: skip
-        tx = sparse.dynamic(
+        tx = dst.dynamic(
             optax.sgd(0.1), jax.random.key(0), density=0.1, rate=0.5, steps=(1,)
         )
         params = {"a": jnp.ones((4, 4))}
@@ -371,7 +370,7 @@ class TestRuns:
         assert_allclose(found["density"], 0.2, atol=2e-3)
         sizes = {"conv1": 144, "conv2": 4608, "conv3": 9216, "head": 320}
         positions = {"conv1": 64, "conv2": 16, "conv3": 16, "head": 1}
-        densities = sparse.erk(
+        densities = dst.erk(
             [(3, 3, 1, 16), (3, 3, 16, 32), (3, 3, 32, 32), (32, 10)], 0.2
         )
         flops = 0

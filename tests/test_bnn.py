@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from otmdr_jax import bnn, metrics, models
-from otmdr_jax.bnn import divergence, posterior
+from otmdr_jax.bnn import kl_divergence, posterior
 
 positive = st.floats(0.01, 10.0)
 
@@ -448,7 +448,7 @@ def test_a_sampled_divergence_has_the_gradient_of_the_closed_form(key):
     q, prior = one(0.4, 0.3), bnn.Normal(0.5)
 
     def sampled(q, k):
-        return divergence.estimate(q, prior, posterior.noise(q, k))
+        return kl_divergence.estimate(q, prior, posterior.noise(q, k))
 
     keys = jax.random.split(key, 50_000)
     grads = jax.vmap(jax.grad(sampled), in_axes=(None, 0))(q, keys)

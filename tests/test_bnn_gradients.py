@@ -11,9 +11,9 @@ from numpy.testing import assert_allclose
 
 import otmdr_jax
 from otmdr_jax import bnn, models, parallel
-from otmdr_jax.batches import split_batch
 from otmdr_jax.bnn import posterior
-from otmdr_jax.methods import cross_entropy
+from otmdr_jax.core.batches import split_batch
+from otmdr_jax.experiments.methods import cross_entropy
 from tests import toy
 
 N = 500

@@ -8,8 +8,8 @@ import pytest
 from numpy.testing import assert_allclose
 
 from otmdr_jax import bnn, models
-from otmdr_jax.bnn import local
-from otmdr_jax.methods import cross_entropy
+from otmdr_jax.bnn import local_reparam
+from otmdr_jax.experiments.methods import cross_entropy
 
 ESTIMATORS = ("local", "flipout")
 DRAWS = 4_000
@@ -20,7 +20,9 @@ def draws(function, q, estimator, *args, count=DRAWS):
     keys = jax.random.split(jax.random.key(5), count)
     if estimator == "weights":
         return jax.vmap(lambda k: function(bnn.sample(q, k), *args))(keys)
-    return jax.vmap(lambda k: local.call(function, q, estimator, k, *args))(keys)
+    return jax.vmap(lambda k: local_reparam.call(function, q, estimator, k, *args))(
+        keys
+    )
 
 
 def check_moments(function, q, x, estimator, mean, std):
@@ -97,10 +99,10 @@ def test_flipout_keeps_one_set_of_weights_for_an_example(layer):
     """
     q = bnn.init(jnp.ones((3, 3, 2, 4)), 0.5)
     x = jnp.ones((2, 6, 6, 2))
-    y = local.call(layer, q, "flipout", jax.random.key(0), x)
+    y = local_reparam.call(layer, q, "flipout", jax.random.key(0), x)
     assert_allclose(y[:, 0, 0], y[:, 1, 1], rtol=1e-5)
     assert not np.allclose(y[0], y[1])
-    noisy = local.call(layer, q, "local", jax.random.key(0), x)
+    noisy = local_reparam.call(layer, q, "local", jax.random.key(0), x)
     assert not np.allclose(noisy[:, 0, 0], noisy[:, 1, 1], rtol=1e-3)
 
 
@@ -115,7 +117,7 @@ def test_other_leaves_are_sampled_once_for_the_batch(estimator):
         return x @ params["w"] + params["b"][None] + jnp.sum(params["w"] ** 2)
 
     x = jnp.ones((5, 3))
-    y = np.asarray(local.call(function, q, estimator, jax.random.key(0), x))
+    y = np.asarray(local_reparam.call(function, q, estimator, jax.random.key(0), x))
     assert_allclose(y, np.tile(y[:1], (5, 1)), atol=1e-4)
     assert np.all(np.abs(y[0]) > 1e-3)
     found = draws(function, q, estimator, x)
@@ -133,9 +135,9 @@ def test_without_noise_it_is_the_function_itself(estimator, key):
     def function(params, images):
         return model.apply(params, state, images, train=True)
 
-    got, got_state = jax.jit(lambda q: local.call(function, q, estimator, key, images))(
-        q
-    )
+    got, got_state = jax.jit(
+        lambda q: local_reparam.call(function, q, estimator, key, images)
+    )(q)
     want, want_state = jax.jit(function)(params, images)
     assert_allclose(got, want, rtol=1e-4, atol=1e-4)
     jax.tree.map(
@@ -156,7 +158,7 @@ def test_a_module_of_another_library(estimator, key):
 
     x = jax.random.normal(key, (5, 3))
     assert_allclose(
-        local.call(function, q, estimator, key, x),
+        local_reparam.call(function, q, estimator, key, x),
         jax.vmap(mlp)(x),
         rtol=1e-4,
         atol=1e-5,
@@ -171,7 +173,7 @@ def test_kernels_that_are_rounded_keep_noise_of_their_own(estimator, key):
     def function(w, x):
         return x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)
 
-    y = local.call(function, q, estimator, key, jnp.ones((5, 8)))
+    y = local_reparam.call(function, q, estimator, key, jnp.ones((5, 8)))
     assert y.dtype == jnp.bfloat16 and not np.allclose(y[0], y[1], atol=0.1)
 
 

@@ -10,25 +10,21 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from otmdr_jax import (
-    bnn,
+from otmdr_jax import bnn, data, metrics, models
+from otmdr_jax.experiments import (
     building,
     centers,
     checkpoint,
     cli,
     config,
-    data,
-    evaluation,
     methods,
-    metrics,
-    models,
     optimizers,
     programs,
     report,
-    sharpness,
     training,
 )
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import evaluation, sharpness
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits
 

@@ -10,8 +10,9 @@ import pytest
 import scipy.optimize
 import scipy.stats
 
-from otmdr_jax import calibration, metrics
-from otmdr_jax.calibration.scaling import log_softmax
+from otmdr_jax import metrics
+from otmdr_jax.metrics import calibration
+from otmdr_jax.metrics.calibration.scaling import log_softmax
 
 
 def sample(seed, n=300, classes=4, temperature=2.5):

@@ -12,7 +12,7 @@ import typing
 
 import pytest
 
-from otmdr_jax import cli, config
+from otmdr_jax.experiments import cli, config
 
 QUICK = ["--steps", "11", "--eval-every", "9", "--quiet", "--label-noise", "0.2"]
 

@@ -15,9 +15,10 @@ import jax.monitoring
 import numpy as np
 import pytest
 
-from otmdr_jax import data, programs, training
-from otmdr_jax.config import TrainConfig
-from otmdr_jax.training.log import Log
+from otmdr_jax import data
+from otmdr_jax.experiments import programs, training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.training.log import Log
 
 # BatchNorm and the ordered split see the same examples whatever the number of devices.
 SAME = TrainConfig(

@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 import otmdr_jax
-from otmdr_jax import cli
+from otmdr_jax.experiments import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -198,7 +198,7 @@ def test_every_pitfall_and_limit_names_a_test():
 
 
 def test_every_preset_that_is_named_exists():
-    from otmdr_jax import config
+    from otmdr_jax.experiments import config
 
     known = {*otmdr_jax.PRESETS, *config.PRESETS}
     pattern = r"\b(?:paper|released|a?sam)(?:-[\w.]+)*-cifar\d+\b"
@@ -216,7 +216,7 @@ def test_every_preset_that_is_named_exists():
 
 def command_flags():
     """{"train": {"--rho", ...}, ...}, from the dataclasses behind the commands."""
-    from otmdr_jax import config
+    from otmdr_jax.experiments import config
 
     def flags(kind):
         found = {"--help"}

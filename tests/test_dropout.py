@@ -14,22 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from otmdr_jax import (
-    baselines,
+from otmdr_jax import baselines, ensemble, models, parallel
+from otmdr_jax.experiments import (
     building,
     cli,
-    cost,
-    ensemble,
-    evaluation,
     members,
     methods,
-    models,
-    parallel,
     programs,
     report,
     training,
 )
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import cost, evaluation
 from otmdr_jax.models.dropout import Dropout, checked_keys, kept_levels
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits
@@ -490,7 +486,7 @@ class TestRobustGradients:
         data = jax.random.key_data
         taken = {tuple(k) for k in np.asarray(data(jax.random.split(key, 1000)))}
         # fold_in(key, 1) is among them: the stream's number must be far away.
-        root = jax.random.fold_in(key, baselines.dropout._STREAM)
+        root = jax.random.fold_in(key, baselines.mc_dropout._STREAM)
         assert tuple(np.asarray(data(root))) not in taken
         assert tuple(np.asarray(data(jax.random.fold_in(key, 1)))) in taken
         mine = {tuple(k) for k in np.asarray(data(baselines.example_keys(key, 1000)))}

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
-from otmdr_jax import diversity, ensemble, mapping, members, methods, models, parallel
+from otmdr_jax import ensemble, models, parallel
+from otmdr_jax.core import mapping
+from otmdr_jax.experiments import members, methods
+from otmdr_jax.metrics import diversity
 from tests import toy
 
 MAPS = ("vmap", "unroll", "scan")

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from otmdr_jax import building
-from otmdr_jax import config as config_lib
+from otmdr_jax.experiments import building
+from otmdr_jax.experiments import config as config_lib
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 

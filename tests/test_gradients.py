@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import otmdr_jax
-from otmdr_jax import mapping
+from otmdr_jax.core import mapping
 from tests import toy
 
 # As a user's programs are compiled: see tests/conftest.py.

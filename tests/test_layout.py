@@ -1,57 +1,64 @@
 """The layout: who may import whom, and what an import of the core costs."""
 
 import ast
+import importlib
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 import otmdr_jax
 
 PACKAGE = pathlib.Path(otmdr_jax.__file__).parent
 
-# Top to bottom, as in docs/architecture.md: a module imports from lines above only.
-LAYERS = [
-    {"_version"},
-    {"tree", "options", "keys", "shards"},
-    {"collectives", "mapping", "perturbation"},
-    {"batches"},
-    {"particles"},
-    {"engine"},
-    {"subbatches"},
-    {"gradients"},
-    {"adapter"},
-    {"presets", "transform", "ensemble"},
+# From the ground up, as in docs/architecture.md: a module imports from the floors below
+# its own. Those of one floor never import each other.
+FLOORS = [
+    {"_version", "core"},
+    {"ensemble"},
     {"bnn"},
     {"baselines"},
-    {
-        "metrics",
-        "diversity",
-        "landscape",
-        "models",
-        "data",
-        "parallel",
-        "precision",
-    },  # leaves: never each other
-    {"centers", "calibration"},
-    {"config", "methods", "progress", "windows"},
+    {"models", "data", "parallel", "metrics", "landscape"},  # these need the core alone
+    {"experiments"},
+    {"__main__"},
+]
+LIBRARY = set().union(*FLOORS[:5])
+LEAVES = FLOORS[4]
+CORE = [
+    {"tree", "options", "keys", "shards"},
+    {"collectives", "mapping", "ascent"},
+    {"batches"},
+    {"particle"},
+    {"engine"},
+    {"subbatches"},
+    {"gradient"},
+    {"adapter"},
+    {"presets", "transform"},
+]
+EXPERIMENTS = [
+    {"centers", "config", "interrupts", "precision", "progress", "windows"},
+    {"methods"},
     {"optimizers", "members"},
     {"building"},
-    {"programs", "checkpoint", "runs"},
+    {"programs", "checkpoint", "run_folder"},
     {"predictors"},
-    {"evaluation", "restoring"},
-    {"sharpness", "cost", "calibrating", "shift"},
+    {"restore"},
+    {"measure"},
     {"training"},
-    {"combine", "surface", "sweep"},
+    {"combine", "sweep"},
     {"report"},
     {"demo"},
     {"cli"},
-    {"__main__"},
 ]
-CORE = {name for layer in LAYERS[:12] for name in layer}
 
 
-def module_name(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def floor_of(name, floors):
+    return next((i for i, floor in enumerate(floors) if name in floor), None)
+
+
+def place(path, folder=PACKAGE):
+    return path.relative_to(folder).parts[0].removesuffix(".py")
 
 
 def imports(path):
@@ -64,40 +71,94 @@ def imports(path):
 
 
 def project_imports(path):
+    """Each thing imported, as its path below the package: ("core", "tree")."""
     for module, names in imports(path):
-        if module == "otmdr_jax":
-            yield from names
-        elif module.startswith("otmdr_jax."):
-            yield module.split(".")[1]
+        if module == "otmdr_jax" or module.startswith("otmdr_jax."):
+            inside = tuple(module.split(".")[1:])
+            yield from ((*inside, name) for name in names or [()] if name)
+            if not names:
+                yield inside
+
+
+def test_few_entries_at_the_top():
+    entries = {p.name for p in PACKAGE.iterdir()} - {"__pycache__"}
+    assert len(entries) <= 15, sorted(entries)
 
 
 def test_every_module_has_a_place_in_the_layout():
-    known = set().union(*LAYERS) | {"__init__"}
-    found = {module_name(path) for path in PACKAGE.rglob("*.py")}
-    assert found <= known, f"unplaced: {found - known}"
+    for folder, floors in (
+        (PACKAGE, FLOORS),
+        (PACKAGE / "core", CORE),
+        (PACKAGE / "experiments", EXPERIMENTS),
+    ):
+        known = set().union(*floors) | {"__init__"}
+        found = {place(path, folder) for path in folder.rglob("*.py")}
+        assert found == known, f"unplaced or gone: {found ^ known}"
 
 
-def test_imports_go_upward_only():
-    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    public = set(otmdr_jax.__all__)
-    for path in PACKAGE.rglob("*.py"):
-        name = module_name(path)
+@pytest.mark.parametrize(
+    "folder, floors",
+    [("", FLOORS), ("core", CORE), ("experiments", EXPERIMENTS)],
+    ids=["otmdr_jax", "core", "experiments"],
+)
+def test_imports_go_down_only(folder, floors):
+    inside = tuple(filter(None, [folder]))
+    for path in (PACKAGE / folder).rglob("*.py"):
+        name = place(path, PACKAGE / folder)
         if name == "__init__":
             continue
         for used in project_imports(path):
-            if used in public or used == name:
+            if used[: len(inside)] != inside or len(used) == len(inside):
                 continue
-            assert rank[used] < rank[name] or (
-                used in CORE and name in CORE and rank[used] <= rank[name]
-            ), f"{path.name} imports {used}"
+            used_floor = floor_of(used[len(inside)], floors)
+            if used[len(inside)] == name or used_floor is None:  # a public name
+                assert used[len(inside)] in {name, *otmdr_jax.__all__}, (path, used)
+                continue
+            assert used_floor < floor_of(name, floors), f"{path} imports {used}"
+
+
+def test_the_library_never_imports_the_experiments():
+    for path in PACKAGE.rglob("*.py"):
+        if place(path) in LIBRARY:
+            found = [used for used in project_imports(path) if used[0] == "experiments"]
+            assert not found, f"{path} imports {found}"
+
+
+def test_leaves_import_the_core_alone():
+    for path in PACKAGE.rglob("*.py"):
+        if (name := place(path)) in LEAVES:
+            used = {u[0] for u in project_imports(path)} - set(otmdr_jax.__all__)
+            assert used <= {"core", name}, f"{path} imports {used}"
 
 
 def test_the_core_imports_jax_and_optax_alone():
     allowed = {"jax", "optax", "otmdr_jax"} | set(sys.stdlib_module_names)
     for path in PACKAGE.rglob("*.py"):
-        if module_name(path) in CORE | {"__init__"}:
+        if place(path) in {"core", "ensemble", "bnn", "baselines", "__init__"}:
             roots = {module.split(".")[0] for module, _ in imports(path)}
             assert roots <= allowed, f"{path.name} imports {roots - allowed}"
+
+
+# Names that the documentation has had from the start, wherever they stand today.
+PARTS = (
+    "baselines bnn calibration config data diversity ensemble landscape members "
+    "methods metrics models parallel precision report shift sweep training"
+).split()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_are_found_by_the_name_that_users_know(name):
+    part = getattr(otmdr_jax, name)
+    assert importlib.import_module(f"otmdr_jax.{name}") is part
+    assert name in dir(otmdr_jax)
+
+
+def test_a_part_is_loaded_once_whatever_it_is_called():
+    known = importlib.import_module("otmdr_jax.training.loop")
+    here = importlib.import_module("otmdr_jax.experiments.training.loop")
+    assert known is here
+    with pytest.raises(ModuleNotFoundError, match="otmdr_jax.nothing"):
+        importlib.import_module("otmdr_jax.nothing")
 
 
 def test_import_is_light():

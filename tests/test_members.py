@@ -8,24 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from otmdr_jax import (
+from otmdr_jax import data, ensemble, metrics
+from otmdr_jax.experiments import (
     cli,
     combine,
-    data,
-    diversity,
-    ensemble,
-    evaluation,
     members,
     methods,
-    metrics,
     programs,
     report,
-    restoring,
-    runs,
+    restore,
+    run_folder,
     training,
 )
-from otmdr_jax.config import TrainConfig
-from otmdr_jax.training import starting
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import evaluation
+from otmdr_jax.experiments.training import starting
+from otmdr_jax.metrics import diversity
 from tests.sets import real_cifar10
 
 TINY = TrainConfig(
@@ -123,7 +121,7 @@ class TestRun:
     @pytest.mark.parametrize("case", ["trio", "mixed"])
     def test_resumption_is_exact(self, case, small, tmp_path, request):
         want = request.getfixturevalue(case)
-        config = runs.read_config(want.folder)
+        config = run_folder.read_config(want.folder)
         folder = tmp_path / "run"
         half = dataclasses.replace(config, checkpoint_every=5)
         with pytest.MonkeyPatch.context() as patch:
@@ -139,9 +137,9 @@ class TestRun:
         assert got.metrics["nll"] == want.metrics["nll"]
 
     def test_evaluation_of_a_checkpoint(self, small, mixed):
-        config = runs.read_config(mixed.folder)
+        config = run_folder.read_config(mixed.folder)
         compiled = programs.compile_programs(config, small)
-        restored = restoring.restore(config, compiled, mixed.folder)
+        restored = restore.restore(config, compiled, mixed.folder)
         found = evaluation.evaluate(config, restored.state, small, "test", compiled)
         np.testing.assert_array_equal(found.log_probs, mixed.log_probs)
         assert [row["model"] for row in mixed.metrics["members"]] == [
@@ -360,7 +358,7 @@ class TestCombine:
                   "--output", str(out)])  # fmt: skip
         want = predictions(folders / "three")[[2, 0]]
         np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
-        assert runs.read_config(out).members == "2"
+        assert run_folder.read_config(out).members == "2"
 
     @pytest.mark.slow
     def test_single_models_join(self, folders):
@@ -368,7 +366,7 @@ class TestCombine:
         combine.combine(
             [folders / "three", folders / "one"], out, [1, 3], show_progress=False
         )
-        assert runs.read_config(out).members == "cnn_small,wide_resnet_10_1"
+        assert run_folder.read_config(out).members == "cnn_small,wide_resnet_10_1"
         assert len(predictions(out)) == 2
 
     @pytest.mark.slow

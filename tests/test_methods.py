@@ -12,18 +12,16 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from otmdr_jax import (
-    baselines,
-    bnn,
+from otmdr_jax import baselines, bnn, parallel
+from otmdr_jax.experiments import (
     building,
     checkpoint,
     members,
     methods,
-    parallel,
     report,
     training,
 )
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.models.dropout import Dropout
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits, stop_after

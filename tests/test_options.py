@@ -20,18 +20,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
-from otmdr_jax import (
-    baselines,
-    bnn,
-    building,
-    cli,
-    config,
-    ensemble,
-    methods,
-    parallel,
-    training,
-)
-from otmdr_jax.options import RobustOptions, fields_of
+from otmdr_jax import baselines, bnn, ensemble, parallel
+from otmdr_jax.core.options import RobustOptions, fields_of
+from otmdr_jax.experiments import building, cli, config, methods, training
 from tests import toy
 
 KEY = jax.random.key(0)
@@ -242,7 +233,7 @@ def dynamic(options):
     tx = baselines.dynamic(optax.sgd(0.1), **options)
     params = {"kernel": jax.random.normal(KEY, (6, 5)), "bias": jnp.ones(5)}
     state = tx.init(params)
-    params = baselines.sparse.apply(state.masks, params)
+    params = baselines.dst.apply(state.masks, params)
     for _ in range(2):
         grads = jax.tree.map(jnp.cos, params)
         updates, state = tx.update(grads, state, params)

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
-from otmdr_jax import batches, mapping, methods, models, parallel
+from otmdr_jax import models, parallel
+from otmdr_jax.core import batches, mapping
+from otmdr_jax.experiments import methods
 from tests import toy
 
 RHO = (0.05, 0.1)

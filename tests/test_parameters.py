@@ -11,7 +11,9 @@ import optax
 import pytest
 
 import otmdr_jax
-from otmdr_jax import baselines, batches, bnn, ensemble, keys, perturbation, tree
+from otmdr_jax import baselines, bnn, ensemble
+from otmdr_jax.baselines.gsam import orthogonal
+from otmdr_jax.core import ascent, batches, keys, tree
 from tests import toy
 
 KEY, RAW = jax.random.key(7), jax.random.PRNGKey(7)
@@ -159,7 +161,7 @@ class TestLeaves:
 
         def run(params):
             state = tx.init(params)
-            masked = baselines.sparse.apply(state.masks, params)
+            masked = baselines.dst.apply(state.masks, params)
             return masked, tx.update(grads, state, params)
 
         assert_equal(run(as_people), run(as_arrays))
@@ -412,11 +414,11 @@ class TestDerivatives:
         # T = (1 + eta g^2)^(-1/2): dT/d eta = -g^2 T^3 / 2, dT/dg = -eta g T^3.
         for eta in (0.0, 0.5):
             t = (1 + eta * np.square(g)) ** -0.5
-            by_eta = jax.jacfwd(lambda e: perturbation.fisher_scale(g, e))(eta)
+            by_eta = jax.jacfwd(lambda e: ascent.fisher_scale(g, e))(eta)
             np.testing.assert_allclose(by_eta, -(g**2) * t**3 / 2, rtol=1e-6)
-            by_g = jax.grad(lambda g: perturbation.fisher_scale(g, eta).sum())(g)  # noqa: B023
+            by_g = jax.grad(lambda g: ascent.fisher_scale(g, eta).sum())(g)  # noqa: B023
             np.testing.assert_allclose(by_g, -eta * g * t**3, rtol=1e-6)
-        far = jax.grad(lambda g: perturbation.fisher_scale(g, 0.5).sum())
+        far = jax.grad(lambda g: ascent.fisher_scale(g, 0.5).sum())
         assert np.all(np.isfinite(far(jnp.array([1e20, 1e-30]))))
 
     @pytest.mark.parametrize(
@@ -448,10 +450,10 @@ class TestDerivatives:
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(found))
 
     def test_at_a_zero_gradient_the_particle_moves_with_the_center(self):
-        step = jax.jacobian(lambda w: perturbation.ascend(w, 0.0 * w, 0.1)[0])
+        step = jax.jacobian(lambda w: ascent.ascend(w, 0.0 * w, 0.1)[0])
         np.testing.assert_array_equal(step(jnp.ones(2)), np.eye(2))
         by_rho = jax.jacobian(
-            lambda rho: perturbation.ascend(jnp.ones(2), jnp.zeros(2), rho)[0]
+            lambda rho: ascent.ascend(jnp.ones(2), jnp.zeros(2), rho)[0]
         )
         np.testing.assert_array_equal(by_rho(0.1), np.zeros(2))
 
@@ -608,7 +610,7 @@ class TestKeys:
 
     def test_a_method_of_a_raw_key(self):
         model = otmdr_jax.models.create("cnn_small", 10, dropout=0.5)
-        one = otmdr_jax.methods.create("sgd", model, optax.sgd(0.1))
+        one = otmdr_jax.experiments.methods.create("sgd", model, optax.sgd(0.1))
         method = baselines.mc_dropout(one, model, num_samples=2)
         images = jnp.ones((3, 8, 8, 1))
         raw, typed = (method.init(key, images) for key in (RAW, KEY))
@@ -789,8 +791,8 @@ class TestComplex:
 
     def test_what_is_orthogonal_is_so_as_real_vectors(self):
         a, b = Z, jax.tree.map(lambda z: (2 - 1j) * z + 1, Z)
-        aside = baselines.surgery.orthogonal(a, b)
-        want = baselines.surgery.orthogonal(in_parts(a), in_parts(b))
+        aside = orthogonal(a, b)
+        want = orthogonal(in_parts(a), in_parts(b))
         assert_close(in_parts(aside), want)
 
     def test_scales_are_those_of_the_modulus(self):
@@ -800,9 +802,7 @@ class TestComplex:
             ({"adaptive": True}, np.abs(w)),
             ({"fisher": 0.5}, (1 + 0.5 * np.abs(g) ** 2) ** -0.5),
         ):
-            moved, length = perturbation.ascend(
-                jnp.array(w), jnp.array(g), 0.1, **options
-            )
+            moved, length = ascent.ascend(jnp.array(w), jnp.array(g), 0.1, **options)
             want = np.linalg.norm(t * g)
             np.testing.assert_allclose(length, want, rtol=1e-6)
             np.testing.assert_allclose(
@@ -811,7 +811,7 @@ class TestComplex:
 
     def test_noise_is_that_of_both_parts(self):
         w = jnp.zeros(20_000, jnp.complex64)
-        moved, _ = perturbation.ascend(w, w, 0.0, noise_std=0.5, key=KEY)
+        moved, _ = ascent.ascend(w, w, 0.0, noise_std=0.5, key=KEY)
         np.testing.assert_allclose(
             [moved.real.std(), moved.imag.std()], [0.5, 0.5], rtol=0.03
         )

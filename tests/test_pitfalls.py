@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import otmdr_jax
-from otmdr_jax import perturbation, tree
+from otmdr_jax.core import ascent, tree
 from tests import toy
 
 # As a user's programs are compiled: see tests/conftest.py.
@@ -54,7 +54,7 @@ def test_zero_gradient_keeps_the_particle_at_the_center(norm, merge):
 
 def test_zero_gradient_of_one_leaf_stays_while_the_others_move():
     params = {"used": jnp.ones(3), "flat": jnp.ones(2)}
-    moved, _ = perturbation.ascend(
+    moved, _ = ascent.ascend(
         params, {"used": jnp.ones(3), "flat": jnp.zeros(2)}, 0.1, norm="per_leaf"
     )
     np.testing.assert_array_equal(moved["flat"], 1.0)
@@ -117,7 +117,7 @@ def test_non_finite_step_leaves_no_statistics_behind(problem):
 
 def test_non_finite_ascent_gradient_shows_even_if_the_last_pass_hides_it():
     """An infinite leaf that the last pass would not touch still makes a NaN."""
-    moved, _ = perturbation.ascend(
+    moved, _ = ascent.ascend(
         {"a": jnp.ones(2), "b": jnp.ones(2)},
         {"a": jnp.array([jnp.inf, 0.0]), "b": jnp.ones(2)},
         0.1,
@@ -510,12 +510,12 @@ def test_norms_do_not_overflow_and_parameters_keep_their_dtype(dtype):
     # In float16 the square of 300 is already infinite; in float32 that of 1e20.
     size = 300.0 if dtype == jnp.float16 else 1e20
     w, g = jnp.ones(4, dtype), jnp.full(4, size, dtype)
-    moved, length = perturbation.ascend(w, g, 0.5)
+    moved, length = ascent.ascend(w, g, 0.5)
     assert moved.dtype == dtype and length.dtype == jnp.float32
     np.testing.assert_allclose(length, 2 * float(g[0]), rtol=1e-3)
     np.testing.assert_allclose(np.asarray(moved, np.float32), 1.25, rtol=1e-2)
     tiny = jnp.full(4, 1e-30 if dtype != jnp.float16 else 6e-8, dtype)
-    moved, _ = perturbation.ascend(w, tiny, 0.5)
+    moved, _ = ascent.ascend(w, tiny, 0.5)
     np.testing.assert_allclose(np.asarray(moved, np.float32), 1.25, rtol=1e-2)
     assert np.isfinite(tree.norm({"g": g}))
 

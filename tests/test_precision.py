@@ -12,8 +12,9 @@ import pytest
 from hypothesis import strategies as st
 
 import otmdr_jax
-from otmdr_jax import methods, models, precision, training
-from otmdr_jax.config import TrainConfig
+from otmdr_jax import models
+from otmdr_jax.experiments import methods, precision, training
+from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
 
 RHO = (0.05, 0.1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 import otmdr_jax
-from otmdr_jax import batches, tree
+from otmdr_jax.core import batches, tree
 
 # Every example traces anew, which takes a while; the seed is fixed.
 settings = hypothesis.settings(

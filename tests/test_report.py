@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from otmdr_jax import metrics, report
+from otmdr_jax import metrics
+from otmdr_jax.experiments import report
 
 CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
 

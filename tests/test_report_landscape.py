@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from otmdr_jax import report
-from otmdr_jax.report import content
-from otmdr_jax.report.landscape import comparable
+from otmdr_jax.experiments import report
+from otmdr_jax.experiments.report import content
+from otmdr_jax.experiments.report.landscape import comparable
 from tests.test_report_page import make
 
 pytest.importorskip("matplotlib")

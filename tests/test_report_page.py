@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from otmdr_jax import data, metrics, report
-from otmdr_jax.report import examples, predictions, records, significance
+from otmdr_jax import data, metrics
+from otmdr_jax.experiments import report
+from otmdr_jax.experiments.report import examples, predictions, records, significance
 from tests.test_report import history
 
 CONFIG = {"method": "sam", "num_particles": 1, "data": "digits", "epochs": 2}

@@ -6,21 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from otmdr_jax import (
-    calibrating,
-    calibration,
-    cli,
-    evaluation,
-    landscape,
-    metrics,
-    models,
-    programs,
-    restoring,
-    runs,
-    sharpness,
-    training,
-)
-from otmdr_jax.config import TrainConfig
+from otmdr_jax import landscape, metrics, models
+from otmdr_jax.experiments import cli, programs, restore, run_folder, training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import calibrate, evaluation, sharpness
+from otmdr_jax.metrics import calibration
 
 TINY = TrainConfig(
     method="sgd", epochs=4, eval_every=4, batch_size=64, validation=0.2, mesh="data=1",
@@ -37,7 +27,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(run):
-    return restoring.open_run(run)
+    return restore.open_run(run)
 
 
 class TestOpening:
@@ -50,25 +40,25 @@ class TestOpening:
         np.testing.assert_allclose(log_probs, found["log_probs"], atol=1e-5)
 
     def test_words_for_checkpoints(self, run):
-        best = restoring.open_run(run, "best").meta["best"]["step"]
-        assert int(restoring.open_run(run, str(best)).state.step) == best
+        best = restore.open_run(run, "best").meta["best"]["step"]
+        assert int(restore.open_run(run, str(best)).state.step) == best
         with pytest.raises(ValueError, match="latest, best or a step, got 'first'"):
-            restoring.open_run(run, "first")
+            restore.open_run(run, "first")
 
     def test_what_is_not_there(self, run, tmp_path):
         with pytest.raises(FileNotFoundError, match="no run folder"):
-            restoring.open_run(tmp_path)
+            restore.open_run(tmp_path)
         with pytest.raises(FileNotFoundError, match="99999"):
-            restoring.open_run(run, "99999")
+            restore.open_run(run, "99999")
         with pytest.raises(ValueError, match="trained without a validation set"):
-            restoring.open_run(run, split="validation", validation=0.0)
+            restore.open_run(run, split="validation", validation=0.0)
         with pytest.raises(ValueError, match="was trained on"):
-            restoring.open_run(run, label_noise=0.5)
+            restore.open_run(run, label_noise=0.5)
 
 
 class TestCalibrate:
     def test_on_folds_it_is_cross_calibration(self, run):
-        record = calibrating.calibrate(run, ["temperature"], num_repeats=2, seed=3)
+        record = calibrate.calibrate(run, ["temperature"], num_repeats=2, seed=3)
         arrays = np.load(run / "predictions.npz")
         log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
         # By hand: halves of the seed's permutations, SciPy for the temperature.
@@ -96,7 +86,7 @@ class TestCalibrate:
 
     @pytest.mark.slow
     def test_with_the_validation_set(self, run, opened):
-        record = calibrating.calibrate(run, fit="validation", show_progress=False)
+        record = calibrate.calibrate(run, fit="validation", show_progress=False)
         valid = opened.dataset.validation
         (log_probs,) = opened.programs.predict(opened.state, valid.images)
         temperature = calibration.fit_temperature(log_probs, valid.labels)
@@ -115,14 +105,14 @@ class TestCalibrate:
         assert got == pytest.approx(want, abs=1e-5)
 
     def test_conformal_sets_cover_what_was_asked(self, run):
-        record = calibrating.calibrate(run, ["temperature"], alpha=0.2)
+        record = calibrate.calibrate(run, ["temperature"], alpha=0.2)
         for one in record["conformal"]:
             # Three standard errors of 360 examples; the halves share them.
             assert abs(one["coverage"] - 0.8) < 3 * np.sqrt(0.16 / 360), one
             assert 0 < one["size"] < 10
 
     def test_conformal_sets_are_of_the_other_half(self, run):
-        record = calibrating.calibrate(run, ["temperature"], num_repeats=1, seed=4)
+        record = calibrate.calibrate(run, ["temperature"], num_repeats=1, seed=4)
         arrays = np.load(run / "predictions.npz")
         probs, labels = np.exp(arrays["log_probs"].astype(float)), arrays["labels"]
         one, two = np.array_split(np.random.default_rng(4).permutation(360), 2)
@@ -143,9 +133,7 @@ class TestCalibrate:
 
         monkeypatch.setitem(calibration.METHODS, "vector", fails)
         for fit in ("folds", "validation"):
-            record = calibrating.calibrate(
-                run, ["vector"], fit=fit, show_progress=False
-            )
+            record = calibrate.calibrate(run, ["vector"], fit=fit, show_progress=False)
             assert record["methods"] == [{"name": "vector", "why": "it cannot be"}]
 
     def test_bad_input_is_refused(self, run, tmp_path, monkeypatch):
@@ -159,16 +147,16 @@ class TestCalibrate:
             ({"num_repeats": 0}, "num_repeats must be at least 1, got 0"),
         ):
             with pytest.raises(ValueError, match=message):
-                calibrating.calibrate(run, **options)
+                calibrate.calibrate(run, **options)
         with pytest.raises(FileNotFoundError, match="no run folder"):
-            calibrating.calibrate(tmp_path)
+            calibrate.calibrate(tmp_path)
         (tmp_path / "config.json").write_text((run / "config.json").read_text())
         with pytest.raises(FileNotFoundError, match="otmdr evaluate"):
-            calibrating.calibrate(tmp_path)
+            calibrate.calibrate(tmp_path)
         nothing = np.full((4, 10), np.nan)
-        runs.write_result(tmp_path, {}, nothing, np.zeros(4))
+        run_folder.write_result(tmp_path, {}, nothing, np.zeros(4))
         with pytest.raises(ValueError, match="it diverged"):
-            calibrating.calibrate(tmp_path)
+            calibrate.calibrate(tmp_path)
 
 
 class TestSharpness:
@@ -310,11 +298,11 @@ def test_records_of_other_settings_are_not_replaced(run, capsys, monkeypatch):
         cli.main([command, str(run), *options])  # the same: replaced freely
         before = path.read_bytes()
         settings = json.loads(before)["settings"]
-        assert settings["step"] == runs.read_result(run)["steps"] > 0
+        assert settings["step"] == run_folder.read_result(run)["steps"] > 0
         capsys.readouterr()
         with monkeypatch.context() as patch:
             for module, function in (
-                (calibrating, "calibrate"),
+                (calibrate, "calibrate"),
                 (sharpness, "measure"),
             ):
                 patch.setattr(module, function, lambda *_, **__: pytest.fail("ran"))

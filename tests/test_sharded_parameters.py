@@ -18,8 +18,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
-from otmdr_jax import baselines, bnn, ensemble, tree
-from otmdr_jax.baselines import sparse
+from otmdr_jax import baselines, bnn, ensemble
+from otmdr_jax.baselines import dst
+from otmdr_jax.core import tree
 
 # No part of a batch has the number of entries of a kernel, or two or three times it:
 # the size of a collective operation tells what it moves.
@@ -71,9 +72,7 @@ def gradient(build, loss=loss_fn, **options):
 
 def pruned(optimizer, growth):
     """Sparse training, of the gradients of the loss."""
-    tx = sparse.dynamic(
-        optimizer, KEY, density=0.5, rate=0.5, steps=(1,), growth=growth
-    )
+    tx = dst.dynamic(optimizer, KEY, density=0.5, rate=0.5, steps=(1,), growth=growth)
 
     def update(updates, state, params, batch):
         return tx.update(jax.grad(loss_fn)(params, batch), state, params)

@@ -10,22 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otmdr_jax import (
-    bnn,
-    cli,
-    data,
-    evaluation,
-    metrics,
-    programs,
-    report,
-    shift,
-    training,
-)
-from otmdr_jax.config import TrainConfig
+from otmdr_jax import bnn, data, metrics
 from otmdr_jax.data import corruptions
-from otmdr_jax.report import measured
-from otmdr_jax.report import shift as tables
-from otmdr_jax.shift import sets
+from otmdr_jax.experiments import cli, programs, report, training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import evaluation, shift
+from otmdr_jax.experiments.measure.shift import sets
+from otmdr_jax.experiments.report import measured
+from otmdr_jax.experiments.report import shift as tables
 from tests.sets import encoded, gray_examples, gray_features, real_cifar10
 
 KEYS = ("picture", "kind")
@@ -630,9 +622,9 @@ def test_the_command_reads_what_is_prepared_and_names_what_is_not(
 
 
 def training_state(folder):
-    from otmdr_jax import restoring
+    from otmdr_jax.experiments import restore
 
-    return restoring.open_run(folder).state
+    return restore.open_run(folder).state
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from otmdr_jax import data, training
-from otmdr_jax.config import TrainConfig
+from otmdr_jax import data
 from otmdr_jax.data import prepared, records, statistics, stream
-from otmdr_jax.programs import compile_programs, run_keys
-from otmdr_jax.training import feed
+from otmdr_jax.experiments import training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.programs import compile_programs, run_keys
+from otmdr_jax.experiments.training import feed
 from tests.sets import gray_examples, gray_features, run_python
 
 settings = hypothesis.settings(max_examples=25, deadline=None, database=None)

@@ -9,21 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from otmdr_jax import (
-    bnn,
-    checkpoint,
-    cli,
-    data,
-    landscape,
-    models,
-    programs,
-    runs,
-    surface,
-    training,
-)
-from otmdr_jax.config import TrainConfig
-from otmdr_jax.surface import Plan, measuring
-from otmdr_jax.training import Interrupted
+from otmdr_jax import bnn, data, landscape, models
+from otmdr_jax.experiments import checkpoint, cli, programs, run_folder, training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import surface
+from otmdr_jax.experiments.measure.surface import Plan, measuring
+from otmdr_jax.experiments.training import Interrupted
 
 BASE = TrainConfig(
     method="sgd", steps=6, batch_size=64, eval_every=9, checkpoint_every=2,
@@ -57,7 +48,7 @@ def trained(tmp_path_factory):
             dataset = programs.load_data(config)
             compiled = programs.compile_programs(config, dataset)
             state = compiled.init(programs.run_keys(config.seed)[0])
-            runs.create(root / name, config).close()
+            run_folder.create(root / name, config).close()
             meta = {
                 "data": programs.fingerprint(dataset),
                 "diverged": [1] if name == "diverged" else [],
@@ -565,7 +556,7 @@ class TestCommand:
             self.otmdr(trained("sgd").folder, "--output", tmp_path)
         assert stop.value.code == 130
         assert "The same command goes on from there" in capsys.readouterr().err
-        assert runs.is_run(trained("sgd").folder)
+        assert run_folder.is_run(trained("sgd").folder)
         assert (tmp_path / "landscape.partial.npz").exists()
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from otmdr_jax import cli, cost, sweep, training
-from otmdr_jax.config import TrainConfig
-from otmdr_jax.methods import METHODS
-from otmdr_jax.report import cost as tables
+from otmdr_jax.experiments import cli, sweep, training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import cost
+from otmdr_jax.experiments.methods import METHODS
+from otmdr_jax.experiments.report import cost as tables
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 FILE = """

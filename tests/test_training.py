@@ -17,19 +17,11 @@ import numpy as np
 import optax
 import pytest
 
-from otmdr_jax import (
-    data,
-    evaluation,
-    methods,
-    models,
-    optimizers,
-    programs,
-    runs,
-    sharpness,
-    training,
-)
-from otmdr_jax.config import TrainConfig
-from otmdr_jax.training import feed, loop, saving
+from otmdr_jax import data, models
+from otmdr_jax.experiments import methods, optimizers, programs, run_folder, training
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import evaluation, sharpness
+from otmdr_jax.experiments.training import feed, loop, saving
 
 TINY = TrainConfig(
     mesh="data=1",  # others are in test_distributed.py
@@ -77,7 +69,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
     names = {path.name for path in straight.folder.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "result.json"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert runs.read_config(straight.folder) == TINY
+    assert run_folder.read_config(straight.folder) == TINY
     lines = (straight.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == straight.history
     with np.load(straight.folder / "predictions.npz") as saved:
@@ -199,7 +191,7 @@ def test_resuming_a_finished_run_changes_nothing(straight, small):
 
 def test_the_best_checkpoint_and_the_latest_are_kept_over_processes(tmp_path):
     """Scores survive a reopening, and with them the best step."""
-    from otmdr_jax.checkpoint import Checkpoints
+    from otmdr_jax.experiments.checkpoint import Checkpoints
 
     def state(step):
         empty = {"w": jnp.full(2, float(step))}
@@ -225,7 +217,7 @@ def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
     """Written field by field, before there were loss scales and states of methods."""
     import orbax.checkpoint as ocp
 
-    from otmdr_jax.checkpoint import Checkpoints
+    from otmdr_jax.experiments.checkpoint import Checkpoints
 
     state = methods.TrainState(
         {"w": jnp.ones(2)}, {}, {}, jax.random.key(4), *map(jnp.int32, (3, 1, 0))
@@ -310,7 +302,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
             training.train(config, small, tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run" / "result.json").exists()
     training.train(config, small, tmp_path / "run", resume=True, show_progress=False)
-    assert runs.is_finished(tmp_path / "run")
+    assert run_folder.is_finished(tmp_path / "run")
 
 
 @pytest.mark.slow

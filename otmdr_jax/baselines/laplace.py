@@ -59,7 +59,7 @@ def laplace(
     """A method that predicts with a Laplace approximation of what it trains.
 
     Args:
-      method: A :class:`otmdr_jax.methods.Method` of one weight vector.
+      method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector.
       model: Its model.
       structure: Of what: "last-layer", all of its matrix, for up to 10,000 parameters;
         "last-layer-kron", as a Kronecker product; or "diagonal", of all weights.

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.baselines.collector import check_ends, is_due, put
-from otmdr_jax.baselines.dropout import example_keys, rate_of
+from otmdr_jax.baselines.mc_dropout import example_keys, rate_of
+from otmdr_jax.baselines.snapshot import check_ends, is_due, put
 
 PyTree = Any
 
@@ -64,7 +64,7 @@ def average(
     """A method that averages its weights after given steps: SWA, or SWAG.
 
     Args:
-      method: A :class:`otmdr_jax.methods.Method` of one weight vector.
+      method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector.
       model: Its model; where it has BatchNorm, `batchnorm_momentum` says how its
         running statistics move.
       ends: The numbers of steps taken after which weights enter, ascending.

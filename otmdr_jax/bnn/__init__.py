@@ -14,8 +14,7 @@ gives the gradient of its objective, `predict` evaluates samples of it.
     summary.py      sigma and signal-to-noise of each layer
 """
 
-from otmdr_jax.bnn.divergence import blundell, convert_beta, kl, warmup
-from otmdr_jax.bnn.objective import (
+from otmdr_jax.bnn.gradient import (
     PAPER_RHO,
     BayesGradient,
     robust_gradient,
@@ -23,6 +22,7 @@ from otmdr_jax.bnn.objective import (
     sgvb_gradient,
     value_and_grad,
 )
+from otmdr_jax.bnn.kl_divergence import blundell, convert_beta, kl, warmup
 from otmdr_jax.bnn.posterior import (
     SIGMA,
     MeanField,

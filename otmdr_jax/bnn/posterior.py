@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import shards, tree
-from otmdr_jax.perturbation import resolve_mask
+from otmdr_jax.core import shards, tree
+from otmdr_jax.core.ascent import resolve_mask
 
 PyTree = Any
 

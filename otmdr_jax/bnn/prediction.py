@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import mapping
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
+from otmdr_jax.core import mapping
+from otmdr_jax.core.options import MEMBER_MAPS, check_word
 from otmdr_jax.ensemble import log_mean_probs
-from otmdr_jax.options import MEMBER_MAPS, check_word
 
 PyTree = Any
 

@@ -5,7 +5,7 @@ They part in several places (docs/paper-versus-code.md); a name picks one side o
 
 from typing import Any
 
-from otmdr_jax.bnn.objective import PAPER_RHO
+from otmdr_jax.bnn.gradient import PAPER_RHO
 
 PRESETS = ("paper", "released")
 

@@ -29,13 +29,7 @@ from otmdr_jax.data.corruptions import (
     corrupt,
 )
 from otmdr_jax.data.dataset import Dataset, Split, from_arrays
-from otmdr_jax.data.device import (
-    augment,
-    epoch_order,
-    eval_batches,
-    normalise,
-    take,
-)
+from otmdr_jax.data.device import augment, epoch_order, eval_batches, normalise, take
 from otmdr_jax.data.lazy import LazyImages
 from otmdr_jax.data.sources import TestInfo, describe_test, load, load_test
 from otmdr_jax.data.stream import fits_on_device, stream_batches

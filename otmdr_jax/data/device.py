@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from otmdr_jax import shards
+from otmdr_jax.core import shards
 from otmdr_jax.data.dataset import Split, check_augmentations
 from otmdr_jax.data.lazy import LazyImages
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import mapping, tree
+from otmdr_jax.core import mapping, tree
+from otmdr_jax.core.options import MEMBER_MAPS, check_word
 from otmdr_jax.ensemble.stacking import (
     check_all,
     each_or_one,
@@ -14,7 +15,6 @@ from otmdr_jax.ensemble.stacking import (
     is_tuple,
     rows_of,
 )
-from otmdr_jax.options import MEMBER_MAPS, check_word
 
 PyTree = Any
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import shards
+from otmdr_jax.core import shards
 from otmdr_jax.ensemble.stacking import count_members, is_tuple
 
 PyTree = Any

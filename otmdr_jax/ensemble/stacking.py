@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax import collectives
-from otmdr_jax.keys import typed_keys
+from otmdr_jax.core import collectives
+from otmdr_jax.core.keys import typed_keys
 
 PyTree = Any
 
@@ -28,7 +28,7 @@ def count_members(members: PyTree) -> int:
         raise ValueError(
             "members of one architecture must be stacked: one leading axis of M on "
             f"every leaf, got shapes {sorted(set(shapes))[:8]}. Stack them with "
-            "otmdr_jax.tree.stack; members that differ are a tuple."
+            "otmdr_jax.core.tree.stack; members that differ are a tuple."
         )
     return shapes[0][0]
 

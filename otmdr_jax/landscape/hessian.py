@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import tree
+from otmdr_jax.core import tree
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import tree
+from otmdr_jax.core import tree
+from otmdr_jax.core.ascent import resolve_mask
 from otmdr_jax.landscape.objective import LossSum, Objective
-from otmdr_jax.perturbation import resolve_mask
 
 PyTree = Any
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import tree
+from otmdr_jax.core import tree
 from otmdr_jax.landscape.slices import Subspace, check_like
 
 PyTree = Any

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from otmdr_jax import shards
+from otmdr_jax.core import shards
 from otmdr_jax.metrics.predictions import TOLERANCE
 from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, Reliability, diagram
 from otmdr_jax.metrics.scores import join_parts, parts_of_bins

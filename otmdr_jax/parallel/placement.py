@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otmdr_jax.batches import batch_size
+from otmdr_jax.core.batches import batch_size
 
 PyTree = Any
 

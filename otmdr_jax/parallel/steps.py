@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otmdr_jax import collectives
-from otmdr_jax.batches import batch_size
+from otmdr_jax.core import collectives
+from otmdr_jax.core.batches import batch_size
 from otmdr_jax.parallel import placement
 from otmdr_jax.parallel.placement import EVERYWHERE
 

@@ -1,0 +1,119 @@
+r"""MC dropout: a network trained with dropout, predicting with samples of its masks.
+
+.. math:: p(y \mid x) \approx \frac1S \sum_{s=1}^S p(y \mid x, \theta, m_s)
+
+Each sample is one draw of the masks for a whole set: all examples have the same, as all
+have the same weights under any other posterior. So a prediction does not depend on the
+batch that an example is in, and predictions of one sample belong to one function.
+
+Reference: Gal & Ghahramani, `Dropout as a Bayesian Approximation: Representing Model
+Uncertainty in Deep Learning <https://arxiv.org/abs/1506.02142>`_, ICML 2016.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.core import collectives
+from otmdr_jax.core.keys import one_key
+
+# Of Uncertainty Baselines' MC dropout (baselines/cifar/dropout.py): WideResNet-28-10.
+RATE = 0.1
+# As many as of any other posterior here; 10 and more in the paper's experiments.
+NUM_SAMPLES = 30
+# Folded into a step's key, which is split for other draws: a number that no split has.
+_STREAM = 0x64726F70
+
+
+def rate_of(model: Any) -> float:
+    """The rate of a model's dropout; 0 of a model that does not say one."""
+    rate = getattr(model, "dropout", 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0
+
+
+def example_keys(key: jax.Array, count: int, axis_name: Any = None) -> jax.Array:
+    """A PRNG key for each example of a batch, the same on any devices.
+
+    Args:
+      key: Of the step; other draws may be made of it too.
+      count: B, the examples here.
+      axis_name: The device axis that the batch is divided over; the examples of this
+        device follow those of the devices before it.
+
+    Returns:
+      (B,) typed keys; that of an example depends on `key` and its place in the batch.
+
+    Example:
+      >>> import jax
+      >>> from otmdr_jax.baselines import example_keys
+      >>> keys = example_keys(jax.random.key(0), 4)
+      >>> keys.shape, bool((keys[:2] == example_keys(jax.random.key(0), 2)).all())
+      ((4,), True)
+    """
+    key = jax.random.fold_in(one_key(key), _STREAM)
+    axes = collectives.axes_of(axis_name)
+    first = count * jax.lax.axis_index(axes) if axes else 0
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+
+
+def mc_dropout(
+    method: Any,
+    model: Any,
+    *,
+    num_samples: int = NUM_SAMPLES,
+    mean_only: bool = False,
+) -> Any:
+    """A method that predicts with samples of its model's dropout.
+
+    Args:
+      method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector, of
+        this model.
+      model: With a rate `dropout` above 0, and `keys` in its `apply`, as
+        :class:`otmdr_jax.models.Model`.
+      num_samples: S, forward passes of a prediction; 30 by default.
+      mean_only: Predict with the network without dropout instead, whose weights were
+        scaled for that: S is 1.
+
+    Returns:
+      A method. `predict` gives (S, B, C) log-probabilities. The masks are drawn from
+      the state's key; BatchNorm has its running statistics.
+
+    Raises:
+      ValueError: A model without dropout, or fewer than one sample.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from otmdr_jax import methods, models
+      >>> from otmdr_jax.baselines import mc_dropout
+      >>> model = models.create("cnn_small", 10, dropout=0.1)
+      >>> one = methods.create("sgd", model, optax.sgd(0.1))
+      >>> method = mc_dropout(one, model, num_samples=5)
+      >>> images = jnp.zeros((4, 8, 8, 1))
+      >>> state = method.init(jax.random.key(0), images)
+      >>> method.predict(state, images).shape
+      (5, 4, 10)
+    """
+    if not rate_of(model):
+        raise ValueError(
+            "mc-dropout needs a model that drops activations, as "
+            f"models.create(..., dropout={RATE}); got dropout="
+            f"{getattr(model, 'dropout', None)!r}."
+        )
+    if mean_only:
+        return method
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+
+    def predict(state, images):
+        def sample(key):
+            logits, _ = model.apply(
+                state.params, state.model_state, images, train=False, keys=key
+            )
+            return jax.nn.log_softmax(logits.astype(jnp.float32))  # (B, C)
+
+        # Of the step, as those of a posterior: all batches see the same samples.
+        key = jax.random.split(state.key, 3)[2]
+        return jax.lax.map(sample, jax.random.split(key, num_samples))  # (S, B, C)
+
+    return method._replace(predict=predict)

@@ -1,0 +1,431 @@
+r"""Gradients of a posterior: SGVB, and OT-MDR on its means.
+
+Once a step kappa ~ N(0, I) is drawn and kept. With L the objective of
+:mod:`otmdr_jax.bnn.kl_divergence`, for each of K particles (section 4.2.3; S = 2
+there):
+
+.. math::
+    \mu^s_l = \mu^{s-1}_l + \rho_s
+        \frac{\nabla_{\mu_l} L_{B_s}(\mu^{s-1} + \sigma \kappa)}
+        {\|\nabla_{\mu_l} L_{B_s}(\mu^{s-1} + \sigma \kappa)\|_2} + \epsilon^s
+
+.. math::
+    g_\mu = \frac1K \sum_k \nabla_\mu L_B(\mu^S_k + \sigma \kappa), \qquad
+    g_\sigma = \nabla_\sigma L_B(\mu + \sigma \kappa)
+
+The engine is that of one model: means are weights that move, standard deviations and
+point estimates are weights that do not.
+"""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.bnn import kl_divergence, local_reparam, posterior, priors
+from otmdr_jax.bnn.posterior import MeanField
+from otmdr_jax.core import collectives, engine, subbatches
+from otmdr_jax.core.engine import Diagnostics, Roles
+from otmdr_jax.core.keys import one_key
+from otmdr_jax.core.options import (
+    Options,
+    ParticleOptions,
+    PartOptions,
+    PassOptions,
+    RobustOptions,
+    ShapeOptions,
+    check_number,
+    check_rho,
+    check_words,
+    fields_of,
+    filled,
+    with_options,
+)
+
+PyTree = Any
+
+# Nguyen et al., 2023, appendix B.3, for all experiments with Bayesian networks.
+PAPER_RHO = (0.005, 0.01)
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """Of the objective, the negative ELBO per example."""
+
+    num_data: Annotated[
+        float | None, None, "N, the number of examples in the training set; required."
+    ]
+    prior_std: Annotated[
+        float | None,
+        None,
+        "Standard deviation of a normal prior, 0.1 by default (released code).",
+    ]
+    prior: Annotated[
+        Any, None, "Another prior in its place: see :mod:`otmdr_jax.bnn.priors`."
+    ]
+    kl_weight: Annotated[
+        jax.typing.ArrayLike,
+        1.0,
+        """What KL / N is multiplied by: 1 is the ELBO. A number or a traced scalar;
+        schedules are called outside and handed to `grad_fn`.""",
+    ]
+
+
+class MeansOptions(TypedDict, total=False):
+    """Of the climb of the means."""
+
+    rho: Annotated[
+        Any,
+        PAPER_RHO,
+        "Radii, one for each ascent step, (0.005, 0.01) by default (appendix B.3).",
+    ]
+    norm: Annotated[
+        Literal["per_leaf", "global", "joint"],
+        "per_leaf",
+        """"per_leaf" (the paper: each layer's means have a norm), "global" (one over
+        all means) or "joint" (one over the gradients of means and raw scales; the
+        released code).""",
+    ]
+    sigma_gradient: Annotated[
+        Literal["center", "center_first", "particle"],
+        "center",
+        """"center" (the paper: at mu + sigma kappa, on all of the batch),
+        "center_first" (there, but on the first part of the batch alone, which saves a
+        pass), or "particle" (in the last pass; the released code).""",
+    ]
+    weight_noise: Annotated[
+        Literal["once", "each_step"],
+        "once",
+        """kappa drawn "once" a step (the paper), or at "each_step" of ascent, the last
+        one kept for the last pass (the released code). The same on all devices and
+        sub-batches in any case.""",
+    ]
+    mask: Annotated[
+        Any,
+        None,
+        """Which means may be perturbed: a pytree of bools of the model's structure, or
+        a function of its parameters to one.""",
+    ]
+
+
+class MeanFieldOptions(
+    ObjectiveOptions,
+    MeansOptions,
+    ParticleOptions,
+    ShapeOptions,
+    PartOptions,
+    PassOptions,
+    total=False,
+):
+    """Of the robust gradient of a posterior."""
+
+
+class SgvbOptions(ObjectiveOptions, PassOptions, total=False):
+    """Of SGVB."""
+
+    estimator: Annotated[
+        Literal["weights", "local", "flipout"],
+        "weights",
+        """"weights" (one sample of the weights for the batch), "local" or "flipout"
+        (noise of its own for each example: gradients of lower variance, two products
+        for one; see :mod:`otmdr_jax.bnn.local_reparam`).""",
+    ]
+
+
+class BayesGradient(NamedTuple):
+    """What :func:`robust_gradient` and :func:`sgvb_gradient` return.
+
+    Attributes:
+      value: The objective in nats per example: at the particle for OT-MDR.
+      aux: The auxiliary output of the pass at the center, or None.
+      grads: The gradient, a :class:`MeanField`.
+      diagnostics: See :class:`otmdr_jax.Diagnostics`.
+      nll: The likelihood term, the mean of `loss_fn` in the pass at the center.
+      kl: KL(Q || prior) at the center in nats, unweighted.
+    """
+
+    value: jax.Array
+    aux: PyTree
+    grads: MeanField
+    diagnostics: Diagnostics
+    nll: jax.Array
+    kl: jax.Array
+
+
+@with_options
+def value_and_grad(
+    loss_fn: Callable[..., Any], **options: Unpack[MeanFieldOptions]
+) -> Callable[..., tuple[Any, MeanField]]:
+    """OT-MDR for a Bayesian network: robust in the means of its posterior.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, *args, **kwargs)` to the mean negative
+        log-likelihood over the batch in nats, or to (loss, aux): the loss of one model.
+      **options: Those of :class:`MeanFieldOptions`.
+
+    Returns:
+      `grad_fn(q, batch, *args, key, rho=None, kl_weight=None, **kwargs)`, which returns
+      `(value, grads)` or, with `has_aux`, `((value, aux), grads)`. `grads` is a
+      :class:`MeanField`: descend on it with any optimizer, without weight decay, which
+      is what the prior is for.
+
+    Raises:
+      ValueError, TypeError: As :func:`robust_gradient`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> def loss_fn(w, batch):
+      ...     return jnp.mean((batch @ w - 1.0) ** 2)
+      >>> q = bnn.init(jnp.zeros((2, 1)))
+      >>> grad_fn = jax.jit(bnn.value_and_grad(loss_fn, num_data=50_000))
+      >>> value, grads = grad_fn(q, jnp.eye(2), key=jax.random.key(0))
+      >>> grads.mean.shape, grads.raw_scale.shape
+      ((2, 1), (2, 1))
+
+    Reference:
+      Nguyen et al., `Optimal Transport Model Distributional Robustness
+      <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023, section 4.2.3.
+    """
+    return _plain_face(robust_gradient(loss_fn, **options), options)
+
+
+@with_options
+def sgvb(
+    loss_fn: Callable[..., Any], **options: Unpack[SgvbOptions]
+) -> Callable[..., tuple[Any, MeanField]]:
+    """SGVB: the gradient of the objective at one sample of the posterior.
+
+    Args:
+      loss_fn: As for :func:`value_and_grad`.
+      **options: Those of :class:`SgvbOptions`.
+
+    Returns:
+      A function like that of :func:`value_and_grad`, without `rho`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import bnn
+      >>> def loss_fn(w, batch):
+      ...     return jnp.mean((batch @ w - 1.0) ** 2)
+      >>> q = bnn.init(jnp.zeros((2, 1)))
+      >>> grad_fn = jax.jit(bnn.sgvb(loss_fn, num_data=50_000, estimator="local"))
+      >>> value, grads = grad_fn(q, jnp.eye(2), key=jax.random.key(0))
+
+    Reference:
+      Kingma & Welling, `Auto-Encoding Variational Bayes
+      <https://arxiv.org/abs/1312.6114>`_, ICLR 2014; Blundell et al., 2015.
+    """
+    return _plain_face(sgvb_gradient(loss_fn, **options), options)
+
+
+@with_options
+def robust_gradient(
+    loss_fn: Callable[..., Any], **options: Unpack[MeanFieldOptions]
+) -> Callable[..., BayesGradient]:
+    """:func:`value_and_grad` with everything it knows.
+
+    Cost in gradients of single examples, for two radii: 2.5 |B| (paper), K = 1, since
+    the first ascent step is at the center and a pass over the rest of the batch
+    completes the gradient of sigma; 2 |B| for the other choices of `sigma_gradient`.
+    Each further particle takes 2 |B|.
+
+    Args:
+      loss_fn: See :func:`value_and_grad`.
+      **options: Those of :class:`MeanFieldOptions`.
+
+    Returns:
+      `fn(q, batch, *args, key, rho=None, kl_weight=None, **kwargs)`, which returns a
+      :class:`BayesGradient`. Point estimates are not perturbed; their gradient is that
+      of the last pass.
+
+    Raises:
+      ValueError, TypeError: No `num_data`, an option that cannot work; at the call a
+        posterior that is none, no key, and what :func:`otmdr_jax.value_and_grad`
+        raises.
+    """
+    given = filled(MeanFieldOptions, options)
+    check_words(MeanFieldOptions, given)
+    norm, sigma_gradient = given["norm"], given["sigma_gradient"]
+    shared = {name: given[name] for name in fields_of(RobustOptions)}
+    shared |= {
+        "norm": "global" if norm == "joint" else norm,
+        "mask": lambda q: posterior.map_means(_mask_function(given["mask"]), q),
+        "has_aux": True,
+    }
+    opts = Options(**shared)
+    roles = Roles(
+        counts=_marks(mean=True) if norm == "joint" else None,
+        at_center=None if sigma_gradient == "particle" else _marks(mean=False),
+        center_batch="first" if sigma_gradient == "center_first" else "all",
+    )
+    objective = _objective(loss_fn, given)
+    radii = check_rho(given["rho"])
+    default = _check_weight(given["kl_weight"])
+    compute = subbatches.build(objective, radii, opts, roles=roles)
+
+    def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
+        noise_key, key, later_key = _keys(q, key)
+        steps = len(radii if rho is None else check_rho(rho))
+        kappas = [posterior.noise(q, noise_key)] * steps
+        if given["weight_noise"] == "each_step":
+            for s in range(1, steps):
+                kappas[s] = posterior.noise(q, jax.random.fold_in(later_key, s))
+        _check_size(batch, given["num_data"])
+        weight = default if kl_weight is None else _check_weight(kl_weight)
+
+        def by_pass(taken):
+            kappa = kappas[min(taken, steps - 1)]
+            return {"kappa": kappa, "weight": weight}
+
+        found = compute(q, batch, args, kwargs, key=key, rho=rho, by_pass=by_pass)
+        return _unpacked(found)
+
+    return fn
+
+
+@with_options
+def sgvb_gradient(
+    loss_fn: Callable[..., Any], **options: Unpack[SgvbOptions]
+) -> Callable[..., BayesGradient]:
+    """:func:`sgvb` with everything it knows; |B| gradients of single examples.
+
+    Args:
+      loss_fn: See :func:`value_and_grad`.
+      **options: Those of :class:`SgvbOptions`.
+
+    Returns:
+      `fn(q, batch, *args, key, kl_weight=None, **kwargs)`, which returns a
+      :class:`BayesGradient`.
+    """
+    given = filled(SgvbOptions, options)
+    check_words(SgvbOptions, given)
+    shared = {name: given[name] for name in fields_of(PassOptions)}
+    opts = Options(**{**shared, "split": "shared", "has_aux": True})
+    compute = engine.build(_objective(loss_fn, given), (), opts)
+    default = _check_weight(given["kl_weight"])
+    axes = collectives.axes_of(opts.axis_name)
+
+    def fn(q, batch, *args, key=None, kl_weight=None, **kwargs):
+        noise_key, local_key, _ = _keys(q, key)
+        _check_size(batch, given["num_data"])
+        weight = default if kl_weight is None else _check_weight(kl_weight)
+        own: dict[str, Any] = {"weight": weight}
+        if given["estimator"] == "weights":
+            own["kappa"] = posterior.noise(q, noise_key)
+        else:
+            if axes:
+                collectives.check_bound(axes)
+                here = jax.lax.axis_index(axes)
+                local_key = jax.random.fold_in(local_key, here)
+            own["key"] = local_key
+            # Micro-batches know by it which examples they hold.
+            batch = batch, jnp.arange(engine.batch_size(batch))
+        return _unpacked(compute(q, batch, args, kwargs, by_pass=lambda _: own))
+
+    return fn
+
+
+def _objective(loss_fn, given):
+    """The objective per example, as a loss of a posterior."""
+    num_data, prior, prior_std = (
+        given[name] for name in ("num_data", "prior", "prior_std")
+    )
+    estimator = given.get("estimator", "weights")
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
+    number = isinstance(num_data, numbers.Real) and not isinstance(num_data, bool)
+    if not number or not 1 <= num_data < math.inf:
+        raise ValueError(
+            "num_data must be the number of examples in the training set, at least 1, "
+            f"which the KL divergence is divided by; got {num_data!r}."
+        )
+    if prior is not None and prior_std is not None:
+        raise ValueError("give prior or prior_std, not both.")
+    if prior is None:
+        prior = priors.Normal(priors.PRIOR_STD if prior_std is None else prior_std)
+    priors.check_prior(prior)
+    of_model = engine.checked(loss_fn, given["has_aux"])
+
+    def with_divergence(q, loss, aux, kappa, weight):
+        kl = kl_divergence.at_sample(q, prior, kappa)
+        return loss + weight / num_data * kl, (aux, loss, kl)
+
+    def of_weights(q, batch, args, kwargs, *, kappa, weight):
+        params = posterior.at(q, kappa)
+        loss, aux = of_model(params, batch, *args, **kwargs)
+        return with_divergence(q, loss, aux, kappa, weight)
+
+    def of_outputs(q, batch, args, kwargs, *, key, weight):
+        batch, positions = batch
+        key = jax.random.fold_in(key, positions[0])
+        kappa_key, key = jax.random.split(key)
+        loss, aux = local_reparam.call(
+            of_model, q, estimator, key, batch, *args, **kwargs
+        )
+        return with_divergence(q, loss, aux, posterior.noise(q, kappa_key), weight)
+
+    return of_weights if estimator == "weights" else of_outputs
+
+
+def _unpacked(found):
+    aux, nll, kl = found.aux
+    return BayesGradient(found.value, aux, found.grads, found.diagnostics, nll, kl)
+
+
+def _plain_face(compute, options):
+    """(value, grads), as `jax.value_and_grad` gives them."""
+
+    def grad_fn(q, batch, *args, **kwargs):
+        found = compute(q, batch, *args, **kwargs)
+        has_aux = options.get("has_aux", False)
+        return ((found.value, found.aux) if has_aux else found.value), found.grads
+
+    return grad_fn
+
+
+def _keys(q, key):
+    posterior.check(q)
+    if key is None:
+        raise ValueError(
+            "the weight noise kappa is random: pass key=jax.random.key(...) by name, a "
+            "fresh one each step."
+        )
+    return jax.random.split(one_key(key), 3)
+
+
+def _mask_function(mask):
+    if mask is None:
+        return lambda params: jax.tree.map(lambda _: True, params)
+    return mask if callable(mask) else lambda params: mask
+
+
+def _marks(mean):
+    """A mask of raw scales, and of means or not."""
+
+    def mask(q):
+        kinds = zip(q, (mean, True, False), strict=True)
+        return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
+
+    return mask
+
+
+def _check_weight(weight):
+    if callable(weight):
+        raise TypeError(
+            "kl_weight must be a number: call a schedule with the step and pass its "
+            "value, grad_fn(..., kl_weight=schedule(step))."
+        )
+    check_number("kl_weight", weight)
+    return weight
+
+
+def _check_size(batch, num_data):
+    size = engine.batch_size(batch)
+    if isinstance(size, int) and size > num_data:  # not one of jax.export
+        raise ValueError(
+            f"num_data={num_data} is less than a batch of {size}: it is the number of "
+            "examples in the training set, not of batches."
+        )

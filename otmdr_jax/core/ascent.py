@@ -1,0 +1,202 @@
+r"""One ascent step in weight space: the inner line of Eq. 9.
+
+    w' = w + rho * T^2 d / ||T g||_2 + e,        e ~ N(0, noise_std^2 I)
+
+with g the gradient at w, d the direction (g itself, or the released code's merged
+one), and T = 1, T = |w| for ASAM, T = (1 + eta g^2)^(-1/2) for Fisher SAM, or a T that
+is given. The callers differentiate at `w'`, never through it (identity Hessian, as in
+SAM). Whoever does (for a radius that is learned, say) finds the step's derivative, and
+0 for a zero gradient, where there is none: the particle stays with the center.
+
+Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4; Kim et
+al., 2022 (Fisher SAM), section 3.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.core import shards, tree
+
+PyTree = Any
+
+
+def ascend(
+    params: PyTree,
+    grads: PyTree,
+    rho: jax.typing.ArrayLike,
+    *,
+    direction: PyTree | None = None,
+    norm: str = "global",
+    adaptive: bool = False,
+    fisher: jax.typing.ArrayLike | None = None,
+    scale: PyTree | None = None,
+    mask: PyTree | None = None,
+    norm_mask: PyTree | None = None,
+    noise_std: jax.typing.ArrayLike | None = None,
+    key: jax.Array | None = None,
+) -> tuple[PyTree, jax.Array]:
+    """Moves `params` uphill by `rho`, then adds noise.
+
+    Args:
+      params: The weights w, a pytree of inexact arrays.
+      grads: The gradient g at w, of the same structure; its norm sets the length.
+      rho: The radius, a scalar in the units of the weights.
+      direction: The direction d; None for g itself.
+      norm: "global", one norm over all perturbed leaves, "per_leaf", or "none": the
+        step is rho T^2 d, as long as the gradient makes it.
+      adaptive: Scale by |w|, element by element (ASAM).
+      fisher: eta of Fisher SAM, whose T is (1 + eta g^2)^(-1/2); None for another T.
+      scale: T itself, a pytree of the structure of `params`; None for another T.
+      mask: A pytree of bools, True where a leaf is perturbed; None for everywhere.
+        Other leaves stay as they are and do not count in the norm.
+      norm_mask: A pytree of bools, True where a leaf counts in a global norm; None:
+        where it is perturbed.
+      noise_std: Standard deviation of the noise per coordinate; None for none.
+      key: A PRNG key, needed with `noise_std`.
+
+    Returns:
+      The new weights, of the dtypes of `params`, and the norm ||T g||_2 over the
+      perturbed leaves. A zero gradient moves nothing; a non-finite one makes the
+      result NaN, so that a guard further on can see it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.ascent import ascend
+      >>> w, g = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([3.0, 4.0])}
+      >>> moved, length = ascend(w, g, rho=0.5)
+      >>> moved["w"].tolist(), float(length)
+      ([1.29..., 1.39...], 5.0)
+    """
+    w, treedef = jax.tree.flatten(params)
+    g = jax.tree.leaves(grads)
+    d = g if direction is None else jax.tree.leaves(direction)
+    moving = [True] * len(w) if mask is None else jax.tree.leaves(mask)
+
+    # Steps are computed in float32 or wider; only the new weights are rounded.
+    if scale is not None:
+        t = jax.tree.leaves(scale)
+    elif fisher is not None:
+        t = [fisher_scale(x, fisher) for x in g]
+    else:
+        t = [element_scale(x, adaptive) for x in w]
+    tg = [ti * _wide(gi) for ti, gi in zip(t, g, strict=True)]
+    counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
+    total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
+    new = list(w)
+    for i, m in enumerate(moving):
+        if not m:
+            continue
+        length = tree.norm(tg[i]) if norm == "per_leaf" else total
+        divisor = 1.0 if norm == "none" else jnp.where(length == 0, 1.0, length)
+        # The steepest ascent of a real function is the conjugate of JAX's gradient
+        # for complex weights. Dividing first keeps 1 / length from overflowing.
+        uphill = t[i] * (t[i] * jnp.conj(_wide(d[i])))
+        step = uphill / divisor * _radius(rho, length)
+        if noise_std is not None:
+            step = step + noise_std * _noise(key, i, step)
+        new[i] = w[i] + step
+    return tree.like(jax.tree.unflatten(treedef, new), params), total
+
+
+def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
+    """Evaluates and checks a mask against the parameters.
+
+    Args:
+      mask: None, a pytree of bools, or a function of the parameters to one.
+      params: The parameters.
+
+    Returns:
+      None or a pytree of Python bools of the structure of `params`.
+
+    Raises:
+      ValueError: The mask has another structure than `params`.
+      TypeError: A leaf of the mask is no bool.
+    """
+    if mask is None:
+        return None
+    mask = mask(params) if callable(mask) else mask
+    expected: Any = jax.tree.structure(params)
+    got: Any = jax.tree.structure(mask)
+    if expected != got:
+        raise ValueError(
+            "mask must have the structure of the parameters, one bool for each leaf.\n"
+            f"  parameters: {expected}\n  mask:       {got}\n"
+            "Build it with jax.tree.map(lambda leaf: ..., params)."
+        )
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool) and jnp.result_type(leaf) != jnp.bool_:
+            raise TypeError(
+                f"mask must hold bools, got {leaf!r}: use True where a leaf may be "
+                "perturbed and False where it stays."
+            )
+    return jax.tree.map(bool, mask)
+
+
+def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
+    """ASAM's T of a leaf: |w| (without the authors' constant 0.01), or one.
+
+    Args:
+      w: A leaf of the weights.
+      adaptive: Whether to scale by |w|.
+
+    Returns:
+      |w|, or a scalar 1, real and in float32 or wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.ascent import element_scale
+      >>> element_scale(jnp.array([-2.0, 0.5]), adaptive=True).tolist()
+      [2.0, 0.5]
+    """
+    dtype = jnp.finfo(tree.accumulation_dtype(w)).dtype
+    return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
+
+
+def fisher_scale(g: jax.Array, eta: jax.typing.ArrayLike) -> jax.Array:
+    """Fisher SAM's T of a leaf, the root of 1 / (1 + eta g^2), in float32 or wider.
+
+    g^2 stands for the diagonal of the Fisher information, as Kim et al. approximate it;
+    of complex weights it is |g|^2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.ascent import fisher_scale
+      >>> fisher_scale(jnp.array([0.0, 3.0]), 1.0).round(4).tolist()
+      [1.0, 0.316...]
+    """
+    return _fisher_scale(_wide(jnp.abs(g)), eta)
+
+
+@jax.custom_jvp
+def _fisher_scale(size, eta):
+    return 1 / jnp.hypot(jnp.ones((), size.dtype), jnp.sqrt(eta) * size)
+
+
+@_fisher_scale.defjvp
+def _fisher_scale_jvp(primals, tangents):
+    """-T/2 ((T g)^2 d eta + 2 eta T g T dg): the root of eta has no derivative at 0."""
+    (size, eta), (dsize, deta) = primals, tangents
+    t = _fisher_scale(size, eta)
+    tg = t * size
+    return t, -0.5 * t * (tg * tg * deta + 2 * eta * tg * t * dsize)
+
+
+def _radius(rho: jax.typing.ArrayLike, length: jax.Array) -> jax.Array:
+    """rho, but 0 for a zero gradient and NaN for one that is not finite."""
+    radius = jnp.where(length == 0, 0.0, rho)
+    return jnp.where(jnp.isfinite(length), radius, jnp.nan)
+
+
+def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
+    # fold_in by leaf index: leaf i gets the same noise whatever the mask.
+    if key is None:
+        raise ValueError("noise_std needs a PRNG key: pass key=jax.random.key(...).")
+    drawn = shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)
+    # Of complex weights both parts are coordinates; JAX's draws have half of it each.
+    return drawn * 2**0.5 if jnp.iscomplexobj(like) else drawn
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(tree.accumulation_dtype(x))

@@ -1,0 +1,158 @@
+"""Cutting a batch: into the parts of the ascent steps, and into micro-batches."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otmdr_jax.core import mapping, shards, tree
+
+PyTree = Any
+
+
+def batch_size(batch: PyTree) -> int:
+    """The leading axis that all leaves of a batch share.
+
+    Raises:
+      ValueError: The batch has no leaves, a leaf without axes, leaves that disagree,
+        or no examples.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if not shapes or any(not shape for shape in shapes):
+        raise ValueError(
+            "batch must be a pytree of arrays with a leading example axis, got "
+            f"leaves of shapes {shapes}. Pass what has no such axis as a further "
+            "argument of the loss, after batch; make an array of a list of numbers, "
+            "each of which is a leaf."
+        )
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        raise ValueError(
+            "all leaves of batch must share their leading axis, got leaves of "
+            f"shapes {shapes}."
+        )
+    if sizes == {0}:
+        raise ValueError(f"batch is empty: its leaves have shapes {shapes}.")
+    return sizes.pop()
+
+
+def check_known(size: Any, num_parts: int, what: str) -> None:
+    """Raises ValueError for a symbolic size that does not divide into equal parts.
+
+    A program that `jax.export` makes for any batch size cannot cut a batch where that
+    depends on the size.
+
+    Args:
+      size: Of the batch, an integer or what `jax.export.symbolic_shape` makes.
+      num_parts: Parts to cut it into; 0 where it has to be a number.
+      what: What needs the size.
+    """
+    if isinstance(size, int) or (num_parts and isinstance(size % num_parts, int)):
+        return
+    parts = f" or a multiple of {num_parts}" if num_parts else ""
+    raise ValueError(
+        f"{what} needs a batch size that is a number{parts} when a program is "
+        f"exported, got {size}: export with such a size, or use split='shared' without "
+        "microbatch_size and num_subbatches, which works for any."
+    )
+
+
+def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[PyTree]:
+    """Cuts a batch into parts whose sizes differ by at most one; drops nothing.
+
+    Args:
+      batch: A pytree with a leading example axis of B >= num_parts.
+      num_parts: S, the number of parts; the first B mod S have one example more.
+      key: A PRNG key for a random split, or None for consecutive parts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.batches import split_batch
+      >>> [part.tolist() for part in split_batch(jnp.arange(5), 2, key=None)]
+      [[0, 1, 2], [3, 4]]
+    """
+    size = batch_size(batch)
+    if key is None:
+        check_known(size, num_parts, "split='ordered'")
+    else:
+        check_known(size, 0, "split='random'")
+    if size < num_parts:
+        raise ValueError(
+            f"a batch of {size} cannot be cut into {num_parts} parts, one for each "
+            'radius in rho: use a larger batch, fewer radii, or split="shared".'
+        )
+    each, longer = divmod(size, num_parts)
+    bounds = [i * each + min(i, longer) for i in range(num_parts + 1)]
+    if key is None:
+        return [
+            jax.tree.map(lambda x, a=a, b=b: shards.cut(x, a, b), batch)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+    order = jax.random.permutation(key, size)
+    return [
+        jax.tree.map(lambda x, i=order[a:b]: shards.take(jnp.asarray(x), i), batch)
+        for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def accumulate(
+    function: Callable[[PyTree], PyTree],
+    batch: PyTree,
+    microbatch_size: int | None,
+    varying: Callable[[PyTree], PyTree] = lambda x: x,
+) -> PyTree:
+    """The mean of a function over a batch, computed micro-batch by micro-batch.
+
+    Args:
+      function: batch -> pytree of means over its examples: loss, aux, gradient.
+      batch: A pytree with a leading example axis B.
+      microbatch_size: Examples at a time; None for all of them. Where it does not
+        divide B, the last micro-batch is smaller and weighs less. Micro-batches take
+        every n-th example, so that each device of a sharded batch keeps its own.
+      varying: See :func:`otmdr_jax.core.mapping.average`.
+
+    Returns:
+      What `function(batch)` returns if it is a mean over examples. Floating leaves are
+      averaged by the number of examples, in float32 or wider; others are the first
+      micro-batch's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.batches import accumulate
+      >>> float(accumulate(jnp.mean, jnp.arange(5.0), 2))
+      2.0
+    """
+    size = batch_size(batch)
+    if microbatch_size is None:
+        return function(batch)
+    check_known(size, 0, f"microbatch_size={microbatch_size}")
+    if microbatch_size >= size:
+        return function(batch)
+    count, rest = divmod(size, microbatch_size)
+    whole = size - rest
+    pieces = jax.tree.map(
+        lambda x: _interleaved(shards.cut(jnp.asarray(x), 0, whole), microbatch_size),
+        batch,
+    )
+    if count == 1:
+        pieces = jax.tree.map(lambda x: x[0], pieces)
+    mean, _ = mapping.average(
+        lambda piece: (function(piece), ()), pieces, count, "sequential", varying
+    )
+    if not rest:
+        return mean
+    # A shape of its own: one more copy of the pass in the program, no padding.
+    rest_of = jax.tree.map(lambda x: shards.cut(jnp.asarray(x), whole, size), batch)
+    last = function(mapping.after(mean, rest_of))
+    return tree.weighted_mean(mean, last, whole, rest)
+
+
+def _interleaved(x, microbatch_size):
+    """Micro-batches on a new first axis, each of every n-th example."""
+    sharding = shards.of_rows(x, microbatch_size, lead=1)
+    if sharding is None:
+        return optax.microbatching.reshape_batch_axis(x, microbatch_size)
+    shape = -1, microbatch_size, *x.shape[1:]
+    return x.reshape(shape, order="F", out_sharding=sharding)

@@ -1,0 +1,76 @@
+"""Device axes inside `jax.shard_map` and `jax.pmap`: what is averaged, what differs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.core import tree
+
+PyTree = Any
+Axes = tuple[Any, ...]
+
+
+def axes_of(*names: Any) -> Axes:
+    """One flat tuple of axis names; None is no axis, a tuple of names is several."""
+    flat: Axes = ()
+    for name in names:
+        flat += name if isinstance(name, tuple) else () if name is None else (name,)
+    return flat
+
+
+def check_bound(axes: Axes) -> None:
+    """Raises ValueError unless the axes are those of a shard_map or pmap around."""
+    for axis in axes:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError as error:
+            raise ValueError(
+                f"there is no device axis {axis!r} here: call this inside "
+                "jax.shard_map (on a mesh that has it) or jax.pmap, or leave axis_name "
+                "out."
+            ) from error
+
+
+def pmean(values: PyTree, axes: Axes) -> PyTree:
+    """Averages floating leaves over devices; leaves others as each device has them."""
+    if not axes:
+        return values
+    return jax.tree.map(
+        lambda x: jax.lax.pmean(vary(x, axes), axes) if tree.is_floating(x) else x,
+        values,
+    )
+
+
+def slots(values: jax.Array, axes: Axes) -> jax.Array:
+    """Puts (n,) of each device where its mean over devices joins them: (devices n,)."""
+    if not axes:
+        return values
+    devices = jax.lax.axis_size(axes)
+    spread = jnp.zeros((devices, *values.shape), values.dtype)
+    return spread.at[jax.lax.axis_index(axes)].set(devices * values).reshape(-1)
+
+
+def vary(values: PyTree, axes: Axes) -> PyTree:
+    """Marks arrays as differing between devices, where shard_map keeps track."""
+    return jax.tree.map(lambda x: _mark(x, [a for a in axes if _is_same(x, a)]), values)
+
+
+def varying_axes(values: PyTree) -> Axes:
+    """The axes of the surrounding shard_map along which any of the arrays differs."""
+    arrays = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)]
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(a for a in manual if not all(_is_same(x, a) for x in arrays))
+
+
+def _mark(x, axes):
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _is_same(x, axis):
+    """Whether x may still be marked as varying over an axis; only a trial tells."""
+    try:
+        jax.lax.pcast(x, axis, to="varying")
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,410 @@
+"""The options of gradients: one definition, of which signatures and docstrings come.
+
+An option is a field of a TypedDict: its type, its default, what it does. A public
+function names the set that it honours, `**options: Unpack[SamOptions]`;
+:func:`with_options` shows each of them in its signature and docstring and refuses
+whatever else is given. :class:`Options` holds all of the robust gradient's, checked.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import numbers
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import jax
+import jax.numpy as jnp
+
+Map = Literal["auto", "vmap", "unroll", "scan"]
+PARTICLE_MAPS = MEMBER_MAPS = get_args(Map)
+
+
+class ParticleOptions(TypedDict, total=False):
+    """How many particles climb, on which parts of the batch and along what."""
+
+    num_particles: Annotated[
+        int,
+        1,
+        """K. Cost in gradients of single examples: 2 K |B| for random parts. Otherwise
+        the first gradient is that of all particles, and without noise all particles
+        are one, so K is 1.""",
+    ]
+    noise_std: Annotated[
+        jax.typing.ArrayLike,
+        0.0,
+        r"""Standard deviation of :math:`\epsilon` per coordinate, after each ascent
+        step. Without noise by default, as in the released code; 0.01 in the paper's
+        appendix B.1.""",
+    ]
+    split: Annotated[
+        Literal["random", "ordered", "shared"],
+        "random",
+        """"random" (each particle cuts B at random into S parts, as the paper),
+        "ordered" (consecutive parts, as the released code for K = 1), or "shared"
+        (every step sees all of B, as SAM). Sizes differ by at most one.""",
+    ]
+    merge: Annotated[
+        Literal[None, "sum", "mean"],
+        None,
+        """None (the paper), or the released code's later directions: "sum" of the
+        gradients so far, or their "mean", over the norm of the last one. With one
+        radius all three are the gradient itself.""",
+    ]
+    particle_axis_name: Annotated[
+        Any,
+        None,
+        """Name of a device axis that the K particles are spread over, K / devices on
+        each; the same K particles as on one device. Averaged together with
+        `axis_name`, in one reduction at the end.""",
+    ]
+
+
+class BallOptions(TypedDict, total=False):
+    """How far the leaves of the weights move."""
+
+    norm: Annotated[
+        Literal["global", "per_leaf", "none"],
+        "global",
+        r""""global" (one norm over all parameters), "per_leaf", or "none": steps of
+        :math:`\rho_s` times the gradient (Andriushchenko & Flammarion, 2022).""",
+    ]
+    mask: Annotated[
+        Any,
+        None,
+        """A pytree of bools, or a function of the parameters to one: True where a leaf
+        may be perturbed. Other leaves do not count in the norm, but are trained.""",
+    ]
+
+
+class ShapeOptions(TypedDict, total=False):
+    """What shape the ball has that they move in: one of these at most."""
+
+    adaptive: Annotated[
+        bool, False, "Scale element-wise by the absolute weights (ASAM)."
+    ]
+    fisher: Annotated[
+        jax.typing.ArrayLike,
+        0.0,
+        r""":math:`\eta` of Fisher SAM: the ball is an ellipsoid, see
+        :func:`otmdr_jax.baselines.fisher_sam`. 0 is the ball.""",
+    ]
+
+
+class PartOptions(TypedDict, total=False):
+    """Which parts of the batch are perturbed on their own (m-sharpness)."""
+
+    num_subbatches: Annotated[
+        int,
+        1,
+        """Consecutive parts of one size that the batch is cut into, each perturbed on
+        its own; the results are averaged. A multiple of the devices of `axis_name`, on
+        which `sync_perturbation` then plays no part.""",
+    ]
+    sync_perturbation: Annotated[
+        bool,
+        True,
+        """True makes every ascent direction the one of all devices of `axis_name`;
+        False, which needs that axis, lets each device climb on its own part of the
+        batch, with a single all-reduce a step.""",
+    ]
+    particle_map: Annotated[
+        Map,
+        "auto",
+        """How particles, and the parts of `num_subbatches`, are mapped: "unroll",
+        "scan", "vmap", or "auto". A matter of speed and memory alone, and of none with
+        one particle and one part; see `docs/performance.md`.""",
+    ]
+
+
+class PassOptions(TypedDict, total=False):
+    """How a gradient of the loss is taken."""
+
+    has_aux: Annotated[bool, False, "Whether `loss_fn` returns (loss, aux)."]
+    axis_name: Annotated[
+        Any,
+        None,
+        """Name of the device axis inside `jax.pmap` or `jax.shard_map`; values, aux and
+        gradients come back averaged over it.""",
+    ]
+    microbatch_size: Annotated[
+        int | None,
+        None,
+        """Examples that a pass differentiates at a time; None for all. The objective
+        stays that of the whole batch: gradients are accumulated inside each pass,
+        before a norm is taken. With `axis_name` it counts a device's examples.
+        BatchNorm sees micro-batches; aux is averaged over them.""",
+    ]
+
+
+class RobustOptions(
+    ParticleOptions, BallOptions, ShapeOptions, PartOptions, PassOptions, total=False
+):
+    """Of the robust gradient: all there are."""
+
+
+class SamOptions(BallOptions, ShapeOptions, PartOptions, PassOptions, total=False):
+    """Of a climb on the whole batch without noise: one particle."""
+
+
+class FixedShapeOptions(BallOptions, PartOptions, PassOptions, total=False):
+    """The same in a ball whose shape is the function's own."""
+
+
+class PartedOptions(PartOptions, PassOptions, total=False):
+    """Of a climb that is the function's own, on parts of the batch."""
+
+
+class Field(NamedTuple):
+    """What is known of an option.
+
+    Attributes:
+      type: Its type; a Literal of the words where it is one of several.
+      default: Its default.
+      text: What it does, for docstrings.
+    """
+
+    type: Any
+    default: Any
+    text: str
+
+
+@functools.cache
+def fields_of(kind: Any) -> dict[str, Field]:
+    """The options of a set, by name.
+
+    Example:
+      >>> from otmdr_jax.core.options import BallOptions, fields_of
+      >>> fields_of(BallOptions)["norm"].default
+      'global'
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: Field(*get_args(hint)) for name, hint in hints.items()}
+
+
+def filled(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a set: those that are given, and the defaults of the others."""
+    return {name: field.default for name, field in fields_of(kind).items()} | {**given}
+
+
+_FIELDS = fields_of(RobustOptions)
+_Fields: Any = dataclasses.make_dataclass(
+    "_Fields",
+    [(name, kind, default) for name, (kind, default, _) in _FIELDS.items()],
+    frozen=True,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(_Fields):
+    """The fields of :class:`RobustOptions`, checked once, when a gradient is built.
+
+    Construction raises a ValueError or a TypeError for anything that cannot work.
+    """
+
+    def __post_init__(self):
+        """Checks every field, then what goes together."""
+        check_words(RobustOptions, vars(self))
+        for name, (kind, _, _) in _FIELDS.items():
+            value = getattr(self, name)
+            if kind is bool and not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}.")
+            elif kind is int or (kind == int | None and value is not None):
+                check_count(name, value)
+            elif kind == jax.typing.ArrayLike:
+                check_number(name, value)
+        if self.adaptive and self.curved:
+            raise ValueError(
+                f"adaptive=True and fisher={self.fisher!r} are two shapes of the ball: "
+                "use one of them."
+            )
+        if self.axis_name is None and not self.sync_perturbation:
+            raise ValueError(
+                "sync_perturbation=False lets each device of axis_name climb on its "
+                "own, but axis_name is None: name the axis, or use num_subbatches for "
+                "parts of the batch that climb on their own anywhere."
+            )
+
+    @property
+    def noisy(self) -> bool:
+        """Whether ascent steps add noise (a traced noise_std counts as noise)."""
+        return isinstance(self.noise_std, jax.core.Tracer) or bool(self.noise_std != 0)
+
+    @property
+    def curved(self) -> bool:
+        """Whether the ball has the shape of a Fisher information."""
+        return isinstance(self.fisher, jax.core.Tracer) or bool(self.fisher != 0)
+
+    @property
+    def random(self) -> bool:
+        """Whether a PRNG key is needed."""
+        return self.noisy or self.split == "random"
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_options(function: Function) -> Function:
+    """Shows the options of a function's set, and refuses what is no option of it.
+
+    Args:
+      function: Its last parameter is `**options: Unpack[...]` of one of the sets here;
+        its docstring has an entry `**options:`, in whose place the options are
+        described.
+
+    Returns:
+      The function, with each option in its signature, as a keyword with its default.
+
+    Example:
+      >>> import inspect, otmdr_jax
+      >>> inspect.signature(otmdr_jax.sam).parameters["norm"].default
+      'global'
+      >>> otmdr_jax.sam(lambda w, batch: 0.0, nrom="none")
+      Traceback (most recent call last):
+      TypeError: otmdr_jax.sam takes no nrom (did you mean norm?); it takes rho, ...
+    """
+    signature = inspect.signature(function)
+    *own, options = signature.parameters.values()
+    (kind,) = get_args(options.annotation)
+    fields = fields_of(kind)
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=field.type,
+        )
+        for name, field in fields.items()
+    ]
+    known = [parameter.name for parameter in (*own[1:], *keywords)]
+    package = function.__module__.split(".")[:-1][-1]
+    name = f"{package}.{function.__name__}"
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        check_names(name, set(kwargs) - {own[0].name}, known)
+        return function(*args, **kwargs)
+
+    vars(checked)["__signature__"] = signature.replace(parameters=[*own, *keywords])
+    checked.__doc__ = _described(inspect.getdoc(function) or "", fields)
+    return checked  # type: ignore[return-value]
+
+
+def _described(doc: str, fields: Mapping[str, Field]) -> str:
+    """A docstring whose entry `**options:` has given way to those of the options."""
+    before, _, rest = doc.partition("\n  **options:")
+    _, blank, after = rest.partition("\n\n")  # it is the last one of its section
+    entries = [
+        textwrap.fill(
+            f"{name}: {' '.join(field.text.split())}",
+            width=84,
+            initial_indent="  ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+        for name, field in fields.items()
+    ]
+    return "\n".join([before, *entries]) + blank + after
+
+
+def check_rho(rho: Any) -> tuple[jax.typing.ArrayLike, ...]:
+    """Returns the radii as a tuple, one for each ascent step.
+
+    Args:
+      rho: A number, a sequence of numbers, or an array of rank 0 or 1; traced values
+        are taken as they are.
+
+    Raises:
+      ValueError: No radius, a negative or a non-finite one.
+      TypeError: A radius that is no number.
+    """
+    if isinstance(rho, (Sequence, list, tuple)) and not isinstance(rho, str):
+        radii = tuple(rho)
+    elif getattr(rho, "ndim", 0) == 1:
+        radii = tuple(rho[i] for i in range(rho.shape[0]))
+    else:
+        radii = (rho,)
+    if not radii:
+        raise ValueError(
+            "rho must hold one radius for each ascent step, got none: pass "
+            "rho=(0.05, 0.1) for OT-MDR or rho=(0.05,) for one step."
+        )
+    for radius in radii:
+        check_number("rho", radius)
+    return radii
+
+
+def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """Raises unless a value is a finite number that is not negative, or a traced one.
+
+    Args:
+      name: What it is called in errors.
+      value: A number, a scalar array, or a traced scalar, whose value is not checked.
+      positive: Whether 0 is refused too.
+
+    Raises:
+      TypeError: It is no number; ValueError: it is not finite, negative, or no scalar.
+    """
+    if isinstance(value, jax.core.Tracer):
+        if value.shape != ():
+            raise ValueError(f"{name} must be a scalar, got a {value.aval}.")
+        return
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number and not (hasattr(value, "dtype") and jnp.shape(value) == ()):
+        raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
+    if not math.isfinite(float(value)) or float(value) < 0 or (positive and not value):
+        must = "positive and finite" if positive else "finite and not negative"
+        raise ValueError(f"{name} must be {must}, got {value!r}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless a value is an integer of at least 1, known at trace time."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer known at trace time, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}.")
+
+
+def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for names that are not among the known ones.
+
+    Args:
+      owner: What takes options: a function, as users call it.
+      given: The names that it was given.
+      known: Those that it takes.
+    """
+    known = list(known)
+    if unknown := sorted(set(given) - set(known)):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise TypeError(
+            f"{owner} takes no {', '.join(unknown)}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; it takes {', '.join(known)}."
+        )
+
+
+def check_words(kind: Any, given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless options that are words are known ones of their set."""
+    for name, field in fields_of(kind).items():
+        if get_origin(field.type) is Literal:
+            check_word(name, given[name], get_args(field.type))
+
+
+def check_word(name: str, value: Any, known: Sequence[str | None]) -> None:
+    """Raises ValueError unless an option's value is one of the known words."""
+    if value not in known:
+        words = ", ".join(repr(word) for word in known)
+        raise ValueError(f"{name} must be one of {words}; got {value!r}.")

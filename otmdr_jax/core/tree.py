@@ -1,0 +1,183 @@
+"""What `optax.tree` lacks: a norm that cannot overflow, stacking, leaves of any kind.
+
+A gradient of 1e20 has a float32 square of infinity, one of 1e-30 a square of zero.
+Both are ordinary in mixed precision and with scaled losses.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+# The sum of squares is taken of x, x / 2^60 and x 2^60; one of them is in range. The
+# factors are constants, so that, unlike with max|x|, a leaf can be reduced as soon as
+# it is there and in one pass, and nothing of its size is kept.
+_SHIFT = 2.0**60
+_LARGE, _SMALL = 1e30, 1e-20
+
+
+def arrays(params: PyTree) -> PyTree:
+    """Parameters as JAX arrays; Python's numbers stay weakly typed, as under `jax.jit`.
+
+    Args:
+      params: A pytree of what `jax.value_and_grad` differentiates: real or complex
+        floating arrays, NumPy's too, and Python numbers.
+
+    Raises:
+      TypeError: A leaf that cannot be differentiated.
+
+    Example:
+      >>> import numpy as np
+      >>> from otmdr_jax.core import tree
+      >>> tree.arrays({"scale": 2.0, "w": np.ones(2)})["w"]
+      Array([1., 1.], dtype=float32)
+    """
+
+    def array(path, leaf):
+        x = jnp.asarray(leaf)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(
+                "parameters must be real or complex floating numbers to be "
+                f"differentiated, got {x.dtype} at params{jax.tree_util.keystr(path)}: "
+                "make it floating, or pass it to the loss as a further argument."
+            )
+        return x
+
+    return jax.tree_util.tree_map_with_path(array, params)
+
+
+def like(values: PyTree, leaves: PyTree) -> PyTree:
+    """Values in the dtypes of an equal pytree of arrays, weakly typed where those are.
+
+    A parameter that is a Python number does not decide in what dtype the loss is
+    computed; at a particle, and as a gradient, it does not either.
+    """
+
+    def cast(x, leaf):
+        leaf = jnp.asarray(leaf)
+        if not leaf.weak_type:
+            return x.astype(leaf.dtype)
+        # No function of JAX gives an array a weak type, only its primitive does.
+        return jax.lax.convert_element_type_p.bind(
+            x, new_dtype=leaf.dtype, weak_type=True, sharding=None
+        )
+
+    return jax.tree.map(cast, values, leaves)
+
+
+def accumulation_dtype(leaf: jax.typing.ArrayLike) -> jnp.dtype:
+    """The dtype in which a leaf's norm is summed: float32 at the least."""
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+
+
+def norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm over all leaves, in float32 or wider.
+
+    Args:
+      tree: A pytree of inexact arrays.
+
+    Returns:
+      A scalar; 0 for no leaves. Exact to rounding where `optax.tree.norm` overflows or
+      underflows; not finite if a leaf is not. So is its derivative, x / norm, which is
+      taken to be 0 where the norm is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core import tree
+      >>> tree.norm({"a": jnp.array([3e30]), "b": jnp.array([4e30])})
+      Array(5.e+30, dtype=float32)
+    """
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    return _norm([x.astype(accumulation_dtype(x)) for x in leaves])
+
+
+@jax.custom_jvp
+def _norm(leaves: list[jax.Array]) -> jax.Array:
+    def root_sum_of_squares(factor):
+        squares = [_sum_of_squares(x, factor) for x in leaves]
+        return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+
+    plain = root_sum_of_squares(1.0)
+    down, up = root_sum_of_squares(1 / _SHIFT), root_sum_of_squares(_SHIFT)
+    in_range = jnp.where(plain**2 < _SMALL, up / _SHIFT, plain)
+    return jnp.where(plain**2 > _LARGE, down * _SHIFT, in_range)
+
+
+def _sum_of_squares(x: jax.Array, factor: float) -> jax.Array:
+    scaled = x * factor
+    return jnp.sum(jnp.real(scaled * jnp.conj(scaled)))
+
+
+@_norm.defjvp
+def _norm_jvp(primals, tangents):
+    """Re <x / norm, dx>: JAX's own would be infinity times 0 at 0 and out of range."""
+    (leaves,), (moves,) = primals, tangents
+    length = _norm(leaves)
+    divisor = jnp.where(length == 0, 1.0, length)
+    units = [jnp.where(length == 0, 0.0, x / divisor) for x in leaves]
+    products = [
+        jnp.sum(jnp.real(jnp.conj(unit) * dx))
+        for unit, dx in zip(units, moves, strict=True)
+    ]
+    return length, sum(products, start=jnp.zeros(())).astype(length.dtype)
+
+
+def weighted_mean(
+    first: PyTree, second: PyTree, weight: float, other_weight: float
+) -> PyTree:
+    """The mean of two equal pytrees by weight, summed in float32 or wider.
+
+    Leaves that are not floating are the first's.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core import tree
+      >>> float(tree.weighted_mean(jnp.array(1.0), jnp.array(4.0), 2, 1))
+      2.0
+    """
+
+    def mean(x, y):
+        if not is_floating(x):
+            return x
+        x, y = jnp.asarray(x), jnp.asarray(y)
+        wide = accumulation_dtype(x)
+        total = weight * x.astype(wide) + other_weight * y.astype(wide)
+        return (total / (weight + other_weight)).astype(x.dtype)
+
+    return jax.tree.map(mean, first, second)
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Stacks equal pytrees along a new leading axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core import tree
+      >>> tree.stack([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
+      (2, 3)
+    """
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def unstack(tree: PyTree) -> list[PyTree]:
+    """The inverse of :func:`stack`: a list of pytrees without the leading axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core import tree
+      >>> [t["w"].tolist() for t in tree.unstack({"w": jnp.arange(4.0).reshape(2, 2)})]
+      [[0.0, 1.0], [2.0, 3.0]]
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    return [
+        jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves])
+        for i in range(len(leaves[0]))
+    ]
+
+
+def is_floating(x: Any) -> bool:
+    """Whether a leaf can be averaged: a real or complex floating array or number."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -1,0 +1,168 @@
+"""The robust gradient of every member (Eqs. 11-12)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
+
+import jax.numpy as jnp
+
+from otmdr_jax.core import gradient as single
+from otmdr_jax.core import mapping, tree
+from otmdr_jax.core.gradient import PAPER_RHO, RobustGradient
+from otmdr_jax.core.options import MEMBER_MAPS, RobustOptions, check_word, with_options
+from otmdr_jax.ensemble.stacking import (
+    check_all,
+    each_or_one,
+    functions_of,
+    is_tuple,
+    member_keys,
+    rows_of,
+)
+
+PyTree = Any
+
+
+@with_options
+def value_and_grad(
+    loss_fn: Callable[..., Any] | Sequence[Callable[..., Any]],
+    rho: Any = PAPER_RHO,
+    *,
+    member_map: str = "auto",
+    member_axis_name: Any = None,
+    own_batches: bool = False,
+    **options: Unpack[RobustOptions],
+) -> Callable[..., tuple[Any, PyTree]]:
+    r"""The robust gradient of every member of an ensemble.
+
+    .. math::
+        g_m = \frac1K \sum_{k=1}^K \nabla L_B(w_{mk}^S), \qquad m = 1, \dots, M
+
+    with the particles of :func:`otmdr_jax.value_and_grad` around each member. Member m
+    is a run of its own with the m-th key: to the bit where members are scanned, to
+    rounding where they are mapped in another way.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, *args, **kwargs)` of one member, as for
+        :func:`otmdr_jax.value_and_grad`. For a tuple of members one function for all,
+        or a tuple of M functions.
+      rho: Radii, the same for all members.
+      member_map: How members of one architecture are mapped: "vmap", "unroll", "scan",
+        or "auto". A matter of speed and memory alone; see `docs/performance.md`.
+        Different architectures are always unrolled.
+      member_axis_name: Name of the device axis inside `jax.shard_map` that stacked
+        members are spread over, each device its part. It says which of the keys are
+        this device's: nothing is exchanged between members.
+      own_batches: Whether each member has a batch of its own: a leading axis of M on
+        every leaf of the batch, or a tuple of M batches for a tuple of members.
+      **options: Those of :class:`otmdr_jax.core.options.RobustOptions`.
+
+    Returns:
+      `grad_fn(members, batch, *args, key=None, rho=None, **kwargs)`, which returns
+      `(values, grads)` or, with `has_aux`, `((values, aux), grads)`. `values` is (M,);
+      `grads` and `aux` are stacked or a tuple, as the members are. `args` are per
+      member, as the members are (BatchNorm statistics, say); `kwargs` are shared.
+      `key` is one key, split into M, or M keys.
+
+    Raises:
+      ValueError, TypeError: As :func:`otmdr_jax.value_and_grad`; members whose leaves
+        do not share their leading axis; functions, arguments, batches or keys that are
+        not one for each member.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from otmdr_jax import ensemble
+      >>> def loss_fn(w, batch):
+      ...     return jnp.mean((batch @ w - 1.0) ** 2)
+      >>> grad_fn = jax.jit(ensemble.value_and_grad(loss_fn, rho=(0.01, 0.02)))
+      >>> members = jnp.zeros((5, 2))
+      >>> values, grads = grad_fn(members, jnp.eye(2), key=jax.random.key(0))
+      >>> values.shape, grads.shape
+      ((5,), (5, 2))
+
+    Reference:
+      Nguyen et al., `Optimal Transport Model Distributional Robustness
+      <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023, section 4.2.2.
+    """
+    compute = robust_gradient(
+        loss_fn,
+        rho,
+        member_map=member_map,
+        member_axis_name=member_axis_name,
+        own_batches=own_batches,
+        **options,
+    )
+    has_aux = options.get("has_aux", False)
+
+    def grad_fn(members, batch, *args, key=None, rho=None, **kwargs):
+        found = compute(members, batch, *args, key=key, rho=rho, **kwargs)
+        return ((found.value, found.aux) if has_aux else found.value), found.grads
+
+    return grad_fn
+
+
+@with_options
+def robust_gradient(
+    loss_fn: Callable[..., Any] | Sequence[Callable[..., Any]],
+    rho: Any = PAPER_RHO,
+    *,
+    member_map: str = "auto",
+    member_axis_name: Any = None,
+    own_batches: bool = False,
+    **options: Unpack[RobustOptions],
+) -> Callable[..., RobustGradient]:
+    """:func:`value_and_grad` with everything it knows, diagnostics included.
+
+    Args:
+      loss_fn: See :func:`value_and_grad`, as for all that follow.
+      rho: Radii.
+      member_map: How members are mapped.
+      member_axis_name: Device axis that they are spread over.
+      own_batches: Whether each has its own batch.
+      **options: Those of :class:`otmdr_jax.core.options.RobustOptions`.
+
+    Returns:
+      A function like that of :func:`value_and_grad` which returns a
+      :class:`otmdr_jax.RobustGradient`: value and diagnostics with a leading axis of M,
+      aux and gradient as the members are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import ensemble
+      >>> def loss_fn(w, batch):
+      ...     return 0.5 * jnp.sum(w**2) + 0.0 * jnp.mean(batch)
+      >>> gradient = ensemble.robust_gradient(loss_fn, rho=0.5, split="shared")
+      >>> found = gradient(jnp.array([[3.0, 4.0], [0.6, 0.8]]), jnp.zeros(2))
+      >>> [round(float(gap), 3) for gap in found.diagnostics.gap]
+      [2.625, 0.625]
+    """
+    check_word("member_map", member_map, MEMBER_MAPS)
+    functions = functions_of(loss_fn)
+    computes = [single.robust_gradient(f, rho, **options) for f in functions]
+
+    def compute(members, batch, *args, key=None, rho=None, **kwargs):
+        per_member = (*args, batch) if own_batches else args
+        count = check_all(members, per_member, len(computes))
+
+        def of_member(run):
+            def member(wait, params, own_key, own_args, own_batch):
+                part = wait(own_batch if own_batches else batch)
+                return run(params, part, *own_args, key=own_key, rho=rho, **kwargs)
+
+            return member
+
+        found = mapping.each(
+            each_or_one([of_member(run) for run in computes], members),
+            (
+                members,
+                member_keys(key, count, member_axis_name),
+                rows_of(args, members),
+                batch if own_batches else None,
+            ),
+            member_map,
+        )
+        if not is_tuple(members):
+            return found
+        value, aux, grads, diagnostics = zip(*found, strict=True)
+        stacked = tree.stack(diagnostics)
+        return RobustGradient(jnp.stack(value), aux, grads, stacked)
+
+    return compute

@@ -1,0 +1,171 @@
+"""Checkpoints of a run, by Orbax: asynchronous, atomic, kept to a number."""
+
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from otmdr_jax.experiments.members import steps_taken
+from otmdr_jax.experiments.methods import TrainState
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers as policies
+except ImportError as error:
+    raise ImportError(
+        "checkpoints need Orbax, which is not installed. Run: pip install "
+        "otmdr-jax[train], or train without an output folder."
+    ) from error
+
+
+PyTree = Any
+
+# The score of a checkpoint between evaluations: never the best.
+UNSCORED = float("-inf")
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      state: The training state, of one model or of members.
+      meta: What was saved beside it: the data's fingerprint, the best score so far.
+    """
+
+    state: PyTree
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a folder; a context manager that waits for the last one.
+
+    A save returns once the arrays are copied; writing goes on in the background, into
+    a temporary folder that is renamed when it is whole. A killed run therefore leaves
+    whole checkpoints and, at most, rubbish that the next opening removes.
+
+    Args:
+      folder: Where they are; made at the first save.
+      keep: How many of the latest to keep, beside the best one.
+      scored: Whether there are scores at all: a validation set.
+      read_only: For evaluation: nothing in the folder is touched.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        keep: int = 2,
+        *,
+        scored: bool = True,
+        read_only: bool = False,
+    ):
+        """Opens the folder."""
+        self.run = pathlib.Path(folder).parent  # as the user calls it
+        self.folder = pathlib.Path(folder).absolute()
+        self._scored = scored
+        policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["score"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                # Without it Orbax forgets the scores with the process.
+                best_fn=(lambda metrics: metrics["score"]) if scored else None,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                create=not read_only,
+            ),
+            item_names=("state", "meta"),
+        )
+
+    def save(
+        self, state: PyTree, meta: dict[str, Any], score: float | None = None
+    ) -> None:
+        """Starts to save a state under its step.
+
+        Args:
+          state: The training state; it may be donated once this returns.
+          meta: Anything that JSON holds.
+          score: What "best" means, higher is better; None where it was not measured.
+        """
+        step = steps_taken(state)
+        if step in self._manager.all_steps():
+            return  # an interrupt right after a save
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_stored(state)),
+                meta=ocp.args.JsonSave(meta),
+            ),
+            metrics={"score": UNSCORED if score is None else score}
+            if self._scored
+            else None,
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that whole checkpoints exist for, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the highest score, None if none was scored."""
+        scores = {}
+        for step in self.steps():
+            metrics = self._manager.metrics(step)
+            if metrics is not None and metrics["score"] > UNSCORED:
+                scores[step] = metrics["score"]
+        return max(scores, key=lambda step: scores[step]) if scores else None
+
+    def restore(self, template: PyTree, step: int | None = None) -> Restored:
+        """Reads a checkpoint.
+
+        Args:
+          template: A state, or its shapes, that fixes structure, dtypes and devices.
+          step: Which one; None for the latest.
+
+        Raises:
+          FileNotFoundError: There is none, or none of that step.
+        """
+        known = self.steps()
+        if not known or (step is not None and step not in known):
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoint"
+                + (f" of step {step}: there are {known}." if known else ".")
+            )
+        items = self._manager.restore(
+            known[-1] if step is None else step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(_stored(template)),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state: Any = items["state"]
+        if isinstance(template, TrainState):
+            state = TrainState(**state)
+        else:
+            state = tuple(TrainState(**member) for member in state)
+        return Restored(state, items["meta"])
+
+    def __enter__(self) -> "Checkpoints":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        """Waits until the last save is whole."""
+        self._manager.close()
+
+
+def _stored(state: PyTree) -> PyTree:
+    """What is written: fields by name, without those that a run has not.
+
+    A field that is added to `TrainState` later, None by default, then makes no older
+    checkpoint unreadable.
+    """
+    if isinstance(state, TrainState):
+        return {k: v for k, v in state._asdict().items() if v is not None}
+    return tuple(_stored(member) for member in state)

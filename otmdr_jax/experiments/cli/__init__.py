@@ -1,0 +1,111 @@
+"""The command line: a module for each of `otmdr`'s commands."""
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from otmdr_jax._version import __version__
+
+try:
+    import tyro
+except ImportError:
+    sys.exit("otmdr needs tyro, which is not installed: pip install otmdr-jax[train]")
+
+from otmdr_jax.experiments.cli import (
+    about,
+    calibrate,
+    compare,
+    ensemble,
+    evaluate,
+    landscape,
+    report,
+    sharpness,
+    shift,
+    sweep,
+    train,
+)
+from otmdr_jax.experiments.cli.common import EXPECTED
+
+# A command -> its options and what it does, in the order of a first session.
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (train.Train, train.run),
+    "evaluate": (evaluate.Evaluate, evaluate.run),
+    "calibrate": (calibrate.Calibrate, calibrate.run),
+    "sharpness": (sharpness.Sharpness, sharpness.run),
+    "shift": (shift.Shift, shift.run),
+    "landscape": (landscape.Landscape, landscape.run),
+    "report": (report.Report, report.run),
+    "compare": (compare.Compare, compare.run),
+    "ensemble": (ensemble.Ensemble, ensemble.run),
+    "sweep": (sweep.Sweep, sweep.run),
+    "demo": (about.Demo, about.run_demo),
+    "info": (about.Info, about.run_info),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+      argv: The arguments; None for the process's own.
+
+    Raises:
+      SystemExit: Status 0; 1 for a run that diverged; 2 for what cannot be done as
+        asked; 128 + n for a run stopped by signal n.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if argv[0] == "--version":
+        print(__version__)
+        return
+    if argv[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        _fail(f"unknown command {argv[0]!r}; there are {known}. See otmdr --help.")
+    # Orbax warns of what evaluation does on purpose: reading alone.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    kind, function = COMMANDS[argv[0]]
+    _cache_programs()
+    try:
+        default = train.default_of(argv[1:]) if kind is train.Train else None
+        options = tyro.cli(
+            kind,
+            prog=f"otmdr {argv[0]}",
+            # As it stands: tyro's own reading leaves the examples out.
+            description=inspect.getdoc(kind),
+            args=argv[1:],
+            default=default,
+        )
+        function(options)
+    except EXPECTED as error:
+        _fail(str(error))
+
+
+def _cache_programs() -> None:
+    """Keeps compiled programs on disk, so that a resumed run need not compile again.
+
+    JAX's own JAX_COMPILATION_CACHE_DIR says where; without it, beside the data cache.
+    """
+    import jax
+
+    from otmdr_jax.data import cache
+
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        folder = cache.default_directory() / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _overview() -> str:
+    lines = ["usage: otmdr COMMAND [OPTIONS]", "", "commands:"]
+    for name, (kind, _) in COMMANDS.items():
+        lines.append(f"  {name:<10}{(kind.__doc__ or '').splitlines()[0]}")
+    lines += ["", "otmdr COMMAND --help explains every option."]
+    return "\n".join(lines)
+
+
+def _fail(message: str) -> None:
+    print(f"otmdr: error: {message}", file=sys.stderr)
+    sys.exit(2)

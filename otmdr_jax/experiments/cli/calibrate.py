@@ -1,0 +1,76 @@
+"""`otmdr calibrate`: what scaling or isotonic regression would make of a run."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import tyro
+
+Method = Literal["temperature", "vector", "matrix", "isotonic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Calibrate a run: raw and calibrated metrics side by side, and conformal sets.
+
+    Nothing is measured on the labels it was fitted on: by default the test set is cut
+    in halves, one to fit and one to measure, both ways, five times (the protocol of the
+    field). With --fit validation a run's validation set fits and its whole test set
+    measures. Writes calibration.json.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of a finished run."""
+    methods: tuple[Method, ...] = ("temperature", "vector", "matrix", "isotonic")
+    """What to fit."""
+    fit: Literal["folds", "validation"] = "folds"
+    """Fit on halves of the test set, or on the run's validation set."""
+    num_repeats: int = 5
+    """How often the test set is cut in halves anew."""
+    alpha: float = 0.1
+    """Share of test examples whose conformal set may miss the label."""
+    seed: int = 0
+    """Seed of the halves."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    overwrite: bool = False
+    """Replace a calibration.json of other settings, or of another step."""
+
+
+def run(options: Calibrate) -> None:
+    """`otmdr calibrate RUN`."""
+    from otmdr_jax.experiments import run_folder
+    from otmdr_jax.experiments.measure import calibrate
+    from otmdr_jax.experiments.report import records
+
+    folder = pathlib.Path(options.run)
+    # Of what was predicted; without a result calibrate says what is missing.
+    finished = (folder / "result.json").is_file()
+    settings = {
+        "step": run_folder.read_result(folder).get("steps") if finished else None,
+        "methods": options.methods,
+        "fit": options.fit,
+        "num_repeats": options.num_repeats if options.fit == "folds" else None,
+        "alpha": options.alpha,
+        "seed": options.seed,
+    }
+    run_folder.check_record(folder / "calibration.json", settings, options.overwrite)
+    record = calibrate.calibrate(
+        folder,
+        options.methods,
+        fit=options.fit,
+        num_repeats=options.num_repeats,
+        alpha=options.alpha,
+        seed=options.seed,
+        data_dir=options.data_dir,
+    )
+    run_folder.write_json(folder / "calibration.json", {**record, "settings": settings})
+    title = f"{folder}: {record['how']}"
+    records.print_lines(records.calibration_table(record), title)
+    for method in record["methods"]:
+        if why := method.get("why"):
+            print(f"{method['name']} failed: {why}")
+        if note := method.get("note"):
+            print(f"Note: {note}")
+    records.print_lines(records.conformal_table(record), "Conformal sets")
+    print(f"Written: {folder / 'calibration.json'}")

@@ -1,0 +1,160 @@
+"""`otmdr evaluate`: metrics of a run at one of its checkpoints."""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+
+from otmdr_jax.experiments.cli.common import print_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run: prints a table, writes evaluation.json and reliability.png.
+
+    Of a Bayesian network it also writes signal_to_noise.png.
+
+    An interrupted run gets its result.json and can then be compared with others.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which examples."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best (on the validation set), or a step."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    num_samples: int | None = None
+    """Samples in a prediction of a posterior, of SWAG, MC dropout or a Laplace
+    approximation, instead of the run's own number."""
+    prediction: Literal["samples", "mean"] | None = None
+    """Predict with these samples or with the mean alone, instead of the run's."""
+    laplace: Literal["last-layer", "last-layer-kron", "diagonal"] | None = None
+    """Give a run of sgd, sam, asam or otmdr a Laplace approximation, without training:
+    writes evaluation_laplace_<which>.json and reliability_laplace_<which>.png."""
+    prior_precision: float | None = None
+    """Precision of its prior. Default: that of highest marginal likelihood."""
+    laplace_examples: int | None = None
+    """Training images that it is fitted to. Default: all."""
+    overwrite: bool = False
+    """Replace the record of a Laplace approximation of other settings."""
+
+
+def run(options: Evaluate) -> None:
+    """`otmdr evaluate RUN`."""
+    from otmdr_jax.experiments import predictors, programs, report, restore, run_folder
+    from otmdr_jax.experiments.building import options_of
+    from otmdr_jax.experiments.config import TrainConfig
+    from otmdr_jax.experiments.measure import evaluation, sharpness
+    from otmdr_jax.experiments.members import steps_taken
+
+    given = {
+        name: getattr(options, name)
+        for name in ("data_dir", "num_samples", "prediction")
+        if getattr(options, name) is not None
+    }
+    if given.get("prediction") == "mean":
+        # The run's own have no meaning: what samples are of, and how many.
+        defaults = TrainConfig()
+        names = ("num_samples", "laplace", "prior_precision", "laplace_examples")
+        given = {name: getattr(defaults, name) for name in names} | given
+    if options.laplace is not None:
+        if options.prediction == "mean":
+            raise ValueError(
+                "--laplace with --prediction mean would be the run itself: leave one "
+                "of them out."
+            )
+        given |= restore.with_laplace(
+            options.run,
+            options.laplace,
+            options.prior_precision,
+            options.laplace_examples,
+        )
+    elif options.prior_precision is not None or options.laplace_examples is not None:
+        raise ValueError(
+            "--prior-precision and --laplace-examples are of --laplace: name one."
+        )
+    folder, config, dataset, compiled, state, meta, diverged = restore.open_run(
+        options.run,
+        options.checkpoint,
+        split=options.split,
+        predicts=options.laplace is None,  # it is fitted below
+        **given,
+    )
+    suffix, settings = "", {}
+    if options.laplace is not None:
+        suffix = f"_laplace_{options.laplace.replace('-', '_')}"
+        own = ("num_samples", "prior_precision", "laplace_examples")
+        settings["settings"] = {
+            "split": options.split,
+            "checkpoint": options.checkpoint,
+            "step": steps_taken(state),
+            **{name: getattr(config, name) for name in own},
+        }
+        run_folder.check_record(
+            folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
+        )
+        state = predictors.settle(config, state, dataset, compiled)
+    found = evaluation.evaluate(
+        config,
+        state,
+        dataset,
+        options.split,
+        compiled,
+        without=diverged,
+        show_progress=True,
+    )
+    sharp = sharpness.gap(config, state, dataset, compiled, without=diverged)
+    result = {
+        "split": options.split,
+        "checkpoint": options.checkpoint,
+        "steps": steps_taken(state),
+        **found.metrics,
+        "sharpness": sharp["sharpness"],
+        "train_nll": sharp["train_nll"],
+        "seconds_per_step": None,
+        **programs.environment(),
+        **settings,
+    }
+    if found.members is not None:
+        result["members"] = evaluation.member_rows(config, state, found, sharp, meta)
+    how = ""
+    if posterior := evaluation.posterior_record(compiled, state, diverged):
+        result["posterior"] = posterior
+    if "num_samples" in options_of(config):
+        samples = config.prediction == "samples"
+        how = f", {config.num_samples} samples" if samples else ", mean"
+        result["prediction"] = config.prediction
+        result["num_samples"] = config.num_samples if samples else None
+    if "prior_precision" in result:
+        how += (
+            f", prior precision {result['prior_precision']:.3g}, "
+            f"{result['effective_parameters']:.4g} effective parameters"
+        )
+    labels = getattr(dataset, options.split).labels
+    record, picture = (
+        folder / f"{name}{suffix}.{kind}"
+        for name, kind in (("evaluation", "json"), ("reliability", "png"))
+    )
+    run_folder.write_json(record, result)
+    latest = options.split == "test" and options.checkpoint == "latest"
+    latest = latest and not {"num_samples", "prediction", "laplace"} & set(given)
+    whole = run_folder.is_finished(folder) and (folder / "predictions.npz").exists()
+    if latest and not whole:
+        # The run's result until it is resumed and finished.
+        run_folder.write_result(
+            folder, result, found.log_probs, labels, found.member_log_probs
+        )
+    label = report.label_of(dataclasses.asdict(config))
+    run = report.Run(
+        folder, label, dataclasses.asdict(config), result, [], found.log_probs, labels
+    )
+    title = f"{folder}, step {result['steps']}, {options.split} set{how}"
+    print_tables(run, title)
+    written = [record, picture]
+    report.plot_reliability([run], picture)
+    if posterior:
+        written.append(folder / "signal_to_noise.png")
+        report.plot_signal_to_noise([run], written[-1])
+    print(f"Written: {', '.join(map(str, written))}")

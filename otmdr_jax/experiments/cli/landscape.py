@@ -1,0 +1,182 @@
+"""`otmdr landscape`: the loss on a line or plane in weight space, as pictures."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, Literal
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Landscape:
+    """Show a run's loss landscape, or several side by side: pictures and numbers.
+
+    Writes landscape.json, landscape.npz, landscape.png and, of two dimensions,
+    landscape_surface.png into the run's folder. Interrupted, the same command goes on
+    where it was.
+
+    Examples:
+    otmdr landscape runs/a
+
+    otmdr landscape runs/a --kind hessian --range -0.5 0.5
+
+    otmdr landscape runs/sgd runs/otmdr --split test
+
+    otmdr landscape runs/a runs/b runs/c --kind runs
+
+    otmdr landscape runs/a --kind trajectory
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of the runs: several of kind random or hessian are compared on the same
+    axes, along the same random directions, on one scale of colours. They must be of one
+    architecture, and have the same examples in the split that is shown."""
+    kind: Literal["random", "hessian", "runs", "trajectory"] = "random"
+    """Directions: random, each filter at the norm of the network's own; the top
+    eigenvectors of the Hessian; through two or three runs; or the principal components
+    of a run's checkpoints, of which training has to keep enough."""
+    points: int = 51
+    """Points on each axis."""
+    range: tuple[float, float] | None = None
+    """First and last coordinate of each axis. Default: -1 1; of runs and trajectory,
+    what holds all of them and a quarter more."""
+    dimensions: Literal[1, 2] | None = None
+    """1 for a line, 2 for a plane. Default: 2; of two runs the line through them."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which examples."""
+    num_examples: int = 1_000
+    """How many of them, evenly spread."""
+    seed: int = 0
+    """Seed of random directions."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best (on the validation set), or a step."""
+    member: int | None = None
+    """A member of an ensemble, from 0. Default: the loss of the mean probability of all
+    members, along directions of all of their weights."""
+    statistics: Literal["auto", "running", "point"] = "auto"
+    """BatchNorm's: the run's running ones, or those of the examples at each point. The
+    default is point for kind runs and trajectory, running for the others."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    output: str | None = None
+    """Folder of the files. Default: the run's own; of several runs
+    landscape-comparison, and of kind runs landscape-runs."""
+    overwrite: bool = False
+    """Replace a landscape of other settings, another comparison or foreign files of
+    these names, or measure the same landscape again."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+def run(options: Landscape) -> None:
+    """`otmdr landscape RUN [RUN ...]`."""
+    from otmdr_jax.experiments import report, run_folder, training
+    from otmdr_jax.experiments.measure import surface
+
+    if not options.runs:
+        raise ValueError("name the folders of at least one run.")
+    named = {field.name for field in dataclasses.fields(surface.Plan)}
+    plan = surface.Plan(
+        **{name: value for name, value in vars(options).items() if name in named}
+    )
+    folders = [pathlib.Path(folder) for folder in options.runs]
+    labels = [
+        report.label_of(dataclasses.asdict(run_folder.read_config(folder)))
+        for folder in folders
+    ]
+    compared = plan.kind != "runs" and len(folders) > 1
+    if compared and plan.kind == "trajectory":
+        raise ValueError(
+            "trajectories lie in planes of their own: name one run, or use --kind "
+            "random or hessian to compare several."
+        )
+    default = "landscape-comparison" if compared else "landscape-runs"
+    output = folders[0] if len(folders) == 1 else pathlib.Path(default)
+    if options.output is not None:
+        output = pathlib.Path(options.output)
+    # Of each run that is compared a folder of its own, so that each can go on.
+    jobs = (
+        [
+            ([folder], output / f"{i}-{folder.resolve().name}")
+            for i, folder in enumerate(folders)
+        ]
+        if compared
+        else [(folders, output)]
+    )
+    comparison = None
+    if compared:
+        comparison = {
+            "runs": [str(folder.resolve()) for folder in folders],
+            **dataclasses.asdict(plan),
+            "dimensions": plan.dimensions_of(1),
+            "seed": plan.seed if plan.kind == "random" else None,
+        }
+    surface_goes = surface.check_pictures(output, comparison, options.overwrite)
+    if compared:
+        surface.check_comparison(
+            folders,
+            [target for _, target in jobs],
+            plan,
+            data_dir=options.data_dir,
+            overwrite=options.overwrite,
+        )
+    records = []
+    for inputs, target in jobs:
+        try:
+            records.append(
+                surface.measure(
+                    inputs,
+                    plan,
+                    target,
+                    data_dir=options.data_dir,
+                    overwrite=options.overwrite,
+                    show_progress=not options.quiet,
+                )
+            )
+        except training.Interrupted as stop:
+            print(f"otmdr: {stop}", file=sys.stderr)
+            sys.exit(128 + stop.signum)
+    if plan.member is not None:
+        labels = [f"{label}: member {plan.member}" for label in labels]
+    if not compared:
+        labels = [" and ".join(dict.fromkeys(labels))]
+    elif len(set(labels)) < len(labels):
+        labels = [
+            f"{label}: {f.name}" for label, f in zip(labels, folders, strict=True)
+        ]
+    pairs = list(zip(labels, records, strict=True))
+    written = [target / "landscape.json" for _, target in jobs]
+    surface.mark_pictures(output, comparison)
+    written.append(report.plot_landscape(pairs, output / "landscape.png"))
+    path = output / "landscape_surface.png"
+    if len(records[0]["axes"]) == 2:
+        written.append(report.plot_landscape(pairs, path, surface=True))
+    elif surface_goes:
+        path.unlink(missing_ok=True)  # of the landscape that was replaced
+    _print(pairs)
+    print(f"Written: {', '.join(map(str, written))}")
+
+
+def _print(pairs: list[tuple[str, dict[str, Any]]]) -> None:
+    import numpy as np
+
+    for label, record in pairs:
+        losses = np.array(record["losses"], np.float64)
+        finite = losses[np.isfinite(losses)]
+        ends = f"{finite.min():.4g} to {finite.max():.4g}" if len(finite) else "none"
+        print(
+            f"{label}: {losses.size} points, losses {ends} nats on "
+            f"{record['num_examples']} images of the {record['split']} set, step "
+            f"{record['step']}, {record['seconds']:.1f} s"
+        )
+        missing = losses.size - finite.size
+        if missing:
+            print(f"  at {missing} points the loss is not finite")
+        if record["eigenvalues"]:
+            print(
+                f"  eigenvalues {', '.join(f'{x:.4g}' for x in record['eigenvalues'])}"
+            )
+        if record["explained_variance"]:
+            shares = [f"{100 * x:.1f} %" for x in record["explained_variance"]]
+            print(f"  of the variance of checkpoints {', '.join(shares)}")

@@ -1,0 +1,71 @@
+"""`otmdr sharpness`: how the training loss rises around a run's solution."""
+
+import dataclasses
+from typing import Any
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness:
+    """Measure a run's sharpness in every way: prints a table, writes sharpness.json.
+
+    SAM's gap, the worst loss in a ball and the average over random directions, each
+    also relative to the size of each weight; the Hessian's largest eigenvalue and its
+    trace. On training images, with BatchNorm's running statistics.
+    """
+
+    run: tyro.conf.Positional[str]
+    """Folder of the run."""
+    checkpoint: str = "latest"
+    """Which checkpoint: latest, best (on the validation set), or a step."""
+    num_examples: int = 2000
+    """Training images, evenly spread over the set."""
+    num_eigenvalues: int = 1
+    """Largest eigenvalues of the Hessian."""
+    num_probes: int = 30
+    """Random directions, of the average and of the trace."""
+    seed: int = 0
+    """Seed of the directions."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    overwrite: bool = False
+    """Replace a sharpness.json of other settings, or of another step."""
+
+
+def run(options: Sharpness) -> None:
+    """`otmdr sharpness RUN`."""
+    from otmdr_jax.experiments import members, restore, run_folder
+    from otmdr_jax.experiments.measure import sharpness
+    from otmdr_jax.experiments.report import records
+
+    given: dict[str, Any] = (
+        {} if options.data_dir is None else {"data_dir": options.data_dir}
+    )
+    folder, config, dataset, programs, state, _, diverged = restore.open_run(
+        options.run, options.checkpoint, split="train", predicts=False, **given
+    )
+    settings = {
+        "step": members.steps_taken(state),
+        "num_examples": min(options.num_examples, dataset.train.num_examples),
+        "num_eigenvalues": options.num_eigenvalues,
+        "num_probes": options.num_probes,
+        "seed": options.seed,
+    }
+    run_folder.check_record(folder / "sharpness.json", settings, options.overwrite)
+    record = sharpness.measure(
+        config,
+        state,
+        dataset,
+        programs,
+        without=diverged,
+        num_examples=options.num_examples,
+        num_eigenvalues=options.num_eigenvalues,
+        num_probes=options.num_probes,
+        seed=options.seed,
+        show_progress=True,
+    )
+    run_folder.write_json(folder / "sharpness.json", {**record, "settings": settings})
+    title = f"{folder}, step {record['step']}, {record['num_examples']} images"
+    records.print_lines(records.sharpness_table({"Value": record}), title)
+    print(f"Written: {folder / 'sharpness.json'}")

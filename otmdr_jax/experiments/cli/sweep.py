@@ -1,0 +1,111 @@
+"""`otmdr sweep`: methods x seeds x settings from one file."""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Run methods x seeds x settings from one file; what is finished is not run again.
+
+    The file, in TOML, names seeds = [0, 1, 2]; [options] that all runs share; and for
+    each method a table [methods."NAME"] with its own. A list of values is run value by
+    value. Every run is checked before the first one starts. Ctrl-C saves the run that
+    is under way, and the same command goes on.
+
+    Writes a folder for each run, sweep.json with a row for each (metrics, gradient
+    evaluations, seconds, memory), and a report: mean and standard deviation over seeds,
+    paired tests against the baseline, accuracy against cost.
+
+    Examples:
+    otmdr sweep examples/sweep_digits.toml --output sweeps/digits --baseline SGD
+
+    otmdr sweep my.toml --output sweeps/mine --dry-run
+    """
+
+    file: tyro.conf.Positional[str]
+    """The file."""
+    output: str
+    """Folder of the runs; of an earlier sweep, to go on with it."""
+    baseline: str | None = None
+    """Method that the others are compared with. Default: the first one."""
+    dry_run: bool = False
+    """Show what would be run, and stop."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+def run(options: Sweep) -> None:
+    """`otmdr sweep FILE --output FOLDER`."""
+    from otmdr_jax.experiments import report, run_folder, sweep, training
+    from otmdr_jax.experiments.report import cost, records, significance
+
+    output = pathlib.Path(options.output)
+    plan = sweep.plan(options.file, output)
+    labels = list(dict.fromkeys(one.label for one in plan.runs))
+    baseline = options.baseline
+    if baseline is not None:
+        baseline = significance.find_baseline(labels, baseline)
+    sweep.check(plan.runs)
+    report.check_folder(output / "report")
+    lines = [
+        [one.label, str(one.config.seed), str(one.folder), sweep.state_of(one)]
+        for one in plan.runs
+    ]
+    if options.dry_run:
+        records.print_lines((["Method", "Seed", "Folder", "State"], lines), str(output))
+        _warn(plan)
+        return
+    try:
+        rows = sweep.run(
+            plan.runs, output / "sweep.json", show_progress=not options.quiet
+        )
+    except training.Interrupted as stop:
+        again = _command(options)
+        print(f"otmdr: {stop}\nOr with the whole sweep: {again}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    finished = [
+        report.read_run(one.folder, one.label)
+        for one in plan.runs
+        if run_folder.is_finished(one.folder)
+    ]
+    if not finished:
+        raise ValueError("all runs diverged: lower learning_rate or rho.")
+    baseline = baseline or finished[0].label
+    if baseline not in [run.label for run in finished]:
+        print(f"All runs of {baseline} diverged: {finished[0].label} is the baseline.")
+        baseline = finished[0].label
+    columns = report.known_columns(finished)
+    report.print_table(report.summarise(finished, columns), title=str(output))
+    records.print_lines(cost.table(rows), "Cost of a run")
+    records.print_lines(cost.paired_table(rows, baseline), f"Paired with {baseline}")
+    _warn(plan)
+    for row in rows:
+        if row["status"] == "diverged":
+            print(f"Diverged: {row['folder']}")
+    path = report.write(
+        output / "report",
+        finished,
+        f"Sweep of {pathlib.Path(options.file).name}",
+        _command(options),
+        whole=True,
+        baseline=baseline,
+        costs=rows,
+    )
+    print(f"Written: {output / 'sweep.json'}, {path}")
+
+
+def _command(options) -> str:
+    words = ["otmdr", "sweep", options.file, "--output", options.output]
+    if options.baseline is not None:
+        words += ["--baseline", options.baseline]
+    return shlex.join(words)
+
+
+def _warn(plan) -> None:
+    if plan.unequal:
+        print(f"Methods differ in more than the method: {', '.join(plan.unequal)}")

@@ -1,0 +1,168 @@
+"""An ensemble out of finished runs: members are added or dropped, none is retrained."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from otmdr_jax.experiments import (
+    checkpoint,
+    members,
+    programs,
+    restore,
+    run_folder,
+    training,
+)
+from otmdr_jax.experiments.config import TrainConfig, differences
+from otmdr_jax.experiments.measure import sharpness
+from otmdr_jax.experiments.measure.evaluation import evaluate
+from otmdr_jax.experiments.methods import TrainState
+
+PyTree = Any
+
+# What members of one ensemble may differ in.
+_FREE = ("model", "members", "seed", "member_data")
+
+
+def combine(
+    folders: Sequence[str | os.PathLike],
+    output: str | os.PathLike,
+    keep: Sequence[int] | None = None,
+    *,
+    data_dir: str | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Makes a run of an ensemble from the members of finished runs.
+
+    Args:
+      folders: Finished runs, of single models or of independent ensembles, of the same
+        data and options; they may differ in their models and seeds. They stay as they
+        are.
+      output: The new run's folder: evaluated, and to be used like any other.
+      keep: Which members, counted from 0 over all runs in their order; None for all.
+      data_dir: Folder of prepared TFDS data, if no longer where the first run found it.
+      show_progress: Whether to show progress.
+
+    Returns:
+      The new run's result, as in its result.json.
+
+    Raises:
+      FileNotFoundError: A folder is no run, or has no checkpoint.
+      FileExistsError: `output` holds something.
+      ValueError: A run is not finished, its options or data differ, its ensemble is
+        joint; members that are not there, or fewer than two.
+    """
+    paths = [pathlib.Path(folder) for folder in folders]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(
+            f"each run must be named once, got {', '.join(map(str, paths))}: a member "
+            "that counts twice adds nothing."
+        )
+    configs = [run_folder.read_config(path) for path in paths]
+    for path, found in zip(paths, configs, strict=True):
+        _check_run(path, found, paths[0], configs[0])
+    names = [name for found in configs for name in found.member_names]
+    kept = list(range(len(names))) if keep is None else list(keep)
+    if len(set(kept)) != len(kept) or not set(kept) <= set(range(len(names))):
+        raise ValueError(
+            f"keep must name members once each, out of 0..{len(names) - 1} of "
+            f"{', '.join(map(str, paths))}; got {kept}."
+        )
+    if len(kept) < 2:
+        raise ValueError(
+            f"an ensemble needs at least two members, got {len(kept)} of "
+            f"{', '.join(map(str, paths))}."
+        )
+    new = _config_of(configs[0], [names[i] for i in kept], data_dir)
+    dataset = programs.load_data(new)
+    run_folder.check_free(output)
+    state, meta = _load(paths, configs, dataset, kept, new.stacked)
+    compiled = programs.compile_programs(new, dataset)
+    found, result = _evaluate(new, state, dataset, compiled, meta, show_progress)
+    # Only now, and the result last: what fails before leaves nothing behind.
+    folder = run_folder.create(output, new)
+    try:
+        with checkpoint.Checkpoints(
+            folder.path / "checkpoints", scored=dataset.validation is not None
+        ) as saved:
+            saved.save(state, meta)
+        epoch = result["steps"] / compiled.steps_per_epoch
+        record = {"step": result["steps"], "epoch": epoch, "split": "test"}
+        folder.log({**record, **found.metrics})
+        labels = dataset.test.labels
+        folder.finish(result, found.log_probs, labels, found.member_log_probs)
+    finally:
+        folder.close()
+    return result
+
+
+def _check_run(path, found, first_path, first):
+    if not run_folder.is_finished(path):
+        raise ValueError(
+            f"{path} is not finished: go on with otmdr train --resume {path}."
+        )
+    if found.members is not None and found.ensemble == "joint":
+        raise ValueError(
+            f"{path} has a joint loss: its members were trained for each other and "
+            "cannot be taken apart."
+        )
+    changed = differences(first, found)
+    differ = {name: pair for name, pair in changed.items() if name not in _FREE}
+    if differ:
+        lines = [f"  {name}: {a!r} and {b!r}" for name, (a, b) in differ.items()]
+        raise ValueError(
+            f"{first_path} and {path} were trained with different options:\n"
+            + "\n".join(lines)
+        )
+
+
+def _config_of(first, names, data_dir):
+    """The first run's options, for the members that are kept."""
+    of_one = len(set(names)) == 1
+    default = TrainConfig.__dataclass_fields__["model"].default
+    return dataclasses.replace(
+        first,
+        model=names[0] if of_one else default,
+        members=str(len(names)) if of_one else ",".join(names),
+        data_dir=data_dir or first.data_dir,
+        mesh=None,
+    )
+
+
+def _load(paths, configs, dataset, kept, stacked):
+    """The members' states, joined, and what is known of them."""
+    states: list[TrainState] = []
+    diverged: list[int] = []
+    meta: dict[str, Any] = {}
+    data = programs.fingerprint(dataset)
+    for path, found in zip(paths, configs, strict=True):
+        compiled = programs.compile_programs(found, dataset)
+        state, own_meta = restore.restore(found, compiled, path)
+        programs.check_same_data(own_meta["data"], data, path)
+        diverged += [len(states) + i for i in own_meta.get("diverged", [])]
+        states += members.separate(state)
+        meta = meta or own_meta
+    place = {member: i for i, member in enumerate(kept)}
+    state = members.join([states[i] for i in kept], stacked)
+    mine = sorted(place[i] for i in diverged if i in place)
+    return state, {**meta, "best": None, "speeds": [], "diverged": mine,
+                   "mesh": "one device"}  # fmt: skip
+
+
+def _evaluate(new, state, dataset, compiled, meta, show_progress):
+    found = evaluate(
+        new,
+        state,
+        dataset,
+        "test",
+        compiled,
+        without=tuple(meta["diverged"]),
+        show_progress=show_progress,
+    )
+    sharp = sharpness.gap(
+        new, state, dataset, compiled, without=tuple(meta["diverged"])
+    )
+    result = training.final_result(new, state, compiled, found, sharp, meta)
+    result["seconds_per_step"] = float("nan")
+    return found, result

@@ -1,0 +1,68 @@
+"""Configurations as files, and what may differ between a run and its resumption."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from otmdr_jax.experiments.config.options import TrainConfig
+
+# Options that may differ between a run and its resumption: they change no number (the
+# mesh: none but by rounding, by which examples share a split and BatchNorm's batch).
+RESUMABLE = frozenset(
+    {
+        "data_dir", "cache_dir", "download", "eval_batch_size", "eval_every",
+        "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "mesh",
+        "input", "remat", "member_map",
+    }
+)  # fmt: skip
+
+
+def save(config: TrainConfig, path: str | os.PathLike) -> None:
+    """Writes a configuration as JSON, atomically."""
+    path = pathlib.Path(path)
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def load(path: str | os.PathLike) -> TrainConfig:
+    """Reads a configuration that :func:`save` wrote, or one written by hand.
+
+    Options that are left out have their defaults.
+
+    Raises:
+      FileNotFoundError: There is no such file.
+      ValueError: It is no JSON object, or holds an unknown option or a bad value.
+    """
+    path = pathlib.Path(path)
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object of options.")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(
+            f"{path} holds unknown options {', '.join(unknown)}; "
+            f"known are {', '.join(sorted(known))}."
+        )
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    try:
+        return TrainConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Options that differ and change a run's numbers: name -> (old, new)."""
+    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    return {
+        name: (before[name], after[name])
+        for name in before
+        if before[name] != after[name] and name not in RESUMABLE
+    }

@@ -1,0 +1,211 @@
+"""What calibration would make of a run, on its own predictions."""
+
+import functools
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from otmdr_jax import metrics
+from otmdr_jax.experiments import restore, run_folder
+from otmdr_jax.experiments.measure import evaluation
+from otmdr_jax.metrics import calibration
+from otmdr_jax.metrics.calibration import conformal
+
+# Shown side by side; AAC and AUROC rank examples, which a temperature hardly changes.
+SHOWN = ("accuracy", "nll", "brier", "ece", "sce", "ace", "tace", "aac")
+SCORES: tuple[conformal.Score, ...] = ("lac", "aps", "raps")
+
+
+def calibrate(
+    folder: str | os.PathLike,
+    methods: Sequence[str] = tuple(calibration.METHODS),
+    *,
+    fit: str = "folds",
+    num_repeats: int = 5,
+    alpha: float = 0.1,
+    seed: int = 0,
+    data_dir: str | None = None,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Raw and calibrated metrics of a finished run on its test set.
+
+    Args:
+      folder: The run's folder.
+      methods: Out of "temperature", "vector", "matrix" and "isotonic".
+      fit: "folds": one half of the test set fits and the other measures, both ways,
+        `num_repeats` times. "validation": the run's validation set fits, the whole
+        test set measures.
+      num_repeats: 5, the protocol of the field.
+      alpha: Share of labels that conformal sets may miss.
+      seed: Of the halves, and of the randomised conformal scores.
+      data_dir: Folder of prepared TFDS data, where "validation" reads them.
+      show_progress: Whether to show the progress of an evaluation.
+
+    Returns:
+      A record: `how` in words, num_examples, num_repeats, seed, alpha; `methods`, a
+      list of name and `why` where the fit failed, else a `note` where it did not
+      converge, `metrics` (name -> raw,
+      calibrated, raw_std, calibrated_std; the latter None for "validation") and, of
+      temperature scaling, the mean `temperature` of the fits; `conformal`, a list of
+      score, coverage and mean set size.
+
+    Raises:
+      FileNotFoundError: No run, or one that is not finished.
+      ValueError: Unknown words, num_repeats below 1, alpha out of (0, 1), predictions
+        that are not finite, a run without a validation set.
+    """
+    if fit not in ("folds", "validation"):
+        raise ValueError(f"fit must be 'folds' or 'validation', got {fit!r}.")
+    if unknown := [name for name in methods if name not in calibration.METHODS]:
+        known = ", ".join(calibration.METHODS)
+        raise ValueError(f"methods must be some of {known}; got {', '.join(unknown)}.")
+    if not methods:
+        raise ValueError("name at least one method of calibration.")
+    if num_repeats < 1:
+        raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
+    conformal.check_alpha(alpha)
+    log_probs, labels = _test_predictions(pathlib.Path(folder))
+    record: dict[str, Any] = {
+        "fit": fit,
+        "num_examples": len(labels),
+        "num_repeats": num_repeats if fit == "folds" else None,
+        "alpha": alpha,
+        "seed": seed,
+    }
+    if fit == "folds":
+        record["how"] = f"2 folds x {num_repeats} of {len(labels)} test examples"
+        sets = _sets_on_folds(log_probs, labels, alpha, num_repeats, seed)
+        found = [
+            _on_folds(name, log_probs, labels, num_repeats, seed) for name in methods
+        ]
+    else:
+        held_out = _validation_predictions(folder, data_dir, show_progress)
+        record["how"] = (
+            f"fitted on {len(held_out[1])} validation examples, measured on "
+            f"{len(labels)} test examples"
+        )
+        found = [_held_out(name, held_out, (log_probs, labels)) for name in methods]
+        sets = _sets(np.exp(held_out[0]), held_out[1], np.exp(log_probs), alpha, seed)
+        sets = [(name, *_coverage_and_size(s, labels)) for name, s in sets]
+    return record | {
+        "methods": found,
+        "conformal": [
+            {"score": name, "coverage": covered, "size": size}
+            for name, covered, size in sets
+        ],
+    }
+
+
+def _test_predictions(folder):
+    if not run_folder.is_run(folder) or not (folder / "predictions.npz").is_file():
+        run_folder.read_config(folder)  # says so where it is no run
+        raise FileNotFoundError(
+            f"{folder} has no predictions.npz: finish the run, or let `otmdr evaluate "
+            f"{folder}` write it."
+        )
+    with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
+        log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
+    if not np.isfinite(log_probs.max(axis=1)).all():
+        raise ValueError(
+            f"{folder} predicts NaN: it diverged, and nothing can calibrate it."
+        )
+    return calibration.log_softmax(log_probs), labels
+
+
+def _validation_predictions(folder, data_dir, show_progress):
+    given = {} if data_dir is None else {"data_dir": data_dir}
+    run = restore.open_run(folder, split="validation", **given)
+    found = evaluation.evaluate(
+        run.config, run.state, run.dataset, "validation", run.programs,
+        without=run.diverged, show_progress=show_progress,
+    )  # fmt: skip
+    assert run.dataset.validation is not None
+    return found.log_probs, np.asarray(run.dataset.validation.labels)
+
+
+_measure = functools.partial(metrics.summary, log_probs=True)
+
+
+def _on_folds(name, log_probs, labels, num_repeats, seed):
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = calibration.cross_calibrate(
+                log_probs, labels, name,
+                measure=_measure, num_repeats=num_repeats, seed=seed,
+            )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        return {"name": name, "why": str(error)}
+    row: dict[str, Any] = {
+        "name": name,
+        **_note(name, caught),
+        "metrics": {metric: found.metrics[metric]._asdict() for metric in SHOWN},
+    }
+    if name == "temperature":
+        row["temperature"] = float(np.mean([1 / c.weight for c in found.calibrators]))
+    return row
+
+
+def _held_out(name, held_out, test):
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            calibrator: Any = calibration.METHODS[name](*held_out)
+    except (ValueError, RuntimeError) as error:
+        return {"name": name, "why": str(error)}
+    log_probs, labels = test
+    raw, calibrated = (
+        _measure(log_probs, labels),
+        _measure(calibrator(log_probs), labels),
+    )
+    row: dict[str, Any] = {
+        "name": name,
+        **_note(name, caught),
+        "metrics": {
+            metric: {"raw": raw[metric], "calibrated": calibrated[metric],
+                     "raw_std": None, "calibrated_std": None}
+            for metric in SHOWN
+        },
+    }  # fmt: skip
+    if name == "temperature":
+        row["temperature"] = float(1 / calibrator.weight)
+    return row
+
+
+def _note(name, caught):
+    """What a fit's warnings mean for its numbers."""
+    if not any("has not converged" in str(warning.message) for warning in caught):
+        return {}
+    return {
+        "note": f"{name} scaling has no optimum here: it tells the classes of the "
+        "examples it is fitted on apart without error, and is too sure of others. "
+        "There are too few examples for it."
+    }
+
+
+def _sets_on_folds(log_probs, labels, alpha, num_repeats, seed):
+    """(score, coverage, mean size), each the mean over the folds."""
+    probs, rng = np.exp(log_probs), np.random.default_rng(seed)
+    found: dict[str, list] = {score: [] for score in SCORES}
+    for repeat in range(num_repeats):
+        halves = np.array_split(rng.permutation(len(labels)), 2)
+        for fitted, measured in (halves, halves[::-1]):
+            for score, sets in _sets(
+                probs[fitted], labels[fitted], probs[measured], alpha, seed + repeat
+            ):
+                found[score].append(_coverage_and_size(sets, labels[measured]))
+    return [(score, *np.mean(rows, axis=0).tolist()) for score, rows in found.items()]
+
+
+def _sets(probs, labels, test_probs, alpha, seed):
+    for score in SCORES:
+        fitted = conformal.fit_conformal(probs, labels, alpha, score=score, seed=seed)
+        yield score, fitted.sets(test_probs, seed=seed + 1)
+
+
+def _coverage_and_size(sets, labels):
+    return conformal.coverage(sets, labels), float(sets.sum(axis=1).mean())

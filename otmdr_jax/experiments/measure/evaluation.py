@@ -1,0 +1,321 @@
+"""What a training state is worth: predictions and metrics over whole sets.
+
+Of an ensemble these are the metrics of its mean probability; its members' own and how
+much they differ stand beside them. Of a posterior they are those of the mean
+probability of its samples, with the two kinds of uncertainty beside them.
+"""
+
+import collections
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from otmdr_jax import data as data_lib
+from otmdr_jax import metrics, parallel
+from otmdr_jax.data import Dataset, Split
+from otmdr_jax.experiments import predictors
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.programs import Programs, compile_programs
+from otmdr_jax.experiments.progress import Progress
+from otmdr_jax.metrics import diversity
+
+PyTree = Any
+
+
+class Evaluation(NamedTuple):
+    """What :func:`evaluate` gives.
+
+    Attributes:
+      metrics: Metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
+        split; NaN if a prediction is. Of an ensemble also those of
+        :func:`otmdr_jax.metrics.diversity.evaluate`, of samples of a posterior
+        "aleatoric" and "epistemic", means in nats: see
+        :func:`otmdr_jax.metrics.mutual_information`. Of a Laplace approximation also
+        "prior_precision" and "effective_parameters".
+      log_probs: (N, C) log-probabilities: the mean over samples, in log space.
+      member_log_probs: (M, N, C) of an ensemble's members, be they trained or collected
+        in one run; None of a single model.
+      members: Metrics of each member, None of a single model.
+    """
+
+    metrics: dict[str, float]
+    log_probs: np.ndarray
+    member_log_probs: np.ndarray | None = None
+    members: list[dict[str, float]] | None = None
+
+
+class Predicted(NamedTuple):
+    """What :func:`predict` gives, of M members: 1 of a single model.
+
+    Attributes:
+      log_probs: (N, C) log-probabilities: the mean over the members that count.
+      members: (M, N, C) of each member, the mean over its samples.
+      within: (M, N) mean entropies of a member's samples, None where it has but one.
+      kept: The members that count.
+    """
+
+    log_probs: np.ndarray
+    members: np.ndarray
+    within: np.ndarray | None
+    kept: list[int]
+
+    def mutual_information(self) -> np.ndarray | None:
+        """(N,) in nats, of all samples of all members that count; None of one sample.
+
+        What :func:`otmdr_jax.metrics.mutual_information` gives of the samples.
+        """
+        kept = self.members[self.kept]
+        if np.isnan(kept).any() or (self.within is None and len(kept) == 1):
+            return None
+        each = (
+            [metrics.entropy(np.exp(one)) for one in kept]
+            if self.within is None
+            else self.within[self.kept]
+        )
+        total = metrics.entropy(np.exp(self.log_probs))
+        return np.maximum(total - np.mean(each, axis=0), 0.0)
+
+
+def evaluate(
+    config: TrainConfig,
+    state: PyTree,
+    dataset: Dataset,
+    split: str = "test",
+    programs: Programs | None = None,
+    *,
+    without: tuple[int, ...] = (),
+    settle: bool = True,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Evaluates a state on a split, each example once.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      dataset: The data.
+      split: "train", "validation" or "test".
+      programs: Compiled functions, where they exist already.
+      without: Members that do not count in the ensemble's prediction, as they diverged.
+      settle: Whether a state that is not settled is, before it predicts; see
+        :func:`otmdr_jax.experiments.predictors.settle`.
+      show_progress: Whether to show progress.
+
+    Returns:
+      An :class:`Evaluation`.
+    """
+    programs = compile_programs(config, dataset) if programs is None else programs
+    if settle:
+        state = predictors.settle(config, state, dataset, programs)
+    examples = getattr(dataset, split)
+    title = f"evaluating the {split} set"
+    with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
+        found = predict(
+            config,
+            state,
+            examples,
+            programs,
+            without=without,
+            report=lambda done: bar.update(done, {}),
+        )
+    measured = measure(config, found, examples.labels)
+    measured.metrics.update(predictors.fitted_record(config, state))
+    return measured
+
+
+def predict(
+    config: TrainConfig,
+    state: PyTree,
+    examples: Split,
+    programs: Programs,
+    *,
+    without: tuple[int, ...] = (),
+    change: Callable[[jax.Array, int], jax.Array] | None = None,
+    report: Callable[[int], None] | None = None,
+) -> Predicted:
+    """Predicts each of some examples once; labels are not looked at.
+
+    Args:
+      config: The run's configuration.
+      state: Its state, settled where it needs to be
+        (:func:`otmdr_jax.experiments.predictors.settle`).
+      examples: Images of the shape that the programs are for.
+      programs: Compiled functions.
+      without: Members that do not count in the ensemble's prediction, as they diverged.
+      change: (images, first) -> images: what is done on the device to each batch, the
+        first of whose images is example `first`. Images that fill up the last batch
+        pass through it too.
+      report: Called with the number of examples that are done.
+
+    Returns:
+      A :class:`Predicted`.
+    """
+    collected = predictors.collected(config, state)
+    count = len(config.member_names) if config.members is not None else 1
+    count = max(collected, count)
+    chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
+    mesh, done = programs.mesh, 0
+
+    def fetch(log_probs, mask):
+        nonlocal done
+        samples = np.asarray(log_probs)[:, mask]
+        if collected:  # the rest of a preallocated ensemble
+            samples = samples[:collected]
+        chunks.append(_by_member(samples, count))
+        done += int(np.count_nonzero(mask))
+        if report is not None:
+            report(done)
+
+    # Fetched one batch behind: the device has work while the host sends the next.
+    ahead: collections.deque[Any] = collections.deque()
+    first = 0
+    for images, _, mask in eval_batches(config, examples, mesh):
+        images = parallel.place(images, mesh, parallel.data_spec(mesh))
+        if change is not None:
+            images = change(images, first)
+        ahead.append((programs.predict(state, images), mask))
+        first += len(mask)
+        if len(ahead) > 1:
+            fetch(*ahead.popleft())
+    fetch(*ahead.popleft())
+    members = np.concatenate([means for means, _ in chunks], axis=1)  # (M, N, C)
+    entropies = [x for _, x in chunks if x is not None]
+    within = np.concatenate(entropies, axis=1) if entropies else None  # (M, N)
+    kept = [m for m in range(count) if m not in without] or list(range(count))
+    return Predicted(_mean(members[kept]), members, within, kept)
+
+
+def measure(config: TrainConfig, found: Predicted, labels: Any) -> Evaluation:
+    """What predictions are worth.
+
+    Args:
+      config: The run's configuration.
+      found: What :func:`predict` gave.
+      labels: (N,) of the same examples.
+    """
+    log_probs, members, within, kept = found
+    values = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
+    if config.members is None and len(members) == 1:
+        return Evaluation(values, log_probs)
+    if len(kept) > 1 and not np.isnan(members[kept]).any():
+        values |= diversity.evaluate(members[kept], labels)
+    each = [
+        _metrics(mine, labels) | _uncertainty(mine, within, [m])
+        for m, mine in enumerate(members)
+    ]
+    return Evaluation(values, log_probs, members, each)
+
+
+def posterior_record(
+    programs: Programs, state: PyTree, without: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """What is logged of a posterior; nothing where there is none.
+
+    Args:
+      programs: Compiled functions.
+      state: The run's state.
+      without: Members that do not count, as they diverged.
+
+    Returns:
+      sigma and snr_db, for each layer the mean standard deviation and the mean
+      signal-to-noise ratio in decibel; snr_counts, the histogram of the ratios, see
+      :class:`otmdr_jax.bnn.Summary`. Of an ensemble means, and sums, over members;
+      layers of members that differ are named by member, as "1/head/kernel".
+    """
+    if programs.posterior is None:
+        return {}
+    found = programs.posterior(state)
+    kept = [m for m in range(len(found)) if m not in without] or range(len(found))
+    alike = all(one.sigma.keys() == found[0].sigma.keys() for one in found)
+    record: dict[str, Any] = {}
+    for name in ("sigma", "snr_db"):
+        values: dict[str, list[float]] = {}
+        for m in kept:
+            for layer, value in getattr(found[m], name).items():
+                own = layer if alike else f"{m}/{layer}"
+                values.setdefault(own, []).append(float(value))
+        record[name] = {layer: float(np.mean(x)) for layer, x in values.items()}
+    counts = np.sum([found[m].counts for m in kept], axis=0)
+    return record | {"snr_counts": counts.tolist()}
+
+
+def member_rows(
+    config: TrainConfig,
+    state: PyTree,
+    found: Evaluation,
+    sharp: dict[str, Any],
+    meta: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """What results hold of each member of an ensemble: model, metrics, divergence.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      found: Its evaluation.
+      sharp: What :func:`otmdr_jax.experiments.measure.sharpness.gap` gave; members with
+        a joint loss have none.
+      meta: What is saved beside the state.
+    """
+    names = config.member_names
+    if config.members is None:  # collected in one run
+        names *= len(found.members or ())
+    rows = [
+        {"model": name, **values, "diverged": i in meta.get("diverged", ())}
+        for i, (name, values) in enumerate(zip(names, found.members or (), strict=True))
+    ]
+    gaps = sharp.get("member_sharpness", ())
+    states = predictors.every(config, state) if gaps else ()
+    for row, gap, member in zip(rows, gaps, states, strict=False):
+        row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
+    return rows
+
+
+def _metrics(log_probs, labels):
+    if np.isnan(log_probs).any():  # diverged: there is nothing to measure
+        return dict.fromkeys(metrics.NAMES, float("nan"))
+    return metrics.evaluate(log_probs, labels)
+
+
+def _by_member(samples, count):
+    """What is kept of a batch's samples. # (M S, B, C) -> (M, B, C), (M, B).
+
+    Each member's mean probability in log space, and the mean entropy of its samples:
+    None where there is but one sample.
+    """
+    samples = samples.reshape(count, -1, *samples.shape[1:]).astype(np.float64)
+    means = np.stack([_mean(own) for own in samples])
+    if samples.shape[1] == 1:
+        return means, None
+    within = np.full(means.shape[:2], np.nan)
+    if not np.isnan(samples).any():
+        for m, own in enumerate(samples):
+            each = [metrics.entropy(np.exp(sample)) for sample in own]
+            within[m] = np.mean(each, axis=0)
+    return means, within
+
+
+def _uncertainty(log_probs, within, members):
+    """Its two kinds, where there is more than one sample: means over the set."""
+    if within is None:
+        return {}
+    aleatoric = np.mean(within[members])
+    if np.isnan(log_probs).any() or np.isnan(aleatoric):
+        return dict.fromkeys(("aleatoric", "epistemic"), float("nan"))
+    # The mean of what metrics.mutual_information gives for each example.
+    epistemic = max(np.mean(metrics.entropy(np.exp(log_probs))) - aleatoric, 0.0)
+    return {"aleatoric": float(aleatoric), "epistemic": float(epistemic)}
+
+
+def _mean(samples):
+    """The mean of S probabilities in log space, normalised. # (S, N, C) -> (N, C)."""
+    with np.errstate(invalid="ignore"):  # NaN stays NaN: see _metrics
+        total = np.logaddexp.reduce(samples, axis=0)
+        return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
+
+
+def eval_batches(config, split, mesh):
+    """Batches for evaluation, of a size that the devices divide."""
+    devices = parallel.axis_size(mesh, "data")
+    size = min(config.eval_batch_size, split.num_examples)
+    return data_lib.eval_batches(split, -(-size // devices) * devices)

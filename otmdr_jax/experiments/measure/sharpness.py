@@ -1,0 +1,254 @@
+"""How the training loss rises around a run's solution, measured in several ways.
+
+BatchNorm has its running statistics. Of independent members each is measured by itself,
+of a posterior its mean.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from otmdr_jax import landscape, parallel
+from otmdr_jax.data import Dataset, Split
+from otmdr_jax.experiments import centers, predictors
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure.evaluation import eval_batches
+from otmdr_jax.experiments.members import steps_taken
+from otmdr_jax.experiments.methods import FITTED
+from otmdr_jax.experiments.programs import Programs
+from otmdr_jax.experiments.progress import Progress
+
+PyTree = Any
+
+# Measured on at most so many training images, evenly spread.
+NUM_EXAMPLES = 2_000
+# Radii of SAM and ASAM for CIFAR-10 (their papers).
+RHO, ADAPTIVE_RHO = 0.05, 0.5
+# Of one weight; an adaptive one of its size.
+NOISE_STD, ADAPTIVE_NOISE_STD = 0.01, 0.1
+
+
+class Estimate(NamedTuple):
+    """A measure of one solution: its value and standard error, or why there is none."""
+
+    value: float | None
+    error: float | None
+    why: str | None
+
+
+def gap(
+    config: TrainConfig,
+    state: PyTree,
+    dataset: Dataset,
+    programs: Programs,
+    *,
+    without: tuple[int, ...] = (),
+) -> dict[str, Any]:
+    """The SAM gap on the training set.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      dataset: The data.
+      programs: Compiled functions.
+      without: Members that do not count in the means, as they diverged.
+
+    Returns:
+      sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
+      independent members their means, and `member_sharpness`.
+    """
+    found = [
+        landscape.sam_gap(loss_sum, weights, batches, RHO)
+        for loss_sum, weights, batches in _members(config, state, dataset, programs)
+    ]
+    kept = [x for i, x in enumerate(found) if i not in without] or found
+    result: dict[str, Any] = {
+        "sharpness": float(np.mean([x.gap for x in kept])),
+        "train_nll": float(np.mean([x.loss for x in kept])),
+    }
+    if len(found) > 1:
+        result["member_sharpness"] = [x.gap for x in found]
+    return result
+
+
+def measure(
+    config: TrainConfig,
+    state: PyTree,
+    dataset: Dataset,
+    programs: Programs,
+    *,
+    without: tuple[int, ...] = (),
+    num_examples: int = NUM_EXAMPLES,
+    num_eigenvalues: int = 1,
+    num_probes: int = 30,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> dict[str, Any]:
+    """Every measure of :mod:`otmdr_jax.landscape`, on the training set.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      dataset: The data.
+      programs: Compiled functions.
+      without: Members that do not count in the means, as they diverged.
+      num_examples: Training images, at most, evenly spread over the set.
+      num_eigenvalues: Of the Hessian, the largest.
+      num_probes: Of the Hessian's trace, and directions of average sharpness.
+      seed: Of what is random.
+      show_progress: Whether to show progress.
+
+    Returns:
+      A record: step, split, num_examples, seed; `measures`, rows of name, value,
+      standard_error (None where nothing is random) and of independent members their
+      own `values`. A value is None, with the reason in `why`, where it cannot be
+      measured. Losses and gaps are in nats.
+
+    Raises:
+      ValueError: Numbers below 1, or below 2 probes.
+    """
+    if num_examples < 1 or num_eigenvalues < 1 or num_probes < 2:
+        raise ValueError(
+            "num_examples and num_eigenvalues must be at least 1, num_probes 2; got "
+            f"{num_examples}, {num_eigenvalues} and {num_probes}."
+        )
+    every = list(_members(config, state, dataset, programs, num_examples))
+    # A member that diverged has no sharpness, and no part in the mean.
+    counted = [i for i in range(len(every)) if i not in without]
+    found: dict[int, dict[str, Estimate]] = {}
+    total = len(counted) * (8 + num_eigenvalues)  # names that `_measures` has
+    with Progress(total, 0, "sharpness", show_progress, "measures") as bar:
+        for i in counted:
+            # Directions of a member's own, so that estimates are independent.
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            found[i] = {}
+            for names, function in _measures(num_eigenvalues, num_probes, key):
+                found[i] |= _estimate(names, function, every[i])
+                done = sum(len(x) for x in found.values())
+                bar.update(done, {})
+    rows = []
+    for name in next(iter(found.values()), {}):
+        estimates = [one[name] for one in found.values()]
+        rows.append({"name": name, **_mean_of(estimates)})
+        if len(every) > 1:
+            rows[-1]["values"] = [
+                found[i][name].value if i in found else None for i in range(len(every))
+            ]
+    return {
+        "step": steps_taken(state),
+        "split": "train",
+        "num_examples": min(num_examples, dataset.train.num_examples),
+        "seed": seed,
+        "measures": rows,
+    }
+
+
+def _estimate(names, function, solution) -> dict[str, Estimate]:
+    """A measure, or why it cannot be had: the others go on."""
+    try:
+        pairs = function(*solution)
+    except (ValueError, RuntimeError) as error:  # not finite, or not converged
+        return {name: Estimate(None, None, str(error)) for name in names}
+    found = {}
+    for name, (value, spread) in zip(names, pairs, strict=True):
+        known = math.isfinite(value)
+        why = None if known else "it is not finite"
+        found[name] = Estimate(value if known else None, spread, why)
+    return found
+
+
+def _mean_of(estimates: list[Estimate]) -> dict[str, Any]:
+    whys = [x.why for x in estimates if x.why]
+    if whys:
+        return {"value": None, "standard_error": None, "why": whys[0]}
+    errors = [x.error for x in estimates if x.error is not None]
+    return {
+        "value": float(np.mean([x.value for x in estimates])),
+        # Of a mean of independent estimates.
+        "standard_error": math.hypot(*errors) / len(estimates) if errors else None,
+    }
+
+
+def _measures(num_eigenvalues, num_probes, key):
+    """(names, (loss_sum, weights, batches) -> [(value, standard error or None)])."""
+
+    def gap_at(adaptive):
+        rho = ADAPTIVE_RHO if adaptive else RHO
+
+        def of(loss_sum, weights, batches):
+            found = landscape.sam_gap(
+                loss_sum, weights, batches, rho, adaptive=adaptive
+            )
+            loss = [] if adaptive else [(found.loss, None)]
+            return [*loss, (found.gap, None)]
+
+        return of
+
+    def worst(adaptive):
+        rho = ADAPTIVE_RHO if adaptive else RHO
+
+        def of(loss_sum, weights, batches):
+            found = landscape.worst_in_ball(
+                loss_sum, weights, batches, rho, adaptive=adaptive
+            )
+            return [(found.gap, None)]
+
+        return of
+
+    def average(adaptive):
+        std = ADAPTIVE_NOISE_STD if adaptive else NOISE_STD
+
+        def of(loss_sum, weights, batches):
+            found = landscape.average_sharpness(
+                loss_sum, weights, batches, std,
+                key=key, num_directions=num_probes, adaptive=adaptive,
+            )  # fmt: skip
+            return [(found.gap, found.standard_error)]
+
+        return of
+
+    def eigenvalues(loss_sum, weights, batches):
+        found = landscape.hessian_eigenvalues(
+            loss_sum, weights, batches, num_eigenvalues
+        )
+        return [(float(value), None) for value in found.values]
+
+    def trace(loss_sum, weights, batches):
+        found = landscape.hessian_trace(
+            loss_sum, weights, batches, key=key, num_probes=num_probes
+        )
+        return [(found.value, found.standard_error)]
+
+    numbers = [f"hessian_eigenvalue_{i + 1}" for i in range(num_eigenvalues)]
+    return [
+        (["train_nll", "sam_gap"], gap_at(False)),
+        (["adaptive_sam_gap"], gap_at(True)),
+        (["worst_in_ball"], worst(False)),
+        (["adaptive_worst_in_ball"], worst(True)),
+        (["average"], average(False)),
+        (["adaptive_average"], average(True)),
+        (numbers, eigenvalues),
+        (["hessian_trace"], trace),
+    ]
+
+
+def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
+    """(loss_sum, weights, batches) of every member that has a loss of its own."""
+    train = dataset.train
+    chosen = np.linspace(
+        0, train.num_examples - 1, min(train.num_examples, num_examples)
+    ).astype(int)
+    part = Split(train.images[chosen], train.labels[chosen])
+    mesh = programs.mesh
+    batches = [
+        parallel.place(batch, mesh, parallel.data_spec(mesh))
+        for batch in eval_batches(config, part, mesh)
+    ]
+    if config.method not in FITTED:  # whose weights are those that were trained
+        state = predictors.settle(config, state, dataset, programs)
+    for i, member in enumerate(predictors.every(config, state)):
+        loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
+        with_state = [(*batch, member.model_state) for batch in batches]
+        yield loss_sum, centers.weights_of(member.params), with_state

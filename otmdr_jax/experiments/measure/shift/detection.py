@@ -1,0 +1,82 @@
+"""Telling images of other classes from a test set by how uncertain a model is."""
+
+import numpy as np
+
+from otmdr_jax import metrics
+from otmdr_jax.experiments.measure.evaluation import Predicted
+
+# Higher is more uncertain; the names are those of metrics.ood_auroc.
+SCORES = ("confidence", "entropy", "mutual_information")
+
+
+def scores(found: Predicted) -> dict[str, np.ndarray]:
+    """How uncertain each prediction is, by name of the score.
+
+    Args:
+      found: Predictions.
+
+    Returns:
+      "confidence", minus the logarithm of the largest probability, and "entropy" of the
+      mean probability, in nats; of more than one sample or member also
+      "mutual_information", the epistemic part of the entropy. (N,) each; NaN where
+      predictions are.
+
+    Example:
+      >>> import numpy as np
+      >>> from otmdr_jax.experiments.measure.evaluation import Predicted
+      >>> p = np.log([[0.9, 0.1], [0.5, 0.5]])
+      >>> found = scores(Predicted(p, p[None], None, [0]))
+      >>> {name: np.exp(x).round(3).tolist() for name, x in found.items()}
+      {'confidence': [1.111, 2.0], 'entropy': [1.384, 2.0]}
+    """
+    log_probs = found.log_probs
+    if np.isnan(log_probs).any():
+        unknown = np.full(len(log_probs), np.nan)
+        return dict.fromkeys(SCORES[:2], unknown)
+    values = {
+        # Of logarithms: probabilities next to 1 would tie.
+        "confidence": -log_probs.max(axis=1),
+        "entropy": metrics.entropy(np.exp(log_probs)),
+    }
+    information = found.mutual_information()
+    if information is not None:
+        values["mutual_information"] = information
+    return values
+
+
+def detect(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
+    """How well a score tells examples from outside of the distribution from others.
+
+    Args:
+      inside: (N,) scores of the test set, higher for more uncertain ones.
+      outside: (M,) scores of the other set.
+
+    Returns:
+      - auroc: the probability that an example from outside has the higher score, ties
+        counting half; 0.5 is chance, whatever N and M.
+      - aupr: average precision of finding examples from outside, the positives here:
+        chance is M / (N + M).
+      - fpr95: the fraction of examples from outside that pass at the threshold that
+        95 % of the test set pass; 0.95 is chance. The test set is positive, as in most
+        papers.
+
+      All NaN where scores are.
+
+    Example:
+      >>> import numpy as np
+      >>> detect(np.array([0.1, 0.2, 0.3]), np.array([0.25, 0.5]))["auroc"].__round__(4)
+      0.8333
+
+    Reference: Hendrycks & Gimpel, `A Baseline for Detecting Misclassified and
+    Out-of-Distribution Examples <https://arxiv.org/abs/1610.02136>`_, ICLR 2017; FPR95
+    of Liang et al., `ODIN <https://arxiv.org/abs/1706.02690>`_, ICLR 2018.
+    """
+    both = np.concatenate([inside, outside])
+    if np.isnan(both).any():
+        return dict.fromkeys(("auroc", "aupr", "fpr95"), float("nan"))
+    is_outside = np.arange(len(both)) >= len(inside)
+    return {
+        "auroc": metrics.auroc(both, is_outside),
+        "aupr": metrics.average_precision(both, is_outside),
+        "fpr95": metrics.fpr_at_tpr(-both, ~is_outside, 0.95),
+    }

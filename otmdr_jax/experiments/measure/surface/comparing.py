@@ -1,0 +1,87 @@
+"""Whether landscapes of several runs can stand side by side."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from otmdr_jax.experiments.measure.surface import measuring, solutions
+from otmdr_jax.experiments.measure.surface.files import check_folder
+from otmdr_jax.experiments.measure.surface.plan import Plan
+
+
+def check_comparison(
+    folders: Sequence[str | os.PathLike],
+    targets: Sequence[str | os.PathLike],
+    plan: Plan,
+    *,
+    data_dir: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Checks every run of a comparison before the first is measured.
+
+    Each is opened as it will be to be measured, one after the other: no two are held in
+    memory. Their losses are compared on the same examples, whatever else the runs were
+    trained on, and along the same directions, which needs weights of the same shapes.
+
+    Args:
+      folders: The runs.
+      targets: For each the folder of its landscape.
+      plan: Of each landscape, of kind "random" or "hessian".
+      data_dir: Folder of prepared TFDS data, if no longer where the runs found it.
+      overwrite: Whether landscapes of other settings may be replaced.
+
+    Raises:
+      FileNotFoundError, FileExistsError: As of
+        :func:`otmdr_jax.experiments.measure.surface.measure`.
+      ValueError: Likewise; or examples or weights of two runs differ.
+    """
+    for target in targets:
+        check_folder(pathlib.Path(target))
+    first: _Compared | None = None
+    for folder, target in zip(folders, targets, strict=True):
+        other = _open(folder, target, plan, data_dir, overwrite)
+        first = first or other
+        both = f"{folders[0]} and {folder}"
+        if first.shapes != other.shapes:
+            raise ValueError(
+                f"{both} have weights of different shapes ({first.network}; "
+                f"{other.network}), so that no direction is one of both: only runs of "
+                "one architecture and one number of members are compared. Show each by "
+                "itself: otmdr landscape RUN."
+            )
+        if first.examples != other.examples:
+            raise ValueError(
+                f"{both} have different examples in their {plan.split} sets "
+                f"({first.data}; {other.data}), and losses are compared on the same "
+                "ones alone. Runs that were trained on other images or labels may "
+                "share a test set: --split test."
+            )
+
+
+class _Compared(NamedTuple):
+    """What two runs must have in common, and how they are named in errors."""
+
+    shapes: Any
+    examples: int
+    network: str
+    data: str
+
+
+def _open(folder, target, plan, data_dir, overwrite) -> _Compared:
+    """Opens a run, which is let go when this returns."""
+    opened = measuring.open_runs(
+        [folder], plan, target, data_dir=data_dir, overwrite=overwrite
+    )
+    (solution,) = opened.found
+    names = ", ".join(dict.fromkeys(solution.run.config.member_names))
+    shown = solutions.examples(solution, plan.split, plan.num_examples)
+    return _Compared(
+        jax.tree.map(np.shape, solution.weights),
+        solutions.checksum(tuple(shown)),
+        f"{names}, members shown: {len(solution.members)}",
+        solution.run.meta["data"],
+    )

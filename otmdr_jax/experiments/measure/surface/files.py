@@ -1,0 +1,217 @@
+"""The files of a landscape, which an interrupted one goes on from.
+
+landscape.json          what was measured, and the losses
+landscape.npz           the same numbers, exact: axis0, axis1, losses, points
+landscape.partial.npz   the losses so far of a grid that is not finished
+landscape_comparison.json   whose pictures these are, in the folder of a comparison
+"""
+
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from otmdr_jax.experiments import run_folder
+from otmdr_jax.experiments.programs import environment
+
+NAME = "landscape"
+PICTURES = (f"{NAME}.png", f"{NAME}_surface.png")
+COMPARISON = f"{NAME}_comparison.json"
+
+_ELSEWHERE = "name another folder with --output"
+# What files raise that are not what their names say.
+_UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def read(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The record of a finished landscape, losses exact; None where there is none.
+
+    Raises:
+      ValueError: There are files of these names which are no landscape.
+    """
+    path = pathlib.Path(folder) / f"{NAME}.json"
+    if not path.exists():
+        return None
+    exact = path.with_suffix(".npz")
+    try:
+        record = _read_json(path)
+        if not exact.is_file():
+            raise ValueError(f"{exact.name} is not beside it")
+        try:
+            with np.load(exact, allow_pickle=False) as arrays:
+                record["losses"] = arrays["losses"].tolist()  # JSON has no NaN
+        except _UNREADABLE as error:
+            raise ValueError(f"{exact.name} holds no losses") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be a landscape that `otmdr landscape` wrote, but {error}. "
+            f"Replace it with --overwrite, move it away, or {_ELSEWHERE}."
+        ) from error
+    return record
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        dict(record["settings"]), len(record["axes"])
+    except _UNREADABLE as error:
+        raise ValueError("it holds none") from error
+    return record
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raises FileExistsError where a file stands in the way of a folder."""
+    there = next((x for x in (folder, *folder.parents) if x.exists()), None)
+    if there is not None and not there.is_dir():
+        raise FileExistsError(
+            f"{there} is a file, and a landscape's files need a folder: {_ELSEWHERE}."
+        )
+
+
+def check_pictures(
+    folder: pathlib.Path, comparison: dict[str, Any] | None, overwrite: bool
+) -> bool:
+    """Refuses to replace pictures that are not of the landscapes to be drawn.
+
+    Args:
+      folder: Where they will be.
+      comparison: The settings of a comparison; None for a landscape of its own, whose
+        landscape.json says which settings it is of.
+      overwrite: Whether they may be replaced whatever they are.
+
+    Returns:
+      Whether the picture of a surface, if there is one, is of a landscape that will be
+      replaced, and has to go where the new one has no surface.
+
+    Raises:
+      FileExistsError: There are pictures that were not made by `otmdr landscape`, or of
+        another comparison; or the folder is a file.
+    """
+    check_folder(folder)
+    mark, record = folder / COMPARISON, folder / f"{NAME}.json"
+    if mark.exists():
+        if comparison is None and not overwrite:
+            raise FileExistsError(
+                f"{folder} holds a comparison of landscapes. Replace its pictures with "
+                f"--overwrite, or {_ELSEWHERE}."
+            )
+        if comparison is not None:
+            run_folder.check_record(mark, comparison, overwrite, _ELSEWHERE)
+        try:
+            return json.loads(mark.read_text())["settings"]["dimensions"] == 2
+        except _UNREADABLE:
+            return False
+    if comparison is None and record.exists():
+        try:
+            return len(_read_json(record)["axes"]) == 2
+        except ValueError:
+            return False  # Files says so
+    found = [name for name in PICTURES if (folder / name).exists()]
+    if found and not overwrite:
+        what = "this comparison" if comparison is not None else "a landscape"
+        raise FileExistsError(
+            f"{folder} holds {' and '.join(found)}, not of {what}. Replace with "
+            f"--overwrite, or {_ELSEWHERE}."
+        )
+    return False
+
+
+def mark_pictures(folder: pathlib.Path, comparison: dict[str, Any] | None) -> None:
+    """Says whose the pictures are that are about to be drawn.
+
+    Args:
+      folder: Where they will be.
+      comparison: As of :func:`check_pictures`.
+    """
+    if comparison is None:
+        (folder / COMPARISON).unlink(missing_ok=True)
+    else:
+        run_folder.write_json(folder / COMPARISON, {"settings": comparison})
+
+
+class Files:
+    """The files of one landscape in a folder."""
+
+    def __init__(self, folder: pathlib.Path, settings: dict[str, Any], overwrite: bool):
+        """Refuses a folder with a landscape of other settings, or foreign files."""
+        check_folder(folder)
+        self.folder, self.settings, self._overwrite = folder, settings, overwrite
+        self.partial = folder / f"{NAME}.partial.npz"
+        self._known: tuple[np.ndarray, float, int | None] = np.empty(0), 0.0, None
+        device = {name: environment()[name] for name in ("device", "jax")}
+        self._of_partial = {**settings, **device}
+        self._record = None
+        record = None if overwrite else read(folder)
+        theirs, known = self._read_partial() if self.partial.exists() else ({}, None)
+        if known is not None and theirs == self._of_partial:
+            self._known = known
+            return
+        if overwrite:
+            return
+        if record is not None and record["settings"] == settings:
+            self._record = record
+        elif known is not None:
+            self._refuse("an unfinished landscape", theirs, self._of_partial)
+        elif record is not None:
+            self._refuse("a landscape", record["settings"], settings)
+        elif (folder / f"{NAME}.npz").exists():
+            raise FileExistsError(
+                f"{folder} holds a {NAME}.npz without the {NAME}.json of a landscape. "
+                f"Replace it with --overwrite, move it away, or {_ELSEWHERE}."
+            )
+
+    def _read_partial(self):
+        """Settings, and what :meth:`known` returns; None where it may be replaced."""
+        try:
+            with np.load(self.partial, allow_pickle=False) as arrays:
+                theirs = dict(json.loads(str(arrays["settings"])))
+                seconds, at_once = float(arrays["seconds"]), int(arrays["at_once"])
+                return theirs, (arrays["losses"], seconds, at_once)
+        except _UNREADABLE as error:
+            if self._overwrite:
+                return {}, None
+            raise ValueError(
+                f"{self.partial} should hold the losses so far of an unfinished "
+                "landscape, and cannot be read. Remove it, begin anew with "
+                f"--overwrite, or {_ELSEWHERE}."
+            ) from error
+
+    def _refuse(self, what, theirs, ours):
+        raise run_folder.other_settings(
+            f"{self.folder} holds {what}", theirs, ours, _ELSEWHERE
+        )
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of this very landscape, if it is there already."""
+        return self._record
+
+    def known(self) -> tuple[np.ndarray, float, int | None]:
+        """Losses so far, the seconds that they took, points at once if it matters."""
+        return self._known
+
+    def save(self, losses: np.ndarray, seconds: float, at_once: int) -> None:
+        """Saves the losses so far, for the same command to go on from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {
+            "losses": losses,
+            "seconds": seconds,
+            "at_once": at_once,
+            "settings": json.dumps(self._of_partial),
+        }
+        run_folder.write_arrays(self.partial, arrays)
+
+    def finish(self, record, axes, losses, points) -> None:
+        """Writes the record; only then the losses so far go."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arrays = {f"axis{i}": axis for i, axis in enumerate(axes)}
+        if points is not None:
+            arrays["points"] = points
+        arrays |= {"losses": losses}
+        run_folder.write_arrays(self.folder / f"{NAME}.npz", arrays)
+        run_folder.write_json(self.folder / f"{NAME}.json", record)
+        self.partial.unlink(missing_ok=True)

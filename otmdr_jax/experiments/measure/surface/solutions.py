@@ -1,0 +1,220 @@
+"""From a trained run to a weight vector, and to the loss as a function of it."""
+
+import dataclasses
+import os
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otmdr_jax import data as data_lib
+from otmdr_jax import landscape
+from otmdr_jax.core import tree
+from otmdr_jax.data import Split
+from otmdr_jax.experiments import (
+    building,
+    centers,
+    checkpoint,
+    members,
+    predictors,
+    restore,
+)
+from otmdr_jax.experiments.measure.surface.plan import Plan
+from otmdr_jax.experiments.members import steps_taken
+from otmdr_jax.experiments.programs import loss_sum
+from otmdr_jax.experiments.restore import Restored
+
+PyTree = Any
+
+
+class Solution(NamedTuple):
+    """A run as one weight vector.
+
+    Attributes:
+      run: The run at its checkpoint.
+      members: Those that are shown: one, or all that have not diverged.
+      network: What they are together: a model of the zoo, or a joint one.
+      step: Steps that were taken.
+      weights: The weight vector; of a posterior its mean.
+      model_state: BatchNorm's running statistics.
+    """
+
+    run: Restored
+    members: tuple[int, ...]
+    network: Any
+    step: int
+    weights: PyTree
+    model_state: PyTree
+
+
+def open_solution(
+    folder: str | os.PathLike, plan: Plan, data_dir: str | None = None
+) -> Solution:
+    """Loads a run.
+
+    Args:
+      folder: Its folder.
+      plan: Which checkpoint, which member.
+      data_dir: Folder of prepared TFDS data, if no longer where the run found it.
+
+    Raises:
+      FileNotFoundError: The folder is no run, or has no such checkpoint.
+      ValueError: There is no such split, checkpoint or member.
+    """
+    given = {} if data_dir is None else {"data_dir": data_dir}
+    run = restore.open_run(
+        folder, plan.checkpoint, split=plan.split, predicts=False, **given
+    )
+    config = run.config
+    count = len(config.member_names) if config.members is not None else 1
+    chosen: Sequence[int] = [m for m in range(count) if m not in run.diverged]
+    if plan.member is not None:
+        if config.members is None:
+            raise ValueError(f"{folder} is a single model: leave --member out.")
+        if not 0 <= plan.member < count:
+            raise ValueError(
+                f"{folder} has the members 0 to {count - 1}, got --member "
+                f"{plan.member}."
+            )
+        chosen = [plan.member]
+    chosen = tuple(chosen or range(count))
+    separate = dataclasses.replace(config, ensemble="independent")
+    # Without dropout: a landscape is one of weights.
+    networks = building.networks(separate, run.dataset.num_classes, drops=False)
+    if not config.stacked:
+        networks = tuple(networks[m] for m in chosen)
+    network: Any = networks[0]
+    if len(chosen) > 1:
+        network = members.JointModel(networks, len(chosen), config.member_map)
+    weights, model_state = weights_of(run, run.state, chosen)
+    return Solution(run, chosen, network, steps_taken(run.state), weights, model_state)
+
+
+def weights_of(
+    run: Restored, state: PyTree, chosen: Sequence[int]
+) -> tuple[PyTree, PyTree]:
+    """The weights of members in a state, and their statistics.
+
+    Args:
+      run: The run.
+      state: Its state at any checkpoint.
+      chosen: The members. Several are stacked where they are of one architecture, else
+        a tuple, as :class:`otmdr_jax.experiments.members.JointModel` has them.
+    """
+    config = run.config
+    if config.members is None or config.ensemble == "independent":
+        every = [
+            (centers.weights_of(one.params), one.model_state)
+            for one in predictors.trained(config, state)
+        ]
+    else:
+        both = state.params, state.model_state
+        count = len(config.member_names)
+        every = (
+            [jax.tree.map(lambda x, m=m: x[m], both) for m in range(count)]
+            if config.stacked
+            else list(zip(*both, strict=True))
+        )
+    if len(chosen) == 1:
+        return every[chosen[0]]
+    weights, model_states = zip(*(every[m] for m in chosen), strict=True)
+    return _join(run, weights), _join(run, model_states)
+
+
+def random_directions(solution: Solution, seed: int, count: int) -> list[PyTree]:
+    """Filter-normalised random directions, each member's at the scale of its filters.
+
+    Args:
+      solution: Of one member or several, each of which has a direction of its own.
+      seed: The same for solutions that are to be compared.
+      count: How many.
+    """
+    root = jax.random.key(seed)
+    found = []
+    for axis in range(count):
+        key = jax.random.fold_in(root, axis)
+        if len(solution.members) == 1:
+            found.append(landscape.random_direction(solution.weights, key))
+            continue
+        each = [
+            landscape.random_direction(
+                weights_of(solution.run, solution.run.state, [m])[0],
+                jax.random.fold_in(key, m),
+            )
+            for m in solution.members
+        ]
+        found.append(_join(solution.run, each))
+    return found
+
+
+def checkpoints_of(solution: Solution, dimensions: int) -> tuple[list[int], list]:
+    """Steps and weights of a run's checkpoints, up to the one that is shown.
+
+    Raises:
+      ValueError: There are too few.
+    """
+    run = solution.run
+    weights = []
+    with checkpoint.Checkpoints(run.folder / "checkpoints", read_only=True) as saved:
+        steps = [step for step in saved.steps() if step <= solution.step]
+        if len(steps) <= dimensions:
+            raise ValueError(
+                f"a trajectory of {dimensions} dimensions needs at least "
+                f"{dimensions + 1} checkpoints, but {run.folder} holds those of steps "
+                f"{steps}: train with --keep-checkpoints 100 and --checkpoint-every "
+                "STEPS, a tenth of the run or less."
+            )
+        template = restore.template(run.config, run.programs)
+        for step in steps:
+            state = saved.restore(template, step).state
+            # On the host: the device need not hold the whole trajectory.
+            own, _ = weights_of(run, state, solution.members)
+            weights.append(jax.device_get(own))
+    return steps, weights
+
+
+def examples(solution: Solution, split: str, num_examples: int) -> Split:
+    """At most so many examples of a part of a run's data, evenly spread."""
+    data: Split = getattr(solution.run.dataset, split)
+    count = min(data.num_examples, num_examples)
+    rows = np.linspace(0, data.num_examples - 1, count).astype(int)
+    return Split(data.images[rows], data.labels[rows])
+
+
+def objective(
+    solution: Solution, split: str, num_examples: int, anew: bool
+) -> tuple[Any, list[Any], int]:
+    """The loss as a function of weights, its batches on the device, and their size.
+
+    Args:
+      solution: The solution.
+      split: Which part of the data.
+      num_examples: At most so many, evenly spread.
+      anew: Whether BatchNorm has the statistics of these examples at each point; they
+        are one batch then.
+    """
+    run = solution.run
+    part = examples(solution, split, num_examples)
+    count = part.num_examples
+    size = count if anew else min(count, run.config.eval_batch_size)
+    batches = [
+        (*map(jnp.asarray, batch), solution.model_state)
+        for batch in data_lib.eval_batches(part, size)
+    ]
+    function = loss_sum(solution.network, run.dataset.mean, run.dataset.std, anew)
+    return function, batches, count
+
+
+def checksum(*solutions: PyTree) -> int:
+    """A checksum of weights, or of other arrays."""
+    found = 0
+    for leaf in jax.tree.leaves(solutions):
+        found = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), found)
+    return found
+
+
+def _join(run, each):
+    return tree.stack(list(each)) if run.config.stacked else tuple(each)

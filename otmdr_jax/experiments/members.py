@@ -1,0 +1,314 @@
+"""The members of a training run: one model, M of one architecture, or several.
+
+Methods, states and steps are written for one model; here they are mapped over members.
+The state of M models of one architecture is a `TrainState` with a leading axis of M on
+every leaf, that of different architectures a tuple of `TrainState`. Every member has
+its own key, and with it initialisation, augmentation, splits and noise; its own
+optimizer state and statistics; and is skipped on its own where its step is not finite.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from otmdr_jax import baselines, ensemble
+from otmdr_jax.core import collectives, mapping, tree
+from otmdr_jax.experiments.methods import Method, TrainState
+
+PyTree = Any
+Step = Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+
+
+def lift(
+    methods: Method | Sequence[Method], count: int | None = None, how: str = "auto"
+) -> Method:
+    """An ensemble of independent members as one method.
+
+    Member m takes the steps of a run of its own whose state's key is the m-th: to the
+    bit where members are scanned, to rounding where they are mapped in another way,
+    since XLA then groups and orders the sums of several members differently.
+
+    Args:
+      methods: One method for M members of one architecture, or a sequence of M.
+      count: M, where there is one method.
+      how: How members of one architecture are mapped: "vmap", "unroll", "scan", "auto".
+
+    Returns:
+      A method. `init(key, images)` splits the key into M, or takes M keys; metrics of
+      `step` are (M,); `predict` gives the (M S, B, C) log-probabilities of all.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from otmdr_jax import members, methods, models
+      >>> one = methods.create("sgd", models.create("cnn_small", 10), optax.sgd(0.1))
+      >>> method = members.lift(one, 3)
+      >>> images, labels = jnp.zeros((4, 8, 8, 1)), jnp.arange(4)
+      >>> state = method.init(jax.random.key(0), images)
+      >>> state, metrics = jax.jit(method.step)(state, (images, labels))
+      >>> metrics["loss"].shape, method.predict(state, images).shape
+      ((3,), (3, 4, 10))
+    """
+    each = [methods] if isinstance(methods, Method) else list(methods)
+    if (count is None) == (len(each) == 1) or (count is not None and count < 1):
+        raise ValueError(
+            "give one method and the number of members, or several methods; got "
+            f"{len(each)} and count={count!r}."
+        )
+    step = lift_step(
+        [lambda state, own, batch, m=m: m.step(state, batch) for m in each], how
+    )
+    return Method(
+        init=lambda key, images: init([m.init for m in each], count, key, images),
+        step=lambda state, batch: step(state, None, batch),
+        predict=lambda state, images: predict(
+            [m.predict for m in each], state, images, how
+        ),
+        **_settling(each, how),
+    )
+
+
+def init(
+    inits: Sequence[Callable], count: int | None, key: jax.Array, images: Any
+) -> PyTree:
+    """Initial states of all members; see :func:`lift`."""
+    members = len(inits) if count is None else count
+    keys = ensemble.member_keys(key, members)
+    if count is None:
+        return tuple(f(k, images) for f, k in zip(inits, keys, strict=True))
+    # Drawn as each member alone would be: vmap changes no bit of a PRNG.
+    return jax.vmap(lambda k: inits[0](k, images))(keys)
+
+
+def lift_step(steps: Sequence[Step], how: str = "auto", axis_name: Any = None) -> Step:
+    """Maps a step over members.
+
+    Args:
+      steps: One for members of one architecture, or one for each. Each is (state, own,
+        token, *shared) -> (state, metrics), all of whose work depends on the token (a
+        batch, an index), which is what unrolled members wait for each other with.
+      how: As in :func:`lift`.
+      axis_name: Device axis that stacked members are spread over.
+
+    Returns:
+      (states, own, token, *shared) -> (states, metrics): `own` is None or has a leading
+      axis of M, of all members; metrics are (M,), of all members on every device.
+    """
+
+    def step(states, own, token, *shared):
+        if axis_name is not None and own is not None:
+            here = states.step.shape[0]
+            start = here * jax.lax.axis_index(axis_name)
+            own = jax.lax.dynamic_slice_in_dim(own, start, here)
+
+        def of_member(function):
+            return lambda wait, state, own: function(state, own, wait(token), *shared)
+
+        found = _each([of_member(f) for f in steps], (states, own), how)
+        if len(steps) > 1:
+            states, metrics = zip(*found, strict=True)
+            return states, tree.stack(metrics)
+        states, metrics = found
+        return states, _of_all(metrics, axis_name)
+
+    return step
+
+
+def predict(
+    predicts: Sequence[Callable], states: PyTree, images: jax.Array, how: str = "auto"
+) -> jax.Array:
+    """(M S, B, C) log-probabilities of M members with S samples each."""
+
+    def of_member(function):
+        return lambda wait, state: function(state, wait(images))
+
+    found = _each([of_member(f) for f in predicts], (states,), how)
+    if len(predicts) > 1:
+        return jnp.concatenate(found)
+    return found.reshape(-1, *found.shape[2:])  # (M, S, B, C) -> (M S, B, C)
+
+
+def _settling(methods, how):
+    """The functions of :class:`Method` that most methods have not."""
+    found = [m.batch_statistics for m in methods if m.batch_statistics is not None]
+    settles = [m.settle for m in methods if m.settle is not None]
+    if not found:
+        return {}
+    return {
+        "batch_statistics": lambda state, images: batch_statistics(
+            found, state, images, how
+        ),
+        "settle": lambda state, statistics: settle(settles, state, statistics),
+    }
+
+
+def batch_statistics(
+    functions: Sequence[Callable], states: PyTree, images: jax.Array, how: str = "auto"
+) -> PyTree:
+    """Each member's BatchNorm statistics of a batch, stacked or a tuple as states."""
+
+    def of_member(function):
+        return lambda wait, state: function(state, wait(images))
+
+    return _each([of_member(f) for f in functions], (states,), how)
+
+
+def settle(functions: Sequence[Callable], states: PyTree, statistics: PyTree) -> PyTree:
+    """Gives the members statistics to predict with; see :class:`Method`."""
+    if len(functions) == 1:
+        return functions[0](states, statistics)
+    parts = zip(functions, states, statistics, strict=True)
+    return tuple(function(state, own) for function, state, own in parts)
+
+
+def separate(state: PyTree) -> list[TrainState]:
+    """The states of all members, one by one; of one model, a list of one."""
+    if not isinstance(state, TrainState):
+        return list(state)
+    if jnp.ndim(state.step) == 0:
+        return [state]
+    count = state.step.shape[0]
+    return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
+
+
+def join(states: Sequence[TrainState], stacked: bool) -> PyTree:
+    """The inverse of :func:`separate` for an ensemble."""
+    return tree.stack(states) if stacked else tuple(states)
+
+
+def opt_states(state: PyTree) -> PyTree:
+    """The optimizer states of all members."""
+    if isinstance(state, TrainState):
+        return state.opt_state
+    return tuple(member.opt_state for member in state)
+
+
+def steps_taken(state: PyTree) -> int:
+    """Steps taken so far, the same for all members."""
+    step = (state if isinstance(state, TrainState) else state[0]).step
+    if isinstance(step, jax.Array):  # of members on other hosts, what is here
+        step = step.addressable_data(0)
+    return int(np.ravel(step)[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class JointModel:
+    """Several networks as one, whose logits are the log of their mean probability.
+
+    Given to :func:`otmdr_jax.experiments.methods.create` it makes the released code's
+    joint
+    variant: one loss on the mean probability, one gradient norm over all members. See
+    :func:`otmdr_jax.ensemble.joint_loss`, which is the same for any loss.
+
+    Attributes:
+      models: One for members of one architecture, or one for each.
+      count: M.
+      how: As in :func:`lift`.
+    """
+
+    models: tuple[Any, ...]
+    count: int
+    how: str = "auto"
+
+    def init(self, key: jax.Array, images: Any) -> tuple[PyTree, PyTree]:
+        """Draws every member's parameters and statistics."""
+        keys = jax.random.split(key, self.count)
+        if len(self.models) == 1:
+            return jax.vmap(lambda k: self.models[0].init(k, images))(keys)
+        found = [m.init(k, images) for m, k in zip(self.models, keys, strict=True)]
+        params, states = zip(*found, strict=True)
+        return params, states
+
+    @property
+    def dropout(self) -> float:
+        """The highest rate of dropout of the members."""
+        return max(baselines.rate_of(model) for model in self.models)
+
+    def apply(
+        self,
+        params: PyTree,
+        state: PyTree,
+        images: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, PyTree]:
+        """(B, C) logarithms of the mean probability, and the new statistics."""
+        log_probs, state = self.apply_members(
+            params, state, images, train=train, keys=keys
+        )
+        return ensemble.log_mean_probs(log_probs), state
+
+    def apply_members(
+        self,
+        params: PyTree,
+        state: PyTree,
+        images: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
+    ) -> tuple[jax.Array, PyTree]:
+        """(M, B, C) log-probabilities of the members, and the new statistics."""
+
+        def of_member(model):
+            def member(wait, params, state, number):
+                del wait  # their backward passes run together
+                dropped = {} if keys is None else {"keys": _own(keys, number)}
+                logits, state = model.apply(
+                    params, state, images, train=train, **dropped
+                )
+                wide = logits.astype(tree.accumulation_dtype(logits))
+                return jax.nn.log_softmax(wide), state
+
+            return member
+
+        numbers = None if keys is None else jnp.arange(self.count)
+        columns = (params, state, numbers)
+        found = _each([of_member(m) for m in self.models], columns, self.how)
+        if len(self.models) == 1:
+            return found
+        log_probs, states = zip(*found, strict=True)
+        return jnp.stack(log_probs), states
+
+
+def joint(method: Method, model: JointModel) -> Method:
+    """A method of a :class:`JointModel` whose prediction tells the members apart."""
+
+    def predict(state, images):
+        params, model_state = state.params, state.model_state
+        return model.apply_members(params, model_state, images, train=False)[0]
+
+    return method._replace(predict=predict)
+
+
+def _own(keys, number):
+    """A member's own keys of examples, or of all of them."""
+    fold = jax.random.fold_in
+    return jax.vmap(fold, (0, None))(keys, number) if keys.ndim else fold(keys, number)
+
+
+def _each(functions, columns, how):
+    """One function is for all members of one architecture.
+
+    On CPUs a scan is the fastest map and takes the memory of one member
+    (benchmarks/ensemble.py): the zoo's convolutions are not slow in a loop.
+    """
+    if how == "auto" and jax.default_backend() == "cpu":
+        how = "scan"
+    return mapping.each(functions if len(functions) > 1 else functions[0], columns, how)
+
+
+def _of_all(metrics, axis_name):
+    """Metrics (M,) of every device, joined: the same on all devices."""
+    axes = collectives.axes_of(axis_name)
+    if not axes:
+        return metrics
+    return {
+        name: collectives.pmean(
+            collectives.slots(x.astype(tree.accumulation_dtype(x)), axes), axes
+        )
+        for name, x in metrics.items()
+    }

@@ -1,0 +1,102 @@
+"""What a configuration names of its surroundings: data and devices, checked."""
+
+from jax.sharding import Mesh
+
+from otmdr_jax import data as data_lib
+from otmdr_jax import parallel
+from otmdr_jax.core.gradient import PAPER_RHO
+from otmdr_jax.data import Dataset
+from otmdr_jax.experiments import building
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.methods import PARTICLES
+
+# With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
+# He, 2018 ("Group Normalization", figure 1) errors rise below 16.
+FEW_IMAGES = 16
+
+
+def load_data(config: TrainConfig) -> Dataset:
+    """Loads the data that a configuration names."""
+    count = config.validation
+    return data_lib.load(
+        config.data,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        download=config.download,
+        in_memory={"auto": None, "disk": False}.get(config.input, True),
+        validation=count if count < 1 else int(count),
+        label_noise=config.label_noise,
+        seed=config.data_seed,
+    )
+
+
+def make_mesh(config: TrainConfig) -> Mesh | None:
+    """The devices that a configuration names; None for a single one.
+
+    Raises:
+      ValueError: They do not divide the batch, or it names a "member" axis.
+    """
+    mesh = parallel.make_mesh(config.mesh)
+    axes = ("data", "particle", "member")
+    data, particle, member = (parallel.axis_size(mesh, axis) for axis in axes)
+    if member > 1 and not (config.members and config.stacked):
+        raise ValueError(
+            f"mesh={config.mesh!r}: a member axis needs members of one architecture, "
+            f"as --members 4; members={config.members!r}."
+        )
+    if member > 1 and config.ensemble == "joint":
+        raise ValueError(
+            f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
+            "every pass; spread the data, or use --ensemble independent."
+        )
+    if particle > 1 and config.gradient_method not in PARTICLES:
+        raise ValueError(
+            f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
+            "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
+        )
+    of_members = len(config.member_names)
+    for name, value, devices in (
+        ("batch_size", config.batch_size, data),
+        ("num_particles", config.num_particles, particle),
+        ("members", of_members, member),
+    ):
+        if value % devices:
+            raise ValueError(
+                f"{name}={value} cannot be divided evenly over the "
+                f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
+                "fewer devices, as --mesh data=1."
+            )
+    parts = building.num_subbatches(config)
+    if parts > 1 and (parts % data or config.batch_size % parts):
+        raise ValueError(
+            f"{parts} sub-batches of one size, as {config.method} here has them, "
+            f"need a multiple of the {data} devices on data that divides "
+            f"batch_size={config.batch_size}: set --num-subbatches, --batch-size, or "
+            "fewer devices (--mesh data=1)."
+        )
+    radii = len(config.rho or PAPER_RHO)
+    if config.gradient_method in PARTICLES and config.split != "shared":
+        if config.batch_size // max(data, parts) < radii:
+            raise ValueError(
+                f"batch_size={config.batch_size} over {data} devices leaves each fewer "
+                f"examples than the {radii} radii in rho, each of which needs a part: "
+                "use a larger batch or fewer devices on data."
+            )
+    return mesh if mesh.size > 1 else None
+
+
+def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
+    """A warning where BatchNorm's statistics are of very few images a device."""
+    data = parallel.axis_size(mesh, "data")
+    # Sub-batches divide a device's images where they are more than the devices.
+    parts = max(building.num_subbatches(config) // data, 1)
+    if config.gradient_method in PARTICLES and config.split != "shared":
+        parts *= len(config.rho or PAPER_RHO)
+    images = config.batch_size // data // parts
+    if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
+        return None
+    return (
+        f"BatchNorm sees only {images} images a pass on each of {data} devices, which "
+        "makes for poor statistics: use --sync-batchnorm, a larger --batch-size, or "
+        "fewer devices (--mesh data=1)"
+    )

@@ -1,0 +1,77 @@
+"""Tables and plots of finished training runs.
+
+A run folder holds config.json, metrics.jsonl, result.json and predictions.npz:
+
+    runs = [read_run(folder) for folder in folders]
+    print_table(summarise(runs))                # mean ± std over the seeds of a method
+    write("report", runs, title="CIFAR-10")     # report.md, pictures, exact numbers
+
+Rich and matplotlib are loaded when something is printed or drawn, not before.
+"""
+
+from otmdr_jax.experiments.report.landscape import (
+    contour_figure,
+    line_figure,
+    plot_landscape,
+    surface_figure,
+)
+from otmdr_jax.experiments.report.page import check_folder, write
+from otmdr_jax.experiments.report.plots import (
+    learning_curves_figure,
+    plot_learning_curves,
+    plot_reliability,
+    reliability_figure,
+)
+from otmdr_jax.experiments.report.posterior import (
+    plot_signal_to_noise,
+    signal_to_noise_figure,
+)
+from otmdr_jax.experiments.report.reading import (
+    Run,
+    label_of,
+    member_runs,
+    read_run,
+    with_distinct_labels,
+)
+from otmdr_jax.experiments.report.shift import plot_shift, print_shift, shift_figure
+from otmdr_jax.experiments.report.tables import (
+    DEFAULT_COLUMNS,
+    Cell,
+    Column,
+    Row,
+    known_columns,
+    markdown_table,
+    print_table,
+    summarise,
+)
+
+__all__ = [
+    "DEFAULT_COLUMNS",
+    "Cell",
+    "Column",
+    "Row",
+    "Run",
+    "check_folder",
+    "contour_figure",
+    "known_columns",
+    "label_of",
+    "learning_curves_figure",
+    "line_figure",
+    "markdown_table",
+    "member_runs",
+    "plot_landscape",
+    "plot_learning_curves",
+    "plot_reliability",
+    "plot_shift",
+    "plot_signal_to_noise",
+    "print_shift",
+    "print_table",
+    "read_run",
+    "reliability_figure",
+    "shift_figure",
+    "signal_to_noise_figure",
+    "summarise",
+    "surface_figure",
+    "with_distinct_labels",
+    "write",
+]

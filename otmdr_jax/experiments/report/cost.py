@@ -1,0 +1,173 @@
+"""What methods cost, and whether seeds tell them apart: tables and a plot of rows.
+
+Rows are those of :func:`otmdr_jax.experiments.sweep.run`.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report.records import Table
+from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column
+
+# Between points of one cost, as the logarithm of a factor.
+_APART = 0.035
+Rows = Sequence[dict[str, Any]]
+
+_PAIRED = tuple(
+    column
+    for column in DEFAULT_COLUMNS
+    if column.name in ("accuracy", "nll", "ece", "brier")
+)
+
+
+def table(rows: Rows) -> Table:
+    """A line for each label: gradients, seconds and memory of a run, means."""
+    lines = []
+    for label, group in _groups(rows).items():
+        done = [row for row in group if row["status"] == "finished"]
+        diverged = len(group) - len(done)
+        lines.append(
+            [
+                label,
+                f"{len(done)}" + (f" ({diverged} diverged)" if diverged else ""),
+                _mean(done, "gradient_evaluations", "{:,.0f}"),
+                _mean(done, "seconds", "{:.1f}"),
+                _mean(done, "memory_mib", "{:.1f}"),
+            ]
+        )
+    return ["Method", "n", "Gradients", "Seconds", "Memory of a step (MiB)"], lines
+
+
+def paired_table(rows: Rows, baseline: str) -> Table:
+    """Differences from a baseline over the seeds that both have, by the paired t-test.
+
+    Args:
+      rows: The rows.
+      baseline: A label.
+
+    Returns:
+      A line for each other label: of each metric the mean difference and the two-sided
+      p-value of Student's paired t-test over seeds; "-" with fewer than two seeds.
+
+    Reference: Student, 1908; SciPy's `ttest_rel`.
+    """
+    groups = _groups(rows)
+    lines = []
+    for label, group in groups.items():
+        if label != baseline:
+            cells = [_paired(group, groups[baseline], column) for column in _PAIRED]
+            lines.append([label, *cells])
+    return ["Method", *(f"Δ {c.title.rstrip(' ↑↓')}" for c in _PAIRED)], lines
+
+
+def paired_difference(
+    rows: Rows, others: Rows, name: str
+) -> tuple[float, float, int] | None:
+    """Mean difference over common seeds, the p-value and how many seeds there are.
+
+    None where no seed has both numbers; a p-value of NaN with one seed alone.
+    """
+    mine = {row["seed"]: row.get(name) for row in rows}
+    other = {row["seed"]: row.get(name) for row in others}
+    found = [
+        value - other[seed]
+        for seed, value in mine.items()
+        if value is not None and other.get(seed) is not None
+    ]
+    if not found:
+        return None
+    gaps = np.array(found, np.float64)
+    if len(gaps) < 2:
+        return float(gaps[0]), float("nan"), 1
+    from scipy import stats  # comes with JAX
+
+    if not gaps.any():
+        return 0.0, 1.0, len(gaps)
+    with warnings.catch_warnings():  # all seeds differ by nearly the same: p is 0
+        warnings.simplefilter("ignore", RuntimeWarning)
+        tested = stats.ttest_1samp(gaps, 0.0)
+    return float(gaps.mean()), float(tested.pvalue), len(gaps)
+
+
+def figure(rows: Rows, *, narrow: bool = False) -> Any:
+    """Accuracy against the gradients that a run took; ± one standard deviation.
+
+    Points of equal cost are set side by side.
+
+    Args:
+      rows: The rows.
+      narrow: For a phone.
+
+    Returns:
+      A `matplotlib.figure.Figure` of one axes; a point's gid is "cost:LABEL".
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    picture = plots.new_figure(plots.NARROW if narrow else plots.WIDTH, 3.6)
+    from matplotlib import ticker
+
+    ax = picture.subplots()
+    # A finished run may predict NaN.
+    groups = {
+        label: [row for row in group if row.get("accuracy") is not None]
+        for label, group in _groups(rows).items()
+    }
+    costs = {
+        label: float(np.mean([row["gradient_evaluations"] for row in group]))
+        for label, group in groups.items()
+        if group
+    }
+    for i, (label, group) in enumerate(groups.items()):
+        if not group:
+            continue
+        beside = [other for other in costs if costs[other] == costs[label]]
+        place = beside.index(label) - (len(beside) - 1) / 2
+        x = costs[label] * math.exp(_APART * place)
+        y = 100.0 * np.array([row["accuracy"] for row in group])
+        bar = ax.errorbar(
+            x, y.mean(), y.std(ddof=1) if len(y) > 1 else 0.0,
+            color=plots.line_style(i)["color"], marker="osD^v<>P"[i % 8],
+            markersize=6, capsize=3, linestyle="none", label=plots.plain(label),
+        )  # fmt: skip
+        bar.lines[0].set_gid(f"cost:{label}")
+    ax.set_xscale("log")
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    ax.set_xlabel("Gradient evaluations of a run (whole batches)", fontsize=plots.LARGE)
+    ax.set_ylabel("Test accuracy (%)", fontsize=plots.LARGE)
+    ax.tick_params(labelsize=plots.SMALL, which="both")
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    handles, names = ax.get_legend_handles_labels()
+    plots.legend(picture, handles, names)
+    return picture
+
+
+def _groups(rows: Rows) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["label"], []).append(row)
+    return found
+
+
+def _mean(rows, name: str, form: str) -> str:
+    known = [row[name] for row in rows if row.get(name) is not None]
+    return form.format(math.fsum(known) / len(known)) if known else "-"
+
+
+def _paired(rows, others, column: Column) -> str:
+    found = paired_difference(rows, others, column.name)
+    if found is None:
+        return "-"
+    gap, p, count = found
+    shown = f"{column.scale * gap:+.{column.decimals}f}"
+    if math.isnan(p):
+        return f"{shown} (n = {count})"
+    value = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"{shown} ({value})"

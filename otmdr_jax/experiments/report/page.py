@@ -1,0 +1,210 @@
+"""A report as a folder: a page to read, pictures, and every number behind them."""
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from otmdr_jax import __version__
+from otmdr_jax.experiments.progress import Progress
+from otmdr_jax.experiments.report import content, document, plots, significance, tables
+from otmdr_jax.experiments.report.reading import Run, by_label
+
+# A results.json with this key marks a folder as a report. Its value is the version of
+# the files' layout.
+MARKER = "otmdr_report"
+_LAYOUT = 1
+_PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+
+
+def write(
+    folder: str | pathlib.Path,
+    runs: Iterable[Run],
+    title: str,
+    command: str | None = None,
+    *,
+    whole: bool = False,
+    baseline: str | None = None,
+    costs: Sequence[dict[str, Any]] | None = None,
+    show_progress: bool = False,
+) -> pathlib.Path:
+    """Writes a report on runs, or replaces an earlier one.
+
+    The files are report.md, its pictures, results.json (all rows and results) and
+    configs.json (each run's exact options); a whole report also has report.html, the
+    same page as one file with the pictures inside. Nothing is written if anything is
+    wrong with the runs.
+
+    Args:
+      folder: A new or empty folder, or one of an earlier report: that report's files
+        are replaced, other files are kept.
+      runs: The runs.
+      title: The page's heading.
+      command: What made the report, for the page.
+      whole: Everything that is known of the runs, with intervals, significance and
+        images; what is missing is named. Otherwise the table of results, learning
+        curves and reliability diagrams.
+      baseline: The label that a whole report compares with. Default: the first one.
+      costs: Rows of a sweep, see :func:`otmdr_jax.experiments.sweep.run`: what the runs
+        cost, and tests over seeds, in a whole report.
+
+      show_progress: Whether to show how many pictures are drawn.
+
+    Returns:
+      The path of report.html, or of report.md where there is none.
+
+    Raises:
+      FileExistsError: The folder holds something that is no report.
+      ImportError: matplotlib or markdown-it-py is not installed.
+      ValueError: No runs, a run given twice, or no such baseline.
+    """
+    folder, runs = pathlib.Path(folder), list(runs)
+    check_folder(folder)
+    _check_distinct(runs)
+    significance.check_baseline(by_label(runs), baseline)
+    rows = tables.summarise(runs, tables.known_columns(runs))
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    if whole:
+        page = content.everything(title, runs, versions, baseline, costs)
+    else:
+        page = content.comparison(title, runs, versions)
+    if command:
+        ending = document.Section("Command", (f"```\n{command}\n```",))
+        page = page._replace(sections=(*page.sections, ending))
+    # Drawn once: a second layout may move a line by a fraction of a pixel.
+    every = list(page.pictures)
+    pictures = {}
+    with Progress(len(every), 0, "drawing", show_progress, "pictures") as bar:
+        for i, one in enumerate(every, 1):
+            pictures[one.name] = plots.png(one.draw(False))
+            bar.update(i, {})
+    texts = {
+        # The marker comes first: a report that was cut off can be written again.
+        "results.json": _json(
+            {**_results(title, rows, runs), "pictures": list(pictures)}
+        ),
+        "configs.json": _json([{**_name(run), "config": run.config} for run in runs]),
+        "report.md": document.markdown(page),
+    }
+    if whole:
+        texts["report.html"] = document.html_page(page, pictures)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_pictures(folder, keep=pictures)
+    for name, text in texts.items():
+        scratch = folder / f"{name}.tmp"
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, folder / name)
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    return folder / list(texts)[-1]
+
+
+def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
+    """Removes pictures that an earlier report lists and this one has not."""
+    try:
+        earlier = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for name in set(earlier.get("pictures", [])) - set(keep):
+        (folder / f"{name}.png").unlink(missing_ok=True)
+
+
+def check_folder(folder: str | pathlib.Path) -> None:
+    """Checks that a report may be written here, before the work for it is done.
+
+    Args:
+      folder: Where :func:`write` shall write.
+
+    Raises:
+      FileExistsError: The folder holds something that is no report.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or MARKER not in content:
+        what = "is not empty and holds no report" if folder.is_dir() else "is a file"
+        raise FileExistsError(
+            f"{folder} {what} (no results.json with the key {MARKER!r}). Nothing was "
+            "written: name a new folder, or empty this one."
+        )
+
+
+def _check_distinct(runs: Sequence[Run]) -> None:
+    seen = set()
+    for run in runs:
+        if run.folder is None:
+            continue
+        path = pathlib.Path(run.folder).resolve()
+        if path in seen:
+            raise ValueError(
+                f"{run.folder} was given twice: a run counts once in a mean."
+            )
+        seen.add(path)
+
+
+def _results(title: str, rows: Sequence[tables.Row], runs: Sequence[Run]) -> dict:
+    return {
+        MARKER: _LAYOUT,
+        "title": title,
+        "versions": _versions(),
+        "rows": [
+            {
+                "label": row.label,
+                "n": row.n,
+                **{
+                    name: {"mean": cell.mean, "std": cell.std, "n": cell.n}
+                    for name, cell in row.cells.items()
+                },
+            }
+            for row in rows
+        ],
+        "runs": [{**_name(run), "result": run.result} for run in runs],
+    }
+
+
+def _name(run: Run) -> dict[str, Any]:
+    if run.folder is None:
+        return {"label": run.label, "folder": None}
+    # An absolute path means nothing on another machine.
+    path = pathlib.Path(run.folder)
+    return {
+        "label": run.label,
+        "folder": path.name if path.is_absolute() else path.as_posix(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"otmdr_jax": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """JSON's values alone: null for what is no number, lists for tuples."""
+    if isinstance(value, dict):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str)) else _other(value)
+
+
+def _other(value: Any) -> Any:
+    return None if value is None else str(value)

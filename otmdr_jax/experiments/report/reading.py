@@ -1,0 +1,307 @@
+"""A finished run, read from its folder and checked."""
+
+import json
+import pathlib
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from otmdr_jax.experiments import config as config_lib
+
+_NAMES = {
+    "sgd": "SGD",
+    "sam": "SAM",
+    "asam": "ASAM",
+    "otmdr": "OT-MDR",
+    "sgvb": "SGVB",
+    "otmdr-bnn": "OT-MDR-BNN",
+    "gsam": "GSAM",
+    "looksam": "LookSAM",
+    "fisher-sam": "Fisher SAM",
+    "bsam": "bSAM",
+    "ivon": "IVON",
+    "snapshot": "Snapshot",
+    "fge": "FGE",
+    "swa": "SWA",
+    "swag": "SWAG",
+    "laplace": "Laplace",
+    "dst": "DST",
+    "edst": "EDST",
+    "mc-dropout": "MC dropout",
+}
+_OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
+# What may differ between runs that are averaged: it is meant to, or changes no number.
+_FREE = {"seed"} | config_lib.RESUMABLE
+
+
+class Run(NamedTuple):
+    """One finished training run.
+
+    Attributes:
+      folder: Where it was read from; None for a run made in memory.
+      label: What it is grouped by in tables and plots.
+      config: The run's options.
+      result: Its final numbers on the test set, None where unknown.
+      history: The lines of metrics.jsonl in order.
+      log_probs: (N, C) log-probabilities on the test set.
+      labels: (N,) integers, the classes of the test set.
+    """
+
+    folder: pathlib.Path | None
+    label: str
+    config: dict[str, Any]
+    result: dict[str, Any]
+    history: list[dict[str, Any]]
+    log_probs: np.ndarray
+    labels: np.ndarray
+
+
+def label_of(config: Mapping[str, Any]) -> str:
+    """A short label of a run's method, for humans.
+
+    Args:
+      config: The run's options; "method", "base_method", "num_particles", "optimizer",
+        "laplace", "dropout", "prediction", "members" and "ensemble" are used.
+
+    Returns:
+      The method's written name, with K for OT-MDR; the method itself where no other
+      name is known. "sgd" is the plain gradient, so another optimizer gives its name.
+
+    Raises:
+      ValueError: The configuration names no method.
+
+    Example:
+      >>> label_of({"method": "otmdr", "num_particles": 2})
+      'OT-MDR (K = 2)'
+      >>> label_of({"method": "sam"}), label_of({"method": "sam", "members": "5"})
+      ('SAM', 'SAM, 5 members')
+      >>> label_of({"method": "laplace", "laplace": "diagonal", "dropout": 0.1})
+      'Laplace, diagonal, dropout 0.1'
+    """
+    if not config.get("method"):
+        raise ValueError(
+            "a run's label is made from config['method'], which is missing: pass "
+            "label=... ."
+        )
+    method = str(config["method"])
+    label = _NAMES.get(method, method)
+    if method in ("otmdr", "otmdr-bnn") and "num_particles" in config:
+        label += f" (K = {config['num_particles']})"
+    if method == "sgd" and config.get("optimizer") in _OPTIMIZERS:
+        label = _OPTIMIZERS[config["optimizer"]]
+    if config.get("base_method", "sgd") != "sgd":
+        label += f" of {_NAMES[config['base_method']]}"
+    if method == "laplace" and config.get("laplace", "last-layer") != "last-layer":
+        label += f", {config['laplace']}"
+    if config.get("dropout"):
+        label += f", dropout {config['dropout']:g}"
+    if config.get("prediction") == "mean":
+        label += ", mean"
+    if members := config.get("members"):
+        count = int(members) if members.isdigit() else len(members.split(","))
+        label += f", {count} members"
+        if config.get("ensemble") == "joint":
+            label += ", joint"
+    return label
+
+
+def member_runs(run: Run) -> list[Run]:
+    """The members of an ensemble's run, each as a run of its own to be tabulated.
+
+    Args:
+      run: A run.
+
+    Returns:
+      A run for each member, with its number and model as label; none for the run of a
+      single model. Predictions are those of the ensemble.
+
+    Example:
+      >>> result = {"members": [{"model": "cnn_small", "nll": 0.5}]}
+      >>> [r.label for r in member_runs(Run(None, "SGD", {}, result, [], None, None))]
+      ['0: cnn_small']
+    """
+    return [
+        run._replace(
+            label=f"{i}: {member['model']}"
+            + (" (diverged)" if member.get("diverged") else ""),
+            result=member,
+        )
+        for i, member in enumerate(run.result.get("members", []))
+    ]
+
+
+def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
+    """Reads a run folder.
+
+    The last line of metrics.jsonl may be cut off, as a killed run leaves it: it is
+    dropped.
+
+    Args:
+      folder: The run's folder: config.json, metrics.jsonl, result.json and
+        predictions.npz.
+      label: What the run is grouped by. Default: :func:`label_of` its configuration.
+
+    Returns:
+      The run.
+
+    Raises:
+      FileNotFoundError: Not a run folder, or one of an unfinished run.
+      ValueError: A file that does not hold what it should; the message names the file
+        and the line.
+    """
+    folder = pathlib.Path(folder)
+    missing = _missing(folder, "config.json", "metrics.jsonl")
+    if missing:
+        problem = (
+            f"it lacks {missing}" if folder.is_dir() else "there is no such folder"
+        )
+        raise FileNotFoundError(f"{folder} is not a run folder: {problem}.")
+    missing = _missing(folder, "result.json", "predictions.npz")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is an unfinished run: it lacks {missing}. Finish it, or let "
+            f"`otmdr evaluate {folder}` write what is missing from its last checkpoint."
+        )
+    config = _read_object(folder / "config.json")
+    log_probs, labels = _read_predictions(folder / "predictions.npz")
+    return Run(
+        folder=folder,
+        label=label_of(config) if label is None else label,
+        config=config,
+        result=_read_object(folder / "result.json"),
+        history=_read_history(folder / "metrics.jsonl"),
+        log_probs=log_probs,
+        labels=labels,
+    )
+
+
+def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Groups runs by their label, in order of first appearance.
+
+    Raises:
+      ValueError: No runs.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    if not groups:
+        raise ValueError("a report needs at least one run, got none.")
+    return groups
+
+
+def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
+    """Gives runs that differ in more than the seed labels of their own.
+
+    Args:
+      runs: The runs.
+
+    Returns:
+      The runs in their order. Where runs of a label differ in options that change a
+      run's numbers, these options are added to the label.
+
+    Example:
+      >>> configs = [{"epochs": 2, "seed": 0}, {"epochs": 4, "seed": 0}]
+      >>> runs = [Run(None, "SAM", c, {}, [], None, None) for c in configs]
+      >>> [run.label for run in with_distinct_labels(runs)]
+      ['SAM, epochs = 2', 'SAM, epochs = 4']
+    """
+    runs = list(runs)
+    groups = by_label(runs) if runs else {}
+    options = {label: beyond_the_seed(group) for label, group in groups.items()}
+    return [
+        run._replace(
+            label=", ".join(
+                [run.label]
+                + [
+                    f"{name} = {text_of(run.config, name).strip(chr(34))}"
+                    for name in options[run.label]
+                ]
+            )
+        )
+        for run in runs
+    ]
+
+
+def beyond_the_seed(runs: Sequence[Run]) -> list[str]:
+    """Options other than the seed that differ and change a run's numbers."""
+    return [n for n in differing([run.config for run in runs]) if n not in _FREE]
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names that some settings lack or that have several values, in order."""
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+    return [name for name in names if len({text_of(s, name) for s in settings}) > 1]
+
+
+def text_of(setting: Mapping[str, Any], name: str) -> str:
+    """A setting's value as JSON would show it; "-" where there is none."""
+    return json.dumps(setting[name], default=str) if name in setting else "-"
+
+
+def _missing(folder: pathlib.Path, *names: str) -> str:
+    return " and ".join(name for name in names if not (folder / name).is_file())
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return _parse_object(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+
+
+def _parse_object(data: bytes) -> dict[str, Any]:
+    value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object must stand here, got {type(value).__name__}")
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; what is unknown is written as null")
+
+
+def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:
+    *lines, last = path.read_bytes().split(b"\n")
+    history = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = _parse_object(line)
+            _check_entry(entry)
+        except ValueError as error:
+            message = getattr(error, "msg", error)
+            raise ValueError(f"{path}, line {number}: {message}.") from error
+        history.append(entry)
+    # Each line ends with a newline; what follows the last one was cut off while it was
+    # written, unless it happens to be whole.
+    try:
+        entry = _parse_object(last)
+        _check_entry(entry)
+    except ValueError:
+        return history
+    return [*history, entry]
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    missing = [key for key in ("step", "epoch", "split") if entry.get(key) is None]
+    if missing:
+        raise ValueError(f"the line has no {' and no '.join(missing)}")
+
+
+def _read_predictions(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            log_probs, labels = arrays["log_probs"], arrays["labels"]
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} must hold the arrays log_probs and labels: {error}"
+        ) from error
+    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
+        raise ValueError(
+            f"{path} must hold log_probs of shape (N, C) and labels of shape (N,), got "
+            f"{log_probs.shape} and {labels.shape}."
+        )
+    return log_probs, labels

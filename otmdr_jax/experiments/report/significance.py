@@ -1,0 +1,203 @@
+"""Metrics of labels with their intervals, and tests against a baseline.
+
+Chance has two parts: which examples the test set holds, and which seed a run had.
+Intervals and p-values here are about the examples: a label's value is the mean over its
+runs, and examples are drawn. How much seeds matter is the standard deviation beside.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from otmdr_jax import metrics
+from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.records import Table
+from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column
+from otmdr_jax.metrics import Comparison, Interval
+
+# Those that are means over examples: the randomisation test is cheap and exact.
+TESTED = ("accuracy", "nll", "brier")
+_COLUMNS = {column.name: column for column in DEFAULT_COLUMNS}
+
+
+class Tested(NamedTuple):
+    """A label's metrics on the test set.
+
+    Attributes:
+      label: The label.
+      n: How many of its runs have finite predictions.
+      intervals: Name -> :class:`otmdr_jax.metrics.Interval` of the mean over runs.
+      against: Name -> :class:`otmdr_jax.metrics.Comparison` with the baseline: the
+        label's value less the baseline's. Empty for the baseline itself, and where the
+        test sets are not the same.
+    """
+
+    label: str
+    n: int
+    intervals: dict[str, Interval]
+    against: dict[str, Comparison]
+
+
+def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
+    """Intervals of every label, and its difference from a baseline.
+
+    Args:
+      runs: The runs.
+      baseline: A label to compare with. Default: the first one.
+
+    Returns:
+      A :class:`Tested` for each label with finite predictions, in their order.
+
+    Raises:
+      ValueError: No runs, or no such label.
+    """
+    groups = by_label(runs)
+    check_baseline(groups, baseline)
+    baseline = next(iter(groups)) if baseline is None else baseline
+    values = {
+        label: (pooled[0].labels, _of_examples(pooled))
+        for label, group in groups.items()
+        if (pooled := plots.pool(group)) and _same_set(pooled)
+    }
+    found = []
+    for label, (labels, mine) in values.items():
+        intervals = {
+            name: metrics.bootstrap(_mean, mine[name][:, None], labels)
+            for name in TESTED
+        }
+        against = {}
+        if baseline in values and label != baseline:
+            of_baseline, other = values[baseline]
+            if np.array_equal(labels, of_baseline):
+                against = {
+                    name: metrics.paired_test(
+                        _mean, mine[name][:, None], other[name][:, None], labels
+                    )
+                    for name in TESTED
+                }
+        found.append(Tested(label, len(plots.pool(groups[label])), intervals, against))
+    return found
+
+
+def find_baseline(labels: Iterable[str], baseline: str) -> str:
+    """The label that is meant: upper and lower case are alike where it is one's alone.
+
+    Raises:
+      ValueError: There is none.
+    """
+    known = list(labels)
+    alike = [x for x in known if x.lower() == baseline.lower()]
+    if baseline not in known and len(set(alike)) == 1:
+        return alike[0]
+    check_baseline(known, baseline)
+    return baseline
+
+
+def check_baseline(labels: Iterable[str], baseline: str | None) -> None:
+    """Raises ValueError unless the baseline is one of the labels, or None."""
+    if baseline is not None and baseline not in (known := list(labels)):
+        raise ValueError(
+            f"the baseline must be one of {', '.join(map(repr, known))}; got "
+            f"{baseline!r}."
+        )
+
+
+def table(rows: Sequence[Tested]) -> Table:
+    """Values with their 95 % intervals, differences from the baseline with p-values.
+
+    A line for each metric of each label, as headings and texts.
+    """
+    lines = []
+    for name in TESTED:
+        column = _COLUMNS[name]
+        for row in rows:
+            value, low, high = (_number(column, x) for x in row.intervals[name])
+            line = [column.title, row.label, value, f"{low} to {high}"]
+            lines.append(line + _difference(column, row.against.get(name)))
+    return ["Metric", "Method", "Value", "95 %", "Δ", "95 % of Δ", "p"], lines
+
+
+def _difference(column: Column, found: Comparison | None) -> list[str]:
+    if found is None or np.isnan(found.difference):
+        return ["-", "-", "-"]
+    value, low, high = (f"{column.scale * x:+.{column.decimals}f}" for x in found[:3])
+    p = "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
+    return [value, f"{low} to {high}", f"**{p}**" if found.p_value < 0.05 else p]
+
+
+def _number(column: Column, value: float) -> str:
+    return f"{column.scale * value:.{column.decimals}f}"
+
+
+def _of_examples(runs: Sequence[Run]) -> dict[str, np.ndarray]:
+    """(N,) values of each example, the mean over runs, whose means are the metrics."""
+    every: dict[str, list[np.ndarray]] = {name: [] for name in TESTED}
+    for run in runs:
+        found = metrics.check(run.log_probs, run.labels, log_probs=True)
+        every["accuracy"].append(found.correct.astype(np.float64))
+        every["nll"].append(-found.log_of_label)
+        every["brier"].append(_brier(found))
+    return {name: np.mean(values, axis=0) for name, values in every.items()}
+
+
+def _brier(found: metrics.Predictions) -> np.ndarray:
+    scores = [np.sum(probs**2, axis=1) for _, probs in found.rows()]
+    return np.concatenate(scores) - 2.0 * np.exp(found.log_of_label) + 1.0
+
+
+def _same_set(runs: Sequence[Run]) -> bool:
+    return all(np.array_equal(runs[0].labels, run.labels) for run in runs)
+
+
+def _mean(values, labels) -> float:
+    del labels
+    return float(np.mean(values))
+
+
+# One table of all metrics: name -> (heading, which is better).
+_SUMMARY = {
+    "accuracy": "Accuracy ↑",
+    "top5_accuracy": "Top-5 accuracy ↑",
+    "nll": "NLL (nats) ↓",
+    "brier": "Brier ↓",
+    "brier_reliability": "Brier: reliability ↓",
+    "brier_resolution": "Brier: resolution ↑",
+    "brier_uncertainty": "Brier: uncertainty",
+    "ece": "ECE, equal width ↓",
+    "ece_mass": "ECE, equal mass ↓",
+    "debiased_ece": "ECE, debiased ↓",
+    "smooth_ece": "ECE, smooth ↓",
+    "mce": "MCE ↓",
+    "sce": "SCE ↓",
+    "ace": "ACE ↓",
+    "tace": "TACE ↓",
+    "aac": "AAC ↓",
+    "aurc": "AURC ↓",
+    "misclassification_auroc": "Misclassification AUROC ↑",
+    "misclassification_aupr": "Misclassification AUPR ↑",
+    "misclassification_fpr95": "Misclassification FPR95 ↓",
+    "ovr_auroc": "One-vs-rest AUROC ↑",
+    "entropy": "Entropy (nats)",
+}
+
+
+def summary_table(runs: Iterable[Run]) -> Table:
+    """Every metric (rows) of every label (columns), the mean over its runs."""
+    groups = by_label(runs)
+    found = {
+        label: [
+            metrics.summary(run.log_probs, run.labels, log_probs=True)
+            for run in plots.pool(group)
+        ]
+        for label, group in groups.items()
+    }
+    lines = []
+    for name, title in _SUMMARY.items():
+        means = [
+            float(np.mean([one[name] for one in each])) if each else float("nan")
+            for each in found.values()
+        ]
+        lines.append([title, *("-" if np.isnan(x) else f"{x:.4f}" for x in means)])
+    return ["Metric", *groups], lines

@@ -1,0 +1,177 @@
+"""A trained run, ready to be looked at: its options, data, programs and a state."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from otmdr_jax.data import Dataset
+from otmdr_jax.experiments import building, checkpoint, predictors, programs, run_folder
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.methods import BASES, FITTED
+
+PyTree = Any
+
+
+class Restored(NamedTuple):
+    """What :func:`open_run` gives.
+
+    Attributes:
+      folder: The run's folder.
+      config: Its options, the given ones among them.
+      dataset: Its data.
+      programs: Its compiled functions, on the default device.
+      state: Its state at the checkpoint, settled where it averages weights or has a
+        Gaussian fitted to them.
+      meta: What was saved beside the state.
+      diverged: Members that do not count in an ensemble's prediction.
+    """
+
+    folder: pathlib.Path
+    config: TrainConfig
+    dataset: Dataset
+    programs: programs.Programs
+    state: PyTree
+    meta: dict[str, Any]
+    diverged: tuple[int, ...]
+
+
+def open_run(
+    folder: str | os.PathLike,
+    which: str = "latest",
+    *,
+    split: str = "test",
+    predicts: bool = True,
+    **given: Any,
+) -> Restored:
+    """Loads a run's data and one of its checkpoints.
+
+    Args:
+      folder: The run's folder.
+      which: "latest", "best" on the validation set, or a step.
+      split: The part of the data that will be looked at: it must be there.
+      predicts: Whether the state will predict: without it a Laplace approximation,
+        which changes no weight, is not fitted.
+      **given: Options instead of the run's own, as `data_dir`.
+
+    Returns:
+      A :class:`Restored`.
+
+    Raises:
+      FileNotFoundError: The folder is no run, or has no such checkpoint.
+      ValueError: There is no such split or checkpoint, or the data are not those that
+        the run was trained on.
+    """
+    folder = pathlib.Path(folder)
+    config = dataclasses.replace(run_folder.read_config(folder), **given)
+    building.method_options(config)  # before the data are read
+    dataset = programs.load_data(config)
+    if getattr(dataset, split) is None:
+        raise ValueError(
+            f"{folder} was trained without a {split} set (--validation): use the test "
+            "set."
+        )
+    compiled = programs.compile_programs(config, dataset)
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        step = step_of(which, saved)
+    restored = restore(config, compiled, folder, step)
+    data = programs.fingerprint(dataset)
+    programs.check_same_data(restored.meta["data"], data, folder)
+    diverged = tuple(restored.meta.get("diverged", ()))
+    state = restored.state
+    if predicts or config.method not in FITTED:
+        state = predictors.settle(config, state, dataset, compiled)
+    return Restored(folder, config, dataset, compiled, state, restored.meta, diverged)
+
+
+def with_laplace(
+    folder: str | os.PathLike,
+    structure: str,
+    prior_precision: float | None = None,
+    examples: int | None = None,
+) -> dict[str, Any]:
+    """Options for :func:`open_run` that give a run a Laplace approximation.
+
+    Args:
+      folder: The folder of a run of one of the methods that it can ride on.
+      structure: Of what: see :func:`otmdr_jax.baselines.laplace`.
+      prior_precision: Of its prior; None for that of highest marginal likelihood.
+      examples: Training images that it is fitted to; None for all.
+
+    Raises:
+      ValueError: The run's method is another.
+    """
+    config = run_folder.read_config(pathlib.Path(folder))
+    base = config.gradient_method
+    if config.method not in (*BASES, *FITTED):
+        raise ValueError(
+            f"a Laplace approximation is around one trained weight vector: {folder} "
+            f"must be a run of {', '.join((*BASES, *FITTED))}, got {config.method}."
+        )
+    # All of them: a run that has one already is given another, not a mixture.
+    return {
+        "method": "laplace",
+        "base_method": base,
+        "laplace": structure,
+        "prediction": "samples",
+        "prior_precision": prior_precision,
+        "laplace_examples": examples,
+    }
+
+
+def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:
+    """The step of "latest" (None), "best" or a number in words.
+
+    Raises:
+      ValueError: No such words, or no checkpoint was scored.
+    """
+    if which == "latest":
+        return None
+    if which == "best":
+        step = saved.best_step()
+        if step is None:
+            raise ValueError(
+                "no checkpoint was scored: a run has a best one if it was trained with "
+                "--validation. Use --checkpoint latest."
+            )
+        return step
+    if not which.isdigit():
+        raise ValueError(f"checkpoint must be latest, best or a step, got {which!r}.")
+    return int(which)
+
+
+def restore(
+    config: TrainConfig,
+    compiled: programs.Programs,
+    folder: pathlib.Path,
+    step: int | None = None,
+) -> checkpoint.Restored:
+    """The state of a run on the default device, wherever the run was trained.
+
+    Args:
+      config: The run's configuration.
+      compiled: Its compiled functions, without a mesh.
+      folder: The run's folder.
+      step: Which checkpoint; None for the latest.
+
+    Raises:
+      FileNotFoundError: There is no such checkpoint.
+    """
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        return saved.restore(template(config, compiled), step)
+
+
+def template(config: TrainConfig, compiled: programs.Programs) -> PyTree:
+    """The shapes of a run's state, to be restored to the default device.
+
+    Args:
+      config: The run's configuration.
+      compiled: Its compiled functions, without a mesh.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
+    )

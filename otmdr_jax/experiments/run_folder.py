@@ -1,0 +1,262 @@
+"""The folder of a run: what a user finds there, and that nothing in it gets lost.
+
+config.json       every option
+metrics.jsonl     one line an event: {"step", "epoch", "split", ...}
+events.out...     the same for TensorBoard, where tensorboardX is installed
+checkpoints/      see otmdr_jax.experiments.checkpoint
+result.json       the final metrics
+predictions.npz   log_probs (N, C) and labels (N,) of the test set
+"""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments.config import TrainConfig
+
+
+class RunFolder:
+    """A run's folder, open for writing. Use :func:`create` or :func:`reopen`."""
+
+    def __init__(self, path: str | os.PathLike, step: int = 0):
+        """Opens the logs, to go on after `step`."""
+        self.path = pathlib.Path(path)
+        self._lines = open(self.path / "metrics.jsonl", "a")
+        self._board = _tensorboard(self.path, step)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends an event with step, epoch, split and numbers."""
+        self._lines.write(json.dumps(_strict(record)) + "\n")
+        self._lines.flush()
+        if self._board is not None:
+            for name, value in _scalars(record).items():
+                tag = f"{record['split']}/{name}"
+                self._board.add_scalar(tag, value, record["step"])
+
+    def finish(
+        self,
+        result: dict[str, Any],
+        log_probs: Any,
+        labels: Any,
+        member_log_probs: Any = None,
+    ) -> None:
+        """Writes the result and the predictions behind it."""
+        write_result(self.path, result, log_probs, labels, member_log_probs)
+
+    def close(self) -> None:
+        """Closes the logs."""
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def create(path: str | os.PathLike, config: TrainConfig) -> RunFolder:
+    """Makes the folder of a new run.
+
+    Raises:
+      FileExistsError: The folder holds something already.
+    """
+    path = pathlib.Path(path)
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    config_lib.save(config, path / "config.json")
+    return RunFolder(path)
+
+
+def check_free(path: str | os.PathLike) -> None:
+    """Raises FileExistsError unless a folder may be that of a new run."""
+    path = pathlib.Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if is_run(path):
+            advice = f"Go on with it (otmdr train --resume {path})"
+        else:
+            advice = "It is no run of otmdr_jax; leave it alone"
+        raise FileExistsError(
+            f"{path} is not empty. {advice}, or name another folder with --output."
+        )
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether a folder was made by :func:`create`."""
+    return (pathlib.Path(path) / "config.json").is_file()
+
+
+def is_finished(path: str | os.PathLike) -> bool:
+    """Whether a run came to its end and wrote its result."""
+    result = pathlib.Path(path) / "result.json"
+    return result.is_file() and bool(json.loads(result.read_text()).get("finished"))
+
+
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """The result of a finished run, or of an evaluation of an interrupted one."""
+    return json.loads((pathlib.Path(path) / "result.json").read_text())
+
+
+def read_config(path: str | os.PathLike) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+      FileNotFoundError: The folder is no run.
+    """
+    if not is_run(path):
+        raise FileNotFoundError(
+            f"{path} is no run folder: it holds no config.json. Runs are made by "
+            "`otmdr train`."
+        )
+    return config_lib.load(pathlib.Path(path) / "config.json")
+
+
+def reopen(path: str | os.PathLike, step: int) -> RunFolder:
+    """Opens the folder of an interrupted run to go on after `step`.
+
+    Events after that step are dropped: they will happen again.
+    """
+    path = pathlib.Path(path)
+    if not is_finished(path):
+        # An evaluation of the interrupted run, about to be out of date.
+        (path / "result.json").unlink(missing_ok=True)
+    events = path / "metrics.jsonl"
+    if events.exists():
+        kept = [line for line in events.read_text().splitlines() if _until(line, step)]
+        _replace(events, "".join(line + "\n" for line in kept).encode())
+    return RunFolder(path, step)
+
+
+def write_result(
+    path: str | os.PathLike,
+    result: dict[str, Any],
+    log_probs: Any,
+    labels: Any,
+    member_log_probs: Any = None,
+) -> None:
+    """Writes result.json and predictions.npz, each atomically."""
+    path = pathlib.Path(path)
+    arrays: dict[str, Any] = {
+        "log_probs": np.asarray(log_probs, np.float32),
+        "labels": np.asarray(labels, np.int32),
+    }
+    if member_log_probs is not None:  # (M, N, C)
+        arrays["member_log_probs"] = np.asarray(member_log_probs, np.float32)
+    write_arrays(path / "predictions.npz", arrays)
+    write_json(path / "result.json", result)
+
+
+def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Writes arrays by name as a .npz file, atomically."""
+    scratch = path.with_name(path.name + ".tmp")
+    with open(scratch, "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(scratch, path)
+
+
+def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes a record as strict JSON, atomically: null stands for NaN."""
+    _replace(path, (json.dumps(_strict(record), indent=2) + "\n").encode())
+
+
+def check_record(
+    path: pathlib.Path,
+    settings: dict[str, Any],
+    overwrite: bool,
+    instead: str = "move it away",
+) -> None:
+    """Refuses to replace a record of other settings, before a new one is made.
+
+    Args:
+      path: The record's JSON file, which may not be there.
+      settings: What the new record's numbers depend on; it will hold them under that
+        name.
+      overwrite: Whether it may be replaced whatever it is.
+      instead: What else can be done, for the error.
+
+    Raises:
+      FileExistsError: The file is a record of other settings, or does not say of which.
+    """
+    if overwrite or not path.exists():
+        return
+    try:
+        theirs = json.loads(path.read_text())["settings"]
+        names = set(theirs) | set(settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(
+            f"{path} is there and does not say of which settings it is. Replace it "
+            f"with --overwrite, or {instead}."
+        ) from error
+    if any(theirs.get(name) != _strict(settings.get(name)) for name in names):
+        raise other_settings(
+            f"{path.parent} holds a {path.name}", theirs, settings, instead
+        )
+
+
+def other_settings(
+    what: str, theirs: dict[str, Any], ours: dict[str, Any], instead: str
+) -> FileExistsError:
+    """The error that something of other settings stands in the way, with what differs.
+
+    Args:
+      what: Who holds what, in words.
+      theirs: Its settings.
+      ours: Those that are asked for.
+      instead: What else can be done than to replace it.
+    """
+    differ = [
+        f"  {name}: {theirs.get(name)!r}, now {_strict(ours.get(name))!r}"
+        for name in dict.fromkeys((*ours, *theirs))
+        if theirs.get(name) != _strict(ours.get(name))
+    ]
+    return FileExistsError(
+        "\n".join([f"{what} of other settings:", *differ])
+        + f"\nReplace it with --overwrite, or {instead}."
+    )
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of an event by name: those of members and of layers too."""
+    found: dict[str, Any] = {}
+    for name, value in record.items():
+        if name in ("step", "epoch", "split"):
+            continue
+        if name == "members":
+            for number, of_members in value.items():
+                found |= {f"{number}/member{i}": x for i, x in enumerate(of_members)}
+        elif isinstance(value, dict):
+            found |= {f"{name}/{layer}": x for layer, x in value.items()}
+        elif not isinstance(value, list):  # a histogram
+            found[name] = value
+    return found
+
+
+def _until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False  # the line that a killed run was writing
+
+
+def _replace(path: pathlib.Path, content: bytes) -> None:
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {name: _strict(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(path, step):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:  # metrics.jsonl holds the same
+        return None
+    # purge_step hides what a resumed run will log again.
+    return SummaryWriter(str(path), purge_step=step + 1 if step else None)

@@ -1,0 +1,25 @@
+"""Training runs: one compiled step in a loop that logs, saves and can be resumed.
+
+starting.py     train: a run begins, or goes on from its last checkpoint
+loop.py         epochs of steps, evaluations, the end
+feed.py         batches: from the devices' memory, or streamed to them
+log.py          what is recorded, of evaluations and of windows of steps
+divergence.py   runs and members whose steps are no longer finite
+saving.py       when a checkpoint is due
+result.py       what a finished run gives
+"""
+
+from otmdr_jax.experiments.interrupts import Interrupted
+from otmdr_jax.experiments.training.divergence import NonFiniteError
+from otmdr_jax.experiments.training.loop import Loop
+from otmdr_jax.experiments.training.result import Result, final_result
+from otmdr_jax.experiments.training.starting import train
+
+__all__ = [
+    "Interrupted",
+    "Loop",
+    "NonFiniteError",
+    "Result",
+    "final_result",
+    "train",
+]

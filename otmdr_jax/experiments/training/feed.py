@@ -1,0 +1,72 @@
+"""What a step reads: batches in the devices' memory, or streamed to them.
+
+Both give the same batches in the same order. The training set lies on the devices where
+it fits, and a step gathers its batch inside the compiled program.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from otmdr_jax import data as data_lib
+from otmdr_jax import parallel
+from otmdr_jax.data import Dataset
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.programs import Programs, run_keys
+
+PyTree = Any
+
+
+class Feed:
+    """Steps of a run, each with its batch."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, programs: Programs):
+        """Puts the training set on the devices, unless it is to be streamed."""
+        self.config, self.dataset, self.programs = config, dataset, programs
+        _, self.key = run_keys(config.seed)
+        streamed = config.input in ("host", "disk") or (
+            config.input == "auto" and not data_lib.fits_on_device(dataset)
+        )
+        self.examples: PyTree = None
+        self.stream: Any = None
+        streamed = any(parallel.agree(streamed))
+        if streamed and config.member_data == "own":
+            raise ValueError(
+                "member_data='own' needs the training set on the device, where members "
+                "can read it in any order: use --input device, or member_data='shared'."
+            )
+        if not streamed:
+            self.examples = parallel.place(tuple(dataset.train), programs.mesh)
+
+    def open(self, step: int) -> None:
+        """Starts to read this host's rows of the batches from `step` on."""
+        if self.examples is not None:
+            return
+        size = self.config.batch_size
+        first, last = parallel.host_rows(self.programs.mesh, size)
+        self.stream = data_lib.stream_batches(
+            self.dataset.train,
+            size,
+            self.key,
+            self.programs.total_steps,
+            start_step=step,
+            shard_index=first // (last - first),
+            shard_count=size // (last - first),
+        )
+
+    def close(self) -> None:
+        """Stops to read."""
+        if self.stream is not None:
+            self.stream.close()
+
+    def order(self, epoch: int) -> jax.Array:
+        """The order of an epoch's examples."""
+        return self.programs.epoch_order(jax.random.fold_in(self.key, epoch))
+
+    def step(self, state: PyTree, order: jax.Array, i: int):
+        """Dispatches step i of an epoch."""
+        if self.stream is None:
+            return self.programs.train_step(state, self.examples, order, np.int32(i))
+        batch = parallel.place_local(tuple(next(self.stream)), self.programs.mesh)
+        return self.programs.stream_step(state, batch)

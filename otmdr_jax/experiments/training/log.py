@@ -1,0 +1,63 @@
+"""The records of a run, in memory and in its metrics.jsonl."""
+
+import json
+from typing import Any
+
+from otmdr_jax.experiments.measure.evaluation import Evaluation
+from otmdr_jax.experiments.run_folder import RunFolder
+from otmdr_jax.experiments.windows import Window
+
+
+class Log:
+    """What has been logged, from the start of the run, also where it goes on.
+
+    Attributes:
+      history: The records.
+    """
+
+    def __init__(self, steps_per_epoch: int, folder: RunFolder | None):
+        """Reads what the folder has; None keeps records in memory alone."""
+        self.steps_per_epoch, self.folder = steps_per_epoch, folder
+        self.history: list[dict[str, Any]] = []
+        if folder is not None:
+            lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+            self.history = [json.loads(line) for line in lines]
+
+    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Adds a record."""
+        epoch = step / self.steps_per_epoch
+        record = {"step": step, "epoch": epoch, "split": split, **values}
+        self.history.append(record)
+        if self.folder is not None:
+            self.folder.log(record)
+
+    def write_once(self, step: int, split: str, values: dict[str, Any]) -> None:
+        """Adds a record of an evaluation; a finished run that is resumed has it."""
+        recent = self.history[-6:]  # no more than that can be of one evaluation
+        if not any((old["split"], old["step"]) == (split, step) for old in recent):
+            self.write(step, split, values)
+
+    def write_evaluation(self, step: int, split: str, found: Evaluation) -> None:
+        """Adds the metrics of a split, once, with those of each member."""
+        values: dict[str, Any] = {**found.metrics}
+        if found.members is not None:
+            values["members"] = {
+                name: [member[name] for member in found.members]
+                for name in found.members[0]
+            }
+        self.write_once(step, split, values)
+
+    def write_window(
+        self, step: int, window: Window, rate: float, speeds: list[float]
+    ) -> None:
+        """Adds the means over a window of steps that ends with `step`."""
+        values: dict[str, Any] = {
+            **window.means,
+            "learning_rate": rate,
+            "skipped_steps": window.skipped,
+        }
+        if window.member_means:
+            values["members"] = window.member_means
+        if speeds:  # known from the end of the first epoch on
+            values["seconds_per_step"] = speeds[-1]
+        self.write(step, "train", values)

@@ -1,0 +1,128 @@
+"""Starting a run, or going on with one from its last whole checkpoint.
+
+What cannot work is refused first; then the data are read, the programs compiled and the
+folder opened, which one process writes. On many hosts each calls this alike.
+"""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from otmdr_jax import parallel
+from otmdr_jax.data import Dataset
+from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments import run_folder
+from otmdr_jax.experiments.building import check_models, check_used, method_options
+from otmdr_jax.experiments.config import TrainConfig, differences
+from otmdr_jax.experiments.members import steps_taken
+from otmdr_jax.experiments.programs import (
+    check_same_data,
+    compile_programs,
+    fingerprint,
+    load_data,
+    make_mesh,
+    run_keys,
+)
+from otmdr_jax.experiments.training.loop import Loop
+from otmdr_jax.experiments.training.result import Result
+
+
+def train(
+    config: TrainConfig,
+    dataset: Dataset | None = None,
+    output: str | os.PathLike | None = None,
+    *,
+    resume: bool = False,
+    show_progress: bool = True,
+) -> Result:
+    """Trains a model from a configuration.
+
+    Args:
+      config: What to do, see :class:`otmdr_jax.experiments.config.TrainConfig`.
+      dataset: The data; None loads `config.data`. With arrays of your own
+        (:func:`otmdr_jax.data.from_arrays`) nothing but JAX, Flax and Optax is needed.
+      output: Folder of the run, with logs and checkpoints (which need Orbax). None
+        keeps everything in memory.
+      resume: Go on with the run in `output` from its last whole checkpoint.
+      show_progress: Whether to show a bar, or lines where there is no terminal.
+
+    Returns:
+      A :class:`Result`.
+
+    Raises:
+      FileExistsError: `output` holds something and `resume` is False.
+      ValueError: The configuration, or the data, are not those of the resumed run.
+      NonFiniteError: `config.max_skipped` steps in a row were not finite.
+      Interrupted: On Ctrl-C or SIGTERM, after the state is saved.
+
+    Example:
+      >>> from otmdr_jax import training
+      >>> from otmdr_jax.experiments.config import TrainConfig
+      >>> result = training.train(
+      ...     TrainConfig(method="sgd", steps=11, eval_every=9), show_progress=False
+      ... )
+      >>> result.metrics["steps"], result.log_probs.shape
+      (11, (360, 10))
+    """
+    mesh = make_mesh(config)
+    # What cannot work is refused before the data are read.
+    method_options(config)
+    check_models(config)
+    if not resume:
+        check_used(config)
+    dataset = load_data(config) if dataset is None else dataset
+    data = fingerprint(dataset)
+    if jax.process_count() > 1:
+        same = dataclasses.replace(config, data_dir=None, cache_dir=None)
+        parallel.check_agreement(repr(same), "the configuration")
+        parallel.check_agreement(data, "the data")
+    programs = compile_programs(config, dataset, mesh)
+    show_progress = show_progress and parallel.is_main()
+    if output is None:
+        if resume:
+            raise ValueError("resume=True needs output, the folder of the run.")
+        loop = Loop(config, dataset, programs, data, show_progress)
+        return loop.run(programs.init(run_keys(config.seed)[0]), {})
+    from otmdr_jax.experiments import checkpoint  # needs Orbax
+
+    output = pathlib.Path(output)
+    folder = None
+    if resume:
+        _check_same_run(run_folder.read_config(output), config, output)
+        parallel.on_main(lambda: config_lib.save(config, output / "config.json"))
+    else:
+        folder = parallel.on_main(lambda: run_folder.create(output, config))
+    with checkpoint.Checkpoints(
+        output / "checkpoints",
+        config.keep_checkpoints,
+        scored=dataset.validation is not None,
+    ) as saved:
+        state = programs.init(run_keys(config.seed)[0])
+        meta: dict[str, Any] = {}
+        # Directory listings of a shared file system may be of different age.
+        (latest,) = parallel.agree(-max(saved.steps(), default=-1))
+        if resume and latest <= 0:
+            state, meta = saved.restore(state, -int(latest))
+            check_same_data(meta["data"], data, output)
+        if resume:
+            folder = parallel.on_main(
+                lambda: run_folder.reopen(output, steps_taken(state))
+            )
+        try:
+            loop = Loop(config, dataset, programs, data, show_progress, folder, saved)
+            return loop.run(state, meta)
+        finally:
+            if folder is not None:
+                folder.close()
+
+
+def _check_same_run(old: TrainConfig, new: TrainConfig, output: pathlib.Path) -> None:
+    if changed := differences(old, new):
+        lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]
+        raise ValueError(
+            f"{output} was started with other options; resuming would give a run that "
+            "is neither:\n" + "\n".join(lines) + "\nLeave them out, or start a new run."
+        )
