@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from otmdr_jax._version import __version__
-from otmdr_jax.core.adapter import OtmdrState
 from otmdr_jax.core.gradient import (
     Diagnostics,
     RobustGradient,
@@ -19,7 +18,7 @@ from otmdr_jax.core.gradient import (
     value_and_grad,
 )
 from otmdr_jax.core.presets import PRESETS, preset
-from otmdr_jax.core.transform import asam, otmdr, sam
+from otmdr_jax.core.transform import OtmdrState, asam, otmdr, sam
 
 __all__ = [
     "PRESETS",

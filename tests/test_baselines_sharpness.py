@@ -142,9 +142,9 @@ class TestAscent:
         )
         assert_allclose(flat(got), want, rtol=1e-5)
 
-    def test_a_given_scale(self):
+    def test_a_metric_of_ones_own(self):
         w, g, t = (jnp.array(x) for x in ([1.0, 2.0], [3.0, 4.0], [0.5, 2.0]))
-        moved, length = ascent.ascend(w, g, 0.1, scale=t)
+        moved, length = ascent.ascend(w, g, 0.1, metric=lambda w, g: t)
         assert_allclose(length, np.hypot(1.5, 8.0), rtol=1e-6)
         step = np.array([0.25 * 3, 4 * 4]) / np.hypot(1.5, 8.0)
         assert_allclose(moved, np.asarray(w) + 0.1 * step, rtol=1e-6)
@@ -175,18 +175,18 @@ class TestFisher:
         """F is a multiple of I: its root is the radius's."""
         w, g = jnp.zeros(3), jnp.array([2.0, -2.0, 2.0])
         plain, _ = ascent.ascend(w, g, 0.5)
-        bent, _ = ascent.ascend(w, g, 0.5, fisher=0.75)
+        bent, _ = ascent.ascend(w, g, 0.5, metric=ascent.fisher(0.75))
         assert_allclose(bent, plain / np.sqrt(1 + 0.75 * 4), rtol=1e-6)
 
     def test_a_large_eta_favours_small_gradients(self):
         w, g = jnp.zeros(2), jnp.array([1.0, 100.0])
-        moved, _ = ascent.ascend(w, g, 1.0, fisher=1e12)
+        moved, _ = ascent.ascend(w, g, 1.0, metric=ascent.fisher(1e12))
         assert_allclose(moved[0] / moved[1], 100.0, rtol=1e-4)
 
     @pytest.mark.parametrize("size", [1e25, 1e-25])
     def test_no_square_overflows(self, size):
         w, g = jnp.zeros(2), jnp.array([size, size], jnp.float32)
-        moved, _ = ascent.ascend(w, g, 1.0, fisher=1.0)
+        moved, _ = ascent.ascend(w, g, 1.0, metric=ascent.fisher(1.0))
         want = 1 / np.sqrt(2 * (1 + float(size) ** 2))
         assert_allclose(moved, want, rtol=1e-5, atol=1e-38)
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
 from otmdr_jax import ensemble, models, parallel
-from otmdr_jax.core import mapping
+from otmdr_jax.core import loops
 from otmdr_jax.experiments import members, methods
 from otmdr_jax.metrics import diversity
 from tests import toy
@@ -537,8 +537,6 @@ class TestEach:
             return {"y": wait(x) + jax.random.normal(key)}
 
         keys = jax.random.split(jax.random.key(0), 3)
-        got = jax.jit(
-            lambda: mapping.each(member, (jnp.arange(3.0), None, keys), how)
-        )()
+        got = jax.jit(lambda: loops.each(member, (jnp.arange(3.0), None, keys), how))()
         want = [i + float(jax.random.normal(k)) for i, k in enumerate(keys)]
         np.testing.assert_allclose(got["y"], want, rtol=1e-6)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import otmdr_jax
-from otmdr_jax.core import mapping
+from otmdr_jax.core import loops
 from tests import toy
 
 # As a user's programs are compiled: see tests/conftest.py.
@@ -196,7 +196,7 @@ def test_limit_particles_with_equal_randomness_are_one_particle(particle_map, ke
         return grads, value
 
     one, _ = particle(key)
-    mean, values = mapping.average(particle, jnp.stack([key] * 4), 4, particle_map)
+    mean, values = loops.average(particle, jnp.stack([key] * 4), 4, particle_map)
     assert values.shape == (4,)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), mean, one)
 
@@ -222,8 +222,8 @@ def test_limit_permuting_the_particles_changes_nothing(particle_map, key):
         value, grads = otmdr_jax.value_and_grad(toy.regression)(params, data, key=key)
         return grads, value
 
-    forth, values = mapping.average(particle, keys, 4, particle_map)
-    back, seulav = mapping.average(particle, keys[::-1], 4, particle_map)
+    forth, values = loops.average(particle, keys, 4, particle_map)
+    back, seulav = loops.average(particle, keys[::-1], 4, particle_map)
     np.testing.assert_allclose(values, seulav[::-1], rtol=1e-6)
     assert len(np.unique(values)) == 4
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), forth, back)

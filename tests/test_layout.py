@@ -27,13 +27,10 @@ LIBRARY = set().union(*FLOORS[:5])
 LEAVES = FLOORS[4]
 CORE = [
     {"tree", "options", "keys", "shards"},
-    {"collectives", "mapping", "ascent"},
+    {"collectives", "loops", "ascent"},
     {"batches"},
     {"particle"},
-    {"engine"},
-    {"subbatches"},
     {"gradient"},
-    {"adapter"},
     {"presets", "transform"},
 ]
 EXPERIMENTS = [

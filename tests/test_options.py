@@ -553,7 +553,9 @@ def options_of(function):
 
 
 def name_of(function):
-    return f"{function.__module__.split('.')[-2]}.{function.__name__}"
+    """As users call it: what is in core is in `otmdr_jax` itself."""
+    room = function.__module__.split(".")[1]
+    return f"{'otmdr_jax' if room == 'core' else room}.{function.__name__}"
 
 
 ROWS = [

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
 from otmdr_jax import models, parallel
-from otmdr_jax.core import batches, mapping
+from otmdr_jax.core import batches, loops
 from otmdr_jax.experiments import methods
 from tests import toy
 
@@ -383,7 +383,7 @@ class TestMicrobatches:
             return loss, count, grads
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mapping, "_fastest", lambda *_: how)
+            patch.setattr(loops, "_fastest", lambda *_: how)
             got = batches.accumulate(fn, data, micro)
         assert_close(got, fn(data), rtol=1e-4, atol=1e-5)
         assert got[1].dtype == jnp.int32
@@ -418,7 +418,7 @@ class TestMicrobatches:
 
         found = []
         for how in ("unroll", "scan"):
-            monkeypatch.setattr(mapping, "_fastest", lambda *_, how=how: how)
+            monkeypatch.setattr(loops, "_fastest", lambda *_, how=how: how)
             fn, args = on_mesh(
                 shape, loss_fn, params, (images, jnp.arange(20) % 10), key,
                 num_particles=2, microbatch_size=3, has_aux=True,

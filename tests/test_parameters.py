@@ -414,11 +414,11 @@ class TestDerivatives:
         # T = (1 + eta g^2)^(-1/2): dT/d eta = -g^2 T^3 / 2, dT/dg = -eta g T^3.
         for eta in (0.0, 0.5):
             t = (1 + eta * np.square(g)) ** -0.5
-            by_eta = jax.jacfwd(lambda e: ascent.fisher_scale(g, e))(eta)
+            by_eta = jax.jacfwd(lambda e: ascent.fisher(e)(None, g))(eta)
             np.testing.assert_allclose(by_eta, -(g**2) * t**3 / 2, rtol=1e-6)
-            by_g = jax.grad(lambda g: ascent.fisher_scale(g, eta).sum())(g)  # noqa: B023
+            by_g = jax.grad(lambda g: ascent.fisher(eta)(None, g).sum())(g)  # noqa: B023
             np.testing.assert_allclose(by_g, -eta * g * t**3, rtol=1e-6)
-        far = jax.grad(lambda g: ascent.fisher_scale(g, 0.5).sum())
+        far = jax.grad(lambda g: ascent.fisher(0.5)(None, g).sum())
         assert np.all(np.isfinite(far(jnp.array([1e20, 1e-30]))))
 
     @pytest.mark.parametrize(
@@ -798,11 +798,13 @@ class TestComplex:
     def test_scales_are_those_of_the_modulus(self):
         w = np.array([3 + 4j, 1j], np.complex64)
         g = np.array([1 - 1j, 2], np.complex64)
-        for options, t in (
-            ({"adaptive": True}, np.abs(w)),
-            ({"fisher": 0.5}, (1 + 0.5 * np.abs(g) ** 2) ** -0.5),
+        for metric, t in (
+            (ascent.absolute_weights, np.abs(w)),
+            (ascent.fisher(0.5), (1 + 0.5 * np.abs(g) ** 2) ** -0.5),
         ):
-            moved, length = ascent.ascend(jnp.array(w), jnp.array(g), 0.1, **options)
+            moved, length = ascent.ascend(
+                jnp.array(w), jnp.array(g), 0.1, metric=metric
+            )
             want = np.linalg.norm(t * g)
             np.testing.assert_allclose(length, want, rtol=1e-6)
             np.testing.assert_allclose(

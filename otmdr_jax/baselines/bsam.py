@@ -34,9 +34,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.baselines import preconditioned
-from otmdr_jax.core import subbatches
-from otmdr_jax.core.adapter import from_gradient, schedule_of
-from otmdr_jax.core.engine import Diagnostics
+from otmdr_jax.core.gradient import Diagnostics, build
 from otmdr_jax.core.options import (
     Options,
     PartedOptions,
@@ -44,6 +42,8 @@ from otmdr_jax.core.options import (
     check_word,
     with_options,
 )
+from otmdr_jax.core.particle import from_one_gradient
+from otmdr_jax.core.transform import from_gradient, schedule_of
 
 PyTree = Any
 
@@ -227,24 +227,21 @@ def bsam_gradient(
             )
         root = jax.tree.map(jnp.sqrt, precision)
 
-        def in_first_pass(key):
-            if not noisy:
-                return {}
-            drawn = preconditioned.noise(key, precision, num_data)
-            return {"by_pass": lambda taken: {"bsam_noise": None if taken else drawn}}
-
-        def finish(first, last):
+        def in_the_ellipsoid(step):
+            scale = jax.tree.map(lambda r: 1 / r, root)
+            step = step._replace(metric=lambda w, g: scale)
+            if noisy:
+                drawn = preconditioned.noise(step.key, precision, num_data)
+                noise = {"bsam_noise": drawn}
+                step = step._replace(own=lambda taken: {} if taken else noise)
+            found, first = from_one_gradient(step)
             # What the precision follows: sqrt(s) |g|, of the noisy pass.
-            return last, jax.tree.map(lambda r, g: r * jnp.abs(g), root, first)
+            curvature = jax.tree.map(lambda r, g: r * jnp.abs(g), root, first)
+            grads = step.shared(found.grads)
+            return found._replace(aux=(found.aux, curvature), grads=grads)
 
-        result = subbatches.build(
-            shifted,
-            (radius,),
-            chosen,
-            per_key=in_first_pass,
-            scale=jax.tree.map(lambda r: 1 / r, root),
-            finish=finish,
-        )(params, batch, *args, key=key, rho=rho, **kwargs)
+        compute = build(shifted, (radius,), chosen, in_the_ellipsoid)
+        result = compute(params, batch, *args, key=key, rho=rho, **kwargs)
         aux, curvature = result.aux
         new = jax.tree.map(
             lambda s, c: b2 * s + (1 - b2) * (c + damping + weight_decay),

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax.core import subbatches, tree
-from otmdr_jax.core.adapter import from_gradient, schedule_of
+from otmdr_jax.core import tree
+from otmdr_jax.core.gradient import build
 from otmdr_jax.core.options import (
     Options,
     SamOptions,
@@ -28,6 +28,8 @@ from otmdr_jax.core.options import (
     check_rho,
     with_options,
 )
+from otmdr_jax.core.particle import from_one_gradient
+from otmdr_jax.core.transform import from_gradient, schedule_of
 
 PyTree = Any
 
@@ -102,23 +104,16 @@ def gsam_gradient(
     """
     check_number("alpha", alpha)
 
-    def finish(first, last):
-        aside = orthogonal(first, last)
-        cut = jax.tree.map(lambda g, o: (g - alpha * o).astype(g.dtype), last, aside)
-        return cut, ()
+    def decomposed(step):
+        found, first = from_one_gradient(step)
+        grads = step.shared(found.grads)
+        aside = orthogonal(first, grads)
+        cut = jax.tree.map(lambda g, o: (g - alpha * o).astype(g.dtype), grads, aside)
+        return found._replace(grads=cut)
 
-    compute = subbatches.build(
-        loss_fn,
-        check_rho(rho),
-        Options(split="shared", **options),
-        finish=finish,
+    return build(
+        loss_fn, check_rho(rho), Options(split="shared", **options), decomposed
     )
-
-    def without_extra(params, batch, *args, **kwargs):
-        result = compute(params, batch, *args, **kwargs)
-        return result._replace(aux=result.aux[0])
-
-    return without_extra
 
 
 def orthogonal(vector: PyTree, to: PyTree) -> PyTree:

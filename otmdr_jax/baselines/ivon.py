@@ -29,9 +29,8 @@ import jax
 import optax
 
 from otmdr_jax.baselines import preconditioned
-from otmdr_jax.core import engine, mapping, tree
-from otmdr_jax.core.adapter import from_gradient
-from otmdr_jax.core.engine import Diagnostics
+from otmdr_jax.core import loops, tree
+from otmdr_jax.core.gradient import Diagnostics, build
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
     Options,
@@ -40,6 +39,7 @@ from otmdr_jax.core.options import (
     check_number,
     with_options,
 )
+from otmdr_jax.core.transform import from_gradient
 
 PyTree = Any
 
@@ -200,7 +200,7 @@ def ivon_gradient(
     preconditioned.check_decay("b2", b2)
     check_number("weight_decay", weight_decay, positive=True)
     check_count("mc_samples", mc_samples)
-    plain = engine.build(loss_fn, (), Options(split="shared", **options))
+    plain = build(loss_fn, (), Options(split="shared", **options))
 
     def compute(hess, params, batch, *args, key=None, **kwargs):
         if key is None:
@@ -216,7 +216,7 @@ def ivon_gradient(
             return (result._replace(diagnostics=info), products), ()
 
         keys = key if mc_samples == 1 else jax.random.split(key, mc_samples)
-        (mean, products), _ = mapping.average(at_sample, keys, mc_samples, "sequential")
+        (mean, products), _ = loops.average(at_sample, keys, mc_samples, "sequential")
         info = mean.diagnostics._replace(grad_norm=tree.norm(mean.grads))
         new = jax.tree.map(
             lambda h, p, eg: _next_hess(h, p, num_data * p * eg, b2),

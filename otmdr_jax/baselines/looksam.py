@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.baselines.gsam import orthogonal
-from otmdr_jax.core import engine, shards, subbatches, tree
-from otmdr_jax.core.adapter import from_gradient, schedule_of
+from otmdr_jax.core import shards, tree
+from otmdr_jax.core.gradient import build
 from otmdr_jax.core.options import (
     Options,
     SamOptions,
@@ -32,6 +32,8 @@ from otmdr_jax.core.options import (
     check_rho,
     with_options,
 )
+from otmdr_jax.core.particle import from_one_gradient
+from otmdr_jax.core.transform import from_gradient, schedule_of
 
 PyTree = Any
 
@@ -75,7 +77,7 @@ def looksam(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose state, a
-      :class:`otmdr_jax.core.adapter.MemoryState`, holds a :class:`LookMemory`. Under
+      :class:`otmdr_jax.core.transform.MemoryState`, holds a :class:`LookMemory`. Under
       `jax.vmap` both kinds of steps are computed and one is chosen, which saves
       nothing.
 
@@ -146,13 +148,15 @@ def looksam_gradient(
     check_count("every", every)
     radii = check_rho(rho)
     chosen = Options(split="shared", **options)
-    climbing = subbatches.build(
-        loss_fn,
-        radii,
-        chosen,
-        finish=lambda first, last: (last, orthogonal(last, first)),
-    )
-    plain = engine.build(
+
+    def with_direction(step):
+        found, first = from_one_gradient(step)
+        grads = step.shared(found.grads)
+        aux = found.aux, orthogonal(grads, first)
+        return found._replace(aux=aux, grads=grads)
+
+    climbing = build(loss_fn, radii, chosen, with_direction)
+    plain = build(
         loss_fn,
         (),
         Options(

@@ -14,8 +14,8 @@ import optax
 
 from otmdr_jax import bnn
 from otmdr_jax.core import shards, tree
-from otmdr_jax.core.adapter import MemoryState
 from otmdr_jax.core.options import check_number
+from otmdr_jax.core.transform import MemoryState
 
 PyTree = Any
 
@@ -132,7 +132,7 @@ def whole(
     """A whole optimizer of a gradient that remembers and the rule that uses it.
 
     Args:
-      gradient: Of :func:`otmdr_jax.core.adapter.from_gradient`, with a memory.
+      gradient: Of :func:`otmdr_jax.core.transform.from_gradient`, with a memory.
       rule: Its `update` takes `precision=`, what it divides by.
       divisor: (memory before, memory after) -> that precision.
       kind: The state: the fields of `MemoryState`, then the rule's state.

@@ -13,8 +13,8 @@ there):
     g_\mu = \frac1K \sum_k \nabla_\mu L_B(\mu^S_k + \sigma \kappa), \qquad
     g_\sigma = \nabla_\sigma L_B(\mu + \sigma \kappa)
 
-The engine is that of one model: means are weights that move, standard deviations and
-point estimates are weights that do not.
+The particles are those of one model: means are weights that move, standard deviations
+and point estimates are weights that do not.
 """
 
 import math
@@ -27,8 +27,9 @@ import jax.numpy as jnp
 
 from otmdr_jax.bnn import kl_divergence, local_reparam, posterior, priors
 from otmdr_jax.bnn.posterior import MeanField
-from otmdr_jax.core import collectives, engine, subbatches
-from otmdr_jax.core.engine import Diagnostics, Roles
+from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.core.batches import batch_size
+from otmdr_jax.core.gradient import Diagnostics, build, checked
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
     Options,
@@ -44,6 +45,7 @@ from otmdr_jax.core.options import (
     filled,
     with_options,
 )
+from otmdr_jax.core.particle import Particle, Step, all_particles, particle
 
 PyTree = Any
 
@@ -256,15 +258,9 @@ def robust_gradient(
         "has_aux": True,
     }
     opts = Options(**shared)
-    roles = Roles(
-        counts=_marks(mean=True) if norm == "joint" else None,
-        at_center=None if sigma_gradient == "particle" else _marks(mean=False),
-        center_batch="first" if sigma_gradient == "center_first" else "all",
-    )
     objective = _objective(loss_fn, given)
     radii = check_rho(given["rho"])
     default = _check_weight(given["kl_weight"])
-    compute = subbatches.build(objective, radii, opts, roles=roles)
 
     def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
         noise_key, key, later_key = _keys(q, key)
@@ -276,12 +272,19 @@ def robust_gradient(
         _check_size(batch, given["num_data"])
         weight = default if kl_weight is None else _check_weight(kl_weight)
 
-        def by_pass(taken):
-            kappa = kappas[min(taken, steps - 1)]
-            return {"kappa": kappa, "weight": weight}
+        def particles(step):
+            step = step._replace(
+                norm_mask=_with_scales(step.center) if norm == "joint" else None,
+                own=lambda taken: {"kappa": kappas[min(taken, steps - 1)]},
+            )
+            if sigma_gradient == "particle":
+                return all_particles(step)
+            return _scales_at_center(step, whole=sigma_gradient == "center")
 
-        found = compute(q, batch, args, kwargs, key=key, rho=rho, by_pass=by_pass)
-        return _unpacked(found)
+        compute = build(objective, radii, opts, particles)
+        return _unpacked(
+            compute(q, batch, args, kwargs, key=key, rho=rho, weight=weight)
+        )
 
     return fn
 
@@ -304,7 +307,7 @@ def sgvb_gradient(
     check_words(SgvbOptions, given)
     shared = {name: given[name] for name in fields_of(PassOptions)}
     opts = Options(**{**shared, "split": "shared", "has_aux": True})
-    compute = engine.build(_objective(loss_fn, given), (), opts)
+    compute = build(_objective(loss_fn, given), (), opts)
     default = _check_weight(given["kl_weight"])
     axes = collectives.axes_of(opts.axis_name)
 
@@ -320,10 +323,10 @@ def sgvb_gradient(
                 collectives.check_bound(axes)
                 here = jax.lax.axis_index(axes)
                 local_key = jax.random.fold_in(local_key, here)
-            own["key"] = local_key
+            own["local_key"] = local_key
             # Micro-batches know by it which examples they hold.
-            batch = batch, jnp.arange(engine.batch_size(batch))
-        return _unpacked(compute(q, batch, args, kwargs, by_pass=lambda _: own))
+            batch = batch, jnp.arange(batch_size(batch))
+        return _unpacked(compute(q, batch, args, kwargs, **own))
 
     return fn
 
@@ -347,7 +350,7 @@ def _objective(loss_fn, given):
     if prior is None:
         prior = priors.Normal(priors.PRIOR_STD if prior_std is None else prior_std)
     priors.check_prior(prior)
-    of_model = engine.checked(loss_fn, given["has_aux"])
+    of_model = checked(loss_fn, given["has_aux"])
 
     def with_divergence(q, loss, aux, kappa, weight):
         kl = kl_divergence.at_sample(q, prior, kappa)
@@ -358,9 +361,9 @@ def _objective(loss_fn, given):
         loss, aux = of_model(params, batch, *args, **kwargs)
         return with_divergence(q, loss, aux, kappa, weight)
 
-    def of_outputs(q, batch, args, kwargs, *, key, weight):
+    def of_outputs(q, batch, args, kwargs, *, local_key, weight):
         batch, positions = batch
-        key = jax.random.fold_in(key, positions[0])
+        key = jax.random.fold_in(local_key, positions[0])
         kappa_key, key = jax.random.split(key)
         loss, aux = local_reparam.call(
             of_model, q, estimator, key, batch, *args, **kwargs
@@ -402,14 +405,74 @@ def _mask_function(mask):
     return mask if callable(mask) else lambda params: mask
 
 
-def _marks(mean):
-    """A mask of raw scales, and of means or not."""
+def _with_scales(q):
+    """A mask of means and raw scales, for a norm over both."""
+    kinds = zip(q, (True, True, False), strict=True)
+    return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
 
-    def mask(q):
-        kinds = zip(q, (mean, True, False), strict=True)
-        return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
 
-    return mask
+def _scales_at_center(step: Step, *, whole: bool) -> Particle:
+    """The mean over particles, but with the gradient of the scales at the center.
+
+    The first ascent step has that gradient on the first part of the batch.
+
+    Args:
+      step: What the particles have in common.
+      whole: Whether the gradient of the scales is that of all of the batch, which takes
+        one pass over the other parts. The first particle's parts serve all particles.
+    """
+
+    def begin(parts):
+        seen, grads = step.gradient(step.center, parts[0])
+        return (seen, step.shared(grads)), grads.raw_scale
+
+    def complete(scales, parts):
+        """The gradient on all parts; the parts, available after it."""
+        if step.options.split == "shared" or not jax.tree.leaves(scales):
+            return scales, parts
+        rest = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts[1:])
+        _, grads = step.gradient(step.center, loops.after(scales, rest))
+        sizes = batch_size(parts[0]), batch_size(rest)
+        scales = tree.weighted_mean(scales, grads.raw_scale, *sizes)
+        return scales, loops.after(scales, parts)
+
+    def replaced(found, scales):
+        return found._replace(grads=found.grads._replace(raw_scale=scales))
+
+    def one(keys, parts=None, first=None):
+        parts = step.split(keys) if parts is None else parts
+        return replaced(particle(step, keys, parts, first), None)
+
+    def alone(keys):
+        parts = step.split(keys)
+        first, scales = begin(parts)
+        return replaced(one(keys, parts, first), scales)
+
+    keys, count = step.keys, step.num_particles
+    completes = whole and len(step.radii) > 1
+    if step.options.split != "random":
+        parts = step.split(keys)
+        first, scales = begin(parts)
+        if completes:
+            scales, parts = complete(scales, parts)
+        found = step.average(lambda keys: one(keys, parts, first))
+        return replaced(found, scales)
+    if not completes:
+        return step.average(alone)
+    lead = jax.tree.map(lambda k: k[0], keys) if count > 1 else keys
+    parts = step.split(lead)
+    first, scales = begin(parts)
+    scales, parts = complete(scales, parts)
+    found = step.average(lambda keys: one(keys, parts, first), lead, 1)
+    if count > 1:
+        others = jax.tree.map(lambda k: k[1:] if count > 2 else k[1], keys)
+        others = loops.after(found._replace(distance=None), others)
+        more = step.average(one, others, count - 1)
+        distances = jnp.concatenate([found.distance, more.distance])
+        found = tree.weighted_mean(
+            found._replace(distance=None), more._replace(distance=None), 1, count - 1
+        )._replace(distance=distances)
+    return replaced(found, scales)
 
 
 def _check_weight(weight):
@@ -423,7 +486,7 @@ def _check_weight(weight):
 
 
 def _check_size(batch, num_data):
-    size = engine.batch_size(batch)
+    size = batch_size(batch)
     if isinstance(size, int) and size > num_data:  # not one of jax.export
         raise ValueError(
             f"num_data={num_data} is less than a batch of {size}: it is the number of "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
-from otmdr_jax.core import mapping
+from otmdr_jax.core import loops
 from otmdr_jax.core.options import MEMBER_MAPS, check_word
 from otmdr_jax.ensemble import log_mean_probs
 
@@ -95,9 +95,7 @@ def predict(
     def of_sample(wait, key):
         return function(posterior.sample(q, wait(key)), *args)
 
-    return mapping.each(
-        of_sample, [jax.random.split(key, int(num_samples))], sample_map
-    )
+    return loops.each(of_sample, [jax.random.split(key, int(num_samples))], sample_map)
 
 
 def uncertainty(log_probs: jax.Array) -> Uncertainty:

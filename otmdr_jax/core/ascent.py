@@ -2,16 +2,19 @@ r"""One ascent step in weight space: the inner line of Eq. 9.
 
     w' = w + rho * T^2 d / ||T g||_2 + e,        e ~ N(0, noise_std^2 I)
 
-with g the gradient at w, d the direction (g itself, or the released code's merged
-one), and T = 1, T = |w| for ASAM, T = (1 + eta g^2)^(-1/2) for Fisher SAM, or a T that
-is given. The callers differentiate at `w'`, never through it (identity Hessian, as in
-SAM). Whoever does (for a radius that is learned, say) finds the step's derivative, and
-0 for a zero gradient, where there is none: the particle stays with the center.
+with g the gradient at w and d the direction: g itself, or the released code's merged
+one. T(w, g) is the metric, which says what ball the step stays in, element by element:
+T = 1 is the sphere, T = |w| ASAM's, T = (1 + eta g^2)^(-1/2) Fisher SAM's ellipsoid.
+
+The callers differentiate at `w'`, never through it (identity Hessian, as in SAM).
+Whoever does (for a radius that is learned, say) finds the step's derivative, and 0 for
+a zero gradient, where there is none: the particle stays with the center.
 
 Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4; Kim et
 al., 2022 (Fisher SAM), section 3.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +23,48 @@ import jax.numpy as jnp
 from otmdr_jax.core import shards, tree
 
 PyTree = Any
+# (weights, gradients) -> T: a pytree of their structure whose leaves are arrays of
+# their shapes, or scalars, in float32 or wider.
+Metric = Callable[[PyTree, PyTree], PyTree]
+
+
+def sphere(params: PyTree, grads: PyTree) -> PyTree:
+    """T = 1: all directions are equally far."""
+    del grads
+    return jax.tree.map(lambda w: jnp.ones((), _real_dtype(w)), params)
+
+
+def absolute_weights(params: PyTree, grads: PyTree) -> PyTree:
+    """T = |w|: ASAM's, without the constant 0.01 that its authors add for kernels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.ascent import absolute_weights
+      >>> absolute_weights(jnp.array([-2.0, 0.5]), None).tolist()
+      [2.0, 0.5]
+    """
+    del grads
+    return jax.tree.map(lambda w: jnp.abs(w).astype(_real_dtype(w)), params)
+
+
+def fisher(eta: jax.typing.ArrayLike) -> Metric:
+    """T = (1 + eta g^2)^(-1/2): Fisher SAM's.
+
+    g^2 stands for the diagonal of the Fisher information, as Kim et al. approximate it;
+    of complex weights it is |g|^2.
+
+    Args:
+      eta: How far the squared gradient bends the ball; 0 is the sphere.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.ascent import fisher
+      >>> fisher(1.0)(None, jnp.array([0.0, 3.0])).round(4).tolist()
+      [1.0, 0.316...]
+    """
+    return lambda params, grads: jax.tree.map(
+        lambda g: _fisher_scale(_wide(jnp.abs(g)), eta), grads
+    )
 
 
 def ascend(
@@ -27,11 +72,9 @@ def ascend(
     grads: PyTree,
     rho: jax.typing.ArrayLike,
     *,
+    metric: Metric = sphere,
     direction: PyTree | None = None,
     norm: str = "global",
-    adaptive: bool = False,
-    fisher: jax.typing.ArrayLike | None = None,
-    scale: PyTree | None = None,
     mask: PyTree | None = None,
     norm_mask: PyTree | None = None,
     noise_std: jax.typing.ArrayLike | None = None,
@@ -43,12 +86,11 @@ def ascend(
       params: The weights w, a pytree of inexact arrays.
       grads: The gradient g at w, of the same structure; its norm sets the length.
       rho: The radius, a scalar in the units of the weights.
+      metric: T of the weights and the gradient: :func:`sphere`,
+        :func:`absolute_weights`, :func:`fisher` or one of your own.
       direction: The direction d; None for g itself.
       norm: "global", one norm over all perturbed leaves, "per_leaf", or "none": the
         step is rho T^2 d, as long as the gradient makes it.
-      adaptive: Scale by |w|, element by element (ASAM).
-      fisher: eta of Fisher SAM, whose T is (1 + eta g^2)^(-1/2); None for another T.
-      scale: T itself, a pytree of the structure of `params`; None for another T.
       mask: A pytree of bools, True where a leaf is perturbed; None for everywhere.
         Other leaves stay as they are and do not count in the norm.
       norm_mask: A pytree of bools, True where a leaf counts in a global norm; None:
@@ -75,12 +117,7 @@ def ascend(
     moving = [True] * len(w) if mask is None else jax.tree.leaves(mask)
 
     # Steps are computed in float32 or wider; only the new weights are rounded.
-    if scale is not None:
-        t = jax.tree.leaves(scale)
-    elif fisher is not None:
-        t = [fisher_scale(x, fisher) for x in g]
-    else:
-        t = [element_scale(x, adaptive) for x in w]
+    t = jax.tree.leaves(metric(params, grads))
     tg = [ti * _wide(gi) for ti, gi in zip(t, g, strict=True)]
     counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
     total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
@@ -134,41 +171,6 @@ def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
     return jax.tree.map(bool, mask)
 
 
-def element_scale(w: jax.Array, adaptive: bool) -> jax.Array:
-    """ASAM's T of a leaf: |w| (without the authors' constant 0.01), or one.
-
-    Args:
-      w: A leaf of the weights.
-      adaptive: Whether to scale by |w|.
-
-    Returns:
-      |w|, or a scalar 1, real and in float32 or wider.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from otmdr_jax.core.ascent import element_scale
-      >>> element_scale(jnp.array([-2.0, 0.5]), adaptive=True).tolist()
-      [2.0, 0.5]
-    """
-    dtype = jnp.finfo(tree.accumulation_dtype(w)).dtype
-    return jnp.abs(w).astype(dtype) if adaptive else jnp.ones((), dtype)
-
-
-def fisher_scale(g: jax.Array, eta: jax.typing.ArrayLike) -> jax.Array:
-    """Fisher SAM's T of a leaf, the root of 1 / (1 + eta g^2), in float32 or wider.
-
-    g^2 stands for the diagonal of the Fisher information, as Kim et al. approximate it;
-    of complex weights it is |g|^2.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from otmdr_jax.core.ascent import fisher_scale
-      >>> fisher_scale(jnp.array([0.0, 3.0]), 1.0).round(4).tolist()
-      [1.0, 0.316...]
-    """
-    return _fisher_scale(_wide(jnp.abs(g)), eta)
-
-
 @jax.custom_jvp
 def _fisher_scale(size, eta):
     return 1 / jnp.hypot(jnp.ones((), size.dtype), jnp.sqrt(eta) * size)
@@ -196,6 +198,10 @@ def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
     drawn = shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)
     # Of complex weights both parts are coordinates; JAX's draws have half of it each.
     return drawn * 2**0.5 if jnp.iscomplexobj(like) else drawn
+
+
+def _real_dtype(x):
+    return jnp.finfo(tree.accumulation_dtype(x)).dtype
 
 
 def _wide(x: jax.Array) -> jax.Array:

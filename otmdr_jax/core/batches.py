@@ -1,4 +1,4 @@
-"""Cutting a batch: into the parts of the ascent steps, and into micro-batches."""
+"""Cutting a batch: parts of the ascent steps, sub-batches and micro-batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax.core import mapping, shards, tree
+from otmdr_jax.core import loops, shards, tree
 
 PyTree = Any
 
@@ -97,6 +97,52 @@ def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[Py
     ]
 
 
+def subbatches(
+    batch: PyTree, key: jax.Array | None, count: int, axes: tuple[Any, ...]
+) -> tuple[PyTree, Any, int]:
+    """Cuts a batch into consecutive parts of one size, for m-sharpness.
+
+    Args:
+      batch: A pytree with a leading example axis: this device's.
+      key: The step's PRNG key or None.
+      count: Parts of the batch of all devices.
+      axes: The device axes that it is divided over.
+
+    Returns:
+      This device's parts and their keys, on a leading axis where they are several, and
+      how many they are.
+    """
+    devices = jax.lax.axis_size(axes) if axes else 1
+    here, over = divmod(count, devices)
+    if over or not here:
+        raise ValueError(
+            f"num_subbatches must be 1 or a multiple of the {devices} devices that the "
+            f"batch is divided over, got {count}: each cuts its own part."
+        )
+    size = batch_size(batch)
+    check_known(size, here, f"num_subbatches={count}")
+    if size % here:
+        raise ValueError(
+            f"{here} sub-batches of one size cannot be cut from a batch of {size}"
+            + (f" on each of {devices} devices" if devices > 1 else "")
+            + f": num_subbatches={count} must divide it."
+        )
+    keys = None if key is None else jax.random.split(key, count)
+    first = here * jax.lax.axis_index(axes) if devices > 1 else 0
+    if here == 1:
+        return batch, None if keys is None else keys[first], 1
+    each = size // here
+    parts = jax.tree.map(
+        lambda x: jnp.asarray(x).reshape(
+            here, each, *x.shape[1:], out_sharding=shards.of_rows(x, each, lead=1)
+        ),
+        batch,
+    )
+    if keys is not None:
+        keys = jax.lax.dynamic_slice_in_dim(keys, first, here)
+    return parts, keys, here
+
+
 def accumulate(
     function: Callable[[PyTree], PyTree],
     batch: PyTree,
@@ -111,7 +157,7 @@ def accumulate(
       microbatch_size: Examples at a time; None for all of them. Where it does not
         divide B, the last micro-batch is smaller and weighs less. Micro-batches take
         every n-th example, so that each device of a sharded batch keeps its own.
-      varying: See :func:`otmdr_jax.core.mapping.average`.
+      varying: See :func:`otmdr_jax.core.loops.average`.
 
     Returns:
       What `function(batch)` returns if it is a mean over examples. Floating leaves are
@@ -138,14 +184,14 @@ def accumulate(
     )
     if count == 1:
         pieces = jax.tree.map(lambda x: x[0], pieces)
-    mean, _ = mapping.average(
+    mean, _ = loops.average(
         lambda piece: (function(piece), ()), pieces, count, "sequential", varying
     )
     if not rest:
         return mean
     # A shape of its own: one more copy of the pass in the program, no padding.
     rest_of = jax.tree.map(lambda x: shards.cut(jnp.asarray(x), whole, size), batch)
-    last = function(mapping.after(mean, rest_of))
+    last = function(loops.after(mean, rest_of))
     return tree.weighted_mean(mean, last, whole, rest)
 
 

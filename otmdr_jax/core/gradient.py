@@ -9,25 +9,62 @@ For each of K particles (Nguyen et al., 2023, Eqs. 9-10; S = 2 radii in the pape
 With one radius, the whole batch and no noise this is SAM (Theorem 4.3).
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
-from otmdr_jax.core import subbatches
-from otmdr_jax.core.engine import Diagnostics, RobustGradient
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.core.ascent import resolve_mask
+from otmdr_jax.core.batches import batch_size, subbatches
+from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import Options, RobustOptions, check_rho, with_options
-
-__all__ = [
-    "PAPER_RHO",
-    "Diagnostics",
-    "RobustGradient",
-    "robust_gradient",
-    "value_and_grad",
-]
+from otmdr_jax.core.particle import Particle, Step, all_particles, metric_of
 
 PyTree = Any
 
 # The paper's radii for CIFAR-10: rho_1 = 0.05 and rho_2 = 2 rho_1 (section 5.1).
 PAPER_RHO = (0.05, 0.1)
+
+
+class Diagnostics(NamedTuple):
+    """What a robust gradient saw on its way; computed by no further pass.
+
+    Attributes:
+      center_loss: Mean over particles of the loss at the center, on the first part of
+        the batch: with `split="shared"` on all of it.
+      robust_loss: Mean over particles of the loss of all of the batch at the particle.
+      gap: `robust_loss - center_loss`, a running estimate of sharpness.
+      ascent_norms: (S,) gradient norms of the ascent steps, mean over particles; None
+        in the state of a transformation that takes no such steps.
+      grad_norm: Norm of the gradient that is returned.
+      distances: (K,) distance of each particle from the center.
+    """
+
+    center_loss: jax.Array
+    robust_loss: jax.Array
+    gap: jax.Array
+    ascent_norms: jax.Array | None
+    grad_norm: jax.Array
+    distances: jax.Array
+
+
+class RobustGradient(NamedTuple):
+    """What :func:`otmdr_jax.robust_gradient` returns.
+
+    Attributes:
+      value: The robust loss, a scalar.
+      aux: The auxiliary output of the pass at the center, or None.
+      grads: The gradient, of the structure and dtypes of the parameters as arrays.
+      diagnostics: See :class:`Diagnostics`.
+    """
+
+    value: jax.Array
+    aux: PyTree
+    grads: PyTree
+    diagnostics: Diagnostics
 
 
 @with_options
@@ -119,4 +156,175 @@ def robust_gradient(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
-    return subbatches.build(loss_fn, check_rho(rho), Options(**options))
+    return build(loss_fn, check_rho(rho), Options(**options))
+
+
+def build(
+    loss_fn: Callable[..., Any],
+    rho: tuple[jax.typing.ArrayLike, ...],
+    options: Options,
+    particles: Callable[[Step], Particle] = all_particles,
+) -> Callable[..., RobustGradient]:
+    """The function that :func:`robust_gradient` returns, of whatever particles.
+
+    Args:
+      loss_fn: See :func:`value_and_grad`.
+      rho: Checked radii; none for the plain gradient, at the center.
+      options: Checked options.
+      particles: What becomes of a step: the mean over its particles on this device. The
+        one hook for methods that climb in another way, see
+        :mod:`otmdr_jax.core.particle`.
+    """
+    default_rho = rho
+    if options.num_subbatches > 1:
+        return _over_subbatches(loss_fn, rho, options, particles)
+    gradient_of = jax.value_and_grad(checked(loss_fn, options.has_aux), has_aux=True)
+    data_axes = collectives.axes_of(options.axis_name)
+    particle_axes = collectives.axes_of(options.particle_axis_name)
+    all_axes = data_axes + particle_axes
+
+    def compute(params, batch, *args, key=None, rho=None, **kwargs):
+        params, key = tree.arrays(params), one_key(key)
+        if options.random and key is None:
+            raise ValueError(
+                f"split={options.split!r} and noise_std={options.noise_std!r} need "
+                "randomness: pass key=jax.random.key(...), a fresh one each step, or "
+                'use split="ordered" or "shared" with noise_std=0.'
+            )
+        collectives.check_bound(all_axes)
+        batch_size(batch)
+        keys, count = _particle_keys(key, options, data_axes, particle_axes)
+        # The gradient of a replicated value is summed over devices behind our back
+        # (shard_map with check_vma); of a value marked as varying it is not.
+        center = collectives.vary(params, all_axes)
+        found = particles(
+            Step(
+                center=center,
+                batch=batch,
+                radii=default_rho if rho is None else check_rho(rho),
+                options=options,
+                mask=resolve_mask(options.mask, params),
+                metric=metric_of(options),
+                key=key,
+                keys=keys,
+                num_particles=count,
+                loss_and_gradient=lambda w, part, **own: gradient_of(
+                    w, part, *args, **kwargs, **own
+                ),
+                varying=collectives.varying_axes((center, batch, args, kwargs, keys)),
+            )
+        )
+        if options.random:
+            distances = collectives.slots(found.distance, particle_axes)
+        else:  # all particles are the same one
+            distances = jnp.tile(found.distance, options.num_particles)
+        found = found._replace(distance=distances)
+        value, aux, grads, center_loss, norms, distances = collectives.pmean(
+            found, all_axes
+        )
+        grads = tree.like(grads, params)
+        diagnostics = Diagnostics(
+            center_loss, value, value - center_loss, norms, tree.norm(grads), distances
+        )
+        return RobustGradient(value, aux, grads, diagnostics)
+
+    return compute
+
+
+def _over_subbatches(loss_fn, rho, options, particles):
+    """m-sharpness: the mean over parts of the batch, each with particles of its own.
+
+    With as many parts as devices it is what devices give without a shared perturbation
+    (Foret et al., 2021, section 4.1). On the devices of `axis_name` each cuts its own
+    part of the batch, so that the parts are those of one device.
+    """
+    alone: Any = {"axis_name": None, "sync_perturbation": True, "num_subbatches": 1}
+    of_part = build(loss_fn, rho, dataclasses.replace(options, **alone), particles)
+    axes = collectives.axes_of(options.axis_name)
+    how = "sequential" if options.particle_map == "auto" else options.particle_map
+
+    def compute(params, batch, *args, key=None, **kwargs):
+        params, key = tree.arrays(params), one_key(key)
+        collectives.check_bound(axes)
+        parts, keys, here = subbatches(batch, key, options.num_subbatches, axes)
+        # Not averaged part by part: see `build` on what shard_map does otherwise.
+        params = collectives.vary(params, axes)
+        differs = collectives.varying_axes((params, parts, args, kwargs, keys))
+        mean, _ = loops.average(
+            lambda own: (of_part(params, own[0], *args, key=own[1], **kwargs), ()),
+            (parts, keys),
+            here,
+            how,
+            lambda fresh: collectives.vary(fresh, differs),
+        )
+        mean = collectives.pmean(mean, axes)
+        grads = tree.like(mean.grads, params)
+        info = mean.diagnostics._replace(grad_norm=tree.norm(grads))
+        return mean._replace(grads=grads, diagnostics=info)
+
+    return compute
+
+
+def _particle_keys(key, opts, data_axes, particle_axes):
+    """The keys of this device's particles, and how many there are.
+
+    A pair of keys for each, (k,) of each kind; one pair, without axis, for k = 1.
+    Devices of a data axis split their parts of the batch independently of each other.
+    Noise belongs to the perturbation: it is the same everywhere if that is. Particles
+    have the keys that they would have on one device.
+    """
+    if not opts.random:
+        return (None, None), 1
+    devices = jax.lax.axis_size(particle_axes) if particle_axes else 1
+    here, over = divmod(opts.num_particles, devices)
+    if over:
+        raise ValueError(
+            f"num_particles must be a multiple of the {devices} devices of axis "
+            f"{opts.particle_axis_name!r}, got {opts.num_particles}."
+        )
+    split_key, noise_key = jax.random.split(key)
+    if data_axes and jax.lax.axis_size(data_axes) > 1:
+        device = jax.lax.axis_index(data_axes)
+        split_key = jax.random.fold_in(split_key, device)
+        if not opts.sync_perturbation:
+            noise_key = jax.random.fold_in(noise_key, device)
+    keys = split_key, noise_key
+    if opts.num_particles == 1:
+        return keys, 1
+    keys = jax.tree.map(lambda k: jax.random.split(k, opts.num_particles), keys)
+    if not particle_axes:
+        return keys, here
+    start = here * jax.lax.axis_index(particle_axes)
+    if here == 1:
+        return jax.tree.map(lambda k: k[start], keys), 1
+    return jax.tree.map(
+        lambda k: jax.lax.dynamic_slice_in_dim(k, start, here), keys
+    ), here
+
+
+def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """`loss_fn` to (loss, aux) always, refusing what is no scalar loss."""
+
+    def of(params, batch, *args, **kwargs):
+        out = loss_fn(params, batch, *args, **kwargs)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "with has_aux=True loss_fn must return (loss, aux), got "
+                f"{type(out).__name__}."
+            )
+        loss, aux = out if has_aux else (out, None)
+        if isinstance(loss, (tuple, list, dict)) or loss is None:
+            raise TypeError(
+                f"loss_fn must return a scalar, got {type(loss).__name__}: for "
+                "(loss, aux) pass has_aux=True."
+            )
+        loss = jnp.asarray(loss)
+        if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+            raise TypeError(
+                "loss_fn must return a real floating scalar, got shape "
+                f"{loss.shape} and dtype {loss.dtype}: average over the batch with "
+                "jnp.mean."
+            )
+        return loss, aux
+
+    return of

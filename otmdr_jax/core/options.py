@@ -290,8 +290,8 @@ def with_options(function: Function) -> Function:
         for name, field in fields.items()
     ]
     known = [parameter.name for parameter in (*own[1:], *keywords)]
-    package = function.__module__.split(".")[:-1][-1]
-    name = f"{package}.{function.__name__}"
+    room = function.__module__.split(".")[1]
+    name = f"{'otmdr_jax' if room == 'core' else room}.{function.__name__}"
 
     @functools.wraps(function)
     def checked(*args, **kwargs):

@@ -1,4 +1,9 @@
-"""One particle: its climb from the center in S steps, each on a part of the batch.
+"""One particle: it climbs from the center, one step of Eq. 9 on each part of the batch.
+
+A :class:`Step` is what the particles of one step have in common. :func:`particle` is
+one of them, :func:`all_particles` their mean. A method that climbs in another way
+(:mod:`otmdr_jax.bnn`, bSAM, GSAM, LookSAM) has a function of its own in the place of
+:func:`all_particles`: it replaces a field of the step, or what the particles return.
 
 Reference: Nguyen et al., 2023, section 4.2.1 and Algorithm 1.
 """
@@ -9,85 +14,208 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core.ascent import ascend
+from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.core.ascent import Metric, absolute_weights, ascend, fisher, sphere
+from otmdr_jax.core.batches import accumulate, batch_size, split_batch
 from otmdr_jax.core.options import Options
 
 PyTree = Any
-Gradient = Callable[[PyTree, PyTree, int], tuple[tuple[jax.Array, PyTree], PyTree]]
+# What a pass returns: ((loss, aux), gradient).
+Pass = tuple[tuple[jax.Array, PyTree], PyTree]
 
 
-class Climb(NamedTuple):
-    """Where a particle arrives, and what it saw at the center.
+class Particle(NamedTuple):
+    """Where a particle arrives, and what it saw on its way; or the mean of several.
 
     Attributes:
-      particle: The weights after the last ascent step.
-      center_loss: The loss at the center on the first part of the batch.
-      aux: The auxiliary output of that pass.
-      norms: (S,) gradient norms of the ascent steps.
-      start: The gradient of the first of them.
+      value: The loss of all of the batch at the particle.
+      aux: The auxiliary output of the first pass, at the center.
+      grads: The gradient on all of the batch at the particle.
+      center_loss: The loss of the first pass.
+      ascent_norms: (S,) gradient norms of the ascent steps.
+      distance: The distance of the particle from the center; of a mean (K,), or None
+        where it is kept apart.
     """
 
-    particle: PyTree
-    center_loss: jax.Array
+    value: jax.Array
     aux: PyTree
-    norms: jax.Array
-    start: PyTree
+    grads: PyTree
+    center_loss: jax.Array
+    ascent_norms: jax.Array
+    distance: Any
 
 
-def climb(
-    gradient: Gradient,
-    params: PyTree,
+class Step(NamedTuple):
+    """What the particles of one step have in common.
+
+    Attributes:
+      center: theta, marked as differing between the devices of all axes.
+      batch: B; on a mesh this device's part.
+      radii: S radii.
+      options: Checked options.
+      mask: Which leaves may move, resolved.
+      metric: T of the ascent steps, the shape of the ball.
+      key: The step's PRNG key or None.
+      keys: (of the split, of the noise) of this device's particles, on a leading axis
+        where they are several; (None, None) where nothing is random.
+      num_particles: How many particles this device has.
+      loss_and_gradient: (params, batch, **own) -> ((loss, aux), gradient), where `own`
+        are further arguments of the loss.
+      varying: The device axes along which anything here differs.
+      norm_mask: Which leaves count in a global norm; None: those that may move.
+      own: Number of ascent steps taken -> further arguments of the loss in that pass.
+    """
+
+    center: PyTree
+    batch: PyTree
+    radii: tuple[jax.typing.ArrayLike, ...]
+    options: Options
+    mask: PyTree | None
+    metric: Metric
+    key: jax.Array | None
+    keys: Any
+    num_particles: int
+    loss_and_gradient: Callable[..., Pass]
+    varying: collectives.Axes
+    norm_mask: PyTree | None = None
+    own: Callable[[int], dict[str, Any]] = lambda taken: {}
+
+    def gradient(self, w: PyTree, part: PyTree, taken: int = 0) -> Pass:
+        """This device's gradient of the mean loss over a part, by micro-batches."""
+        own = self.own(taken)
+
+        def fresh(zeros):
+            # Sums start at zeros that wait for w: else XLA may lay out those of all
+            # passes at once, each of the size of the parameters.
+            return self.vary(loops.after(w, zeros))
+
+        def of(piece):
+            return self.loss_and_gradient(w, piece, **own)
+
+        return accumulate(of, part, self.options.microbatch_size, fresh)
+
+    def shared(self, grads: PyTree) -> PyTree:
+        """The gradient that steers a climb: the mean over devices that climb as one."""
+        if not self.options.sync_perturbation:
+            return grads
+        return collectives.pmean(grads, collectives.axes_of(self.options.axis_name))
+
+    def ascent_gradient(self, w: PyTree, part: PyTree, taken: int = 0) -> Pass:
+        """The gradient of an ascent step."""
+        seen, grads = self.gradient(w, part, taken)
+        return seen, self.shared(grads)
+
+    def split(self, keys: Any) -> Sequence[PyTree]:
+        """The S parts of the batch for the particle with these keys."""
+        if self.options.split == "shared":
+            batch_size(self.batch)
+            return [self.batch] * len(self.radii)
+        key = keys[0] if self.options.split == "random" else None
+        return split_batch(self.batch, len(self.radii), key)
+
+    def average(
+        self,
+        function: Callable[[Any], Particle],
+        keys: Any = None,
+        count: int | None = None,
+    ) -> Particle:
+        """The mean of the particles that a function makes of their keys.
+
+        Args:
+          function: (of the split, of the noise) -> a particle.
+          keys: Those of some of the particles; None for all that this device has.
+          count: How many these are.
+        """
+        if count is None:
+            keys, count = self.keys, self.num_particles
+
+        def parted(keys):
+            found = function(keys)
+            return found._replace(distance=None), found.distance
+
+        how = self.options.particle_map
+        mean, distances = loops.average(parted, keys, count, how, self.vary)
+        return mean._replace(distance=distances)
+
+    def vary(self, fresh: PyTree) -> PyTree:
+        """Marks fresh arrays as differing between devices as the step's own do."""
+        return collectives.vary(fresh, self.varying)
+
+
+def all_particles(step: Step) -> Particle:
+    """The mean over this device's particles (Eq. 10)."""
+    if step.options.split == "random":
+        return step.average(lambda keys: particle(step, keys, step.split(keys)))
+    return from_one_gradient(step)[0]
+
+
+def from_one_gradient(step: Step) -> tuple[Particle, PyTree]:
+    """The same where all particles leave from one gradient, and that gradient."""
+    parts = step.split(step.keys)
+    first = step.ascent_gradient(step.center, parts[0]) if parts else None
+    found = step.average(lambda keys: particle(step, keys, parts, first))
+    return found, first[1] if first else None
+
+
+def particle(
+    step: Step,
+    keys: Any,
     parts: Sequence[PyTree],
-    rho: Sequence[jax.typing.ArrayLike],
-    options: Options,
-    *,
-    mask: PyTree | None = None,
-    norm_mask: PyTree | None = None,
-    scale: PyTree | None = None,
-    key: jax.Array | None = None,
-    first: tuple[tuple[jax.Array, PyTree], PyTree] | None = None,
-) -> Climb:
-    """Takes one ascent step on each part (Eq. 9, first two lines for S = 2).
+    first: Pass | None = None,
+) -> Particle:
+    """Takes one ascent step on each part, then the gradient on all of the batch.
 
     Args:
-      gradient: (params, part, steps taken) -> ((loss, aux), grads).
-      params: The center.
+      step: What it has in common with the others.
+      keys: (of the split, of the noise).
       parts: S parts of the batch.
-      rho: S radii.
-      options: Norm, adaptivity, merging and noise.
-      mask: Which leaves may move, already resolved.
-      norm_mask: Which leaves count in a global norm; None: those that may move.
-      scale: T of every ascent step, see :func:`otmdr_jax.core.ascent.ascend`.
-      key: A PRNG key, needed if there is noise.
-      first: What `gradient(params, parts[0], 0)` gives, where it is already known.
+      first: The first ascent step's gradient, where it is known already.
     """
-    w, total, norms = params, None, []
-    start = first
-    for s, (part, radius) in enumerate(zip(parts, rho, strict=True)):
-        (loss, aux), grads = start if start is not None else gradient(w, part, s)
-        if s == 0:
-            center_loss, center_aux, center_grads = loss, aux, grads
-        start = None
+    options, (_, noise_key) = step.options, keys
+    w, total, norms, center = step.center, None, [], None
+    for s, (part, radius) in enumerate(zip(parts, step.radii, strict=True)):
+        if s == 0 and first is not None:
+            seen, grads = first
+        else:
+            seen, grads = step.ascent_gradient(w, part, s)
+        center = seen if s == 0 else center
         direction = None
         if options.merge is not None:
             # The released code never clears the gradients: g1, then g1 + g2, ...
             # over the norm of the last one alone.
             total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-            parts_seen = s + 1 if options.merge == "mean" else 1
-            direction = jax.tree.map(lambda g, n=parts_seen: g / n, total)
+            seen_parts = s + 1 if options.merge == "mean" else 1
+            direction = jax.tree.map(lambda g, n=seen_parts: g / n, total)
         w, length = ascend(
             w,
             grads,
             radius,
+            metric=step.metric,
             direction=direction,
             norm=options.norm,
-            adaptive=options.adaptive,
-            fisher=options.fisher if options.curved else None,
-            scale=scale,
-            mask=mask,
-            norm_mask=norm_mask,
+            mask=step.mask,
+            norm_mask=step.norm_mask,
             noise_std=options.noise_std if options.noisy else None,
-            key=None if key is None else jax.random.fold_in(key, s),
+            key=None if noise_key is None else jax.random.fold_in(noise_key, s),
         )
         norms.append(length)
-    return Climb(w, center_loss, center_aux, jnp.stack(norms), center_grads)
+    # Never differentiated through: the gradient is taken afresh at the particle.
+    last, grads = step.gradient(w, step.batch, len(norms))
+    center_loss, aux = last if center is None else center
+    distance = _distance(w, step.center) if norms else jnp.zeros(())
+    ascent_norms = jnp.stack(norms) if norms else jnp.zeros(0)
+    return Particle(last[0], aux, grads, center_loss, ascent_norms, distance)
+
+
+def metric_of(options: Options) -> Metric:
+    """The shape of the ball that options name."""
+    if options.curved:
+        return fisher(options.fisher)
+    return absolute_weights if options.adaptive else sphere
+
+
+def _distance(particle, center):
+    away = jax.tree.map(
+        lambda a, b: a.astype(tree.accumulation_dtype(a)) - b, particle, center
+    )
+    return tree.norm(away)

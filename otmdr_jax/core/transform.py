@@ -2,25 +2,66 @@
 
 They compute their own gradient from `batch=`, so the updates that come in are not
 used. Everything chained after them (clipping, decay, momentum, accumulation) acts on
-the robust gradient at the center.
+the robust gradient at the center. What is carried from update to update (key, count,
+auxiliary output, memory) is the state. :func:`from_gradient` makes the same of any
+function that computes a gradient from a batch.
 """
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from otmdr_jax.core.adapter import from_gradient, schedule_of
-from otmdr_jax.core.gradient import PAPER_RHO, robust_gradient
+from otmdr_jax.core.gradient import PAPER_RHO, Diagnostics, robust_gradient
+from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
     FixedShapeOptions,
     RobustOptions,
     SamOptions,
+    check_rho,
     with_options,
 )
 
 PyTree = Any
+
+
+class OtmdrState(NamedTuple):
+    """State of :func:`otmdr_jax.otmdr`, :func:`sam` and :func:`asam`.
+
+    Attributes:
+      count: Number of updates so far.
+      key: The PRNG key of the next update, a typed one whatever it was made of, or None
+        where nothing is random.
+      aux: The auxiliary output of the center pass of the last update whose gradient was
+        finite; `aux_init` at first.
+      diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; NaN at first.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # as in Optax: hides tuple.count
+    key: jax.Array | None
+    aux: PyTree
+    diagnostics: Diagnostics
+
+
+class MemoryState(NamedTuple):
+    """State of a transformation whose gradient remembers something.
+
+    Attributes:
+      count: See :class:`OtmdrState`, as the next three.
+      key: The next update's key.
+      aux: The last auxiliary output.
+      diagnostics: The last update's.
+      memory: What the gradient remembers: as it was before an update whose gradient was
+        not finite.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    key: jax.Array | None
+    aux: PyTree
+    diagnostics: Diagnostics
+    memory: PyTree
 
 
 @with_options
@@ -167,3 +208,174 @@ def asam(
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
     """
     return sam(loss_fn, rho, aux_init=aux_init, adaptive=True, **options)
+
+
+def from_gradient(
+    compute: Callable[..., Any],
+    key: jax.Array | None = None,
+    *,
+    rho: Any = None,
+    num_particles: int = 1,
+    has_aux: bool = False,
+    aux_init: PyTree = None,
+    start: Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """A function that computes a gradient from a batch, as a transformation.
+
+    Args:
+      compute: (params, batch, *args, key=, rho=, **kwargs) ->
+        :class:`otmdr_jax.RobustGradient`; with `start` (memory, params, batch, ...) ->
+        (RobustGradient, memory).
+      key: See :func:`otmdr_jax.otmdr`, as the next.
+      rho: None where `compute` takes none and climbs not.
+      num_particles: K.
+      has_aux: See :func:`otmdr_jax.otmdr`.
+      aux_init: See :func:`otmdr_jax.otmdr`.
+      start: What the gradient remembers from step to step, made of the parameters. The
+        state is then a :class:`MemoryState`.
+
+    Raises:
+      ValueError: `has_aux` without `aux_init`, or `aux_init` without `has_aux`.
+    """
+    radii_at, num_radii = (None, 0) if rho is None else schedule_of(rho)
+    key = one_key(key)
+    if has_aux and aux_init is None:
+        raise ValueError(
+            "has_aux=True needs aux_init, a pytree of the structure, shapes and dtypes "
+            "of aux: it fixes the state's structure before the first update."
+        )
+
+    if aux_init is not None and not has_aux:
+        raise ValueError(
+            "aux_init is where the aux of a loss that returns (loss, aux) starts: pass "
+            "has_aux=True with it, or leave it out."
+        )
+
+    def init_fn(params):
+        _check_whole(params)
+        # Each array is new, the caller's key and aux_init copied: whoever donates the
+        # state must neither donate one buffer twice nor lose what is theirs.
+        shapes = ((), (), (), (num_radii,), (), (num_particles,))
+        diagnostics = Diagnostics(
+            *[jnp.full(shape, jnp.nan, jnp.float32) for shape in shapes]
+        )
+        if num_radii == 0:
+            diagnostics = diagnostics._replace(ascent_norms=None)
+        own_key, aux = jax.tree.map(
+            # Strongly typed, as after an update.
+            lambda x: jnp.array(x, jnp.result_type(x)),
+            (key, aux_init),
+        )
+        state = jnp.zeros((), jnp.int32), own_key, aux, diagnostics
+        if start is None:
+            return OtmdrState(*state)
+        return MemoryState(*state, start(params))
+
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        batch=None,
+        loss_args=(),
+        loss_kwargs=None,
+        **extra_args,
+    ):
+        del updates, extra_args
+        if params is None:
+            raise ValueError(
+                "the robust gradient is taken at the parameters: call "
+                "tx.update(updates, state, params, batch=batch)."
+            )
+        if batch is None:
+            raise TypeError(
+                "the robust gradient is computed from the batch: call "
+                "tx.update(updates, state, params, batch=batch)."
+            )
+        _check_whole(params)
+        next_key, step_key = _split(state.key)
+        arguments = (params, batch, *loss_args)
+        options = {"key": step_key}
+        if radii_at is not None:
+            options["rho"] = radii_at(state.count)
+        if start is None:
+            result = compute(*arguments, **options, **(loss_kwargs or {}))
+        else:
+            result, memory = compute(
+                state.memory, *arguments, **options, **(loss_kwargs or {})
+            )
+        seen = result.diagnostics
+        if num_radii == 0:  # Orbax saves no empty arrays
+            seen = seen._replace(ascent_norms=None)
+        diagnostics = jax.tree.map(
+            lambda new, old: new.astype(old.dtype), seen, state.diagnostics
+        )
+        # A step that apply_if_finite will skip leaves no NaN statistics behind either.
+        finite = jnp.isfinite(result.diagnostics.grad_norm)
+
+        def kept(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        aux = kept(_like(result.aux, state.aux), state.aux)
+        count = optax.safe_increment(state.count)
+        new = count, next_key, aux, diagnostics
+        if start is None:
+            return result.grads, OtmdrState(*new)
+        return result.grads, MemoryState(*new, kept(memory, state.memory))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def schedule_of(rho: Any) -> tuple[Callable[[jax.Array], tuple], int]:
+    """A function from the count to the radii, and how many radii there are."""
+    if callable(rho):
+        radii_at = lambda count: check_rho(rho(count))  # noqa: E731
+        return radii_at, len(radii_at(jnp.zeros((), jnp.int32)))
+    if isinstance(rho, (list, tuple)):
+        check_rho([0.0 if callable(r) else r for r in rho])
+        return lambda count: tuple(r(count) if callable(r) else r for r in rho), len(
+            rho
+        )
+    radii = check_rho(rho)
+    return lambda count: radii, len(radii)
+
+
+def _check_whole(params):
+    """Refuses what `optax.masked` and `optax.partition` leave of the parameters."""
+    leaves = jax.tree.leaves(params, is_leaf=_is_masked)
+    if any(_is_masked(leaf) for leaf in leaves):
+        raise TypeError(
+            "the robust gradient needs all parameters, got some that optax.masked or "
+            "optax.partition took away. Put these around the optimizer that is chained "
+            "after it, optax.chain(otmdr(...), optax.partition(...)); to perturb some "
+            "leaves alone use the option mask= of the transformation."
+        )
+
+
+def _is_masked(leaf):
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _split(key):
+    return (None, None) if key is None else tuple(jax.random.split(key))
+
+
+def _like(aux, expected):
+    """`aux` with the dtypes of the state's, which must not change between updates."""
+    got: Any = jax.tree.structure(aux)
+    want: Any = jax.tree.structure(expected)
+    if got != want:
+        raise ValueError(
+            "aux must have the structure of aux_init.\n"
+            f"  aux_init: {want}\n  aux:      {got}"
+        )
+
+    def cast(new, old):
+        if jnp.shape(new) != jnp.shape(old):
+            raise ValueError(
+                "aux must have the shapes of aux_init, got "
+                f"{jnp.shape(new)} where aux_init has {jnp.shape(old)}."
+            )
+        return jnp.asarray(new, old.dtype)
+
+    return jax.tree.map(cast, aux, expected)

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 import jax.numpy as jnp
 
 from otmdr_jax.core import gradient as single
-from otmdr_jax.core import mapping, tree
+from otmdr_jax.core import loops, tree
 from otmdr_jax.core.gradient import PAPER_RHO, RobustGradient
 from otmdr_jax.core.options import MEMBER_MAPS, RobustOptions, check_word, with_options
 from otmdr_jax.ensemble.stacking import (
@@ -149,7 +149,7 @@ def robust_gradient(
 
             return member
 
-        found = mapping.each(
+        found = loops.each(
             each_or_one([of_member(run) for run in computes], members),
             (
                 members,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import mapping, tree
+from otmdr_jax.core import loops, tree
 from otmdr_jax.core.options import MEMBER_MAPS, check_word
 from otmdr_jax.ensemble.stacking import (
     check_all,
@@ -101,7 +101,7 @@ def joint_loss(
 
             return member
 
-        found: Any = mapping.each(
+        found: Any = loops.each(
             each_or_one([of_member(f) for f in functions], members),
             (members, rows_of(args, members)),
             member_map,

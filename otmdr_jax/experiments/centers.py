@@ -16,7 +16,7 @@ from otmdr_jax import baselines, bnn
 from otmdr_jax.baselines.bsam import PRECISION
 from otmdr_jax.baselines.ivon import HESS
 from otmdr_jax.baselines.looksam import start
-from otmdr_jax.core import engine
+from otmdr_jax.core.gradient import build as build_gradient
 from otmdr_jax.core.gradient import robust_gradient
 from otmdr_jax.core.options import (
     Options,
@@ -68,7 +68,7 @@ def weights(name: str, loss_fn: Callable, own: Any, options: dict[str, Any]) -> 
     if own is None:
         known = set(fields_of(PassOptions)) - {"has_aux"}
         check_names(f"the method {name!r}", options, sorted(known))
-        compute = engine.build(
+        compute = build_gradient(
             loss_fn, (), Options(split="shared", has_aux=True, **options)
         )
     else:

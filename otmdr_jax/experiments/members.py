@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax import baselines, ensemble
-from otmdr_jax.core import collectives, mapping, tree
+from otmdr_jax.core import collectives, loops, tree
 from otmdr_jax.experiments.methods import Method, TrainState
 
 PyTree = Any
@@ -298,7 +298,7 @@ def _each(functions, columns, how):
     """
     if how == "auto" and jax.default_backend() == "cpu":
         how = "scan"
-    return mapping.each(functions if len(functions) > 1 else functions[0], columns, how)
+    return loops.each(functions if len(functions) > 1 else functions[0], columns, how)
 
 
 def _of_all(metrics, axis_name):

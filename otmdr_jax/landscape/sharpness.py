@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import tree
-from otmdr_jax.core.ascent import ascend, element_scale
+from otmdr_jax.core.ascent import absolute_weights, ascend, sphere
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
@@ -244,7 +244,7 @@ def average_sharpness(
 
 @functools.partial(jax.jit, static_argnames="adaptive")
 def _ascend(weights, grads, rho, *, adaptive):
-    return ascend(weights, grads, rho, adaptive=adaptive)[0]
+    return ascend(weights, grads, rho, metric=_metric(adaptive))[0]
 
 
 @functools.partial(jax.jit, static_argnames="adaptive")
@@ -278,8 +278,12 @@ def _gaussian(zeros, noise_std, key):
 
 
 def _scaled(center, vector, adaptive):
-    scales = [element_scale(w, adaptive) for w in center]
+    scales = _metric(adaptive)(center, vector)
     return [t * v.astype(t.dtype) for t, v in zip(scales, vector, strict=True)]
+
+
+def _metric(adaptive):
+    return absolute_weights if adaptive else sphere
 
 
 def _zeros(center):

@@ -46,7 +46,7 @@ def average(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from otmdr_jax.core.mapping import average
+      >>> from otmdr_jax.core.loops import average
       >>> mean, each = average(lambda x: (x, 2 * x), jnp.arange(3.0), 3, "scan")
       >>> float(mean), each.tolist()
       (1.0, [0.0, 2.0, 4.0])
@@ -100,7 +100,7 @@ def each(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from otmdr_jax.core.mapping import each
+      >>> from otmdr_jax.core.loops import each
       >>> double = lambda wait, x: 2 * wait(x)
       >>> each(double, [jnp.arange(3.0)], "unroll").tolist()
       [0.0, 2.0, 4.0]
