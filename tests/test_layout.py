@@ -34,7 +34,7 @@ CORE = [
     {"presets", "transform"},
 ]
 EXPERIMENTS = [
-    {"centers", "config", "interrupts", "precision", "progress", "windows"},
+    {"centers", "config", "interrupts", "precision", "progress"},
     {"methods"},
     {"optimizers", "members"},
     {"building"},

@@ -163,6 +163,8 @@ def _evaluate(new, state, dataset, compiled, meta, show_progress):
     sharp = sharpness.gap(
         new, state, dataset, compiled, without=tuple(meta["diverged"])
     )
-    result = training.final_result(new, state, compiled, found, sharp, meta)
+    result = training.final_result(
+        new, state, members.steps_taken(state), compiled, found, sharp, meta
+    )
     result["seconds_per_step"] = float("nan")
     return found, result

@@ -3,6 +3,7 @@
 starting.py     train: a run begins, or goes on from its last checkpoint
 loop.py         epochs of steps, evaluations, the end
 feed.py         batches: from the devices' memory, or streamed to them
+windows.py      numbers of steps, fetched late, averaged over windows
 log.py          what is recorded, of evaluations and of windows of steps
 divergence.py   runs and members whose steps are no longer finite
 saving.py       when a checkpoint is due

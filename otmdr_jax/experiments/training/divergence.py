@@ -5,7 +5,7 @@ A single such step is skipped on the device; here are those in a row that are to
 
 from collections.abc import Callable, Sequence
 
-from otmdr_jax.experiments.windows import Window
+from otmdr_jax.experiments.training.windows import Window
 
 
 class NonFiniteError(RuntimeError):

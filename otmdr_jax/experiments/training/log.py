@@ -5,7 +5,7 @@ from typing import Any
 
 from otmdr_jax.experiments.measure.evaluation import Evaluation
 from otmdr_jax.experiments.run_folder import RunFolder
-from otmdr_jax.experiments.windows import Window
+from otmdr_jax.experiments.training.windows import Window
 
 
 class Log:

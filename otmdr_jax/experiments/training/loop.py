@@ -1,4 +1,4 @@
-"""The training loop: epochs of one compiled step, evaluations, and the end.
+"""The training loop: a run begins, takes steps in epochs, evaluates, saves and ends.
 
 The data live on the devices, or stream to them. A step gathers, augments and normalises
 its batch inside the compiled program and donates the state, so that the host only
@@ -7,7 +7,6 @@ follows from the seed and the step: a run that is stopped and resumed ends with 
 bits as one that is not. On many hosts each runs this same loop, and one of them writes.
 """
 
-import collections
 import math
 import os
 import statistics
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 
 from otmdr_jax import parallel
-from otmdr_jax.experiments import members, predictors, progress, windows
+from otmdr_jax.experiments import members, predictors, progress
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
 from otmdr_jax.experiments.measure import sharpness
 from otmdr_jax.experiments.measure.evaluation import (
@@ -26,7 +25,6 @@ from otmdr_jax.experiments.measure.evaluation import (
     evaluate,
     posterior_record,
 )
-from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.methods import FITTED
 from otmdr_jax.experiments.programs import few_images
 from otmdr_jax.experiments.training import divergence
@@ -38,16 +36,19 @@ from otmdr_jax.experiments.training.saving import (
     SECONDS_WITHIN_EPOCH,
     Saver,
 )
+from otmdr_jax.experiments.training.windows import Windows, summarise
 
 PyTree = Any
 
-# Enough that a device never waits for the host, few enough that a signal is acted on
-# at once.
-STEPS_IN_FLIGHT = 2
-
 
 class Loop:
-    """One run of the loop: where it is, what it logs and when it saves."""
+    """One run of the loop: where it is, what it logs and when it saves.
+
+    Attributes:
+      step: Steps that have been dispatched.
+      meta: What is saved beside the state: checksums of the data, the best evaluation,
+        seconds a step in each epoch, members that have diverged, the mesh.
+    """
 
     def __init__(
         self, config, dataset, programs, data, show_progress, folder=None, saved=None
@@ -57,129 +58,155 @@ class Loop:
         self.data = data  # its checksums
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
         self.feed = Feed(config, dataset, programs)
-        # Windows of steps that are dispatched, but whose numbers are not fetched yet.
-        self.unlogged: collections.deque[tuple[int, list, jax.Array]]
-        self.unlogged = collections.deque()
+        self.windows = Windows()
         self.warm = False  # whether the step has been compiled in this process
+        self.step, self.signum = 0, 0
         self.meta: dict[str, Any] = {}
-        self.signum = 0
 
-    def run(self, state: PyTree, meta: dict[str, Any]) -> Result:
-        """Runs from `state` to the end."""
-        mesh = "one device"
-        if self.programs.mesh is not None:
-            mesh = ",".join(f"{a}={n}" for a, n in self.programs.mesh.shape.items())
-        fresh: dict[str, Any] = {
-            "data": self.data,
-            "best": None,
-            "speeds": [],
-            "diverged": [],
-        }
-        self.meta = {**fresh, **meta, "mesh": mesh}
-        self.log = Log(self.programs.steps_per_epoch, self.folder)
-        self.saver = None
-        if self.saved is not None:
-            every = self.config.checkpoint_every
-            self.saver = Saver(self.saved, every, steps_taken(state))
+    def run(self, state: PyTree, meta: dict[str, Any], step: int = 0) -> Result:
+        """Runs from a state, after so many steps, to the end."""
+        self._begin(meta, step)
         total = self.programs.total_steps
-        particles = self.config.num_particles
-        many = f" K = {particles}" if particles > 1 else ""
-        if self.config.members is not None:
-            many += f" x {len(self.config.member_names)}"
-        title = f"{self.config.method}{many} seed {self.config.seed}"
-        with (
-            Requests(self._stop),
-            progress.Progress(
-                total, steps_taken(state), title, self.show_progress
-            ) as self.progress,
-        ):
-            if steps_taken(state):
-                self.progress.say(f"goes on after step {steps_taken(state)}")
-            if meta.get("mesh", mesh) != mesh and steps_taken(state) < total:
-                self.progress.say(
-                    f"the mesh was {meta['mesh']} and is {mesh}: the rest of the run "
-                    "will not be the same bits"
-                )
-            if steps_taken(state) < total:
-                if warning := few_images(self.config, self.programs.mesh):
-                    self.progress.say(warning)
-                self.progress.say("compiling")
-            self.feed.open(steps_taken(state))
+        bar = progress.Progress(total, step, self._title(), self.show_progress)
+        with Requests(self._stop), bar as self.progress:
+            self._say_where(meta)
+            self.feed.open(step)
             try:
-                while (step := steps_taken(state)) < total:
-                    state = self._epoch(state, min(self._end_of(step), total))
+                while self.step < total:
+                    state = self._epoch(state)
+                    if self.step < total:
+                        self._between_epochs(state)
             finally:
                 self.feed.close()
             return self._finish(state)
 
-    def _end_of(self, step: int) -> int:
-        """The end of the epoch that `step` is in."""
-        per_epoch = self.programs.steps_per_epoch
-        return (step // per_epoch + 1) * per_epoch
+    # --- It begins ---
 
-    def _epoch(self, state: PyTree, end: int) -> PyTree:
-        """Trains to the end of an epoch, then evaluates and saves if they are due."""
-        step = start = steps_taken(state)
-        epoch, first = divmod(start, self.programs.steps_per_epoch)
+    def _begin(self, meta, step):
+        self.step, self.saver = step, None
+        mesh = "one device"
+        if self.programs.mesh is not None:
+            mesh = ",".join(f"{a}={n}" for a, n in self.programs.mesh.shape.items())
+        fresh = {"data": self.data, "best": None, "speeds": [], "diverged": []}
+        self.meta = {**fresh, **meta, "mesh": mesh}
+        self.log = Log(self.programs.steps_per_epoch, self.folder)
+        if self.saved is not None:
+            self.saver = Saver(self.saved, self.config.checkpoint_every, step)
+
+    def _title(self):
+        particles = self.config.num_particles
+        many = f" K = {particles}" if particles > 1 else ""
+        if self.config.members is not None:
+            many += f" x {len(self.config.member_names)}"
+        return f"{self.config.method}{many} seed {self.config.seed}"
+
+    def _say_where(self, meta):
+        """Says what the run goes on from, and what is odd about it."""
+        say, mesh = self.progress.say, self.meta["mesh"]
+        left = self.step < self.programs.total_steps
+        if self.step:
+            say(f"goes on after step {self.step}")
+        if left and meta.get("mesh", mesh) != mesh:
+            say(
+                f"the mesh was {meta['mesh']} and is {mesh}: the rest of the run will "
+                "not be the same bits"
+            )
+        if left:
+            if warning := few_images(self.config, self.programs.mesh):
+                say(warning)
+            say("compiling")
+
+    # --- It takes steps ---
+
+    def _epoch(self, state: PyTree) -> PyTree:
+        """Trains to the end of the epoch, or of the run."""
+        epoch, first = divmod(self.step, self.programs.steps_per_epoch)
+        end = min(
+            (epoch + 1) * self.programs.steps_per_epoch, self.programs.total_steps
+        )
         order = self.feed.order(epoch)
-        window: list[dict[str, jax.Array]] = []
-        in_flight: collections.deque[jax.Array] = collections.deque()
-        began = time.perf_counter()
-        timed_from = start
-        for i in range(first, first + end - start):
+        began, timed_from = time.perf_counter(), self.step
+        for i in range(first, first + end - self.step):
             state, numbers = self.feed.step(state, order, i)
-            step += 1
-            window.append(numbers)
-            in_flight.append(numbers["loss"])
+            self.step += 1
+            self.windows.add(numbers)
             if not self.warm:
                 # The first step of a process compiles: the clock starts after it.
-                jax.block_until_ready(in_flight.popleft())
-                began, timed_from, self.warm = time.perf_counter(), step, True
-                self.progress.restart(step)
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
-                self._log_windows(step - STEPS_IN_FLIGHT)
+                self.windows.wait(0)
+                began, timed_from, self.warm = time.perf_counter(), self.step, True
+                self.progress.restart(self.step)
+            if done := self.windows.wait():
+                self._log_windows(self.step - done)
             # Windows start with the epoch: none is cut short but its last.
-            whole = (i + 1) % self.config.log_every == 0 or step == end
+            whole = (i + 1) % self.config.log_every == 0 or self.step == end
             if whole:
-                window = self._close_window(state, window, step)
-            if step == end:
-                break  # what is due at the end of an epoch comes after its evaluation
-            # Hosts decide together, and seldom: asking the others waits for them.
-            if whole or jax.process_count() == 1:
-                stop, save = self._decide(step, SECONDS_WITHIN_EPOCH)
-                if stop:
-                    self._close_window(state, window, step)
-                    self._interrupted(state, step, stop)
-                if save:
+                self._close_window(state)
+            # What is due at the end of an epoch comes after its evaluation. Hosts
+            # decide together, and seldom: asking the others waits for them.
+            if self.step < end and (whole or jax.process_count() == 1):
+                stop, save = self._decide(SECONDS_WITHIN_EPOCH)
+                if stop or save:
                     # Its window ends here: a run that goes on from the checkpoint
                     # never sees the numbers of steps before it.
-                    window = self._close_window(state, window, step)
+                    self._close_window(state)
+                if stop:
+                    self._interrupted(state, stop)
+                if save:
                     self._save(state)
         jax.block_until_ready(state)
-        if step > timed_from:
-            seconds = (time.perf_counter() - began) / (step - timed_from)
+        self.windows.wait(0)
+        if self.step > timed_from:
+            seconds = (time.perf_counter() - began) / (self.step - timed_from)
             self.meta["speeds"].append(seconds)
-        self._log_windows(step)
-        self._end_of_epoch(state, step)
+        self._log_windows(self.step)
         return state
 
-    def _end_of_epoch(self, state: PyTree, step: int) -> None:
-        epoch = step // self.programs.steps_per_epoch
-        if step == self.programs.total_steps:
-            return
-        score = None
+    def _between_epochs(self, state: PyTree) -> None:
+        """Evaluates, saves and stops, whatever is due."""
+        epoch, score = self.step // self.programs.steps_per_epoch, None
         if epoch % self.config.eval_every == 0:
-            score, _ = self._evaluate(state, step)
-        best = self.saved is not None and (self.meta["best"] or {}).get("step") == step
-        stop, save = self._decide(step, SECONDS_BETWEEN_EPOCHS)
-        if best or save:
+            score, _ = self._evaluate(state)
+        best = (self.meta["best"] or {}).get("step") == self.step
+        stop, save = self._decide(SECONDS_BETWEEN_EPOCHS)
+        if self.saved is not None and (best or save):
             self._save(state, score)
         if stop:
-            self._interrupted(state, step, stop)
+            self._interrupted(state, stop)
+
+    def _close_window(self, state: PyTree) -> None:
+        """Leaves the window that ends with this step to be logged."""
+        # Dispatched before the next step takes the optimizer's state.
+        rate = self.programs.rate(np.int32(self.step - 1), members.opt_states(state))
+        self.windows.close(self.step, rate)
+
+    def _log_windows(self, step: int) -> None:
+        """Logs the windows that have ended by `step`."""
+        for ended in self.windows.ended(step):
+            self._log_training(*ended)
+
+    def _log_training(self, step: int, steps: list, rate: jax.Array) -> None:
+        """Logs the means over a window of steps; stops a run that has diverged."""
+        window = summarise(steps, self.config.max_skipped)
+        self.log.write_window(step, window, float(rate), self.meta["speeds"])
+        self.progress.update(step, {k: window.means[k] for k in ("loss", "accuracy")})
+        try:
+            self.meta["diverged"] = divergence.find(
+                window,
+                step - len(steps) + 1,
+                self.meta["diverged"],
+                self.config.max_skipped,
+                self.progress.say,
+            )
+        except divergence.NonFiniteError as error:
+            if self.saved is None or not self.saved.steps():
+                raise
+            kept = f"{error} The checkpoint of step {self.saved.steps()[-1]} is kept."
+            raise divergence.NonFiniteError(kept) from None
+
+    # --- It evaluates ---
 
     def _evaluate(
-        self, state: PyTree, step: int, final: bool = False
+        self, state: PyTree, final: bool = False
     ) -> tuple[float | None, Evaluation]:
         """Logs metrics of the validation and the test set.
 
@@ -187,7 +214,7 @@ class Loop:
           The score on the validation set, None without one, and what `evaluate` gives
           for the test set.
         """
-        score = None
+        score, step = None, self.step
         # The curvature may cost as much as epochs: until the end the mode predicts.
         settle = final or self.config.method not in FITTED
         if settle:
@@ -219,22 +246,55 @@ class Loop:
             self.log.write_once(step, "posterior", record)
         return score, found
 
+    # --- It saves, or stops ---
+
+    def _decide(self, seconds: float) -> tuple[int, bool]:
+        """The signal to stop on, 0 for none, and whether to save: as all hosts say."""
+        due = self.saver is not None and self.saver.is_due(self.step, seconds)
+        stop, save = parallel.agree(self.signum, due)
+        return int(stop), bool(save)
+
+    def _save(self, state: PyTree, score: float | None = None) -> None:
+        self._log_windows(self.step)
+        assert self.saver is not None
+        self.saver.save(state, self.step, self.meta, score)
+
+    def _stop(self, signum: int) -> None:
+        self.signum = signum
+        if self.show_progress:
+            # Not print: a handler may come in the middle of one.
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def _interrupted(self, state: PyTree, signum: int) -> None:
+        if self.saved is None:
+            self._log_windows(self.step)
+            raise Interrupted("stopped; nothing was saved, there is no output.", signum)
+        self._save(state)
+        raise Interrupted(
+            f"stopped after step {self.step} of {self.programs.total_steps}; the state "
+            f"is saved. Go on with: otmdr train --resume {self.saved.run}"
+            + (" (on every host)" if jax.process_count() > 1 else ""),
+            signum,
+        )
+
+    # --- It ends ---
+
     def _finish(self, state: PyTree) -> Result:
-        step = steps_taken(state)
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
         settled = predictors.settle(self.config, state, self.dataset, self.programs)
-        score, found = self._evaluate(settled, step, final=True)
+        score, found = self._evaluate(settled, final=True)
         if self.saved is not None:
             self._save(state, score)
-        stop, _ = self._decide(step, SECONDS_BETWEEN_EPOCHS)
+        stop, _ = self._decide(SECONDS_BETWEEN_EPOCHS)
         if stop:
-            self._interrupted(state, step, stop)
+            self._interrupted(state, stop)
         self.progress.say("measuring sharpness")
         speeds = self.meta["speeds"]
         result = final_result(
             self.config,
             state,
+            self.step,
             self.programs,
             found,
             sharpness.gap(
@@ -254,64 +314,3 @@ class Loop:
             self.folder.finish(result, found.log_probs, labels, found.member_log_probs)
         folder = None if self.folder is None else self.folder.path
         return Result(state, result, self.log.history, found.log_probs, labels, folder)
-
-    def _close_window(self, state: PyTree, window: list, step: int) -> list:
-        """Leaves a window that ends with `step` to be logged; returns the next one."""
-        if window:
-            # Dispatched before the next step takes the optimizer's state.
-            rate = self.programs.rate(np.int32(step - 1), members.opt_states(state))
-            self.unlogged.append((step, window, rate))
-        return []
-
-    def _log_windows(self, step: int) -> None:
-        """Logs the windows that have ended by `step`."""
-        while self.unlogged and self.unlogged[0][0] <= step:
-            self._log_training(*self.unlogged.popleft())
-
-    def _log_training(self, step: int, steps: list, rate: jax.Array) -> None:
-        """Logs the means over a window of steps; stops a run that has diverged."""
-        window = windows.summarise(steps, self.config.max_skipped)
-        self.log.write_window(step, window, float(rate), self.meta["speeds"])
-        self.progress.update(step, {k: window.means[k] for k in ("loss", "accuracy")})
-        try:
-            self.meta["diverged"] = divergence.find(
-                window,
-                step - len(steps) + 1,
-                self.meta["diverged"],
-                self.config.max_skipped,
-                self.progress.say,
-            )
-        except divergence.NonFiniteError as error:
-            if self.saved is None or not self.saved.steps():
-                raise
-            kept = f"{error} The checkpoint of step {self.saved.steps()[-1]} is kept."
-            raise divergence.NonFiniteError(kept) from None
-
-    def _decide(self, step: int, seconds: float) -> tuple[int, bool]:
-        """The signal to stop on, 0 for none, and whether to save: as all hosts say."""
-        due = self.saver is not None and self.saver.is_due(step, seconds)
-        stop, save = parallel.agree(self.signum, due)
-        return int(stop), bool(save)
-
-    def _save(self, state: PyTree, score: float | None = None) -> None:
-        self._log_windows(steps_taken(state))
-        assert self.saver is not None
-        self.saver.save(state, self.meta, score)
-
-    def _stop(self, signum: int) -> None:
-        self.signum = signum
-        if self.show_progress:
-            # Not print: a handler may come in the middle of one.
-            os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def _interrupted(self, state: PyTree, step: int, signum: int) -> None:
-        if self.saved is None:
-            self._log_windows(step)
-            raise Interrupted("stopped; nothing was saved, there is no output.", signum)
-        self._save(state)
-        raise Interrupted(
-            f"stopped after step {step} of {self.programs.total_steps}; the state is "
-            f"saved. Go on with: otmdr train --resume {self.saved.run}"
-            + (" (on every host)" if jax.process_count() > 1 else ""),
-            signum,
-        )

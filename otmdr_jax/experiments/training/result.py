@@ -42,6 +42,7 @@ class Result(NamedTuple):
 def final_result(
     config: TrainConfig,
     state: PyTree,
+    step: int,
     programs: Any,
     found: Evaluation,
     sharp: dict[str, Any],
@@ -52,13 +53,13 @@ def final_result(
     Args:
       config: The run's configuration.
       state: Its final state.
+      step: Steps that it took.
       programs: Its compiled functions.
       found: Its evaluation on the test set.
       sharp: What :func:`otmdr_jax.experiments.measure.sharpness.gap` gave.
       meta: What is saved beside the state.
     """
     each = members.separate(state)
-    step = members.steps_taken(state)
     result = {
         "finished": True,
         **found.metrics,

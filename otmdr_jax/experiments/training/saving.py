@@ -7,8 +7,6 @@ the validation set and a request to stop are saved whatever is due.
 import time
 from typing import Any
 
-from otmdr_jax.experiments.members import steps_taken
-
 PyTree = Any
 
 # Between checkpoints, where checkpoint_every is not set: within an epoch, what a kill
@@ -36,8 +34,12 @@ class Saver:
         return time.perf_counter() - self.saved_at > seconds
 
     def save(
-        self, state: PyTree, meta: dict[str, Any], score: float | None = None
+        self,
+        state: PyTree,
+        step: int,
+        meta: dict[str, Any],
+        score: float | None = None,
     ) -> None:
-        """Saves the state, and what is known beside it."""
+        """Saves the state after a step, and what is known beside it."""
         self.checkpoints.save(state, meta, score)
-        self.saved_at, self.saved_step = time.perf_counter(), steps_taken(state)
+        self.saved_at, self.saved_step = time.perf_counter(), step

@@ -17,7 +17,6 @@ from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.building import check_models, check_used, method_options
 from otmdr_jax.experiments.config import TrainConfig, differences
-from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.programs import (
     check_same_data,
     compile_programs,
@@ -102,18 +101,18 @@ def train(
     ) as saved:
         state = programs.init(run_keys(config.seed)[0])
         meta: dict[str, Any] = {}
+        step = 0
         # Directory listings of a shared file system may be of different age.
         (latest,) = parallel.agree(-max(saved.steps(), default=-1))
         if resume and latest <= 0:
-            state, meta = saved.restore(state, -int(latest))
+            step = -int(latest)
+            state, meta = saved.restore(state, step)
             check_same_data(meta["data"], data, output)
         if resume:
-            folder = parallel.on_main(
-                lambda: run_folder.reopen(output, steps_taken(state))
-            )
+            folder = parallel.on_main(lambda: run_folder.reopen(output, step))
         try:
             loop = Loop(config, dataset, programs, data, show_progress, folder, saved)
-            return loop.run(state, meta)
+            return loop.run(state, meta, step)
         finally:
             if folder is not None:
                 folder.close()

@@ -4,10 +4,51 @@ A step that is logged is some steps old: its numbers are fetched when they are t
 that the device has work queued while the host writes.
 """
 
+import collections
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+# Enough that a device never waits for the host, few enough that a signal is acted on
+# at once.
+STEPS_IN_FLIGHT = 2
+
+
+class Windows:
+    """Steps that are dispatched, whose numbers are not fetched yet."""
+
+    def __init__(self):
+        """Starts without any."""
+        self._open: list[dict[str, jax.Array]] = []
+        self._closed: collections.deque[tuple[int, list, jax.Array]]
+        self._closed = collections.deque()
+        self._in_flight: collections.deque[jax.Array] = collections.deque()
+
+    def add(self, numbers: dict[str, jax.Array]) -> None:
+        """Adds a step to the window that is open."""
+        self._open.append(numbers)
+        self._in_flight.append(numbers["loss"])
+
+    def wait(self, in_flight: int = STEPS_IN_FLIGHT) -> int:
+        """Waits until so many steps are under way; returns how many, 0 for fewer."""
+        if len(self._in_flight) <= in_flight:
+            return 0
+        while len(self._in_flight) > in_flight:
+            jax.block_until_ready(self._in_flight.popleft())
+        return in_flight
+
+    def close(self, step: int, rate: jax.Array) -> None:
+        """Ends the open window, if it has steps, with `step` and its learning rate."""
+        if self._open:
+            self._closed.append((step, self._open, rate))
+            self._open = []
+
+    def ended(self, step: int) -> Iterator[tuple[int, list, jax.Array]]:
+        """Takes the windows that have ended by `step`: (last step, steps, rate)."""
+        while self._closed and self._closed[0][0] <= step:
+            yield self._closed.popleft()
 
 
 class Window(NamedTuple):
@@ -37,7 +78,7 @@ def summarise(steps: list[dict[str, jax.Array]], max_skipped: int) -> Window:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from otmdr_jax.experiments import windows
+      >>> from otmdr_jax.experiments.training import windows
       >>> def step(losses, skipped):
       ...     skipped = jnp.array(skipped)
       ...     return dict(loss=losses, skipped=skipped, skipped_in_row=skipped)
