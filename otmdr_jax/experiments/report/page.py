@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otmdr_jax import __version__
-from otmdr_jax.experiments.progress import Progress
 from otmdr_jax.experiments.report import content, document, plots, significance, tables
 from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.io.progress import Progress
 
 # A results.json with this key marks a folder as a report. Its value is the version of
 # the files' layout.

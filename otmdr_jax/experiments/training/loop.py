@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from otmdr_jax import parallel
-from otmdr_jax.experiments import members, predictors, progress, windows
+from otmdr_jax.experiments import members, predictors, windows
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
 from otmdr_jax.experiments.measure import sharpness
 from otmdr_jax.experiments.measure.evaluation import (
@@ -38,6 +38,7 @@ from otmdr_jax.experiments.training.saving import (
     SECONDS_WITHIN_EPOCH,
     Saver,
 )
+from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 
@@ -87,12 +88,8 @@ class Loop:
         if self.config.members is not None:
             many += f" x {len(self.config.member_names)}"
         title = f"{self.config.method}{many} seed {self.config.seed}"
-        with (
-            Requests(self._stop),
-            progress.Progress(
-                total, steps_taken(state), title, self.show_progress
-            ) as self.progress,
-        ):
+        self.progress = Progress(total, steps_taken(state), title, self.show_progress)
+        with Requests(self._stop), self.progress:
             if steps_taken(state):
                 self.progress.say(f"goes on after step {steps_taken(state)}")
             if meta.get("mesh", mesh) != mesh and steps_taken(state) < total:
