@@ -67,11 +67,11 @@ def run(options: Calibrate) -> None:
     )
     files.write_json(folder / "calibration.json", {**record, "settings": settings})
     title = f"{folder}: {record['how']}"
-    records.print_lines(records.calibration_table(record), title)
+    records.calibration_table(record).print(title)
     for method in record["methods"]:
         if why := method.get("why"):
             print(f"{method['name']} failed: {why}")
         if note := method.get("note"):
             print(f"Note: {note}")
-    records.print_lines(records.conformal_table(record), "Conformal sets")
+    records.conformal_table(record).print("Conformal sets")
     print(f"Written: {folder / 'calibration.json'}")

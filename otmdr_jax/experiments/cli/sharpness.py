@@ -68,5 +68,5 @@ def run(options: Sharpness) -> None:
     )
     files.write_json(folder / "sharpness.json", {**record, "settings": settings})
     title = f"{folder}, step {record['step']}, {record['num_examples']} images"
-    records.print_lines(records.sharpness_table({"Value": record}), title)
+    records.sharpness_table({"Value": record}).print(title)
     print(f"Written: {folder / 'sharpness.json'}")
