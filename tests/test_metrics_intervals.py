@@ -1,6 +1,8 @@
 """Intervals and tests against theory and SciPy."""
 
+import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -42,6 +44,8 @@ def test_the_bootstrap_is_seeded_and_takes_samples():
     assert first == again and first.low != other.low
     assert first.value == metrics.brier(samples, labels)
     assert first.low < first.value < first.high
+    one = metrics.bootstrap(metrics.brier, samples, labels, num_samples=1)
+    assert one.low == one.high
 
 
 def test_several_metrics_share_the_draws():
@@ -121,6 +125,62 @@ def test_the_paired_test_is_scipys_permutation_test():
     assert swapped.p_value == found.p_value  # seeded
 
 
+def test_the_randomisation_test_is_that_of_all_swaps():
+    """Of 10 examples there are 1024, which can be tried one by one."""
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 3, 10)
+    probs, other = rng.dirichlet(np.ones(3), (2, 10))
+    # A metric that is no mean over examples: swaps of all are not those of means.
+    observed = abs(metrics.ece(probs, labels) - metrics.ece(other, labels))
+    found = 0
+    for swaps in itertools.product((False, True), repeat=10):
+        swap = np.array(swaps)[:, None]
+        one, two = np.where(swap, other, probs), np.where(swap, probs, other)
+        gap = abs(metrics.ece(one, labels) - metrics.ece(two, labels))
+        found += gap >= observed - 1e-12
+    want = found / 1024
+    assert 0.05 < want < 0.95
+    test = metrics.paired_test(metrics.ece, probs, other, labels, num_samples=2000)
+    assert abs(test.p_value - want) < 4 * math.sqrt(want * (1 - want) / 2000)
+
+
+def test_of_infinite_differences_the_test_holds_too():
+    probs = np.array([[1.0, 0.0]] * 9)
+    found = metrics.paired_test(
+        metrics.nll, probs, np.full((9, 2), 0.5), [0] * 8 + [1], num_samples=50
+    )
+    assert found.difference == math.inf and found.p_value == 1.0
+    assert found.high == math.inf and found.low < 0
+
+
+@pytest.mark.slow
+def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        right = rng.random(80) < 0.7
+        probs = np.where(right[:, None], [0.9, 0.1], [0.1, 0.9])
+        found = metrics.bootstrap(
+            metrics.accuracy, probs, [0] * 80, num_samples=300, level=0.9
+        )
+        covered += found.low <= 0.7 <= found.high
+    assert abs(covered / 300 - 0.9) < 0.06  # three standard errors, and its steps
+
+
+def test_a_large_set_takes_the_memory_of_one_drawn_set():
+    values = np.linspace(0.0, 1.0, 200_000)[:, None]
+    labels = np.zeros(len(values), np.int64)
+    tracemalloc.start()
+    try:
+        metrics.paired_test(
+            lambda p, y: float(np.mean(p)), values, values**2, labels, num_samples=30
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 15 * 8 * len(values)  # all 30 sets would take 30 times that
+
+
 def test_a_model_does_not_differ_from_itself():
     probs, labels = predictions(5, 50, 3)
     found = metrics.paired_test(metrics.ece, probs, probs, labels, num_samples=50)
@@ -134,5 +194,7 @@ def test_bad_options_are_refused():
             metrics.bootstrap(metrics.nll, probs, labels, **kwargs)
         with pytest.raises(ValueError, match="num_samples >= 1 and a level"):
             metrics.paired_test(metrics.nll, probs, probs, labels, **kwargs)
+    with pytest.raises(ValueError, match="two examples and more, got 1"):
+        metrics.bootstrap(metrics.nll, probs[:1], labels[:1])
     with pytest.raises(ValueError, match=r"\(20, 3\) and \(19, 3\)"):
         metrics.paired_test(metrics.nll, probs, probs[1:], labels)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from otmdr_jax.experiments import report
-from otmdr_jax.experiments.report import content
+from otmdr_jax.experiments.report import page
 from otmdr_jax.experiments.report.landscape import comparable
 from tests.test_report_page import make
 
@@ -63,8 +63,9 @@ class TestContours:
         assert ends[0] == ends[1]
         # Decades: levels of equal ratio.
         assert np.ptp(np.diff(np.log(first.levels))) < 1e-9
-        (bar,) = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
-        assert bar.get_ylabel() == "Mean loss (nats)"
+        bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+        assert [bar.get_ylabel() for bar in bars] == ["Mean loss (nats)"] * 2
+        assert bars[0].get_ylim() == bars[1].get_ylim()
         assert one.get_xlabel() == "Axis 0 (unit)"
         assert one.get_ylabel() == "Axis 1 (unit)"
 
@@ -206,14 +207,11 @@ def test_a_report_shows_the_landscapes_of_its_runs(tmp_path):
         run.folder.mkdir()
         one = record(bowl(scale), seed=0, split="train", num_examples=1000)
         (run.folder / "landscape.json").write_text(json.dumps(one))
-    document = content.everything("Title", runs, "versions")
-    (section,) = [s for s in document.sections if s.title == "Loss landscape"]
-    contours, surface, text = section.parts
-    assert [contours.name, surface.name] == ["landscape", "landscape_surface"]
+    found = page.compose("Title", runs, whole=True)
+    text = found.text.split("## Loss landscape")[1].split("\n## ")[0]
     assert "1000 images of the train set" in text and "own norm" in text
-    for narrow in (False, True):
-        both = panels(contours.draw(narrow), "landscape:")
-        assert [ax.get_gid() for ax in both] == [
-            "landscape:SGD", "landscape:SAM",
-        ]  # fmt: skip
-        assert panels(surface.draw(narrow), "surface:")
+    names = ("landscape", "landscape_surface")
+    for name, what in zip(names, ("landscape", "surface"), strict=True):
+        assert f"({name}.png)" in text
+        both = panels(found.pictures[name].figure(), what)
+        assert [ax.get_gid() for ax in both] == [f"{what}:SGD", f"{what}:SAM"]

@@ -16,7 +16,7 @@ from otmdr_jax.experiments import cli, programs, report, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation, shift
 from otmdr_jax.experiments.measure.shift import sets
-from otmdr_jax.experiments.report import measured
+from otmdr_jax.experiments.report import page
 from otmdr_jax.experiments.report import shift as tables
 from tests.sets import encoded, gray_examples, gray_features, real_cifar10
 
@@ -837,17 +837,19 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
     record = {**record_of(), "ood": [ood_row("entropy", 0.75)]}
     record["step"] = run.result["steps"]
     (folder / "shift.json").write_text(json.dumps(record))
-    section = measured.shift_section([run])
-    picture, summary, accuracies, _, ood, _ = section.parts
-    assert set(lines_of(picture.draw(False).axes[0])) == {
-        "mean:Mine", "contrast:Mine", "rotation:Mine",
-    }  # fmt: skip
-    assert "| Mine | 100.00 | 80.00 | 0.2000 | 0.0200 |" in summary
-    assert "| contrast | 86.67 |" in accuracies
-    assert "| Mine | noise | 9 | entropy | 0.7500 |" in ood
+    found = page.compose("Title", [run], whole=True)
+    text = found.text.split("## Shift")[1].split("## Sharpness")[0]
+    assert "![Accuracy, NLL and ECE against the severity of corruptions]" in text
+    axes = found.pictures["shift"].figure().axes
+    assert set(lines_of(axes[0])) == {"mean:Mine", "contrast:Mine", "rotation:Mine"}
+    assert "| Mine | 100.00 | 80.00 | 0.2000 | 0.0200 |" in text
+    assert "| contrast | 86.67 |" in text
+    assert "| Mine | noise | 9 | entropy | 0.7500 |" in text
+    assert "otmdr shift RUN" not in text
     (folder / "shift.json").unlink()
-    (gone,) = measured.shift_section([run]).parts
-    assert "otmdr shift RUN" in str(gone)
+    found = page.compose("Title", [run], whole=True)
+    text = found.text.split("## Shift")[1].split("## Sharpness")[0]
+    assert "otmdr shift RUN" in text and "shift" not in found.pictures
 
 
 @pytest.mark.slow

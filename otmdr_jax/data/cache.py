@@ -1,9 +1,9 @@
 """One file of decoded arrays for each prepared folder, and never a wrong one.
 
-The file is an uncompressed .npz that appears under its name only when it is whole
-(a temporary file, then `os.replace`). Inside, a manifest says which data it was made
-from; zip's checksums cover every byte of every array. Whatever does not match, for
-whatever reason, counts as absent: the caller decodes again.
+The file is an uncompressed .npz that appears under its name only when it is whole, see
+:mod:`otmdr_jax.io.files`. Inside, a manifest says which data it was made from; zip's
+checksums cover every byte of every array. Whatever does not match, for whatever reason,
+counts as absent: the caller decodes again.
 """
 
 import contextlib
@@ -13,11 +13,12 @@ import logging
 import os
 import pathlib
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from otmdr_jax.io import files
 
 logger = logging.getLogger(__name__)
 
@@ -101,21 +102,12 @@ def write(
     """
     manifest = np.array(json.dumps(_manifest(identity, arrays)))
     contents: dict[str, Any] = {"manifest": manifest, **arrays}
-    temporary: pathlib.Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
-        # In the same directory, since os.replace is atomic within one file system.
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        with temporary.open("xb") as file:
-            np.savez(file, **contents)
-        os.replace(temporary, path)
+        files.write_arrays(path, contents)
     except OSError as error:
         logger.warning("The cache %s could not be written: %s", path, error)
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()  # already gone after os.replace
 
 
 def _manifest(identity: Mapping[str, str], arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,12 @@ checksum of every record: a damaged folder gives an error, never fewer or other 
 
 import dataclasses
 import os
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from otmdr_jax.io.progress import Progress
 
 # Records a read; large enough to spread its cost, small next to the decoded set.
 _CHUNK = 512
@@ -33,9 +33,11 @@ class Records:
     def all(self, text: str) -> Iterator[tuple[int, bytes]]:
         """Every record with its index, in order, with progress under `text`."""
         total = len(self)
-        chunks = [range(i, min(i + _CHUNK, total)) for i in range(0, total, _CHUNK)]
-        for chunk in progress(chunks, text):
-            yield from zip(chunk, self.read(chunk), strict=True)
+        with Progress(total, 0, text, unit="records") as bar:
+            for start in range(0, total, _CHUNK):
+                rows = range(start, min(start + _CHUNK, total))
+                yield from zip(rows, self.read(rows), strict=True)
+                bar.update(rows.stop)
 
     def read(self, rows: Sequence[int]) -> Sequence[bytes]:
         """The records of some rows; a ValueError where they are damaged."""
@@ -103,27 +105,3 @@ def _count_records(path: str) -> int | str:
 
 def _again(builder) -> str:
     return f"Delete {str(builder.data_path)!r} and prepare or copy it again."
-
-
-def progress(chunks: list[range], text: str) -> Iterable[range]:
-    """Iterates with a progress line on stderr; rich's on a terminal that has rich."""
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        return _plain_progress(chunks, text)
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return _plain_progress(chunks, text)
-    return track(chunks, text, console=console, transient=True)
-
-
-def _plain_progress(chunks: list[range], text: str) -> Iterator[range]:
-    """A line every five seconds: none for a small set, a short log for a large one."""
-    last = time.monotonic()
-    for i, chunk in enumerate(chunks):
-        if time.monotonic() - last > 5.0:
-            last = time.monotonic()
-            done = f"{text}: {100 * i // len(chunks)} %"
-            print(done, file=sys.stderr, flush=True)
-        yield chunk

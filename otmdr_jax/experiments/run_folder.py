@@ -9,7 +9,6 @@ predictions.npz   log_probs (N, C) and labels (N,) of the test set
 """
 
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.io import files
 
 
 class RunFolder:
@@ -31,7 +31,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends an event with step, epoch, split and numbers."""
-        self._lines.write(json.dumps(_strict(record)) + "\n")
+        self._lines.write(files.dumps(record) + "\n")
         self._lines.flush()
         if self._board is not None:
             for name, value in _scalars(record).items():
@@ -123,7 +123,7 @@ def reopen(path: str | os.PathLike, step: int) -> RunFolder:
     events = path / "metrics.jsonl"
     if events.exists():
         kept = [line for line in events.read_text().splitlines() if _until(line, step)]
-        _replace(events, "".join(line + "\n" for line in kept).encode())
+        files.write_text(events, "".join(line + "\n" for line in kept))
     return RunFolder(path, step)
 
 
@@ -142,21 +142,8 @@ def write_result(
     }
     if member_log_probs is not None:  # (M, N, C)
         arrays["member_log_probs"] = np.asarray(member_log_probs, np.float32)
-    write_arrays(path / "predictions.npz", arrays)
-    write_json(path / "result.json", result)
-
-
-def write_arrays(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-    """Writes arrays by name as a .npz file, atomically."""
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(scratch, path)
-
-
-def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Writes a record as strict JSON, atomically: null stands for NaN."""
-    _replace(path, (json.dumps(_strict(record), indent=2) + "\n").encode())
+    files.write_arrays(path / "predictions.npz", arrays)
+    files.write_json(path / "result.json", result)
 
 
 def check_record(
@@ -187,7 +174,7 @@ def check_record(
             f"{path} is there and does not say of which settings it is. Replace it "
             f"with --overwrite, or {instead}."
         ) from error
-    if any(theirs.get(name) != _strict(settings.get(name)) for name in names):
+    if any(theirs.get(name) != files.strict(settings.get(name)) for name in names):
         raise other_settings(
             f"{path.parent} holds a {path.name}", theirs, settings, instead
         )
@@ -205,9 +192,9 @@ def other_settings(
       instead: What else can be done than to replace it.
     """
     differ = [
-        f"  {name}: {theirs.get(name)!r}, now {_strict(ours.get(name))!r}"
+        f"  {name}: {theirs.get(name)!r}, now {files.strict(ours.get(name))!r}"
         for name in dict.fromkeys((*ours, *theirs))
-        if theirs.get(name) != _strict(ours.get(name))
+        if theirs.get(name) != files.strict(ours.get(name))
     ]
     return FileExistsError(
         "\n".join([f"{what} of other settings:", *differ])
@@ -236,21 +223,6 @@ def _until(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except (json.JSONDecodeError, KeyError, TypeError):
         return False  # the line that a killed run was writing
-
-
-def _replace(path: pathlib.Path, content: bytes) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
-    os.replace(scratch, path)
-
-
-def _strict(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(value, dict):
-        return {name: _strict(x) for name, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(path, step):

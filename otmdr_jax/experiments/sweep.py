@@ -33,9 +33,11 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from otmdr_jax.experiments import building, programs, progress, run_folder, training
+from otmdr_jax.experiments import building, programs, run_folder, training
 from otmdr_jax.experiments.config import TrainConfig, differences
 from otmdr_jax.experiments.measure import cost
+from otmdr_jax.io import files
+from otmdr_jax.io.progress import Progress
 
 # What makes a method, and may differ between them without a word.
 _OF_METHODS = {
@@ -172,7 +174,7 @@ def run(
         # What is not reached yet keeps its row, for when this is cut off.
         rest = [str(x.folder) for x in planned[i + 1 :]]
         kept = [known[folder] for folder in rest if folder in known]
-        run_folder.write_json(rows_file, {"rows": [*rows, *kept]})
+        files.write_json(rows_file, {"rows": [*rows, *kept]})
     return rows
 
 
@@ -199,7 +201,7 @@ def _has_diverged(one, old):
 
 
 def _train(one, title, show_progress):
-    with progress.Progress(1, 0, title, show_progress) as bar:
+    with Progress(1, 0, title, show_progress) as bar:
         bar.say(str(one.folder))
     try:
         training.train(
@@ -209,7 +211,7 @@ def _train(one, title, show_progress):
             show_progress=show_progress,
         )
     except training.NonFiniteError as error:
-        with progress.Progress(1, 0, title, show_progress) as bar:
+        with Progress(1, 0, title, show_progress) as bar:
             bar.say(f"diverged: {error}")
         return "diverged"
     return "finished"

@@ -4,6 +4,7 @@ Both are about the examples: what another test set of this size might have given
 another seed of training might have given is another question; for that compare seeds.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,8 +78,8 @@ def bootstrap(
       :class:`Interval`.
 
     Raises:
-      ValueError: Fewer than one sample, a level out of range; what the metric raises,
-        on the set or on a resampled one.
+      ValueError: Fewer than one sample or two examples, a level out of range; what the
+        metric raises, on the set or on a resampled one.
 
     Reference: Efron, `Bootstrap Methods: Another Look at the Jackknife
     <https://doi.org/10.1214/aos/1176344552>`_, 1979.
@@ -132,18 +133,31 @@ def bootstrap_all(
       >>> found["accuracy"].value, list(found)
       (0.5, ['accuracy', 'nll', 'brier', 'ece'])
     """
-    _check(num_samples, level)
+    from scipy import stats  # comes with JAX; takes most of a second
+
     probs, labels = np.asarray(probs), np.asarray(labels)
+    _check(num_samples, level, labels)
     values = measure(probs, labels)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(num_samples):
-        rows = rng.integers(0, len(labels), len(labels))
-        drawn.append(measure(probs[..., rows, :], labels[rows]))
-    ends = (1.0 - level) / 2, (1.0 + level) / 2
+
+    def on_rows(rows: np.ndarray, axis: int) -> np.ndarray:  # (1, N) -> (K, 1)
+        found = measure(probs[..., rows[0], :], labels[rows[0]])
+        return np.array([[found[name]] for name in values], np.float64)
+
+    with warnings.catch_warnings():
+        # SciPy's own interval and standard error are not those that are used.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        drawn = stats.bootstrap(
+            (np.arange(len(labels)),),
+            on_rows,
+            vectorized=True,
+            n_resamples=num_samples,
+            batch=1,  # one set of rows at a time: N numbers of memory
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        ).bootstrap_distribution
     return {
-        name: Interval(value, *_quantiles([x[name] for x in drawn], ends))
-        for name, value in values.items()
+        name: Interval(value, *_ends(row, level))
+        for (name, value), row in zip(values.items(), drawn, strict=True)
     }
 
 
@@ -179,8 +193,8 @@ def paired_test(
       :class:`Comparison`.
 
     Raises:
-      ValueError: Predictions of different shapes, fewer than one sample, a level out of
-        range.
+      ValueError: Predictions of different shapes, fewer than one sample or two
+        examples, a level out of range.
 
     Reference: Fisher, 1935; Noreen, 1989; Dietterich, `Approximate Statistical Tests
     for Comparing Supervised Classification Learning Algorithms
@@ -193,7 +207,6 @@ def paired_test(
       >>> round(found.difference, 4), round(found.p_value, 3)
       (-0.4055, 0.001)
     """
-    _check(num_samples, level)
     first, second, labels = np.asarray(probs), np.asarray(other), np.asarray(labels)
     if first.shape != second.shape:
         raise ValueError(
@@ -201,39 +214,61 @@ def paired_test(
             f"{first.shape} and {second.shape}."
         )
 
-    def gap(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> float:
-        return metric(a, y) - metric(b, y)
+    def gap(pair: np.ndarray, y: np.ndarray) -> float:
+        return metric(pair[0], y) - metric(pair[1], y)
 
-    observed = gap(first, second, labels)
+    pair = np.stack([first, second])
+    _check(num_samples, level, labels)
+    observed = gap(pair, labels)
     if np.isnan(observed):  # as of two infinite values: nothing can be said
         nan = float("nan")
         return Comparison(observed, nan, nan, nan)
-    rng = np.random.default_rng(seed)
-    drawn, as_large = [], 1
-    for _ in range(num_samples):
-        rows = rng.integers(0, len(labels), len(labels))
-        drawn.append(gap(first[..., rows, :], second[..., rows, :], labels[rows]))
-        swap = (rng.random(len(labels)) < 0.5)[:, None]
-        swapped = np.where(swap, second, first), np.where(swap, first, second)
+
+    def as_large(swaps: np.ndarray, axis: int) -> np.ndarray:
+        """1 where the difference with some examples swapped is as large, else 0."""
+        swapped = np.where(swaps.reshape(-1, 1) > 0, pair[::-1], pair)
         # Equal differences may be summed in another order.
-        as_large += abs(gap(*swapped, labels)) >= abs(observed) * (1.0 - 1e-9)
-    ends = _quantiles(drawn, ((1.0 - level) / 2, (1.0 + level) / 2))
-    return Comparison(observed, *ends, as_large / (num_samples + 1))
+        found = abs(gap(swapped, labels)) >= abs(observed) * (1.0 - 1e-9)
+        return np.full(swaps.shape[:-1], float(found))
+
+    from scipy import stats
+
+    # permutation_test loops over examples: three times as long for 10,000 of them.
+    rng = np.random.default_rng(seed)
+    tested = stats.monte_carlo_test(
+        np.zeros(len(labels)),
+        lambda size: rng.random(size) < 0.5,
+        as_large,
+        vectorized=True,
+        n_resamples=num_samples,
+        batch=1,
+        alternative="greater",
+    )
+    interval = bootstrap(
+        gap, pair, labels, num_samples=num_samples, level=level, seed=seed
+    )
+    return Comparison(*interval, float(tested.pvalue))
 
 
-def _quantiles(values: list[float], ends: tuple[float, float]) -> tuple[float, float]:
-    defined = np.array(values)[~np.isnan(values)]
-    if not len(defined):
+def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
+    """The percentiles of a metric on drawn sets; what is NaN is left out.
+
+    Nothing is interpolated, as SciPy does: infinite values do not allow that.
+    """
+    if not len(values := values[~np.isnan(values)]):
         return float("nan"), float("nan")
-    # With infinite values there is nothing to interpolate between.
-    low = np.quantile(defined, ends[0], method="lower")
-    high = np.quantile(defined, ends[1], method="higher")
+    low = np.quantile(values, (1.0 - level) / 2, method="lower")
+    high = np.quantile(values, (1.0 + level) / 2, method="higher")
     return float(low), float(high)
 
 
-def _check(num_samples: int, level: float) -> None:
+def _check(num_samples: int, level: float, labels: np.ndarray) -> None:
     if num_samples < 1 or not 0.0 < level < 1.0:
         raise ValueError(
             "need num_samples >= 1 and a level in (0, 1), got "
             f"{num_samples} and {level}."
+        )
+    if len(labels) < 2:
+        raise ValueError(
+            f"what chance does is known of two examples and more, got {len(labels)}."
         )

@@ -42,6 +42,7 @@ def run(options: Calibrate) -> None:
     from otmdr_jax.experiments import run_folder
     from otmdr_jax.experiments.measure import calibrate
     from otmdr_jax.experiments.report import records
+    from otmdr_jax.io import files
 
     folder = pathlib.Path(options.run)
     # Of what was predicted; without a result calibrate says what is missing.
@@ -64,13 +65,13 @@ def run(options: Calibrate) -> None:
         seed=options.seed,
         data_dir=options.data_dir,
     )
-    run_folder.write_json(folder / "calibration.json", {**record, "settings": settings})
+    files.write_json(folder / "calibration.json", {**record, "settings": settings})
     title = f"{folder}: {record['how']}"
-    records.print_lines(records.calibration_table(record), title)
+    records.calibration_table(record).print(title)
     for method in record["methods"]:
         if why := method.get("why"):
             print(f"{method['name']} failed: {why}")
         if note := method.get("note"):
             print(f"Note: {note}")
-    records.print_lines(records.conformal_table(record), "Conformal sets")
+    records.conformal_table(record).print("Conformal sets")
     print(f"Written: {folder / 'calibration.json'}")

@@ -48,6 +48,7 @@ def run(options: Evaluate) -> None:
     from otmdr_jax.experiments.config import TrainConfig
     from otmdr_jax.experiments.measure import evaluation, sharpness
     from otmdr_jax.experiments.members import steps_taken
+    from otmdr_jax.io import files
 
     given = {
         name: getattr(options, name)
@@ -137,7 +138,7 @@ def run(options: Evaluate) -> None:
         folder / f"{name}{suffix}.{kind}"
         for name, kind in (("evaluation", "json"), ("reliability", "png"))
     )
-    run_folder.write_json(record, result)
+    files.write_json(record, result)
     latest = options.split == "test" and options.checkpoint == "latest"
     latest = latest and not {"num_samples", "prediction", "laplace"} & set(given)
     whole = run_folder.is_finished(folder) and (folder / "predictions.npz").exists()

@@ -38,6 +38,7 @@ def run(options: Sharpness) -> None:
     from otmdr_jax.experiments import members, restore, run_folder
     from otmdr_jax.experiments.measure import sharpness
     from otmdr_jax.experiments.report import records
+    from otmdr_jax.io import files
 
     given: dict[str, Any] = (
         {} if options.data_dir is None else {"data_dir": options.data_dir}
@@ -65,7 +66,7 @@ def run(options: Sharpness) -> None:
         seed=options.seed,
         show_progress=True,
     )
-    run_folder.write_json(folder / "sharpness.json", {**record, "settings": settings})
+    files.write_json(folder / "sharpness.json", {**record, "settings": settings})
     title = f"{folder}, step {record['step']}, {record['num_examples']} images"
-    records.print_lines(records.sharpness_table({"Value": record}), title)
+    records.sharpness_table({"Value": record}).print(title)
     print(f"Written: {folder / 'sharpness.json'}")

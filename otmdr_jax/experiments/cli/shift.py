@@ -64,6 +64,7 @@ def run(options: Shift) -> None:
     """`otmdr shift RUN`."""
     from otmdr_jax.experiments import members, report, restore, run_folder
     from otmdr_jax.experiments.measure import shift as shift_lib
+    from otmdr_jax.io import files
 
     shift_lib.check(options.corruptions, options.severities, options.max_examples)
     given: dict[str, Any] = (
@@ -95,7 +96,7 @@ def run(options: Shift) -> None:
         show_progress=not options.quiet,
     )
     written = [opened.folder / "shift.json"]
-    run_folder.write_json(written[0], {**record, "settings": settings})
+    files.write_json(written[0], {**record, "settings": settings})
     count = record["num_examples"]
     title = f"{opened.folder}, step {record['step']}, {count} test examples"
     report.print_shift(record, f"{title}: accuracy (%) by severity, and means")

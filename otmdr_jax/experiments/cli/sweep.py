@@ -42,7 +42,7 @@ class Sweep:
 def run(options: Sweep) -> None:
     """`otmdr sweep FILE --output FOLDER`."""
     from otmdr_jax.experiments import report, run_folder, sweep, training
-    from otmdr_jax.experiments.report import cost, records, significance
+    from otmdr_jax.experiments.report import cost, significance, tables
 
     output = pathlib.Path(options.output)
     plan = sweep.plan(options.file, output)
@@ -57,7 +57,8 @@ def run(options: Sweep) -> None:
         for one in plan.runs
     ]
     if options.dry_run:
-        records.print_lines((["Method", "Seed", "Folder", "State"], lines), str(output))
+        table = tables.Table(["Method", "Seed", "Folder", "State"], lines)
+        table.print(str(output))
         _warn(plan)
         return
     try:
@@ -81,8 +82,8 @@ def run(options: Sweep) -> None:
         baseline = finished[0].label
     columns = report.known_columns(finished)
     report.print_table(report.summarise(finished, columns), title=str(output))
-    records.print_lines(cost.table(rows), "Cost of a run")
-    records.print_lines(cost.paired_table(rows, baseline), f"Paired with {baseline}")
+    cost.table(rows).print("Cost of a run")
+    cost.paired_table(rows, baseline).print(f"Paired with {baseline}")
     _warn(plan)
     for row in rows:
         if row["status"] == "diverged":

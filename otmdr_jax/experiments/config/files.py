@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from otmdr_jax.experiments.config.options import TrainConfig
+from otmdr_jax.io import files
 
 # Options that may differ between a run and its resumption: they change no number (the
 # mesh: none but by rounding, by which examples share a split and BatchNorm's batch).
@@ -21,10 +22,7 @@ RESUMABLE = frozenset(
 
 def save(config: TrainConfig, path: str | os.PathLike) -> None:
     """Writes a configuration as JSON, atomically."""
-    path = pathlib.Path(path)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(scratch, path)
+    files.write_json(pathlib.Path(path), dataclasses.asdict(config))
 
 
 def load(path: str | os.PathLike) -> TrainConfig:

@@ -18,7 +18,7 @@ from otmdr_jax.data import Dataset, Split
 from otmdr_jax.experiments import predictors
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs import Programs, compile_programs
-from otmdr_jax.experiments.progress import Progress
+from otmdr_jax.io.progress import Progress
 from otmdr_jax.metrics import diversity
 
 PyTree = Any

@@ -18,7 +18,7 @@ from otmdr_jax.experiments.measure.evaluation import eval_batches
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.methods import FITTED
 from otmdr_jax.experiments.programs import Programs
-from otmdr_jax.experiments.progress import Progress
+from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 

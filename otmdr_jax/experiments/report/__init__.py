@@ -15,16 +15,18 @@ from otmdr_jax.experiments.report.landscape import (
     plot_landscape,
     surface_figure,
 )
-from otmdr_jax.experiments.report.page import check_folder, write
-from otmdr_jax.experiments.report.plots import (
+from otmdr_jax.experiments.report.learning_curves import (
     learning_curves_figure,
     plot_learning_curves,
-    plot_reliability,
-    reliability_figure,
 )
+from otmdr_jax.experiments.report.page import check_folder, write
 from otmdr_jax.experiments.report.posterior import (
     plot_signal_to_noise,
     signal_to_noise_figure,
+)
+from otmdr_jax.experiments.report.predictions import (
+    plot_reliability,
+    reliability_figure,
 )
 from otmdr_jax.experiments.report.reading import (
     Run,

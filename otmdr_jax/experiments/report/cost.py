@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.records import Table
-from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column
+from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 
 # Between points of one cost, as the logarithm of a factor.
 _APART = 0.035
@@ -40,7 +39,8 @@ def table(rows: Rows) -> Table:
                 _mean(done, "memory_mib", "{:.1f}"),
             ]
         )
-    return ["Method", "n", "Gradients", "Seconds", "Memory of a step (MiB)"], lines
+    header = ["Method", "n", "Gradients", "Seconds", "Memory of a step (MiB)"]
+    return Table(header, lines)
 
 
 def paired_table(rows: Rows, baseline: str) -> Table:
@@ -62,7 +62,8 @@ def paired_table(rows: Rows, baseline: str) -> Table:
         if label != baseline:
             cells = [_paired(group, groups[baseline], column) for column in _PAIRED]
             lines.append([label, *cells])
-    return ["Method", *(f"Δ {c.title.rstrip(' ↑↓')}" for c in _PAIRED)], lines
+    header = ["Method", *(f"Δ {c.title.rstrip(' ↑↓')}" for c in _PAIRED)]
+    return Table(header, lines)
 
 
 def paired_difference(
@@ -94,14 +95,13 @@ def paired_difference(
     return float(gaps.mean()), float(tested.pvalue), len(gaps)
 
 
-def figure(rows: Rows, *, narrow: bool = False) -> Any:
+def figure(rows: Rows) -> Any:
     """Accuracy against the gradients that a run took; ± one standard deviation.
 
     Points of equal cost are set side by side.
 
     Args:
       rows: The rows.
-      narrow: For a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of one axes; a point's gid is "cost:LABEL".
@@ -109,7 +109,7 @@ def figure(rows: Rows, *, narrow: bool = False) -> Any:
     Raises:
       ImportError: matplotlib is not installed.
     """
-    picture = plots.new_figure(plots.NARROW if narrow else plots.WIDTH, 3.6)
+    picture = plots.new_figure(plots.ALONE, 3.6)
     from matplotlib import ticker
 
     ax = picture.subplots()
@@ -131,19 +131,23 @@ def figure(rows: Rows, *, narrow: bool = False) -> Any:
         x = costs[label] * math.exp(_APART * place)
         y = 100.0 * np.array([row["accuracy"] for row in group])
         bar = ax.errorbar(
-            x, y.mean(), y.std(ddof=1) if len(y) > 1 else 0.0,
-            color=plots.line_style(i)["color"], marker="osD^v<>P"[i % 8],
-            markersize=6, capsize=3, linestyle="none", label=plots.plain(label),
-        )  # fmt: skip
+            x,
+            y.mean(),
+            y.std(ddof=1) if len(y) > 1 else 0.0,
+            color=plots.line_style(i)["color"],
+            marker="osD^v<>P"[i % 8],
+            markersize=6,
+            capsize=3,
+            linestyle="none",
+            label=plots.plain(label),
+        )
         bar.lines[0].set_gid(f"cost:{label}")
     ax.set_xscale("log")
     for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
         axis(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    ax.set_xlabel("Gradient evaluations of a run (whole batches)", fontsize=plots.LARGE)
-    ax.set_ylabel("Test accuracy (%)", fontsize=plots.LARGE)
-    ax.tick_params(labelsize=plots.SMALL, which="both")
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    plots.dress(
+        ax, x="Gradient evaluations of a run (whole batches)", y="Test accuracy (%)"
+    )
     handles, names = ax.get_legend_handles_labels()
     plots.legend(picture, handles, names)
     return picture

@@ -1,102 +1,83 @@
-"""A page as its parts, written as Markdown beside pictures or as one HTML file.
+"""A page out of its template: Markdown beside pictures, or one HTML file.
 
-Text is Markdown in both. In HTML, pictures stand inside the page, and narrow screens
-get pictures that are drawn for them.
+`templates/report.md.j2` says what stands on a page. Its Markdown is the body of the
+HTML page too, which holds the pictures' panels, side by side or below each other.
 """
 
 import base64
-import html
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report.plots import Drawn, Piece
 
-_MISSING = "**Missing:** "
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-  max-width: 960px; margin: 0 auto; padding: 1rem; overflow-wrap: break-word; }
-h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-nav { columns: 14rem; } nav a { display: block; padding: .15rem 0; }
-a { color: #00558f; }
-.scroll { overflow-x: auto; margin: 1rem 0; background:  /* a shadow where it goes on */
-  linear-gradient(to left, #fff 2rem, transparent) right / 3rem 100% local no-repeat,
-  linear-gradient(to left, #bbb, transparent) right / .8rem 100% scroll no-repeat; }
-table { border-collapse: collapse; font-size: .9rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; } td:first-child { text-align: left; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; }
-code { background: #f2f2f2; padding: 0 .2em; }
-td code { white-space: pre; }
-pre { background: #f2f2f2; padding: .7rem; overflow-x: auto; }
-pre code { padding: 0; }
-.missing { border-left: 4px solid #d55e00; background: #fdf3ec;
-  padding: .4rem .8rem; }
-"""
+_BRACKETS, _ESCAPED = re.compile(r"([\[\]\\])"), r"\\\1"
 
 
 class Picture(NamedTuple):
     """A picture of a page.
 
     Attributes:
-      name: Of its file, without an ending.
       alt: What it shows, for those who cannot see it.
-      draw: narrow -> a `matplotlib.figure.Figure`, where narrow asks for the picture of
-        a phone.
+      figure: A function that makes the `matplotlib.figure.Figure`.
     """
 
-    name: str
     alt: str
-    draw: Callable[[bool], Any]
+    figure: Callable[[], Any]
 
 
-class Section(NamedTuple):
-    """A heading, "" for none, and what stands under it: Markdown or pictures."""
+class Page(NamedTuple):
+    """A page before its pictures are drawn.
+
+    Attributes:
+      title: The heading.
+      text: What stands under it, in Markdown.
+      pictures: The pictures that the text shows, by name.
+    """
 
     title: str
-    parts: tuple[str | Picture, ...]
+    text: str
+    pictures: dict[str, Picture]
 
 
-class Document(NamedTuple):
-    """A title and its sections."""
+def page(title: str, **context: Any) -> Page:
+    """Fills the template of a report.
 
-    title: str
-    sections: tuple[Section, ...]
+    Args:
+      title: The page's heading, plain text.
+      **context: What the template uses.
+    """
+    pictures: dict[str, Picture] = {}
 
-    @property
-    def pictures(self) -> Iterator[Picture]:
-        """All pictures in their order."""
-        for section in self.sections:
-            yield from (part for part in section.parts if isinstance(part, Picture))
+    def picture(name, alt, figure, *args, **kwargs):
+        alt = " ".join(alt.split())
+        pictures[name] = Picture(alt, functools.partial(figure, *args, **kwargs))
+        return f"![{_BRACKETS.sub(_ESCAPED, alt)}]({name}.png)"
+
+    template = _templates().get_template("report.md.j2")
+    text = template.render(title=title, picture=picture, missing=missing, **context)
+    # Parts that are left out leave their blank lines.
+    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return Page(title, text, pictures)
 
 
 def missing(what: str) -> str:
     """A paragraph that names what a page lacks, and how to get it."""
-    return _MISSING + what
+    return f"> **Missing:** {what}"
 
 
-def markdown(document: Document) -> str:
+def markdown(page: Page) -> str:
     """The page as Markdown; its pictures are files beside it, `NAME.png`."""
-    parts = [f"# {document.title}"]
-    for section in document.sections:
-        if section.title:
-            parts.append(f"## {section.title}")
-        for part in section.parts:
-            if isinstance(part, Picture):
-                part = f"![{part.alt}]({part.name}.png)"
-            parts.append(part)
-    return "\n\n".join(parts) + "\n"
+    return f"# {page.title}\n\n{page.text}"
 
 
-def html_page(document: Document, wide: dict[str, bytes]) -> str:
+def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
     """The page as one HTML file.
 
     Args:
-      document: What it holds.
-      wide: The pictures that Markdown shows, as PNG by name: drawn once for both.
+      page: The page.
+      drawn: Its pictures by name.
 
     Raises:
       ImportError: markdown-it-py is not installed.
@@ -107,47 +88,52 @@ def html_page(document: Document, wide: dict[str, bytes]) -> str:
         raise ImportError(
             "HTML pages need markdown-it-py: pip install otmdr-jax[train]"
         ) from error
+    templates = _templates()
+
+    def image(renderer, tokens, index, options, env):
+        name = tokens[index].attrs["src"].removesuffix(".png")
+        figure = templates.get_template("picture.html.j2")
+        return figure.render(drawn=drawn[name], alt=page.pictures[name].alt)
+
     # Raw HTML in a text, a run's name for one, stays text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    body, links = [], []
-    for section in document.sections:
-        if section.title:
-            anchor = re.sub(r"\W+", "-", section.title.lower())
-            links.append(f'<a href="#{anchor}">{html.escape(section.title)}</a>')
-            body.append(f'<h2 id="{anchor}">{html.escape(section.title)}</h2>')
-        for part in section.parts:
-            if isinstance(part, Picture):
-                body.append(_figure(part, wide[part.name]))
-                continue
-            text = parser.render(part)
-            text = text.replace("<table>", '<div class="scroll"><table>')
-            text = text.replace("</table>", "</table></div>")
-            if part.startswith(_MISSING):
-                text = text.replace("<p>", '<p class="missing">')
-            body.append(text)
-    title = html.escape(document.title)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{title}</h1>\n<nav>{' '.join(links)}</nav>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
+    parser.add_render_rule("image", image)
+    tokens = parser.parse(page.text)
+    sections = []
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
+        if before.type == "heading_open" and before.tag == "h2":
+            anchor = re.sub(r"\W+", "-", token.content.lower())
+            before.attrSet("id", anchor)
+            sections.append((anchor, token.content))
+        if [child.type for child in token.children or ()] == ["image"]:
+            before.hidden = after.hidden = True  # a figure is no paragraph
+    body = parser.renderer.render(tokens, parser.options, {})
+    from markupsafe import Markup
+
+    return templates.get_template("report.html.j2").render(
+        title=page.title, sections=sections, body=Markup(body)
     )
 
 
-def _figure(picture: Picture, wide: bytes) -> str:
-    alt = html.escape(picture.alt, quote=True)
-    # A CSS inch has 96 pixels; a PNG says its width behind its first chunk's name.
-    width = round(96 * int.from_bytes(wide[16:20], "big") / plots.DPI)
-    narrow = plots.png(picture.draw(True))
-    return (
-        "<figure><picture>"
-        f'<source media="(max-width: 640px)" srcset="{_data(narrow)}">'
-        f'<img src="{_data(wide)}" alt="{alt}" width="{width}">'
-        "</picture></figure>"
+@functools.cache
+def _templates() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(
+            "reports need Jinja2: pip install otmdr-jax[train]"
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("otmdr_jax.experiments.report"),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["data"] = _data
+    return environment
 
 
-def _data(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _data(piece: Piece) -> str:
+    """The address of a picture that is inside the page."""
+    return "data:image/png;base64," + base64.b64encode(piece.png).decode()

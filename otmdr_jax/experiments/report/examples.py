@@ -1,5 +1,6 @@
 """The test images that a run got most wrong, and those that it is least sure of."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,10 +8,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax import metrics
+from otmdr_jax.experiments import programs
+from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import Run
+from otmdr_jax.experiments.report.reading import Run, by_label, name_of
 
-COUNT = 12
+COUNT, _COLUMNS = 12, 6
+# Options of a run that say which test images are its own, and where.
+_DATA = ("data", "data_dir", "cache_dir")
+
+
+class Shown(NamedTuple):
+    """A run whose examples can be shown, or not.
+
+    Attributes:
+      run: The run.
+      name: The run's name.
+      images: (N, H, W, C) the images of its test set.
+      why: Why there are none; empty where there are.
+    """
+
+    run: Run
+    name: str
+    images: Any
+    why: str = ""
 
 
 class Chosen(NamedTuple):
@@ -39,20 +60,55 @@ def most_uncertain(run: Run, count: int = COUNT) -> Chosen:
     return _choose(run, metrics.entropy, count)
 
 
+def of_labels(runs: Sequence[Run]) -> list[Shown]:
+    """The first run of each label, with the images of its test set."""
+    shown = []
+    for group in by_label(runs).values():
+        run = next(iter(plots.pool(group)), group[0])
+        name = name_of(run, runs)
+        if not plots.pool([run]):
+            why = f"{run.label}: its predictions are not finite."
+            shown.append(Shown(run, name, None, why))
+            continue
+        try:
+            shown.append(Shown(run, name, _test_images(run)))
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            shown.append(Shown(run, name, None, f"{name}: {error}"))
+    return shown
+
+
+def _test_images(run: Run) -> Any:
+    """The images of a run's test set; an error says why they cannot be had."""
+    options: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in run.config.items()
+        if name in _DATA and value is not None
+    }
+    if "data" not in options:
+        raise ValueError("its configuration names no data.")
+    try:
+        dataset = _load(TrainConfig(**options))
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ValueError(f"its images cannot be read: {error}") from error
+    if list(dataset.test.labels) != list(run.labels):
+        raise ValueError("the data at hand are not those of its test set.")
+    return dataset.test.images
+
+
+@functools.lru_cache(maxsize=2)
+def _load(config: TrainConfig) -> Any:
+    return programs.load_data(config)
+
+
 def examples_figure(
-    images: Any,
-    chosen: Chosen,
-    names: Sequence[str] | None = None,
-    *,
-    narrow: bool = False,
+    images: Any, chosen: Chosen, names: Sequence[str] | None = None
 ) -> Any:
     """The images with their class, and what they were taken for.
 
     Args:
       images: (N, H, W, C) of the whole set, or anything that can be indexed by rows.
       chosen: Which of them.
-      names: Of the classes. Default: their numbers.
-      narrow: For a phone.
+      names: Names of the classes. Default: their numbers.
 
     Returns:
       A `matplotlib.figure.Figure` with an axes for each example, titled
@@ -61,16 +117,14 @@ def examples_figure(
     Raises:
       ImportError: matplotlib is not installed.
     """
-    columns = 4 if narrow else 6
-    lines = math.ceil(len(chosen.rows) / columns)
-    width = plots.NARROW if narrow else plots.WIDTH
-    figure = plots.new_figure(width, (width / columns + 0.4) * lines)
-    grid = figure.subplots(lines, columns, squeeze=False)
+    width = plots.WIDTH / _COLUMNS
+    rows = math.ceil(len(chosen.rows) / _COLUMNS)
+    figure = plots.new_figure(plots.WIDTH, (width + 0.4) * rows)
+    parts = figure.subfigures(rows, _COLUMNS, squeeze=False).flat
     shown = np.asarray(images[chosen.rows])
-    for i, ax in enumerate(grid.flat):
+    for i, part in zip(range(len(shown)), parts, strict=False):
+        ax = part.subplots()
         ax.set_axis_off()
-        if i >= len(chosen.rows):
-            continue
         label, predicted = (
             str(x[i]) if names is None else names[x[i]]
             for x in (chosen.labels, chosen.predicted)

@@ -14,16 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from otmdr_jax.experiments.report.plots import (
-    LARGE,
-    NARROW,
-    SMALL,
-    legend,
-    line_style,
-    new_figure,
-    plain,
-    save,
-)
+from otmdr_jax.experiments.report import plots
 
 Record = Mapping[str, Any]
 Labelled = tuple[str, Record]
@@ -44,6 +35,7 @@ _LEVELS = 25
 _WIDE, _SMALLEST = 10.0, 1e-6
 _NAN = "#BBBBBB"  # where the loss is not finite
 _MARKERS = ("o", "s", "^", "D", "v")
+_MARKER: dict[str, Any] = {"linestyle": "", "color": "black", "markersize": 5}
 
 
 def plot_landscape(
@@ -64,8 +56,8 @@ def plot_landscape(
       ValueError: No records, or of different dimensions; no loss is finite.
     """
     if len(_checked(records, None)[0][1]["axes"]) == 1:
-        return save(line_figure(records), path)
-    return save((surface_figure if surface else contour_figure)(records), path)
+        return plots.save(line_figure(records), path)
+    return plots.save((surface_figure if surface else contour_figure)(records), path)
 
 
 def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
@@ -77,30 +69,34 @@ def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
     Returns:
       Lists of pairs whose records are of one kind, on as many axes and the same
       examples; of random directions also of one seed. Those between runs, and those of
-      trajectories, lie in planes of their own and stand alone.
+      trajectories, lie in planes of their own and stand alone; those without a finite
+      loss are left out.
     """
     groups: dict[Any, list[Labelled]] = {}
+    records = [pair for pair in records if is_finite(pair[1])]
     for i, (label, record) in enumerate(records):
         alone = i if record["kind"] in ("runs", "trajectory") else None
         seed = record["seed"] if record["kind"] == "random" else None
-        key = (
-            alone, seed, record["kind"], len(record["axes"]), record["split"],
-            record["num_examples"],
-        )  # fmt: skip
+        same = (record[name] for name in ("kind", "split", "num_examples"))
+        key = (alone, seed, len(record["axes"]), *same)
         groups.setdefault(key, []).append((label, record))
     return list(groups.values())
 
 
-def contour_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
+def is_finite(record: Record) -> bool:
+    """Whether any loss of a landscape is finite; null, in JSON, stands for NaN."""
+    return bool(np.isfinite(np.array(record["losses"], np.float64)).any())
+
+
+def contour_figure(records: Sequence[Labelled]) -> Any:
     """Contours of two-dimensional landscapes, a panel each.
 
     Args:
       records: Pairs of a label and a record.
-      narrow: Panels below each other, for a phone.
 
     Returns:
-      A `matplotlib.figure.Figure`: axes with gid "landscape:LABEL", and a colour bar in
-      nats. Losses that are not finite are grey.
+      A `matplotlib.figure.Figure`: axes with gid "landscape:LABEL", and colour bars in
+      nats that are alike. Losses that are not finite are grey.
 
     Raises:
       ImportError: matplotlib is not installed.
@@ -108,47 +104,36 @@ def contour_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
     """
     found = _checked(records, 2)
     scale = _Scale([losses for _, _, losses in found])
-    count = len(found)
-    columns = 1 if narrow else min(count, 3)
-    rows = math.ceil(count / columns)
-    width = NARROW if narrow else 5.2 if count == 1 else 3.4 * columns + 1.0
-    figure = new_figure(width, (4.4 if count == 1 and not narrow else 3.7) * rows)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for ax in panels.flat[count:]:
-        ax.remove()
-    filled = None
-    for ax, (label, record, losses) in zip(panels.flat, found, strict=False):
+    figure, parts = plots.panels(len(found), lambda width: 0.88 * width, most=2)
+    for part, (label, record, losses) in zip(parts, found, strict=True):
+        ax = part.subplots()
         ax.set_gid(f"landscape:{label}")
         ax.set_facecolor(_NAN)
         shown = np.ma.masked_invalid(scale.clip(losses)).T  # x along the columns
         filled = ax.contourf(
-            *record["axes"], shown, levels=scale.levels, norm=scale.norm(),
+            *record["axes"],
+            shown,
+            levels=scale.levels,
+            norm=scale.norm(),
             cmap=COLOUR_MAP,
-        )  # fmt: skip
-        ax.contour(
-            *record["axes"], shown, levels=scale.levels[::2], colors="white",
-            linewidths=0.4, alpha=0.6,
-        )  # fmt: skip
+        )
+        lines = {"colors": "white", "linewidths": 0.4, "alpha": 0.6}
+        ax.contour(*record["axes"], shown, levels=scale.levels[::2], **lines)
         _mark(ax, record)
-        _title(ax, label, record)
-        for side, name in zip("xy", record["axis_names"], strict=True):
-            text = plain(textwrap.fill(name, 36))
-            getattr(ax, f"set_{side}label")(text, fontsize=SMALL)
-        ax.tick_params(labelsize=SMALL, labelbottom=True, labelleft=True)
-        for side, axis in zip("xy", _limits(found), strict=True):
-            getattr(ax, f"set_{side}lim")(axis)
-    bar = figure.colorbar(filled, ax=panels.ravel().tolist()[:count], shrink=0.9)
-    scale.label(bar.ax, "y", bar)
-    _legend(figure, panels.flat[0])
+        x, y = (plots.plain(textwrap.fill(x, 36)) for x in record["axis_names"])
+        plots.dress(ax, _title(label, record), x, y, grid=False)
+        _set_limits(ax, found)
+        bar = part.colorbar(filled, ax=ax, shrink=0.9)
+        scale.label(bar.ax, "y", bar)
+    _legend(figure, figure.axes[0])
     return figure
 
 
-def surface_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
+def surface_figure(records: Sequence[Labelled]) -> Any:
     """Two-dimensional landscapes as surfaces, a panel each, as high as they are lossy.
 
     Args:
       records: Pairs of a label and a record.
-      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure`: three-dimensional axes with gid "surface:LABEL".
@@ -159,53 +144,52 @@ def surface_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
     """
     found = _checked(records, 2)
     scale = _Scale([losses for _, _, losses in found])
-    count = len(found)
-    columns = 1 if narrow else min(count, 2)
-    rows = math.ceil(count / columns)
-    width, height = (6.0, 4.6) if count == 1 else (9.0, 4.2)
-    figure = (
-        new_figure(NARROW, 3.4 * rows) if narrow else new_figure(width, height * rows)
-    )
+    figure, parts = plots.panels(len(found), lambda width: 0.85 * width, most=2)
     from matplotlib import cm, ticker
 
-    for i, (label, record, losses) in enumerate(found):
-        ax = figure.add_subplot(rows, columns, i + 1, projection="3d")
+    for part, (label, record, losses) in zip(parts, found, strict=True):
+        ax = part.add_subplot(projection="3d")
         ax.set_gid(f"surface:{label}")
         x, y = np.meshgrid(*record["axes"], indexing="ij")
-        heights = scale.height(losses)
         low, high = scale.height(np.array(scale.ends))
         ax.plot_surface(
-            x, y, heights, cmap=COLOUR_MAP, vmin=low, vmax=high, rcount=80, ccount=80,
-            linewidth=0.15, edgecolor=(0, 0, 0, 0.25),
-        )  # fmt: skip
+            x,
+            y,
+            scale.height(losses),
+            cmap=COLOUR_MAP,
+            vmin=low,
+            vmax=high,
+            rcount=80,
+            ccount=80,
+            linewidth=0.15,
+            edgecolor=(0, 0, 0, 0.25),
+        )
+        ax.set_title(_title(label, record), fontsize=plots.LARGE)
         ax.set_zlim(low, high)
-        for side, axis in zip("xy", _limits(found), strict=True):
-            getattr(ax, f"set_{side}lim")(axis)
-        for side, name in zip("xy", record["axis_names"], strict=True):
-            # The unit on a line of its own: three axes leave little room.
-            name = plain(name).replace(" (", "\n(")
-            getattr(ax, f"set_{side}label")(name, fontsize=SMALL, labelpad=8)
-        ax.tick_params(labelsize=SMALL - 1, pad=3)
+        _set_limits(ax, found)
+        # The unit on a line of its own: three axes leave little room.
+        names = [plots.plain(x).replace(" (", "\n(") for x in record["axis_names"]]
+        ax.set_xlabel(names[0], fontsize=plots.SMALL, labelpad=8)
+        ax.set_ylabel(names[1], fontsize=plots.SMALL, labelpad=8)
+        ax.tick_params(labelsize=plots.SMALL - 1, pad=3)
         scale.label(ax, "z")
         ax.set_zlabel("")  # that of the colour bar
         for axis in (ax.xaxis, ax.yaxis):
             # Not at the ends: there those of two axes meet.
             axis.set_major_locator(ticker.MaxNLocator(4, prune="both"))
         ax.view_init(elev=28, azim=-60)
-        ax.set_box_aspect((4, 4, 3), zoom=0.72 if narrow else 0.84)
-        _title(ax, label, record)
-    colours = cm.ScalarMappable(scale.norm(), COLOUR_MAP)
-    bar = figure.colorbar(colours, ax=figure.axes[:count], shrink=0.6, pad=0.08)
-    scale.label(bar.ax, "y", bar)
+        ax.set_box_aspect((4, 4, 3), zoom=0.8)
+        colours = cm.ScalarMappable(scale.norm(), COLOUR_MAP)
+        bar = part.colorbar(colours, ax=ax, shrink=0.6, pad=0.08)
+        scale.label(bar.ax, "y", bar)
     return figure
 
 
-def line_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
+def line_figure(records: Sequence[Labelled]) -> Any:
     """One-dimensional landscapes as lines on the same axes.
 
     Args:
       records: Pairs of a label and a record.
-      narrow: A picture for a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of one axes. A line's gid is "landscape:LABEL"; it
@@ -217,28 +201,21 @@ def line_figure(records: Sequence[Labelled], *, narrow: bool = False) -> Any:
     """
     found = _checked(records, 1)
     scale = _Scale([losses for _, _, losses in found])
-    figure = new_figure(NARROW if narrow else 6.0, 3.6)
+    figure = plots.new_figure(plots.ALONE, 3.6)
     ax = figure.subplots()
     for i, (label, record, losses) in enumerate(found):
         axis = np.asarray(record["axes"][0])
         shown = np.where(np.isfinite(losses), losses, np.nan)
-        ax.plot(
-            axis, shown, gid=f"landscape:{label}", label=plain(_titled(label, record)),
-            linewidth=1.6, **line_style(i),
-        )  # fmt: skip
+        name, gid = plots.plain(_told(label, record)), f"landscape:{label}"
+        style = {"linewidth": 1.6, **plots.line_style(i)}
+        ax.plot(axis, shown, gid=gid, label=name, **style)
         for j, (name, at) in enumerate(_points(record) if record["points"] else ()):
-            ax.plot(
-                at, np.interp(at, axis, shown), linestyle="", label=plain(name),
-                marker=_MARKERS[j % len(_MARKERS)], color="black", markersize=5,
-            )  # fmt: skip
+            marker = {**_MARKER, "marker": _MARKERS[j % len(_MARKERS)]}
+            ax.plot(at, np.interp(at, axis, shown), label=plots.plain(name), **marker)
     ax.set_yscale("log" if scale.wide else "linear")
+    plots.dress(ax, x=plots.plain(textwrap.fill(found[0][1]["axis_names"][0], 45)))
     scale.label(ax, "y")
-    name = textwrap.fill(found[0][1]["axis_names"][0], 45)
-    ax.set_xlabel(plain(name), fontsize=LARGE)
     ax.set_xlim(_limits(found)[0])
-    ax.tick_params(labelsize=SMALL)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
     _legend(figure, ax)
     return figure
 
@@ -293,8 +270,8 @@ class _Scale:
                 ax.set_zticks(np.log10(ticks), labels=names)
             else:
                 ax.set_yticks(ticks, labels=names)
-        getattr(ax, f"set_{side}label")("Mean loss (nats)", fontsize=SMALL)
-        ax.tick_params(labelsize=SMALL)
+        getattr(ax, f"set_{side}label")("Mean loss (nats)", fontsize=plots.SMALL)
+        ax.tick_params(labelsize=plots.SMALL)
 
 
 def _checked(
@@ -317,10 +294,15 @@ def _checked(
 
 def _limits(records: Any) -> list[tuple[float, float]]:
     """What holds the axes of all."""
-    found = []
-    for each in zip(*(record["axes"] for _, record, _ in records), strict=True):
-        found.append((min(x[0] for x in each), max(x[-1] for x in each)))
-    return found
+    every = zip(*(record["axes"] for _, record, _ in records), strict=True)
+    return [(min(x[0] for x in each), max(x[-1] for x in each)) for each in every]
+
+
+def _set_limits(ax: Any, records: Any) -> None:
+    """Gives axes of two dimensions the limits that hold all records."""
+    x, y = _limits(records)
+    ax.set_xlim(x)
+    ax.set_ylim(y)
 
 
 def _points(record: Record) -> list[tuple[str, np.ndarray]]:
@@ -336,20 +318,17 @@ def _points(record: Record) -> list[tuple[str, np.ndarray]]:
 
 def _mark(ax: Any, record: Record) -> None:
     """Marks solutions, and the way of a trajectory."""
+    white = {"color": "white", "markeredgecolor": "black"}
     if record["kind"] == "trajectory":
-        ax.plot(
-            *np.asarray(record["points"], np.float64).T, color="white", marker="o",
-            markersize=3, linewidth=1.2, label="Checkpoints", markeredgecolor="black",
-            markeredgewidth=0.4,
-        )  # fmt: skip
+        line = {"marker": "o", "markersize": 3, "markeredgewidth": 0.4}
+        way = np.asarray(record["points"], np.float64).T
+        ax.plot(*way, linewidth=1.2, label="Checkpoints", **line, **white)
     for j, (name, at) in enumerate(_points(record)):
-        ax.plot(
-            *at[:, None], linestyle="", marker=_MARKERS[j % len(_MARKERS)],
-            color="white", markeredgecolor="black", markersize=7, label=plain(name),
-        )  # fmt: skip
+        marker = {"linestyle": "", "marker": _MARKERS[j % len(_MARKERS)]}
+        ax.plot(*at[:, None], label=plots.plain(name), markersize=7, **marker, **white)
 
 
-def _titled(label: str, record: Record) -> str:
+def _told(label: str, record: Record) -> str:
     """The label, with what belongs to the axes of this landscape alone."""
     if record.get("eigenvalues"):
         values = ", ".join(f"{x:.3g}" for x in record["eigenvalues"])
@@ -360,11 +339,8 @@ def _titled(label: str, record: Record) -> str:
     return label
 
 
-def _title(ax: Any, label: str, record: Record) -> None:
-    lines = _titled(label, record).split("\n")
-    # Panels are about 3 inches wide: 30 letters.
-    lines[0] = textwrap.fill(lines[0], 30)
-    ax.set_title(plain("\n".join(lines)), fontsize=LARGE)
+def _title(label: str, record: Record) -> str:
+    return _told(plots.name_of_panel(label), record)
 
 
 def _legend(figure: Any, ax: Any) -> None:
@@ -373,4 +349,4 @@ def _legend(figure: Any, ax: Any) -> None:
     for handle in handles:
         if handle.get_color() == "white" and handle.get_linestyle() != "None":
             handle.set(color="#888888", markerfacecolor="white")  # on white paper
-    legend(figure, handles, [textwrap.fill(name, 45) for name in names])
+    plots.legend(figure, handles, [textwrap.fill(name, 45) for name in names])

@@ -2,17 +2,30 @@
 
 import importlib.metadata
 import json
-import math
-import os
 import pathlib
 import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from otmdr_jax import __version__
-from otmdr_jax.experiments.progress import Progress
-from otmdr_jax.experiments.report import content, document, plots, significance, tables
+from otmdr_jax import __version__, metrics
+from otmdr_jax.experiments.report import (
+    content,
+    cost,
+    document,
+    examples,
+    landscape,
+    learning_curves,
+    plots,
+    posterior,
+    predictions,
+    records,
+    shift,
+    significance,
+    tables,
+)
 from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.io import files
+from otmdr_jax.io.progress import Progress
 
 # A results.json with this key marks a folder as a report. Its value is the version of
 # the files' layout.
@@ -67,40 +80,58 @@ def write(
     _check_distinct(runs)
     significance.check_baseline(by_label(runs), baseline)
     rows = tables.summarise(runs, tables.known_columns(runs))
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    page = compose(
+        title, runs, command=command, whole=whole, baseline=baseline, costs=costs
+    )
+    drawn = {}
+    with Progress(len(page.pictures), 0, "drawing", show_progress, "pictures") as bar:
+        for i, (name, picture) in enumerate(page.pictures.items(), 1):
+            drawn[name] = plots.draw(picture.figure())
+            bar.update(i)
+    texts = {"report.md": document.markdown(page)}
     if whole:
-        page = content.everything(title, runs, versions, baseline, costs)
-    else:
-        page = content.comparison(title, runs, versions)
-    if command:
-        ending = document.Section("Command", (f"```\n{command}\n```",))
-        page = page._replace(sections=(*page.sections, ending))
-    # Drawn once: a second layout may move a line by a fraction of a pixel.
-    every = list(page.pictures)
-    pictures = {}
-    with Progress(len(every), 0, "drawing", show_progress, "pictures") as bar:
-        for i, one in enumerate(every, 1):
-            pictures[one.name] = plots.png(one.draw(False))
-            bar.update(i, {})
-    texts = {
-        # The marker comes first: a report that was cut off can be written again.
-        "results.json": _json(
-            {**_results(title, rows, runs), "pictures": list(pictures)}
-        ),
-        "configs.json": _json([{**_name(run), "config": run.config} for run in runs]),
-        "report.md": document.markdown(page),
-    }
-    if whole:
-        texts["report.html"] = document.html_page(page, pictures)
+        texts["report.html"] = document.html(page, drawn)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_pictures(folder, keep=pictures)
+    _remove_pictures(folder, keep=drawn)
+    # The marker comes first: a report that was cut off can be written again.
+    results = {**_results(title, rows, runs), "pictures": list(drawn)}
+    files.write_json(folder / "results.json", results, default=str)
+    configs = [{**_name(run), "config": run.config} for run in runs]
+    files.write_json(folder / "configs.json", configs, default=str)
     for name, text in texts.items():
-        scratch = folder / f"{name}.tmp"
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, folder / name)
-    for name, png in pictures.items():
-        (folder / f"{name}.png").write_bytes(png)
+        files.write_text(folder / name, text)
+    for name, one in drawn.items():
+        (folder / f"{name}.png").write_bytes(one.png)
     return folder / list(texts)[-1]
+
+
+def compose(
+    title: str,
+    runs: Sequence[Run],
+    *,
+    command: str | None = None,
+    whole: bool = False,
+    baseline: str | None = None,
+    costs: Sequence[dict[str, Any]] | None = None,
+) -> document.Page:
+    """The page of a report, whose pictures are not drawn yet: see :func:`write`."""
+    labels = list(by_label(runs))
+    return document.page(
+        title,
+        runs=runs,
+        rows=tables.summarise(runs, tables.known_columns(runs)),
+        labels=labels,
+        command=command,
+        whole=whole,
+        baseline=labels[0] if baseline is None else baseline,
+        costs=costs,
+        versions=", ".join(f"{name} {x}" for name, x in _versions().items()),
+        **{
+            part.__name__.rpartition(".")[2]: part
+            for part in (content, cost, examples, landscape, learning_curves, metrics)
+            + (posterior, predictions, records, shift, significance, tables)
+        },
+    )
 
 
 def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
@@ -189,22 +220,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_strict(value), indent=2, allow_nan=False) + "\n"
-
-
-def _strict(value: Any) -> Any:
-    """JSON's values alone: null for what is no number, lists for tuples."""
-    if isinstance(value, dict):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (bool, int, float, str)) else _other(value)
-
-
-def _other(value: Any) -> Any:
-    return None if value is None else str(value)

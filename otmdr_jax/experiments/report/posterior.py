@@ -32,7 +32,7 @@ def plot_signal_to_noise(runs: Iterable[Run], path: str | pathlib.Path) -> pathl
     return plots.save(signal_to_noise_figure(runs), path)
 
 
-def signal_to_noise_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
+def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     r"""How many weights have which ratio of \|mu\| to sigma, and which layers.
 
     Left the share of weights in bins of 2 dB, a line for each label: the mean over its
@@ -40,7 +40,6 @@ def signal_to_noise_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
 
     Args:
       runs: The runs; those without a posterior are left out.
-      narrow: Axes below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of two axes. A line's gid is "share:LABEL" or
@@ -53,9 +52,8 @@ def signal_to_noise_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
     Reference: Blundell et al., 2015, figure 4.
     """
     groups = by_label(bayesian(runs))
-    size = (plots.NARROW, 6.0) if narrow else (plots.WIDTH, 3.2)
-    figure = plots.new_figure(*size)
-    left, right = figure.subplots(*((2, 1) if narrow else (1, 2)))
+    figure, parts = plots.panels(2, lambda width: 3.2)
+    left, right = (part.subplots() for part in parts)
     centers = summary.LOWEST + summary.WIDTH * (np.arange(summary.NUM_BINS) + 0.5)
     every: list[str] = []
     for i, (label, group) in enumerate(groups.items()):
@@ -72,20 +70,17 @@ def signal_to_noise_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
     left.set_xlim(centers[used[0]] - 2, centers[used[-1]] + 2)
     left.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
     left.set_ylim(bottom=0.0)
-    left.set_title("Weights (% in bins of 2 dB)", fontsize=plots.LARGE)
-    left.set_xlabel(
-        "Signal-to-noise ratio |μ| / σ (dB); ends: and beyond", fontsize=plots.LARGE
+    plots.dress(
+        left,
+        "Weights (% in bins of 2 dB)",
+        "Signal-to-noise ratio |μ| / σ (dB); ends: and beyond",
     )
-    right.set_title("Mean ratio of a layer (dB)", fontsize=plots.LARGE)
+    plots.dress(right, "Mean ratio of a layer (dB)")
     if len(every) <= _MAX_NAMES:
         right.set_xticks(np.arange(len(every)) + 1, every, rotation=30, ha="right")
     else:
         right.xaxis.get_major_locator().set_params(integer=True)
         right.set_xlabel("Array, in the order of result.json", fontsize=plots.LARGE)
-    for ax in (left, right):
-        ax.tick_params(labelsize=plots.SMALL)
-        ax.grid(alpha=0.25, linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
     plots.legend_of_labels(figure, groups)
     return figure
 

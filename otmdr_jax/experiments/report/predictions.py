@@ -3,8 +3,7 @@
 Each has a panel or a line for each label, over the pooled predictions of its runs.
 """
 
-import math
-import textwrap
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,24 +15,121 @@ from otmdr_jax.experiments.report.reading import Run, by_label
 
 # With more classes a confusion matrix has no room for numbers, or for names.
 MAX_NUMBERS, MAX_NAMES = 12, 20
-_RIGHT: dict[str, Any] = {"facecolor": "#56B4E9", "edgecolor": "white"}
-_WRONG: dict[str, Any] = {
-    "facecolor": "#F7CDB5",
-    "edgecolor": "#D55E00",
-    "hatch": "////",
-}
+_ACCURACY: dict[str, Any] = {"color": "#004B76", "linewidth": 1.8}
+_DIAGONAL: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.0}
+_EXAMPLES: dict[str, Any] = {"facecolor": "#666666", "edgecolor": "white"}
 _GRID = np.linspace(0.0, 1.0, 201)[1:]  # coverages that risks are averaged at
 
 
-def confidence_figure(
-    runs: Iterable[Run], num_bins: int = metrics.NUM_BINS, *, narrow: bool = False
-) -> Any:
+def plot_reliability(
+    runs: Iterable[Run], path: str | pathlib.Path, num_bins: int = metrics.NUM_BINS
+) -> pathlib.Path:
+    """Draws reliability diagrams of the runs: see :func:`reliability_figure`.
+
+    Args:
+      runs: The runs.
+      path: The picture's file; its ending picks the format.
+      num_bins: Bins of confidence.
+
+    Returns:
+      The path.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: No runs, or runs of one label that differ in their classes.
+    """
+    return plots.save(reliability_figure(runs, num_bins), path)
+
+
+def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> Any:
+    """Accuracy against confidence, and how often each confidence was given.
+
+    One panel for each label over the pooled predictions of its runs, on the same axes.
+    Runs whose predictions are not numbers are left out, and the panel says so.
+
+    Args:
+      runs: The runs.
+      num_bins: Bins of confidence.
+
+    Returns:
+      A `matplotlib.figure.Figure`: for each label an axes with gid "reliability:LABEL"
+      and one beneath with gid "histogram:LABEL". The bars' containers are labelled
+      "Accuracy", "Gap to confidence" and "Examples".
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: No runs, or runs of one label that differ in their classes.
+    """
+    groups = by_label(runs)
+    figure, parts = plots.panels(
+        len(groups), lambda width: min(1.15 * width + 0.45, 4.2)
+    )
+    histograms = []
+    for part, (label, group) in zip(parts, groups.items(), strict=True):
+        top, bottom = part.subplots(2, 1, sharex=True, height_ratios=[4, 1.1])
+        top.set_gid(f"reliability:{label}")
+        bottom.set_gid(f"histogram:{label}")
+        title = _draw_reliability(top, bottom, group, num_bins)
+        name = plots.name_of_panel(label)
+        plots.dress(top, f"{name}{title}", y="Accuracy", grid=False)
+        plots.dress(bottom, x="Confidence", y="Share (%)", grid=False)
+        top.set(xlim=(0.0, 1.0), ylim=(0.0, 1.0))
+        top.set_yticks(np.linspace(0.0, 1.0, 6))
+        bottom.set_xticks(np.linspace(0.0, 1.0, 6))
+        histograms.append(bottom)
+    _same_height(histograms)
+    _legend_of_bars(figure)
+    return figure
+
+
+def _draw_reliability(top: Any, bottom: Any, runs: Sequence[Run], num_bins: int) -> str:
+    """Draws one label's panel; returns what its title adds to the label."""
+    pooled = _pooled(runs)
+    if pooled is None:
+        plots.say(top, "no finite predictions")
+        return ""
+    bins = metrics.reliability(pooled, pooled.labels, num_bins)
+    centers = (bins.edges[:-1] + bins.edges[1:]) / 2
+    full = bins.counts > 0
+    accuracy, confidence = bins.accuracy[full], bins.confidence[full]
+    style = {"width": 1.0 / num_bins, "linewidth": 0.6}
+    top.bar(centers[full], accuracy, label="Accuracy", **style, **plots.RIGHT)
+    top.bar(
+        centers[full],
+        confidence - accuracy,
+        bottom=accuracy,
+        label="Gap to confidence",
+        **style,
+        **plots.WRONG,
+    )
+    # The gap hides the bar where accuracy exceeds confidence: mark where it ends.
+    lefts, rights = bins.edges[:-1][full], bins.edges[1:][full]
+    top.hlines(accuracy, lefts, rights, zorder=3, clip_on=False, **_ACCURACY)
+    top.plot([0, 1], [0, 1], **_DIAGONAL)
+    share = 100.0 * bins.counts / bins.counts.sum()
+    bottom.bar(centers, share, label="Examples", **style, **_EXAMPLES)
+    finite = len(plots.pool(runs))
+    left_out = f", {finite} of {len(runs)} runs" if finite < len(runs) else ""
+    ece = metrics.ece(pooled, pooled.labels, num_bins)
+    return f"\nECE {ece:.4f}{left_out}"
+
+
+def _legend_of_bars(figure: Any) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [Line2D([], [], **_ACCURACY), Patch(**plots.WRONG)]
+    handles.append(Line2D([], [], **_DIAGONAL))
+    names = ["Accuracy", "Gap to confidence", "Perfect calibration"]
+    plots.legend(figure, handles, names)
+
+
+def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> Any:
     """How often each confidence was given, to right and to wrong predictions.
 
     Args:
       runs: The runs; those whose predictions are not numbers are left out.
       num_bins: Bins of confidence.
-      narrow: Panels below each other, for a phone.
 
     Returns:
       A `matplotlib.figure.Figure`: for each label an axes with gid "confidence:LABEL",
@@ -47,13 +143,17 @@ def confidence_figure(
     from matplotlib.patches import Patch
 
     groups = by_label(runs)
-    figure, panels = _panels(groups, 0.75, narrow, 3)
+    figure, parts = plots.panels(len(groups), lambda width: 0.75 * width + 0.3)
     edges = np.linspace(0.0, 1.0, num_bins + 1)
-    centers, width = (edges[:-1] + edges[1:]) / 2, 1.0 / num_bins
-    for ax, (label, group) in zip(panels, groups.items(), strict=True):
+    centers = (edges[:-1] + edges[1:]) / 2
+    panels = []
+    for part, (label, group) in zip(parts, groups.items(), strict=True):
+        panels.append(ax := part.subplots())
         ax.set_gid(f"confidence:{label}")
-        _title(ax, label)
-        pooled = _predictions(group)
+        title = plots.name_of_panel(label)
+        plots.dress(ax, title, "Confidence", "Share of predictions (%)", grid=False)
+        ax.set_xlim(0.0, 1.0)
+        pooled = _pooled(group)
         if pooled is None:
             plots.say(ax, "no finite predictions")
             continue
@@ -63,31 +163,21 @@ def confidence_figure(
             100.0 * np.bincount(rows[x], minlength=num_bins) / len(rows)
             for x in (pooled.correct, ~pooled.correct)
         )
-        style = {"width": width, "linewidth": 0.6}
-        ax.bar(centers, right, label="Right", **style, **_RIGHT)
-        ax.bar(centers, wrong, bottom=right, label="Wrong", **style, **_WRONG)
-    _share_axes(panels, "Confidence", "Share of predictions (%)", narrow)
-    for ax in panels:
-        ax.set_xlim(0.0, 1.0)
-    figure.legend(
-        handles=[Patch(label="Right", **_RIGHT), Patch(label="Wrong", **_WRONG)],
-        loc="outside lower center",
-        ncols=2,
-        fontsize=plots.SMALL,
-        frameon=False,
-    )
+        style = {"width": 1.0 / num_bins, "linewidth": 0.6}
+        ax.bar(centers, right, label="Right", **style, **plots.RIGHT)
+        ax.bar(centers, wrong, bottom=right, label="Wrong", **style, **plots.WRONG)
+    _same_height(panels)
+    handles = [Patch(**plots.RIGHT), Patch(**plots.WRONG)]
+    plots.legend(figure, handles, ["Right", "Wrong"])
     return figure
 
 
-def confusion_figure(
-    runs: Iterable[Run], names: Sequence[str] | None = None, *, narrow: bool = False
-) -> Any:
+def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) -> Any:
     """Which class is taken for which: of each class (row) the shares of predictions.
 
     Args:
       runs: The runs; those whose predictions are not numbers are left out.
-      names: Of the classes. Default: their numbers.
-      narrow: Panels below each other, for a phone.
+      names: Names of the classes. Default: their numbers.
 
     Returns:
       A `matplotlib.figure.Figure`: for each label an axes with gid "confusion:LABEL"
@@ -100,13 +190,14 @@ def confusion_figure(
     from matplotlib.colors import PowerNorm
 
     groups = by_label(runs)
-    # Squares, and the colour bar beside them.
-    figure, panels = _panels(groups, 0.84 if narrow else 0.9, narrow, 2)
-    image = None
-    for ax, (label, group) in zip(panels, groups.items(), strict=True):
+    figure, parts = plots.panels(len(groups), lambda width: 0.84 * width, most=2)
+    for part, (label, group) in zip(parts, groups.items(), strict=True):
+        ax = part.subplots()
         ax.set_gid(f"confusion:{label}")
-        _title(ax, label)
-        pooled = _predictions(group)
+        title = plots.name_of_panel(label)
+        plots.dress(ax, title, "Predicted class", "True class", grid=False)
+        ax.spines[:].set_visible(True)
+        pooled = _pooled(group)
         if pooled is None:
             plots.say(ax, "no finite predictions")
             continue
@@ -118,31 +209,32 @@ def confusion_figure(
             )
         # A root, so that the few that are wrong are seen beside those that are right.
         image = ax.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0.0, 100.0))
-        place = ax.get_subplotspec()
-        if _is_lowest(ax, panels):
-            ax.set_xlabel("Predicted class", fontsize=plots.LARGE)
-        if place.is_first_col():
-            ax.set_ylabel("True class", fontsize=plots.LARGE)
         if classes <= MAX_NAMES:
             shown = list(map(str, range(classes))) if names is None else list(names)
             long = max(map(len, shown)) > 2
             ax.set_xticks(range(classes), shown, rotation=90 if long else 0)
             ax.set_yticks(range(classes), shown)
         if classes <= MAX_NUMBERS:
-            for (row, column), share in np.ndenumerate(shares):
-                if share >= 0.05:
-                    decimals = 0 if share >= 9.95 else 1
-                    ax.text(
-                        column, row, f"{share:.{decimals}f}",
-                        ha="center", va="center", fontsize=6,
-                        color="black" if share > 25 else "white",
-                    )  # fmt: skip
-        ax.tick_params(labelsize=plots.SMALL - 1)
-    if image is not None:
-        bar = figure.colorbar(image, ax=list(panels), shrink=0.8)
+            _write_shares(ax, shares)
+        bar = part.colorbar(image, ax=ax, shrink=0.8)
         bar.set_label("Share of the class (%)", fontsize=plots.LARGE)
         bar.ax.tick_params(labelsize=plots.SMALL)
     return figure
+
+
+def _write_shares(ax: Any, shares: np.ndarray) -> None:
+    """Writes the percentages that do not round to 0 into their cells."""
+    for (row, column), share in np.ndenumerate(shares):
+        if share >= 0.05:
+            ax.text(
+                column,
+                row,
+                f"{share:.{0 if share >= 9.95 else 1}f}",
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="black" if share > 25 else "white",
+            )
 
 
 def confusion(predictions: metrics.Predictions) -> np.ndarray:
@@ -154,12 +246,11 @@ def confusion(predictions: metrics.Predictions) -> np.ndarray:
         return 100.0 * counts / counts.sum(axis=1, keepdims=True)
 
 
-def risk_coverage_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
+def risk_coverage_figure(runs: Iterable[Run]) -> Any:
     """The error of the surest predictions, against how many of them are kept.
 
     Args:
       runs: The runs; those whose predictions are not numbers are left out.
-      narrow: For a phone.
 
     Returns:
       A `matplotlib.figure.Figure` of one axes; a line's gid is "risk:LABEL", the mean
@@ -170,7 +261,7 @@ def risk_coverage_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
       ValueError: No runs.
     """
     groups = by_label(runs)
-    figure = plots.new_figure(plots.NARROW if narrow else 5.2, 3.2)
+    figure = plots.new_figure(plots.ALONE, 3.2)
     ax = figure.subplots()
     for i, (label, group) in enumerate(groups.items()):
         risks = []
@@ -186,16 +277,13 @@ def risk_coverage_figure(runs: Iterable[Run], *, narrow: bool = False) -> Any:
         plots.say(ax, "no finite predictions")
     ax.set_xlim(0.0, 100.0)
     ax.set_ylim(bottom=0.0)
-    ax.set_xlabel("Coverage: predictions kept (%)", fontsize=plots.LARGE)
-    ax.set_ylabel("Risk: error among them (%)", fontsize=plots.LARGE)
-    ax.tick_params(labelsize=plots.SMALL)
-    ax.grid(alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    plots.dress(ax, x="Coverage: predictions kept (%)", y="Risk: error among them (%)")
     plots.legend_of_labels(figure, groups)
     return figure
 
 
-def _predictions(runs: Sequence[Run]) -> metrics.Predictions | None:
+def _pooled(runs: Sequence[Run]) -> metrics.Predictions | None:
+    """The predictions of all runs that are numbers; None where there are none."""
     pooled = plots.pool(runs)
     if not pooled:
         return None
@@ -206,41 +294,9 @@ def _predictions(runs: Sequence[Run]) -> metrics.Predictions | None:
     )
 
 
-def _panels(groups, aspect: float, narrow: bool, at_most: int):
-    """A figure with a panel for each label; the aspect is height over width."""
-    columns = 1 if narrow else min(at_most, plots.panel_columns(len(groups)))
-    lines = math.ceil(len(groups) / columns)
-    width = plots.NARROW if narrow else 4.8 if columns == 1 else plots.WIDTH
-    figure = plots.new_figure(width, aspect * width / columns * lines + 0.5)
-    grid = figure.subplots(lines, columns, squeeze=False)
-    for ax in grid.flat[len(groups) :]:
-        ax.remove()
-    return figure, list(grid.flat[: len(groups)])
-
-
-def _is_lowest(ax, panels) -> bool:
-    """Whether no panel is below."""
-    mine = ax.get_subplotspec()
-    below = [x.get_subplotspec() for x in panels if x is not ax]
-    return not any(
-        x.colspan == mine.colspan and x.rowspan.start > mine.rowspan.start
-        for x in below
-    )
-
-
-def _share_axes(panels, x: str, y: str, narrow: bool) -> None:
+def _same_height(panels: Sequence[Any]) -> None:
+    """Gives axes of bars one scale, on which they can be compared."""
     highest = max(ax.dataLim.ymax for ax in panels)
-    for ax in panels:
-        if np.isfinite(highest):
+    if np.isfinite(highest) and highest > 0:
+        for ax in panels:
             ax.set_ylim(0.0, 1.05 * highest)
-        ax.tick_params(labelsize=plots.SMALL)
-        ax.spines[["top", "right"]].set_visible(False)
-        place = ax.get_subplotspec()
-        if narrow or _is_lowest(ax, panels):
-            ax.set_xlabel(x, fontsize=plots.LARGE)
-        if place.is_first_col():
-            ax.set_ylabel(y, fontsize=plots.LARGE)
-
-
-def _title(ax: Any, label: str) -> None:
-    ax.set_title(plots.plain(textwrap.fill(label, 30)), fontsize=plots.LARGE)

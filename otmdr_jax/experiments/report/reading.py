@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.io import files
 
 _NAMES = {
     "sgd": "SGD",
@@ -191,6 +192,23 @@ def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def name_of(run: Run, runs: Sequence[Run]) -> str:
+    """A run among others: its label, and as much of its path as tells it apart."""
+    if run.folder is None:
+        return run.label
+    alike = [x.folder.parts for x in runs if x.folder and x.label == run.label]
+    parts = run.folder.parts
+    count = next(
+        (
+            n
+            for n in range(1, len(parts))
+            if [x[-n:] for x in alike].count(parts[-n:]) == 1
+        ),
+        len(parts),
+    )
+    return f"{run.label} ({'/'.join(parts[-count:])})"
+
+
 def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
     """Gives runs that differ in more than the seed labels of their own.
 
@@ -246,22 +264,11 @@ def _missing(folder: pathlib.Path, *names: str) -> str:
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return _parse_object(path.read_bytes())
+        return files.loads(path.read_bytes())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from error
-
-
-def _parse_object(data: bytes) -> dict[str, Any]:
-    value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object must stand here, got {type(value).__name__}")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON; what is unknown is written as null")
 
 
 def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -269,7 +276,7 @@ def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:
     history = []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = _parse_object(line)
+            entry = files.loads(line)
             _check_entry(entry)
         except ValueError as error:
             message = getattr(error, "msg", error)
@@ -278,7 +285,7 @@ def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:
     # Each line ends with a newline; what follows the last one was cut off while it was
     # written, unless it happens to be whole.
     try:
-        entry = _parse_object(last)
+        entry = files.loads(last)
         _check_entry(entry)
     except ValueError:
         return history

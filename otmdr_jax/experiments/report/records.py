@@ -1,38 +1,44 @@
-"""Tables of the records that commands leave in a run's folder beside its result.
+"""What commands measured of runs and left in their folders: read, and as tables."""
 
-A table is a heading and lines of text: printed in a terminal, or Markdown on a page.
-"""
-
-import json
 import pathlib
-import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from otmdr_jax.experiments.report.reading import Run
-from otmdr_jax.experiments.report.tables import (
-    DEFAULT_COLUMNS,
-    aligned_text,
-    markdown_cell,
+from otmdr_jax.experiments.report.reading import Run, name_of
+from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Table
+from otmdr_jax.io import files
+
+
+class Kind(NamedTuple):
+    """A kind of record.
+
+    Attributes:
+      file: Its name in a run's folder.
+      command: What writes it.
+      keys: What it must hold.
+    """
+
+    file: str
+    command: str
+    keys: tuple[str, ...]
+
+
+SHARPNESS = Kind(
+    "sharpness.json", "otmdr sharpness", ("step", "num_examples", "measures")
 )
-
-Table = tuple[list[str], list[list[str]]]
-
-# A record's name -> its file and the command that writes it.
-SHARPNESS = ("sharpness.json", "otmdr sharpness")
-CALIBRATION = ("calibration.json", "otmdr calibrate")
-SHIFT = ("shift.json", "otmdr shift")
-LANDSCAPE = ("landscape.json", "otmdr landscape")
-
-# Also of a bold one, of a difference, and the mark of one that is not known.
-_NUMBER = re.compile(r"[*+<≥ -]*\d|-$")
-# What a record must hold.
-_KEYS = {
-    SHARPNESS: ("step", "num_examples", "measures"),
-    CALIBRATION: ("how", "methods", "conformal", "alpha"),
-    SHIFT: ("step", "num_examples", "clean", "corruptions", "sets", "ood", "missing"),
-    LANDSCAPE: ("step", "kind", "split", "num_examples", "axes", "losses", "points"),
-}
+CALIBRATION = Kind(
+    "calibration.json", "otmdr calibrate", ("how", "methods", "conformal", "alpha")
+)
+SHIFT = Kind(
+    "shift.json",
+    "otmdr shift",
+    ("step", "num_examples", "clean", "corruptions", "sets", "ood", "missing"),
+)
+LANDSCAPE = Kind(
+    "landscape.json",
+    "otmdr landscape",
+    ("step", "kind", "split", "num_examples", "axes", "losses", "points"),
+)
 _MEASURES = {
     "train_nll": "Training NLL (nats)",
     "sam_gap": "SAM's gap, ρ = 0.05 (nats)",
@@ -51,29 +57,57 @@ _TITLES = {column.name: column.title for column in DEFAULT_COLUMNS} | {
 }
 
 
-def read_record(run: Run, kind: tuple[str, str]) -> dict[str, Any] | None:
+def read_record(run: Run, kind: Kind) -> dict[str, Any] | None:
     """A record of a run; None where it was not made.
 
     Raises:
-      ValueError: The file is no JSON object.
+      ValueError: The file is no JSON object, or no record of this kind.
     """
     if run.folder is None:
         return None
-    path = pathlib.Path(run.folder) / kind[0]
+    path = pathlib.Path(run.folder) / kind.file
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = files.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    if lacking := [key for key in _KEYS[kind] if key not in record]:
+    if lacking := [key for key in kind.keys if key not in record]:
         raise ValueError(
-            f"{path} is no record of `{kind[1]}`: it lacks {', '.join(lacking)}. Let "
-            "the command write it anew."
+            f"{path} is no record of `{kind.command}`: it lacks {', '.join(lacking)}. "
+            "Let the command write it anew."
         )
     return record
+
+
+def found(runs: Sequence[Run], kind: Kind) -> list[tuple[str, dict[str, Any]]]:
+    """The records that are there, by the label, and the folder where it has several."""
+    every = [(run, read_record(run, kind)) for run in runs]
+    there = [(run, record) for run, record in every if record is not None]
+    labels = [run.label for run, _ in there]
+    return [
+        (run.label if labels.count(run.label) == 1 else name_of(run, runs), record)
+        for run, record in there
+    ]
+
+
+def without(runs: Sequence[Run], kind: Kind) -> list[str]:
+    """The names of the runs that have no record of a kind."""
+    return [name_of(run, runs) for run in runs if read_record(run, kind) is None]
+
+
+def out_of_date(runs: Sequence[Run], kind: Kind) -> list[str]:
+    """Sentences on the records that are of another step than the run's result."""
+    notes = []
+    for run in runs:
+        step = (read_record(run, kind) or {}).get("step")
+        last = run.result.get("steps")
+        if None not in (step, last) and step != last:
+            notes.append(
+                f"{name_of(run, runs)} was measured at step {step}; its result is that "
+                f"of step {last}."
+            )
+    return notes
 
 
 def sharpness_table(found: dict[str, dict[str, Any]]) -> Table:
@@ -83,7 +117,7 @@ def sharpness_table(found: dict[str, dict[str, Any]]) -> Table:
     for name in dict.fromkeys(name for one in every for name in one):
         shown = [_with_error(one[name]) if name in one else "-" for one in every]
         lines.append([_measure_title(name), *shown])
-    return ["Measure", *found], lines
+    return Table(["Measure", *found], lines)
 
 
 def _measure_title(name: str) -> str:
@@ -110,7 +144,7 @@ def calibration_table(record: dict[str, Any]) -> Table:
             pairs = ["failed"] * len(names)
         lines.append([method["name"], shown, *pairs])
     titles = [_TITLES[name].replace(" (%)", "") for name in names]
-    return ["Calibration", "Temperature", *titles], lines
+    return Table(["Calibration", "Temperature", *titles], lines)
 
 
 def conformal_table(record: dict[str, Any]) -> Table:
@@ -120,46 +154,12 @@ def conformal_table(record: dict[str, Any]) -> Table:
         [one["score"].upper(), f"{100 * one['coverage']:.2f}", f"{one['size']:.3f}"]
         for one in record["conformal"]
     ]
-    return ["Score", asked, "Mean size (classes)"], lines
-
-
-def markdown(table: Table) -> str:
-    """A table as Markdown."""
-    header, lines = table
-    columns = list(zip(*lines, strict=True)) or [()] * len(header)
-    rule = [":--" if not i or _is_text(c) else "--:" for i, c in enumerate(columns)]
-    return "\n".join(
-        f"| {' | '.join(map(markdown_cell, line))} |" for line in (header, rule, *lines)
-    )
-
-
-def print_lines(table: Table, title: str) -> None:
-    """Prints a table: with rich where it is installed, else as aligned text."""
-    header, lines = table
-    try:
-        import rich.table
-        import rich.text
-    except ImportError:
-        print(aligned_text(header, lines, title))
-        return
-    from otmdr_jax.experiments.report.tables import wide_console
-
-    shown = rich.table.Table(title=rich.text.Text(title))
-    for i, name in enumerate(header):
-        shown.add_column(rich.text.Text(name), justify="right" if i else "left")
-    for line in lines:
-        shown.add_row(*map(rich.text.Text, line))
-    wide_console(shown).print(shown)
+    return Table(["Score", asked, "Mean size (classes)"], lines)
 
 
 def number(value: float | None) -> str:
     """A number of any size to four digits; "-" for none."""
     return "-" if value is None else f"{value:.4g}"
-
-
-def _is_text(column: Sequence[str]) -> bool:
-    """Whether a column holds words, which stand at its left."""
-    return not any(_NUMBER.match(cell) for cell in column)
 
 
 def _with_error(row: dict[str, Any]) -> str:

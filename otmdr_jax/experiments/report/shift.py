@@ -6,11 +6,13 @@ shift.json.
 
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from otmdr_jax.experiments.report import plots, records
+from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.tables import Table
 
 Record = dict[str, Any]
 
@@ -47,7 +49,6 @@ def plot_shift(
 def shift_figure(
     found: Sequence[tuple[str, Record]],
     *,
-    narrow: bool = False,
     order: Sequence[str] | None = None,
 ) -> Any:
     """Accuracy, NLL and ECE against the severity of corruptions; 0 is the clean set.
@@ -58,7 +59,6 @@ def shift_figure(
 
     Args:
       found: (label, record) of each method; those without corruptions are left out.
-      narrow: Panels below each other, for a phone.
       order: Labels in the order of their colours. Default: those of `found`.
 
     Returns:
@@ -76,11 +76,10 @@ def shift_figure(
     if not shown:
         raise ValueError("a picture of shifts needs a record with corruptions.")
     alone = len(shown) == 1
-    size = (plots.NARROW, 6.6) if narrow else (plots.WIDTH, 2.7)
-    figure = plots.new_figure(*size)
-    axes = figure.subplots(*((3, 1) if narrow else (1, 3)))
+    figure, parts = plots.panels(len(_SHOWN), lambda width: 2.7)
     handles: dict[str, Any] = {}
-    for ax, (metric, title, scale, _) in zip(axes, _SHOWN, strict=True):
+    for part, (metric, title, scale, _) in zip(parts, _SHOWN, strict=True):
+        ax = part.subplots()
         for i, (label, record) in enumerate(shown):
             curves = _curves(record["clean"], record["corruptions"], metric)
             place = i if order is None else list(order).index(label)
@@ -95,12 +94,8 @@ def shift_figure(
             mean = _mean_curve(curves)
             line = _draw(ax, mean, scale, f"mean:{label}", linewidth=2.0, **thick)
             handles["mean of corruptions" if alone else label] = line
-        ax.set_title(title, fontsize=plots.LARGE)
-        ax.set_xlabel("Severity (0: clean)", fontsize=plots.LARGE)
+        plots.dress(ax, title, "Severity (0: clean)")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.tick_params(labelsize=plots.SMALL)
-        ax.grid(alpha=0.25, linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
         if metric == "ece":
             ax.set_ylim(bottom=0.0)
     names = [plots.plain(name) for name in handles]
@@ -115,24 +110,24 @@ def print_shift(record: Record, title: str = "") -> None:
       record: The record.
       title: A line above the first table.
     """
-    records.print_lines(corruption_table(record), title)
+    corruption_table(record).print(title)
     for name, table in (
         ("CIFAR-10-C", published_table(record)),
         ("Other test sets", set_table(record)),
         ("Out of distribution", ood_table({"": record})),
     ):
-        if table[1]:
-            records.print_lines(table, name)
+        if table.lines:
+            table.print(name)
     for row in record["missing"]:
         print(f"Missing: {row['name']}: {row['why']}")
 
 
-def corruption_table(record: Record) -> records.Table:
+def corruption_table(record: Record) -> Table:
     """A line for each corruption: accuracies, then means over its severities."""
     return _by_severity(record["corruptions"], record["clean"])
 
 
-def published_table(record: Record) -> records.Table:
+def published_table(record: Record) -> Table:
     """The same of CIFAR-10-C's files, without the clean set."""
     rows = []
     for row in record["sets"]:
@@ -142,14 +137,15 @@ def published_table(record: Record) -> records.Table:
     return _by_severity(rows, None)
 
 
-def set_table(record: Record) -> records.Table:
+def set_table(record: Record) -> Table:
     """A line for each of the other test sets."""
     rows = [x for x in record["sets"] if not x["name"].startswith(_PUBLISHED)]
     header = ["Test set", "n", *(name for _, name, *_ in _SHOWN)]
-    return header, [[x["name"], str(x["num_examples"]), *_numbers(x)] for x in rows]
+    lines = [[x["name"], str(x["num_examples"]), *_numbers(x)] for x in rows]
+    return Table(header, lines)
 
 
-def ood_table(found: dict[str, Record]) -> records.Table:
+def ood_table(found: dict[str, Record]) -> Table:
     """A line for each foreign set and score, of each label."""
     names = "auroc", "aupr", "fpr95"
     alone = list(found) == [""]
@@ -165,10 +161,10 @@ def ood_table(found: dict[str, Record]) -> records.Table:
         for label, record in found.items()
         for row in record["ood"]
     ]
-    return [*header, *(name.upper() for name in names)], lines
+    return Table([*header, *(name.upper() for name in names)], lines)
 
 
-def accuracy_table(found: dict[str, Record]) -> records.Table:
+def accuracy_table(found: dict[str, Record]) -> Table:
     """A line for each corruption: of each label the mean accuracy over severities."""
     _, title, scale, digits = _SHOWN[0]
     every = [record["corruptions"] for record in found.values()]
@@ -179,10 +175,10 @@ def accuracy_table(found: dict[str, Record]) -> records.Table:
         means = [_average(rows, "accuracy") for rows in own]
         texts = [_text(mean, scale, digits) for mean in means]
         lines.append([name.replace("_", " "), *texts])
-    return [title, *found], lines
+    return Table([title, *found], lines)
 
 
-def summary_table(found: dict[str, Record]) -> records.Table:
+def summary_table(found: dict[str, Record]) -> Table:
     """A line for each label: the clean set, and the mean over its corruptions."""
     accuracy, *others = (title for _, title, *_ in _SHOWN)
     titles = [accuracy.lower(), *others]
@@ -192,7 +188,39 @@ def summary_table(found: dict[str, Record]) -> records.Table:
         rows = record["corruptions"]
         means = {metric: _average(rows, metric) for metric, *_ in _SHOWN}
         lines.append([label, _numbers(record["clean"])[0], *_numbers(means)])
-    return header, lines
+    return Table(header, lines)
+
+
+class Compared(NamedTuple):
+    """The records of several methods, made comparable.
+
+    Attributes:
+      records: A label -> the mean record of its runs.
+      notes: What is not alike between them, in sentences.
+      gone: The name of a set that could not be measured -> why.
+    """
+
+    records: dict[str, Record]
+    notes: list[str]
+    gone: dict[str, str]
+
+
+def compare(runs: Sequence[Run]) -> Compared:
+    """The records of runs: means of each label, at the corruptions that all have."""
+    found: dict[str, Record] = {}
+    notes: list[str] = []
+    gone: dict[str, str] = {}
+    for label, group in by_label(runs).items():
+        every = (records.read_record(run, records.SHIFT) for run in group)
+        own = [record for record in every if record is not None]
+        if not own:
+            continue
+        gone |= {x["name"]: x["why"] for record in own for x in record["missing"]}
+        if len({(record["num_examples"], record.get("seed")) for record in own}) > 1:
+            notes.append(f"The runs of {label} were measured on other examples each.")
+        found[label] = mean_record(own)
+    found, unlike = in_common(found)
+    return Compared(found, notes + unlike, gone)
 
 
 def mean_record(found: Sequence[Record]) -> Record:
@@ -264,7 +292,7 @@ def _mean_of(values):
     return None if None in values else float(np.mean(values))
 
 
-def _by_severity(rows: Sequence[Record], clean: Record | None) -> records.Table:
+def _by_severity(rows: Sequence[Record], clean: Record | None) -> Table:
     levels = sorted({row["severity"] for row in rows})
     _, title, scale, digits = _SHOWN[0]
     header = ["Corruption", *(f"{level}" for level in levels)]
@@ -283,7 +311,7 @@ def _by_severity(rows: Sequence[Record], clean: Record | None) -> records.Table:
         means = {metric: _average(group, metric) for metric, *_ in _SHOWN}
         texts = [_text(x, scale, digits) for x in each]
         lines.append([name.replace("_", " "), *texts, *_numbers(means)])
-    return header, lines
+    return Table(header, lines)
 
 
 def _numbers(values: Record) -> list[str]:

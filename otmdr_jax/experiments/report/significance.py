@@ -13,8 +13,7 @@ import numpy as np
 from otmdr_jax import metrics
 from otmdr_jax.experiments.report import plots
 from otmdr_jax.experiments.report.reading import Run, by_label
-from otmdr_jax.experiments.report.records import Table
-from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column
+from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 from otmdr_jax.metrics import Comparison, Interval
 
 # Those that are means over examples: the randomisation test is cheap and exact.
@@ -116,7 +115,8 @@ def table(rows: Sequence[Tested]) -> Table:
             value, low, high = (_number(column, x) for x in row.intervals[name])
             line = [column.title, row.label, value, f"{low} to {high}"]
             lines.append(line + _difference(column, row.against.get(name)))
-    return ["Metric", "Method", "Value", "95 %", "Δ", "95 % of Δ", "p"], lines
+    header = ["Metric", "Method", "Value", "95 %", "Δ", "95 % of Δ", "p"]
+    return Table(header, lines)
 
 
 def _difference(column: Column, found: Comparison | None) -> list[str]:
@@ -200,4 +200,4 @@ def summary_table(runs: Iterable[Run]) -> Table:
             for each in found.values()
         ]
         lines.append([title, *("-" if np.isnan(x) else f"{x:.4f}" for x in means)])
-    return ["Metric", *groups], lines
+    return Table(["Metric", *groups], lines)

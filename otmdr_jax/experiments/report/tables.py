@@ -1,13 +1,85 @@
-"""Mean and standard deviation over the runs of a label, as a table."""
+"""Tables, and the first of a report: means over the runs of each label."""
 
 import math
 import numbers
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from otmdr_jax.experiments.report.reading import Run, by_label
+
+# What looks like a number: also a bold one, a difference, the mark of an unknown one.
+_NUMBER = re.compile(r"[*+<≥ -]*\d|-$")
+
+
+class Table(NamedTuple):
+    """Headings and lines of text, for a page or a terminal.
+
+    Attributes:
+      header: The headings of the columns.
+      lines: A text for each column; what stands between ** is bold.
+    """
+
+    header: list[str]
+    lines: list[list[str]]
+
+    def markdown(self) -> str:
+        """The table as Markdown, columns of numbers to the right."""
+        columns = list(zip(*self.lines, strict=True)) or [()] * len(self.header)
+        rule = [
+            "--:" if i and any(map(_NUMBER.match, column)) else ":--"
+            for i, column in enumerate(columns)
+        ]
+        return "\n".join(
+            f"| {' | '.join(map(_in_a_cell, line))} |"
+            for line in (self.header, rule, *self.lines)
+        )
+
+    def print(self, title: str = "", console: Any = None) -> None:
+        """Prints the table: with rich where it is installed, else as Markdown.
+
+        Args:
+          title: A line above the table.
+          console: A `rich.console.Console`. Default: one on standard output.
+        """
+        try:
+            from rich.table import Table as RichTable
+            from rich.text import Text
+        except ImportError:
+            print(*filter(None, [title, self.markdown()]), sep="\n")
+            return
+        shown = RichTable(title=Text(title) if title else None)
+        for i, name in enumerate(self.header):
+            shown.add_column(Text(name), justify="right" if i else "left")
+        for line in self.lines:
+            bold = [x.startswith("**") and x.endswith("**") for x in line]
+            shown.add_row(
+                *(
+                    Text(x[2:-2], "bold green") if best else Text(x)
+                    for x, best in zip(line, bold, strict=True)
+                )
+            )
+        (console or _wide_console(shown)).print(shown)
+
+
+def _wide_console(table: Any) -> Any:
+    """A console on standard output, wide enough for a rich table in a file or pipe."""
+    from rich.console import Console, Measurement
+
+    console = Console()
+    if console.is_terminal:
+        return console
+    # Nobody's window is too narrow.
+    wide = console.options.update(width=10_000)
+    needed = Measurement.get(console, wide, table).maximum
+    return Console(width=max(console.width, needed))
+
+
+def _in_a_cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 class Column(NamedTuple):
@@ -170,19 +242,13 @@ def markdown_table(rows: Sequence[Row]) -> str:
     Raises:
       ValueError: No rows.
     """
-    header, body = _grid(rows)
-    lines = [
-        [markdown_cell(title) for title in header],
-        [":--"] + ["--:"] * (len(header) - 1),
-    ]
-    for row, (label, cells) in zip(rows, body, strict=True):
-        shown = [f"**{text}**" if best else text for text, best in cells]
-        lines.append([markdown_cell(f"{label}, n = {row.n}"), *shown])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    header, columns = _columns(rows)
+    labels = [f"{row.label}, n = {row.n}" for row in rows]
+    return Table(header, _lines(labels, *columns)).markdown()
 
 
 def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> None:
-    """Prints the rows: with rich where it is installed, else as aligned text.
+    """Prints the rows: with rich where it is installed, else as Markdown.
 
     Args:
       rows: What :func:`summarise` returns.
@@ -193,71 +259,10 @@ def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> No
     Raises:
       ValueError: No rows.
     """
-    header, body = _grid(rows)
-    header = [header[0], "n", *header[1:]]
-    try:
-        import rich.table
-        import rich.text
-    except ImportError:
-        print(_plain_table(rows, header, body, title))
-        return
-    table = rich.table.Table(title=rich.text.Text(title) if title else None)
-    for i, name in enumerate(header):
-        table.add_column(rich.text.Text(name), justify="right" if i else "left")
-    for row, (label, cells) in zip(rows, body, strict=True):
-        numbers_ = [
-            rich.text.Text(text, style="bold green" if best else "")
-            for text, best in cells
-        ]
-        table.add_row(rich.text.Text(label), str(row.n), *numbers_)
-    (wide_console(table) if console is None else console).print(table)
-
-
-def wide_console(table: Any) -> Any:
-    """A console on standard output, wide enough for a rich table in a file or pipe."""
-    from rich.console import Console, Measurement
-
-    console = Console()
-    if console.is_terminal:
-        return console
-    # Nobody's window is too narrow.
-    wide = console.options.update(width=10_000)
-    needed = Measurement.get(console, wide, table).maximum
-    return Console(width=max(console.width, needed))
-
-
-def markdown_cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _plain_table(rows, header, body, title: str) -> str:
-    lines = [header]
-    for row, (label, cells) in zip(rows, body, strict=True):
-        texts = [f"{text} *" if best else f"{text}  " for text, best in cells]
-        lines.append([label, str(row.n), *texts])
-    # The two places of the best mark: headings end where the numbers do.
-    lines[0] = [*header[:2], *(f"{name}  " for name in header[2:])]
-    text = aligned_text(lines[0], lines[1:], title)
-    best = any(b for _, c in body for _, b in c)
-    return f"{text}\n* best of its column" if best else text
-
-
-def aligned_text(
-    header: Sequence[str], lines: Sequence[Sequence[str]], title: str = ""
-) -> str:
-    """A table as text whose columns are aligned, for where rich is not installed."""
-    every = [header, *lines]
-    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
-    shown = [
-        "  ".join(
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in every
-    ]
-    shown.insert(1, "-" * max(map(len, shown)))
-    return "\n".join([*([title] if title else []), *shown])
+    header, columns = _columns(rows)
+    labels, counts = [row.label for row in rows], [str(row.n) for row in rows]
+    lines = _lines(labels, counts, *columns)
+    Table([header[0], "n", *header[1:]], lines).print(title, console)
 
 
 def _resolve(column: Column | str, runs: Sequence[Run]) -> Column:
@@ -293,33 +298,34 @@ def _cell(column: Column, runs: Sequence[Run]) -> Cell:
     )
 
 
-def _grid(rows: Sequence[Row]) -> tuple[list[str], list[tuple[str, list]]]:
-    """The table's texts: headings, then (label, [(text, whether it is the best)])."""
+def _columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The table's headings, and the texts of its columns but for the first."""
     if not rows:
         raise ValueError("a table needs at least one row, got none.")
     header, columns = ["Method"], []
     for name in rows[0].cells:
         cells = [row.cells[name] for row in rows]
         column = _fit_unit(cells)
-        means = [
-            None
-            if cell.mean is None
-            else round(cell.mean * column.scale, column.decimals)
-            for cell in cells
-        ]
-        known = [mean for mean in means if mean is not None]
-        best = None
-        if column.better and len(set(known)) > 1:
-            best = max(known) if column.better == "higher" else min(known)
         header.append(column.title)
-        columns.append(
-            [
-                (_text(cell, column, row.n), best is not None and mean == best)
-                for row, cell, mean in zip(rows, cells, means, strict=True)
+        texts = [_text(x, column, row.n) for x, row in zip(cells, rows, strict=True)]
+        # Means that look equal are equal.
+        shown = [
+            None if x.mean is None else round(x.mean * column.scale, column.decimals)
+            for x in cells
+        ]
+        known = {mean for mean in shown if mean is not None}
+        if column.better and len(known) > 1:
+            best = max(known) if column.better == "higher" else min(known)
+            texts = [
+                f"**{text}**" if mean == best else text
+                for text, mean in zip(texts, shown, strict=True)
             ]
-        )
-    bodies = zip(*columns, strict=True) if columns else [()] * len(rows)
-    return header, [(row.label, list(c)) for row, c in zip(rows, bodies, strict=True)]
+        columns.append(texts)
+    return header, columns
+
+
+def _lines(*columns: Sequence[str]) -> list[list[str]]:
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
 def _fit_unit(cells: Sequence[Cell]) -> Column:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from otmdr_jax import parallel
-from otmdr_jax.experiments import members, predictors, progress
+from otmdr_jax.experiments import members, predictors
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
 from otmdr_jax.experiments.measure import sharpness
 from otmdr_jax.experiments.measure.evaluation import (
@@ -37,6 +37,7 @@ from otmdr_jax.experiments.training.saving import (
     Saver,
 )
 from otmdr_jax.experiments.training.windows import Windows, summarise
+from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 
@@ -67,8 +68,8 @@ class Loop:
         """Runs from a state, after so many steps, to the end."""
         self._begin(meta, step)
         total = self.programs.total_steps
-        bar = progress.Progress(total, step, self._title(), self.show_progress)
-        with Requests(self._stop), bar as self.progress:
+        self.progress = Progress(total, step, self._title(), self.show_progress)
+        with Requests(self._stop), self.progress:
             self._say_where(meta)
             self.feed.open(step)
             try:

@@ -16,7 +16,7 @@ from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.measure.shift import detection, sets
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.programs import Programs, compile_programs
-from otmdr_jax.experiments.progress import Progress
+from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 

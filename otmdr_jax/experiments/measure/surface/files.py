@@ -16,6 +16,7 @@ import numpy as np
 
 from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.programs import environment
+from otmdr_jax.io.files import write_arrays, write_json
 
 NAME = "landscape"
 PICTURES = (f"{NAME}.png", f"{NAME}_surface.png")
@@ -23,9 +24,7 @@ COMPARISON = f"{NAME}_comparison.json"
 
 _ELSEWHERE = "name another folder with --output"
 # What files raise that are not what their names say.
-_UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile,
-)  # fmt: skip
+_UNREADABLE = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -131,7 +130,7 @@ def mark_pictures(folder: pathlib.Path, comparison: dict[str, Any] | None) -> No
     if comparison is None:
         (folder / COMPARISON).unlink(missing_ok=True)
     else:
-        run_folder.write_json(folder / COMPARISON, {"settings": comparison})
+        write_json(folder / COMPARISON, {"settings": comparison})
 
 
 class Files:
@@ -203,7 +202,7 @@ class Files:
             "at_once": at_once,
             "settings": json.dumps(self._of_partial),
         }
-        run_folder.write_arrays(self.partial, arrays)
+        write_arrays(self.partial, arrays)
 
     def finish(self, record, axes, losses, points) -> None:
         """Writes the record; only then the losses so far go."""
@@ -212,6 +211,6 @@ class Files:
         if points is not None:
             arrays["points"] = points
         arrays |= {"losses": losses}
-        run_folder.write_arrays(self.folder / f"{NAME}.npz", arrays)
-        run_folder.write_json(self.folder / f"{NAME}.json", record)
+        write_arrays(self.folder / f"{NAME}.npz", arrays)
+        write_json(self.folder / f"{NAME}.json", record)
         self.partial.unlink(missing_ok=True)

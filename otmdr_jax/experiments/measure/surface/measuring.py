@@ -16,7 +16,7 @@ from otmdr_jax.experiments.measure.surface.files import Files, check_folder
 from otmdr_jax.experiments.measure.surface.plan import Plan
 from otmdr_jax.experiments.measure.surface.solutions import Solution
 from otmdr_jax.experiments.programs import check_same_data, environment
-from otmdr_jax.experiments.progress import Progress
+from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 

@@ -1,0 +1,120 @@
+"""Learning curves: training loss, accuracy and likelihood against the epoch."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report.reading import Run, by_label
+
+
+def plot_learning_curves(runs: Iterable[Run], path: str | pathlib.Path) -> pathlib.Path:
+    """Draws the runs' learning curves: see :func:`learning_curves_figure`.
+
+    Args:
+      runs: The runs.
+      path: The picture's file; its ending picks the format.
+
+    Returns:
+      The path.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: No runs.
+    """
+    return plots.save(learning_curves_figure(runs), path)
+
+
+def learning_curves_figure(runs: Iterable[Run]) -> Any:
+    """Training loss, accuracy and negative log-likelihood against the epoch.
+
+    A label has one colour: a thin line for each run, a thick one for their mean at the
+    steps that all of them logged. Accuracy and likelihood come from the split that was
+    evaluated most often, the test set when there is a choice.
+
+    Args:
+      runs: The runs.
+
+    Returns:
+      A `matplotlib.figure.Figure` of three axes. A line's gid is "run:LABEL" or
+      "mean:LABEL".
+
+    Raises:
+      ImportError: matplotlib is not installed.
+      ValueError: No runs.
+    """
+    groups = by_label(runs)
+    split = _evaluated_split([run for group in groups.values() for run in group])
+    figure, parts = plots.panels(3, lambda width: 2.7)
+    for part, (source, name, scale, title) in zip(
+        parts,
+        (
+            ("train", "loss", 1.0, "Training loss (nats)"),
+            (split, "accuracy", 100.0, f"{split.capitalize()} accuracy (%)"),
+            (split, "nll", 1.0, f"{split.capitalize()} NLL (nats)"),
+        ),
+        strict=True,
+    ):
+        ax = part.subplots()
+        for i, (label, group) in enumerate(groups.items()):
+            curves = _curves(group, source, name, scale)
+            _draw_group(ax, label, plots.line_style(i), curves)
+        if not ax.lines:
+            plots.say(ax, "not recorded")
+        elif name != "accuracy":
+            _log_if_wide(ax)
+        plots.dress(ax, title, "Epoch")
+    plots.legend_of_labels(figure, groups)
+    return figure
+
+
+def _evaluated_split(runs: Sequence[Run]) -> str:
+    lines = [entry["split"] for run in runs for entry in run.history]
+    return max(("test", "validation"), key=lines.count)  # the first of equals
+
+
+def _curves(runs: Sequence[Run], split: str, name: str, scale: float) -> list[dict]:
+    """For each run that logged the number: step -> (epoch, value)."""
+    curves = []
+    for run in runs:
+        curve = {}
+        # A resumed run may log a step twice: what was logged last counts.
+        for entry in run.history:
+            if entry["split"] == split and name in entry:
+                value = entry[name]
+                shown = np.nan if value is None else scale * value
+                curve[entry["step"]] = (entry["epoch"], shown)
+        if curve:
+            curves.append(curve)
+    return curves
+
+
+def _draw_group(ax: Any, label: str, style: dict, curves: list[dict]) -> None:
+    if not curves:
+        return
+    if len(curves) > 1:
+        for curve in curves:
+            _draw(ax, f"run:{label}", curve, {**style, "linewidth": 0.7, "alpha": 0.4})
+    common = set.intersection(*(set(curve) for curve in curves))
+    mean = {
+        step: tuple(np.mean([curve[step] for curve in curves], axis=0))
+        for step in common
+    }
+    if mean:
+        _draw(ax, f"mean:{label}", mean, {**style, "linewidth": 1.6})
+
+
+def _draw(ax: Any, gid: str, curve: dict, style: dict) -> None:
+    points = np.array([curve[step] for step in sorted(curve)], np.float64)  # (n, 2)
+    marker = "o" if len(points) < 3 else ""  # a lone point makes no line
+    ax.plot(*points.T, gid=gid, marker=marker, markersize=4, **style)
+
+
+def _log_if_wide(ax: Any) -> None:
+    """A logarithmic axis where values span more than 30 times their smallest."""
+    values = np.concatenate([line.get_ydata() for line in ax.lines])
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 30 * values.min():
+        ax.set_yscale("log")

@@ -1,0 +1,84 @@
+"""Files that are whole or not there, and JSON that every parser reads."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """Opens a file that takes the place of `path` when it has been written whole.
+
+    Until then it has a name of its own, `NAME.HEX.tmp`, so that several processes may
+    write the same path. It is in the same folder, since `os.replace` is atomic within
+    one file system.
+    """
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with scratch.open("xb") as file:
+            yield file
+        os.replace(scratch, path)
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name as a .npz file, atomically."""
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text in UTF-8, atomically."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: pathlib.Path, value: Any, default: Any = None) -> None:
+    """Writes a value as strict JSON, atomically.
+
+    Args:
+      path: The file.
+      value: What :func:`dumps` takes.
+      default: A function that makes JSON's values of others. Default: they are errors.
+    """
+    write_text(path, dumps(value, indent=2, default=default) + "\n")
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """A value as strict JSON: null stands for NaN and infinities."""
+    return json.dumps(strict(value), allow_nan=False, **options)
+
+
+def strict(value: Any) -> Any:
+    """The value as JSON gives it back: None for NaN, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {name: strict(x) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def loads(text: str | bytes) -> dict[str, Any]:
+    """The object that a text of strict JSON holds.
+
+    Raises:
+      ValueError: It is no JSON (a `json.JSONDecodeError`), holds NaN or an infinity, or
+        holds something else than an object.
+    """
+    value = json.loads(text, parse_constant=_refuse)
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object must stand here, got {type(value).__name__}")
+    return value
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON; what is unknown is written as null")

@@ -1,0 +1,64 @@
+"""Files that are whole or not there, strict JSON, and progress without a terminal."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from otmdr_jax.io import files
+from otmdr_jax.io.progress import Progress
+
+
+class TestFiles:
+    def test_hold_what_was_written(self, tmp_path):
+        files.write_text(tmp_path / "a.txt", "é\n")
+        assert (tmp_path / "a.txt").read_bytes() == "é\n".encode()
+        files.write_arrays(tmp_path / "b.npz", {"x": np.arange(3)})
+        assert np.load(tmp_path / "b.npz")["x"].tolist() == [0, 1, 2]
+        files.write_json(tmp_path / "c.json", {"x": (1.5, float("nan"))})
+        assert json.loads((tmp_path / "c.json").read_text()) == {"x": [1.5, None]}
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {"a.txt", "b.npz", "c.json"}
+
+    def test_stay_as_they_were_where_writing_fails(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.json"
+        files.write_json(path, {"x": 1})
+        with pytest.raises(TypeError):
+            files.write_json(path, {"x": object()})
+
+        def full(*args):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="no space"):
+            files.write_json(path, {"x": 2})
+        assert json.loads(path.read_text()) == {"x": 1}
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestJson:
+    def test_null_stands_for_what_is_not_finite(self):
+        value = {"a": [np.float64("nan"), float("inf")], "b": (1, True, "x", None)}
+        text = files.dumps(value)
+        assert text == '{"a": [null, null], "b": [1, true, "x", null]}'
+        assert files.loads(text) == files.strict(value)
+
+    @pytest.mark.parametrize("text", ["[1]", "NaN", '{"a": -Infinity}', "{", b"\xff"])
+    def test_anything_else_is_refused(self, text):
+        with pytest.raises(ValueError):
+            files.loads(text)
+
+
+def test_lines_where_there_is_no_terminal(capsys):
+    with Progress(3, 1, "counting") as bar:
+        bar.say("begins")
+        bar.update(2, {"loss": 0.25})  # too soon for a line
+        bar.update(3, {"loss": 0.123456})
+    with Progress(3, 0, "silence", enabled=False) as bar:
+        bar.say("nothing")
+        bar.update(3)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "counting: begins"
+    assert last.startswith("counting: 3/3 steps, ")
+    assert last.endswith(" steps/s, 0:00:00 left, loss 0.1235")
