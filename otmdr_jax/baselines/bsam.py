@@ -87,6 +87,7 @@ def bsam(
     precision_init: float = PRECISION,
     damping: float = DAMPING,
     order: str = "released",
+    clip_norm: float | None = None,
     aux_init: PyTree = None,
     **options: Unpack[PartedOptions],
 ) -> optax.GradientTransformationExtraArgs:
@@ -115,6 +116,7 @@ def bsam(
       order: "released" (the step is divided by the precision that its gradients were
         computed with, which is then updated, as in the code) or "paper" (the precision
         first, as in the listing).
+      clip_norm: Bound on the global norm of the gradient; None for none.
       aux_init: See :func:`otmdr_jax.otmdr`.
       **options: Those of :class:`otmdr_jax.core.options.PartedOptions`.
 
@@ -170,7 +172,9 @@ def bsam(
         aux_init=aux_init,
         start=lambda params: preconditioned.full(params, precision_init),
     )
-    rule = bsam_rule(learning_rate, b1=b1, weight_decay=weight_decay)
+    rule = bsam_rule(
+        learning_rate, b1=b1, weight_decay=weight_decay, clip_norm=clip_norm
+    )
 
     return preconditioned.whole(
         gradient,
@@ -255,7 +259,11 @@ def bsam_gradient(
 
 
 def bsam_rule(
-    learning_rate: optax.ScalarOrSchedule, *, b1: float = B1, weight_decay: float
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = B1,
+    weight_decay: float,
+    clip_norm: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """What bSAM does with its gradient: decay, momentum, division by `precision=`.
 
@@ -263,9 +271,11 @@ def bsam_rule(
       learning_rate: alpha.
       b1: beta_1; the momentum starts at 0 and is not corrected for it.
       weight_decay: delta.
+      clip_norm: Bound on the global norm of the gradient; None for none.
     """
     preconditioned.check_decay("b1", b1)
     return optax.chain(
+        *preconditioned.clipping(clip_norm),
         optax.add_decayed_weights(weight_decay),
         optax.ema(b1, debias=False),
         preconditioned.divide_by_precision(),

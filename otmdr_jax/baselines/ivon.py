@@ -80,6 +80,7 @@ def ivon(
     hess_init: float = HESS,
     mc_samples: int = 1,
     clip_radius: float | None = None,
+    clip_norm: float | None = None,
     debias: bool = True,
     rescale: bool = True,
     aux_init: PyTree = None,
@@ -106,6 +107,7 @@ def ivon(
       mc_samples: Samples a step, a gradient each.
       clip_radius: Bound on each coordinate of the preconditioned gradient; None for
         none.
+      clip_norm: Bound on the global norm of the gradient; None for none.
       debias: Whether the momentum is corrected for its start at 0.
       rescale: Whether alpha is multiplied by h_0 + delta, so that a learning rate of
         SGD serves.
@@ -153,6 +155,7 @@ def ivon(
         weight_decay=weight_decay,
         hess_init=hess_init,
         clip_radius=clip_radius,
+        clip_norm=clip_norm,
         debias=debias,
         rescale=rescale,
     )
@@ -247,6 +250,7 @@ def ivon_rule(
     weight_decay: float,
     hess_init: float = HESS,
     clip_radius: float | None = None,
+    clip_norm: float | None = None,
     debias: bool = True,
     rescale: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -258,12 +262,14 @@ def ivon_rule(
       weight_decay: delta.
       hess_init: h_0.
       clip_radius: Bound on each coordinate.
+      clip_norm: Bound on the global norm of the gradient.
       debias: Whether the momentum is corrected for its start.
       rescale: Whether alpha is multiplied by h_0 + delta.
     """
     preconditioned.check_decay("b1", b1)
     check_number("hess_init", hess_init, positive=True)
     parts = [
+        *preconditioned.clipping(clip_norm),
         optax.ema(b1, debias=debias),
         optax.add_decayed_weights(weight_decay),
         preconditioned.divide_by_precision(),

@@ -103,6 +103,14 @@ def divide_by_precision() -> optax.GradientTransformationExtraArgs:
     )
 
 
+def clipping(norm: float | None) -> list[optax.GradientTransformation]:
+    """What clips a gradient to a global norm: nothing for None."""
+    if norm is None:
+        return []
+    check_number("clip_norm", norm, positive=True)
+    return [optax.clip_by_global_norm(norm)]
+
+
 def check_decay(name: str, value: Any) -> None:
     """Raises unless a value is a decay rate in [0, 1), or a traced one."""
     check_number(name, value)

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax.core.gradient import PAPER_RHO, Diagnostics, robust_gradient
+from otmdr_jax.core.gradient import PAPER_RHO, Diagnostics, build, robust_gradient
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
     FixedShapeOptions,
+    Options,
+    PassOptions,
     RobustOptions,
     SamOptions,
     check_rho,
@@ -208,6 +210,40 @@ def asam(
       Learning of Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, ICML 2021.
     """
     return sam(loss_fn, rho, aux_init=aux_init, adaptive=True, **options)
+
+
+@with_options
+def plain(
+    loss_fn: Callable[..., Any],
+    *,
+    aux_init: PyTree = None,
+    **options: Unpack[PassOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """The plain gradient as a transformation: what the others are compared with.
+
+    Args:
+      loss_fn: See :func:`otmdr_jax.value_and_grad`.
+      aux_init: See :func:`otmdr`.
+      **options: Those of :class:`otmdr_jax.core.options.PassOptions`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`, used like :func:`otmdr`. Its
+      diagnostics say that the gap and the distance are 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core.transform import plain
+      >>> tx = plain(lambda w, batch: jnp.mean(batch) * w[0] ** 2)
+      >>> w, batch = jnp.array([1.0]), jnp.ones(4)
+      >>> grads, _ = tx.update(w, tx.init(w), w, batch=batch)
+      >>> grads.tolist()
+      [2.0]
+    """
+    return from_gradient(
+        build(loss_fn, (), Options(split="shared", **options)),
+        has_aux=options.get("has_aux", False),
+        aux_init=aux_init,
+    )
 
 
 def from_gradient(
