@@ -243,7 +243,8 @@ class TestTraining:
     def test_a_step_of_the_method_is_one_of_the_transformation(self, key):
         model = Linear()
         options = dict(weight_decay=DELTA, num_data=400.0, damping=GAMMA, b2=B2)
-        rule = baselines.bsam_rule(ALPHA, b1=B1, weight_decay=DELTA)
+        options |= dict(learning_rate=ALPHA, b1=B1)
+        rule = optax.identity()
         method = methods.create(
             "bsam", model, rule, rho=RHO, num_subbatches=2, num_samples=3, **options
         )
@@ -256,8 +257,7 @@ class TestTraining:
             return methods.cross_entropy(logits, batch[1])
 
         tx = baselines.bsam(
-            loss_fn, state.key, learning_rate=ALPHA, b1=B1, rho=RHO, num_subbatches=2,
-            **options,
+            loss_fn, state.key, rho=RHO, num_subbatches=2, **options
         )  # fmt: skip
         updates, want = tx.update(
             None, tx.init(state.params), state.params, batch=batch,

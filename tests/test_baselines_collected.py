@@ -376,11 +376,15 @@ class TestAverage:
         step = jax.jit(method.step)
         for _ in range(2):
             state, _ = step(state, (images, jnp.arange(6)))
-        statistics = jax.jit(method.batch_statistics)(state, images)
-        rows = jax.jit(method.predict)(method.settle(state, statistics), images)
+        statistics = jax.jit(method.finalize.of_batch)(state, images)
+        rows = jax.jit(method.predict)(
+            method.finalize.finish(state, statistics), images
+        )
         assert rows.shape == (6, 6, 10)
         for m, mine in enumerate(members.separate(state)):
-            mine = one.settle(mine, jax.jit(one.batch_statistics)(mine, images))
+            mine = one.finalize.finish(
+                mine, jax.jit(one.finalize.of_batch)(mine, images)
+            )
             got = rows[3 * m : 3 * m + 3]
             want = jax.jit(one.predict)(mine, images)
             assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -406,7 +410,7 @@ class TestStatistics:
 
     def settled(self, result, small, chosen):
         compiled = programs.compile_programs(chosen, small)
-        return predictors.settle(chosen, result.state, small, compiled)
+        return predictors.finalize(chosen, result.state, small, compiled)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("examples", [None, 130])
@@ -467,7 +471,7 @@ class TestStatistics:
         alone = self.settled(straight["swag"], small, chosen)
         mesh = programs.make_mesh(dataclasses.replace(chosen, mesh="data=4"))
         spread = programs.compile_programs(chosen, small, mesh)
-        state = predictors.settle(chosen, straight["swag"].state, small, spread)
+        state = predictors.finalize(chosen, straight["swag"].state, small, spread)
         jax.tree.map(
             lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-4),
             state.method_state.statistics,
@@ -478,9 +482,9 @@ class TestStatistics:
         chosen = of_method("swag")
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
-        assert predictors.settle(chosen, state, small, compiled) is state
+        assert predictors.finalize(chosen, state, small, compiled) is state
         state = self.settled(straight["swag"], small, chosen)
-        assert predictors.settle(chosen, state, small, compiled) is state
+        assert predictors.finalize(chosen, state, small, compiled) is state
 
 
 class TestRuns:

@@ -9,7 +9,6 @@ from numpy.testing import assert_allclose
 
 from otmdr_jax import baselines, bnn, parallel
 from otmdr_jax.experiments import building, cli, methods, report
-from otmdr_jax.experiments.building import assembly
 from otmdr_jax.experiments.config import TrainConfig
 from tests.test_baselines_bsam import Linear, gradient, loss, problem, run
 
@@ -159,9 +158,13 @@ class TestEquations:
 
 class TestMethod:
     def make(self, **options):
-        rule = baselines.ivon_rule(ALPHA, b1=B1, weight_decay=DELTA, hess_init=H0)
-        own = dict(num_data=N, weight_decay=DELTA, hess_init=H0, b2=B2)
-        return methods.create("ivon", Linear(), rule, num_samples=3, **own, **options)
+        own = dict(
+            num_data=N, weight_decay=DELTA, hess_init=H0, b1=B1, b2=B2,
+            learning_rate=ALPHA,
+        )  # fmt: skip
+        return methods.create(
+            "ivon", Linear(), optax.identity(), num_samples=3, **own, **options
+        )
 
     @pytest.mark.slow
     def test_a_step_is_one_of_the_transformation(self, key):
@@ -223,7 +226,9 @@ class TestMethod:
             method="ivon", b2=0.5, hess_init=2.0, clip_radius=1.0, data_factor=2.0
         )
         assert building.method_options(chosen) == {"b2": 0.5, "hess_init": 2.0}
-        more = assembly._posterior_options(chosen, 100, 10, 5)
+        run = methods.Run(chosen, 100, 5, 10, optax.constant_schedule(0.1), None)
+        more = building.method_of(chosen).options(run)
+        assert more["clip_radius"] == 1.0 and more["b2"] == 0.5
         assert more["num_data"] == 200.0 and more["weight_decay"] == 5e-4
         for bad in (dict(hess_init=0.0), dict(clip_radius=-1.0), dict(mc_samples=0)):
             with pytest.raises(ValueError, match=next(iter(bad))):

@@ -230,8 +230,10 @@ class TestPosterior:
         method, state = state_of(
             model, images, structure=structure, num_samples=count, prior_precision=delta
         )
-        found = method.batch_statistics(state, (images, jnp.ones(40)))
-        log_probs = jax.jit(method.predict)(method.settle(state, found), images[:2])
+        found = method.finalize.of_batch(state, (images, jnp.ones(40)))
+        log_probs = jax.jit(method.predict)(
+            method.finalize.finish(state, found), images[:2]
+        )
         logits, _ = model.apply(state.params, {}, images[:2], train=False)
         jac, probs = jacobians(model, state.params, images)
         want = explicit(jac, probs)
@@ -275,8 +277,8 @@ class TestPosterior:
         method, state = state_of(model, images, num_samples=6000, prior_precision=delta)
         head = {"kernel": half[:2], "bias": half[2]}
         state = state._replace(params={"head": head})
-        found = method.batch_statistics(state, (images, jnp.ones(60)))
-        draws = method.settle(state, found).method_state.draws
+        found = method.finalize.of_batch(state, (images, jnp.ones(60)))
+        draws = method.finalize.finish(state, found).method_state.draws
         got = np.cov((draws[:, :, 1] - draws[:, :, 0]).T)
         scale = np.sqrt(np.diag(covariance))
         assert_allclose(
@@ -291,8 +293,8 @@ class TestPosterior:
             method, state = state_of(
                 Net(), images, structure="diagonal", prior_precision=delta
             )
-            found = method.batch_statistics(state, (images, jnp.ones(40)))
-            log_probs = method.predict(method.settle(state, found), images)
+            found = method.finalize.of_batch(state, (images, jnp.ones(40)))
+            log_probs = method.predict(method.finalize.finish(state, found), images)
             mode = method.predict(state, images)
             assert mode.shape == (1, 40, 3) and log_probs.shape == (30, 40, 3)
             if delta == 1e10:
@@ -309,9 +311,9 @@ class TestPosterior:
                 return jnp.tanh(logits), state
 
         method, state = state_of(Scaled(), images)
-        found = method.batch_statistics(state, (images, jnp.ones(40)))
+        found = method.finalize.of_batch(state, (images, jnp.ones(40)))
         with pytest.raises(ValueError, match="an affine map of its input"):
-            method.settle(state, found)
+            method.finalize.finish(state, found)
         # Of members, one of which diverged, as well.
         two = {"mismatch": jnp.array([jnp.nan, 9.0]), "scale": jnp.ones(2)}
         with pytest.raises(ValueError, match="they differ by 3 of"):
@@ -384,7 +386,9 @@ class TestLaplax:
         method, state = state_of(model, images, structure=structure)
         state = state._replace(params=params)
         ones = jnp.ones(len(images))
-        kept = method.settle(state, method.batch_statistics(state, (images, ones)))
+        kept = method.finalize.finish(
+            state, method.finalize.of_batch(state, (images, ones))
+        )
         best = kept.method_state.prior_precision
         assert abs(float(jax.grad(evidence)(best)) * best) < 1e-2
         assert float(evidence(best)) > max(

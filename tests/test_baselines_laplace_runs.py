@@ -87,7 +87,7 @@ class TestRuns:
             if mesh:
                 mesh = programs.make_mesh(dataclasses.replace(own, mesh="data=2"))
             compiled = programs.compile_programs(own, small, mesh)
-            found[name] = predictors.settle(own, state, small, compiled).method_state
+            found[name] = predictors.finalize(own, state, small, compiled).method_state
         for name in ("b", "c"):
             assert_allclose(
                 found[name].prior_precision, found["a"].prior_precision, rtol=1e-3
@@ -106,9 +106,9 @@ class TestRuns:
             TINY, laplace="diagonal", laplace_examples=100, prior_precision=2.0
         )
         compiled = programs.compile_programs(chosen, small)
-        state = predictors.settle(chosen, straight["sgd"].state, small, compiled)
+        state = predictors.finalize(chosen, straight["sgd"].state, small, compiled)
         kept = state.method_state
-        assert predictors.settle(chosen, state, small, compiled) is state
+        assert predictors.finalize(chosen, state, small, compiled) is state
         # The sum over those hundred, by hand, and scaled up.
         count = small.train.num_examples
         rows = np.sort(np.random.default_rng(chosen.seed).permutation(count)[:100])
@@ -131,7 +131,7 @@ class TestRuns:
         chosen = dataclasses.replace(TINY, members="2", laplace=structure, epochs=1)
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
-        state = predictors.settle(chosen, state, small, compiled)
+        state = predictors.finalize(chosen, state, small, compiled)
         kept = predictors.posteriors(chosen, state)
         assert len(kept) == 2
         assert float(kept[0].prior_precision) != float(kept[1].prior_precision)
@@ -152,8 +152,8 @@ class TestRuns:
         chosen = dataclasses.replace(TINY, prediction="mean", num_samples=30)
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
-        assert compiled.settle is None
-        assert predictors.settle(chosen, state, small, compiled) is state
+        assert compiled.finish is None
+        assert predictors.finalize(chosen, state, small, compiled) is state
         assert compiled.predict(state, small.test.images[:4]).shape == (1, 4, 10)
 
 

@@ -13,8 +13,7 @@ import otmdr_jax
 from otmdr_jax import baselines, parallel
 from otmdr_jax.baselines.gsam import orthogonal
 from otmdr_jax.core import ascent
-from otmdr_jax.experiments import building, methods, training
-from otmdr_jax.experiments.building import assembly
+from otmdr_jax.experiments import building, methods, optimizers, training
 from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
 from tests.test_baselines_bsam import Linear, small  # noqa: F401
@@ -353,7 +352,7 @@ class TestMethods:
     OPTIONS = {
         "gsam": dict(alpha=0.5),
         "looksam": dict(every=2, alpha=0.5),
-        "fisher-sam": dict(fisher=2.0),
+        "fisher-sam": dict(eta=2.0),
         "sam": dict(num_subbatches=2),
     }
 
@@ -384,11 +383,13 @@ class TestMethods:
         chosen = TrainConfig(
             method="gsam", rho=(0.4,), rho_min=0.1, learning_rate=0.2, batch_size=8
         )
-        follows = assembly._radius_schedule(chosen, 10, 5)["follows"]
+        rate = optimizers.schedule(chosen, 10, 5)
+        run = methods.Run(chosen, 100, 5, 10, rate, None)
+        follows = building.method_of(chosen).options(run)["rho"]
         assert_allclose([follows(0), follows(5), follows(10)], [0.4, 0.25, 0.1], 1e-6)
         images, batch = jnp.ones((4, 2)), (jnp.eye(4)[:, :2], jnp.arange(4) % 3)
         distances = []
-        method = methods.create("gsam", Linear(), optax.sgd(0.0), follows=follows)
+        method = methods.create("gsam", Linear(), optax.sgd(0.0), rho=follows)
         state, step = method.init(key, images), jax.jit(method.step)
         for _ in range(3):
             state, metrics = step(state, batch)

@@ -24,7 +24,6 @@ from otmdr_jax.experiments import (
     programs,
     training,
 )
-from otmdr_jax.experiments.building import assembly
 from otmdr_jax.experiments.config import TrainConfig
 from tests.sets import small_digits
 from tests.test_baselines_collected import Linear
@@ -300,7 +299,8 @@ class TestSchedule:
         chosen = TrainConfig(method="edst", epochs=450)
         rate, ends = optimizers.collection(chosen, 450 * 390, 390)
         assert ends == (250 * 390, 350 * 390, 450 * 390)
-        options = assembly._sparse_options(chosen, 450 * 390, ends)
+        run = methods.Run(chosen, 50_000, 390, 450 * 390, rate, None)
+        options = building.method_of(chosen).options(run)
         assert options["steps"][:2] == (1000, 2000) and options["rate"] == 0.5
         assert options["escapes"] == (250 * 390 + 1, 350 * 390 + 1)
         assert (options["escape_rate"], options["density"]) == (0.8, 0.2)
@@ -311,7 +311,9 @@ class TestSchedule:
             optimizers.collection(chosen, 20, 5)
         chosen = TrainConfig(method="dst", mask_every=20)
         with pytest.raises(ValueError, match="leaves no update"):
-            assembly._sparse_options(chosen, 30, (30,))
+            building.method_of(chosen).options(
+                methods.Run(chosen, 320, 5, 30, optax.constant_schedule(0.1), None)
+            )
 
 
 def masks_of(state):

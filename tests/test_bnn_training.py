@@ -13,7 +13,6 @@ from numpy.testing import assert_allclose
 from otmdr_jax import bnn, data, metrics, models
 from otmdr_jax.experiments import (
     building,
-    centers,
     checkpoint,
     cli,
     config,
@@ -34,7 +33,7 @@ TINY = TrainConfig(
     num_samples=5, posterior_std=0.02,
 )  # fmt: skip
 ONE = dataclasses.replace(TINY, epochs=1, prediction="mean", num_samples=30)
-METHODS = methods.BAYESIAN
+METHODS = tuple(n for n, kind in methods.METHODS.items() if kind.is_posterior)
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +318,7 @@ class TestWeightDecay:
         assert not np.any(updates.mean["kernel"])
         assert not np.any(updates.raw_scale["kernel"])
         assert_allclose(updates.point["norm"]["scale"], -0.1)
-        assert not any(jax.tree.leaves(centers.decays(q, everything=False)))
+        assert not any(jax.tree.leaves(methods.decays(q, everything=False)))
 
     def test_a_run_of_another_method_keeps_its_optimizer_state(self):
         """A mask where there was none would make older checkpoints unreadable."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from otmdr_jax import baselines, ensemble, models, parallel
+from otmdr_jax.baselines.mc_dropout import _STREAM
 from otmdr_jax.experiments import (
     building,
     cli,
@@ -486,7 +487,7 @@ class TestRobustGradients:
         data = jax.random.key_data
         taken = {tuple(k) for k in np.asarray(data(jax.random.split(key, 1000)))}
         # fold_in(key, 1) is among them: the stream's number must be far away.
-        root = jax.random.fold_in(key, baselines.mc_dropout._STREAM)
+        root = jax.random.fold_in(key, _STREAM)
         assert tuple(np.asarray(data(root))) not in taken
         assert tuple(np.asarray(data(jax.random.fold_in(key, 1)))) in taken
         mine = {tuple(k) for k in np.asarray(data(baselines.example_keys(key, 1000)))}

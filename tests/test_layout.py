@@ -35,7 +35,7 @@ CORE = [
     {"presets", "transform"},
 ]
 EXPERIMENTS = [
-    {"centers", "config", "interrupts", "precision"},
+    {"config", "interrupts", "options", "precision"},
     {"methods"},
     {"optimizers", "members"},
     {"building"},

@@ -12,7 +12,7 @@ import optax
 import pytest
 from numpy.testing import assert_allclose
 
-from otmdr_jax import baselines, bnn, parallel
+from otmdr_jax import bnn, parallel
 from otmdr_jax.experiments import (
     building,
     checkpoint,
@@ -55,7 +55,7 @@ class Net:
 
 
 RULE = optax.sgd(0.2, momentum=0.9)
-OWN = dict(num_data=100.0, weight_decay=0.01)
+OWN = dict(num_data=100.0, weight_decay=0.01, learning_rate=0.2)
 # What a method needs beside a network and an optimizer, for a run of four steps.
 NEEDS = {
     "bsam": dict(OWN, num_samples=2),
@@ -72,17 +72,13 @@ NEEDS = {
     "mc-dropout": dict(num_samples=2),
     "laplace": dict(num_samples=2),
 }
-RULES = {
-    "bsam": baselines.bsam_rule(0.2, weight_decay=0.01),
-    "ivon": baselines.ivon_rule(0.2, weight_decay=0.01),
-}
 ALL = tuple(methods.METHODS)
 every_method = pytest.mark.parametrize("name", ALL)
 
 
 def make(name, **options):
     model = Net(0.3 if name == "mc-dropout" else 0.0)
-    rule = RULES.get(name, RULE)
+    rule = optax.identity() if methods.METHODS[name].has_own_update else RULE
     return methods.create(name, model, rule, **NEEDS.get(name, {}), **options)
 
 
@@ -175,8 +171,7 @@ def test_members_are_runs_of_their_own(name):
 @every_method
 def test_two_devices_train_what_one_does(name):
     """With the split of one device, since each cuts its own part of the batch."""
-    own = methods.METHODS[name] or {}
-    whole = {"split": "shared"} if own.get("split") == "random" else {}
+    whole = {"split": "shared"} if methods.METHODS[name].has_particles else {}
     _, state, step = start(name, **whole)
     want, _ = run(step, state, 2)
     spread = make(name, **whole, axis_name="data")

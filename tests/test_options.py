@@ -23,6 +23,7 @@ import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble, parallel
 from otmdr_jax.core.options import RobustOptions, fields_of
 from otmdr_jax.experiments import building, cli, config, methods, training
+from otmdr_jax.experiments.methods.collected import Riding
 from tests import toy
 
 KEY = jax.random.key(0)
@@ -294,15 +295,16 @@ def method(options):
     return stepped(made)
 
 
-def riding(build, *args, settle=None, **base):
+def riding(build, *args, seen=None, **base):
     """A method around SGD: its predictions after two steps."""
 
     def run(options):
         one = methods.create("sgd", Model(), optax.sgd(0.1))
         made = build(one, *args, **(base | options))
         state = stepped(made)
-        if settle is not None:
-            state = made.settle(state, made.batch_statistics(state, settle))
+        if seen is not None:
+            found = made.finalize.of_batch(state, seen)
+            state = made.finalize.finish(state, found)
         return made.predict(state, IMAGES)
 
     return run
@@ -504,11 +506,11 @@ TABLE = {
         },
     ),
     baselines.average: (
-        riding(baselines.average, Model(), (1, 2), settle=IMAGES),
+        riding(baselines.average, Model(), (1, 2), seen=IMAGES),
         {"rank": Seen(2, by=program), "num_samples": Seen(3, {"rank": 2})},
     ),
     baselines.laplace: (
-        riding(baselines.laplace, Model(), settle=(IMAGES, jnp.ones(8))),
+        riding(baselines.laplace, Model(), seen=(IMAGES, jnp.ones(8))),
         {
             "structure": Seen("diagonal"),
             "num_samples": Seen(3),
@@ -731,25 +733,25 @@ class TestMethods:
     NEEDED = {
         "sgvb": {"num_data": 50},
         "otmdr-bnn": {"num_data": 50},
-        "bsam": {"num_data": 50, "weight_decay": 0.1},
-        "ivon": {"num_data": 50, "weight_decay": 0.1},
+        "bsam": {"num_data": 50, "weight_decay": 0.1, "learning_rate": 0.1},
+        "ivon": {"num_data": 50, "weight_decay": 0.1, "learning_rate": 0.1},
         "snapshot": {"ends": (1, 2)},
     }
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
         "name",
-        [*(name for name in methods.METHODS if name not in methods.RIDING), "snapshot"],
+        [
+            *(n for n, kind in methods.METHODS.items() if not issubclass(kind, Riding)),
+            "snapshot",
+        ],
     )
     def test_options_are_seen_or_refused(self, name):
         needed = self.NEEDED.get(name, {})
-        if "rho" in (methods.METHODS[name] or {}) and name != "bsam":
+        kind = methods.METHODS[name]
+        if hasattr(kind, "rho") and name != "bsam":
             needed = needed | {"rho": RHO}
-        rule = optax.sgd(0.1)
-        if name in methods.VARIATIONAL:
-            rule = (baselines.bsam_rule if name == "bsam" else baselines.ivon_rule)(
-                0.1, weight_decay=0.1
-            )
+        rule = optax.identity() if kind.has_own_update else optax.sgd(0.1)
 
         def run(options):
             made = methods.create(name, Flat(), rule, **needed, **options)

@@ -8,6 +8,7 @@ Optax transformations, and methods by name in :mod:`otmdr_jax.experiments.method
 Around any method of one weight vector (docs/collected.md), and sparse training
 (docs/sparse.md):
 
+    finalize.py         the pass over the training set before a prediction
     snapshot.py         collect: snapshot ensembles, FGE
     swag.py             average: SWA, SWAG
     curvature.py        the Gauss-Newton matrix: last layer, Kronecker, diagonal
@@ -27,6 +28,7 @@ from otmdr_jax.baselines.bsam import (
     bsam_rule,
 )
 from otmdr_jax.baselines.dst import Sparse, dynamic, masked_from_the_start
+from otmdr_jax.baselines.finalize import Finalize
 from otmdr_jax.baselines.fisher_sam import fisher_sam
 from otmdr_jax.baselines.gsam import follow, gsam, gsam_gradient
 from otmdr_jax.baselines.ivon import (
@@ -48,6 +50,7 @@ __all__ = [
     "RANK",
     "BsamState",
     "Collected",
+    "Finalize",
     "IvonState",
     "LaplacePosterior",
     "LookMemory",

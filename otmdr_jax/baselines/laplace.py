@@ -6,7 +6,7 @@ H is the Gauss-Newton matrix over the training set
 (:mod:`otmdr_jax.baselines.curvature`) of the last layer, or its diagonal over all
 weights; delta the precision of the prior.
 Training is that of any method of one weight vector: the Gaussian is fitted afterwards,
-by `batch_statistics` and `settle` of the method, and takes part in predictions alone.
+by `finalize` of the method, and takes part in predictions alone.
 Samples of the last layer predict as they are; samples of all weights by the network's
 linearisation at the mode, of which H is the curvature (Immer et al., 2021).
 
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax.baselines import curvature
+from otmdr_jax.baselines.finalize import Finalize
 
 PyTree = Any
 
@@ -67,9 +68,9 @@ def laplace(
       prior_precision: delta; None for the one of highest marginal likelihood.
 
     Returns:
-      A method. `batch_statistics` takes (images, mask), and its results are to be
-      summed over the training set, each example once, for `settle`, which puts a
-      :class:`LaplacePosterior` into `method_state`; `settle` is not for `jax.jit`.
+      A method. `finalize.of_batch` takes (images, mask), and its results are to be
+      summed over the training set, each example once, for `finalize.finish`, which puts
+      a :class:`LaplacePosterior` into `method_state` and is not for `jax.jit`.
       `predict` gives (S, B, C) log-probabilities, of the method itself, which are
       (1, B, C), until then.
 
@@ -84,8 +85,8 @@ def laplace(
       >>> method = laplace(methods.create("sgd", model, optax.sgd(0.1)), model)
       >>> images = jax.random.normal(jax.random.key(0), (20, 8, 8, 1))
       >>> state = method.init(jax.random.key(0), images)
-      >>> found = method.batch_statistics(state, (images, jnp.ones(20)))
-      >>> method.predict(method.settle(state, found), images).shape
+      >>> found = method.finalize.of_batch(state, (images, jnp.ones(20)))
+      >>> method.predict(method.finalize.finish(state, found), images).shape
       (30, 20, 10)
     """
     if structure not in curvature.STRUCTURES:
@@ -111,7 +112,7 @@ def laplace(
         curvature.check_size(state.params, structure)
         return state
 
-    def batch_statistics(state, batch):
+    def of_batch(state, batch):
         images, mask = batch
         return curvature.of_batch(
             model, state.params, state.model_state, images, mask, structure
@@ -134,7 +135,7 @@ def laplace(
         noise = jax.random.normal(_key(state), (num_samples, *weights.shape))
         return LaplacePosterior(delta, number, draw(noise, delta), None)
 
-    def settle(state, found):
+    def finish(state, found):
         _check_last_layer(found)
         kept = state._replace(opt_state=None, memory=None)  # not to be mapped over
         if state.step.ndim:  # members of one architecture
@@ -168,7 +169,9 @@ def laplace(
         return jax.lax.map(row, jnp.arange(num_samples))
 
     return method._replace(
-        init=init, predict=predict, batch_statistics=batch_statistics, settle=settle
+        init=init,
+        predict=predict,
+        finalize=Finalize(of_batch, finish, augmented=False),
     )
 
 

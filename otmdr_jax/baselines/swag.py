@@ -8,8 +8,8 @@ SWA is that of the mean, one of SWAG averages over S samples
     + \frac1{\sqrt{2 (K - 1)}} D z_2, \qquad z_1, z_2 \sim \mathcal N(0, I)
 
 No batch was ever seen at these weights, so BatchNorm's running statistics are not
-theirs: they are computed anew from training data before a prediction, by
-`batch_statistics` and `settle` of the method. See docs/collected.md.
+theirs: they are computed anew from training data before a prediction, by `finalize` of
+the method. See docs/collected.md.
 
 References: Izmailov et al., `Averaging Weights Leads to Wider Optima and Better
 Generalization <https://arxiv.org/abs/1803.05407>`_, UAI 2018; Maddox et al., `A Simple
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from otmdr_jax.baselines.finalize import Finalize
 from otmdr_jax.baselines.mc_dropout import example_keys, rate_of
 from otmdr_jax.baselines.snapshot import check_ends, is_due, put
 
@@ -43,7 +44,7 @@ class Moments(NamedTuple):
         K, in no order; None for SWA.
       number: How many weights entered.
       statistics: BatchNorm statistics of what predicts, with a leading axis: the mean,
-        then the samples. None until :func:`settle`; never in a checkpoint.
+        then the samples. None until that; never in a checkpoint.
     """
 
     mean: PyTree
@@ -74,7 +75,7 @@ def average(
     Returns:
       A method. Its state's `method_state` is a :class:`Moments`; `predict` gives
       (max(S, 1), B, C) log-probabilities, those of the current weights until some have
-      entered. It has `batch_statistics` and `settle`, for BatchNorm: without them the
+      entered. Its `finalize` is for BatchNorm: without that the
       current weights' running statistics stand in.
 
     Raises:
@@ -89,7 +90,8 @@ def average(
       >>> method = average(one, model, ends=(1, 2), rank=2, num_samples=5)
       >>> batch = jnp.zeros((4, 8, 8, 1)), jnp.arange(4)
       >>> state, _ = method.step(method.init(jax.random.key(0), batch[0]), batch)
-      >>> state = method.settle(state, method.batch_statistics(state, batch[0]))
+      >>> found = method.finalize.of_batch(state, batch[0])
+      >>> state = method.finalize.finish(state, found)
       >>> method.predict(state, batch[0]).shape
       (5, 4, 10)
     """
@@ -163,7 +165,7 @@ def average(
 
         return jax.lax.map(row, jnp.arange(num_samples + 1))
 
-    def settle(state, statistics):
+    def finish(state, statistics):
         kept = state.method_state._replace(statistics=statistics)
         return state._replace(method_state=kept)
 
@@ -171,8 +173,7 @@ def average(
         init=init,
         step=step,
         predict=predict,
-        batch_statistics=batch_statistics,
-        settle=settle,
+        finalize=Finalize(batch_statistics, finish, augmented=True),
     )
 
 
@@ -210,7 +211,7 @@ def statistics_of(
 
 
 def moments_of(state: Any) -> Any:
-    """The training state of the mean weights, with their statistics where settled."""
+    """The training state of the mean weights, with their own statistics if known."""
     kept = state.method_state
     if not int(kept.number):
         return state._replace(method_state=None)

@@ -85,10 +85,37 @@ def joint_loss(
 
     Reference: the code released with Nguyen et al., 2023.
     """
+    of_members = member_log_probs(logits_fn, has_aux=has_aux, member_map=member_map)
+
+    def joint(members, batch, *args):
+        log_probs, aux = of_members(members, batch, *args)
+        value = loss(log_mean_probs(log_probs), batch)
+        return (value, aux) if has_aux else value
+
+    return joint
+
+
+def member_log_probs(
+    logits_fn: Callable[..., Any] | Sequence[Callable[..., Any]],
+    *,
+    has_aux: bool = False,
+    member_map: str = "auto",
+) -> Callable[..., tuple[jax.Array, PyTree]]:
+    """What :func:`joint_loss` takes the mean of: the log-probabilities of all members.
+
+    Args:
+      logits_fn: See :func:`joint_loss`, as the others.
+      has_aux: Whether it returns (logits, aux).
+      member_map: How members are mapped.
+
+    Returns:
+      (members, batch, *args) -> ((M, B, C) log-probabilities, aux stacked or a tuple,
+      None without).
+    """
     check_word("member_map", member_map, MEMBER_MAPS)
     functions = functions_of(logits_fn)
 
-    def joint(members, batch, *args):
+    def of_members(members, batch, *args):
         check_all(members, args, len(functions))
 
         def of_member(function):
@@ -108,9 +135,7 @@ def joint_loss(
         )
         if is_tuple(members):
             log_probs, aux = zip(*found, strict=True)
-            found = jnp.stack(log_probs), aux
-        log_probs, aux = found
-        value = loss(log_mean_probs(log_probs), batch)
-        return (value, aux) if has_aux else value
+            return jnp.stack(log_probs), aux
+        return found
 
-    return joint
+    return of_members

@@ -17,6 +17,7 @@ import numpy as np
 
 from otmdr_jax import baselines, ensemble
 from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.ensemble.joint import member_log_probs
 from otmdr_jax.experiments.methods import Method, TrainState
 
 PyTree = Any
@@ -67,7 +68,7 @@ def lift(
         predict=lambda state, images: predict(
             [m.predict for m in each], state, images, how
         ),
-        **_settling(each, how),
+        finalize=finalize([m.finalize for m in each if m.finalize], how),
     )
 
 
@@ -131,37 +132,31 @@ def predict(
     return found.reshape(-1, *found.shape[2:])  # (M, S, B, C) -> (M S, B, C)
 
 
-def _settling(methods, how):
-    """The functions of :class:`Method` that most methods have not."""
-    found = [m.batch_statistics for m in methods if m.batch_statistics is not None]
-    settles = [m.settle for m in methods if m.settle is not None]
-    if not found:
-        return {}
-    return {
-        "batch_statistics": lambda state, images: batch_statistics(
-            found, state, images, how
-        ),
-        "settle": lambda state, statistics: settle(settles, state, statistics),
-    }
+def finalize(
+    functions: Sequence[baselines.Finalize], how: str = "auto"
+) -> baselines.Finalize | None:
+    """The pass over the training set of all members; None where none needs one.
 
+    Args:
+      functions: That of members of one architecture, or one for each.
+      how: As in :func:`lift`.
+    """
+    if not functions:
+        return None
 
-def batch_statistics(
-    functions: Sequence[Callable], states: PyTree, images: jax.Array, how: str = "auto"
-) -> PyTree:
-    """Each member's BatchNorm statistics of a batch, stacked or a tuple as states."""
+    def of_batch(states, batch):
+        def of_member(function):
+            return lambda wait, state: function(state, wait(batch))
 
-    def of_member(function):
-        return lambda wait, state: function(state, wait(images))
+        return _each([of_member(f.of_batch) for f in functions], (states,), how)
 
-    return _each([of_member(f) for f in functions], (states,), how)
+    def finish(states, found):
+        if len(functions) == 1:
+            return functions[0].finish(states, found)
+        parts = zip(functions, states, found, strict=True)
+        return tuple(f.finish(state, own) for f, state, own in parts)
 
-
-def settle(functions: Sequence[Callable], states: PyTree, statistics: PyTree) -> PyTree:
-    """Gives the members statistics to predict with; see :class:`Method`."""
-    if len(functions) == 1:
-        return functions[0](states, statistics)
-    parts = zip(functions, states, statistics, strict=True)
-    return tuple(function(state, own) for function, state, own in parts)
+    return baselines.Finalize(of_batch, finish, functions[0].augmented)
 
 
 def separate(state: PyTree) -> list[TrainState]:
@@ -199,9 +194,8 @@ class JointModel:
     """Several networks as one, whose logits are the log of their mean probability.
 
     Given to :func:`otmdr_jax.experiments.methods.create` it makes the released code's
-    joint
-    variant: one loss on the mean probability, one gradient norm over all members. See
-    :func:`otmdr_jax.ensemble.joint_loss`, which is the same for any loss.
+    joint variant, :func:`otmdr_jax.ensemble.joint_loss`: one loss on the mean
+    probability, one gradient norm over all members.
 
     Attributes:
       models: One for members of one architecture, or one for each.
@@ -254,24 +248,21 @@ class JointModel:
         """(M, B, C) log-probabilities of the members, and the new statistics."""
 
         def of_member(model):
-            def member(wait, params, state, number):
-                del wait  # their backward passes run together
-                dropped = {} if keys is None else {"keys": _own(keys, number)}
-                logits, state = model.apply(
-                    params, state, images, train=train, **dropped
-                )
-                wide = logits.astype(tree.accumulation_dtype(logits))
-                return jax.nn.log_softmax(wide), state
+            def logits_fn(params, images, state, *number):
+                dropped = {} if keys is None else {"keys": _own(keys, *number)}
+                return model.apply(params, state, images, train=train, **dropped)
 
-            return member
+            return logits_fn
 
-        numbers = None if keys is None else jnp.arange(self.count)
-        columns = (params, state, numbers)
-        found = _each([of_member(m) for m in self.models], columns, self.how)
-        if len(self.models) == 1:
-            return found
-        log_probs, states = zip(*found, strict=True)
-        return jnp.stack(log_probs), states
+        numbers: list[Any] = [] if keys is None else [jnp.arange(self.count)]
+        if len(self.models) > 1:
+            numbers = [tuple(number) for number in numbers]
+        of_members = member_log_probs(
+            [of_member(m) for m in self.models],
+            has_aux=True,
+            member_map=member_map(self.how),
+        )
+        return of_members(params, images, state, *numbers)
 
 
 def joint(method: Method, model: JointModel) -> Method:
@@ -291,14 +282,19 @@ def _own(keys, number):
 
 
 def _each(functions, columns, how):
-    """One function is for all members of one architecture.
+    """One function is for all members of one architecture."""
+    functions = functions if len(functions) > 1 else functions[0]
+    return loops.each(functions, columns, member_map(how))
+
+
+def member_map(how: str) -> str:
+    """How members of a run are mapped: what "auto" stands for.
 
     On CPUs a scan is the fastest map and takes the memory of one member
-    (benchmarks/ensemble.py): the zoo's convolutions are not slow in a loop.
+    (benchmarks/ensemble.py): the zoo's convolutions are not slow in a loop, as those of
+    a loss of the user's may be, which is why `otmdr_jax.ensemble` unrolls there.
     """
-    if how == "auto" and jax.default_backend() == "cpu":
-        how = "scan"
-    return loops.each(functions if len(functions) > 1 else functions[0], columns, how)
+    return "scan" if how == "auto" and jax.default_backend() == "cpu" else how
 
 
 def _of_all(metrics, axis_name):

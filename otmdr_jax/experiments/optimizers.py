@@ -7,20 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax import baselines
-from otmdr_jax.baselines import schedules
-from otmdr_jax.experiments import centers
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import AVERAGING, BAYESIAN, VARIATIONAL
+from otmdr_jax.experiments.methods import Course, decays, method_of
 
 # The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
 STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
-
-# Methods whose learning rate is part of the method.
-OWN_SCHEDULE = ("snapshot", "fge", "swa", "swag", "edst")
-# Where they start to collect: 160 of 200 epochs (README of Garipov's code), 161 of 300
-# (README of Maddox's).
-FGE_START, AVERAGING_START = 160 / 200, 161 / 300
 
 
 def schedule(
@@ -43,8 +34,8 @@ def schedule(
       >>> [round(float(lr(step)), 3) for step in (0, 29, 30, 60, 80)]
       [1.0, 1.0, 0.2, 0.04, 0.008]
     """
-    if config.method in OWN_SCHEDULE:
-        return collection(config, total_steps, steps_per_epoch)[0]
+    if (course := collection(config, total_steps, steps_per_epoch)) is not None:
+        return course.rate
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         raise ValueError(
@@ -70,47 +61,27 @@ def schedule(
 
 def collection(
     config: TrainConfig, total_steps: int, steps_per_epoch: int
-) -> tuple[optax.Schedule, tuple[int, ...]]:
-    """The learning rate of a method that collects, and the steps that it does so after.
+) -> Course | None:
+    """The learning rate of a method that has its own, and the steps it collects after.
 
     Args:
-      config: Its method, learning_rate, and the options under "members and averages".
+      config: Its method and learning_rate.
       total_steps: Steps of the whole run.
       steps_per_epoch: For options in epochs.
+
+    Returns:
+      None for other methods.
 
     Raises:
       ValueError: The run is too short for a member.
 
     Example:
       >>> from otmdr_jax.experiments.config import TrainConfig
-      >>> collection(TrainConfig(method="snapshot", cycles=4), 100, 10)[1]
+      >>> collection(TrainConfig(method="snapshot", cycles=4), 100, 10).ends
       (25, 50, 75, 100)
     """
-    peak = config.learning_rate
-    if config.method == "snapshot":
-        return (
-            schedules.cyclic_cosine(peak, total_steps, config.cycles),
-            schedules.snapshot_ends(total_steps, config.cycles),
-        )
-    if config.method == "edst":
-        start = round(config.exploration * total_steps)
-        ends = schedules.edst_ends(total_steps, start, config.tickets)
-        return schedules.edst(peak, ends, start), ends
-    share = config.collect_start
-    if share is None:
-        share = AVERAGING_START if config.method in AVERAGING else FGE_START
-    start = max(round(share * total_steps), 1)
-    if config.method in AVERAGING:
-        every = max(round(config.collect_every * steps_per_epoch), 1)
-        return (
-            schedules.averaging(peak, config.average_rate, start),
-            schedules.averaging_ends(total_steps, start, every),
-        )
-    period = 2 * max(round(config.cycle_epochs * steps_per_epoch / 2), 1)
-    return (
-        schedules.fge(peak, total_steps, start, period, *config.cycle_rates),
-        schedules.fge_ends(total_steps, start, period),
-    )
+    method, peak = method_of(config), config.learning_rate
+    return method.course(peak, total_steps, steps_per_epoch)
 
 
 def create(
@@ -118,9 +89,9 @@ def create(
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that turns the (robust) gradient into an update.
 
-    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer (or
-    the update of a method that has its own), the plateau factor. `update` takes
-    `value=` (the step's loss), which only the plateau schedule looks at.
+    In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer, the
+    plateau factor: of a method that has an update of its own this factor alone.
+    `update` takes `value=` (the step's loss), which only the plateau schedule looks at.
 
     Args:
       config: All options under "loss and optimizer".
@@ -128,15 +99,13 @@ def create(
       steps_per_epoch: See :func:`schedule`.
     """
     rate = schedule(config, total_steps, steps_per_epoch)
-    mask = None
-    if config.method in BAYESIAN or not config.decay_all:
-        mask = functools.partial(centers.decays, everything=config.decay_all)
-    parts = []
-    if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
-    if config.method in VARIATIONAL:
-        parts.append(_own_update(config, rate))
-    else:
+    method, parts = method_of(config), []
+    if not method.has_own_update:
+        if config.clip_norm is not None:
+            parts.append(optax.clip_by_global_norm(config.clip_norm))
+        mask = None
+        if method.is_posterior or not config.decay_all:
+            mask = functools.partial(decays, everything=config.decay_all)
         parts += _base(config, rate, mask)
     if config.schedule == "plateau":
         parts.append(
@@ -147,7 +116,8 @@ def create(
                 accumulation_size=steps_per_epoch,
             )
         )
-    return optax.with_extra_args_support(optax.chain(*parts))
+    chain = optax.chain(*parts) if parts else optax.identity()
+    return optax.with_extra_args_support(chain)
 
 
 def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:
@@ -171,16 +141,6 @@ def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:
     else:
         parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
     return parts
-
-
-def _own_update(config: TrainConfig, rate: optax.Schedule) -> Any:
-    """The update of a method that has one, in the place of decay and optimizer."""
-    own: dict[str, Any] = {"b1": config.momentum, "weight_decay": config.weight_decay}
-    if config.method == "bsam":
-        return baselines.bsam_rule(rate, **own)
-    return baselines.ivon_rule(
-        rate, hess_init=config.hess_init, clip_radius=config.clip_radius, **own
-    )
 
 
 def learning_rate(rate: optax.Schedule, step: int, opt_state: Any) -> jax.Array:

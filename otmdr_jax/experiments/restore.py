@@ -10,7 +10,7 @@ import jax
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import building, checkpoint, predictors, programs, run_folder
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import BASES, FITTED
+from otmdr_jax.experiments.methods.collected import Laplace
 
 PyTree = Any
 
@@ -23,7 +23,7 @@ class Restored(NamedTuple):
       config: Its options, the given ones among them.
       dataset: Its data.
       programs: Its compiled functions, on the default device.
-      state: Its state at the checkpoint, settled where it averages weights or has a
+      state: Its state at the checkpoint, finalized where it averages weights or has a
         Gaussian fitted to them.
       meta: What was saved beside the state.
       diverged: Members that do not count in an ensemble's prediction.
@@ -81,8 +81,8 @@ def open_run(
     programs.check_same_data(restored.meta["data"], data, folder)
     diverged = tuple(restored.meta.get("diverged", ()))
     state = restored.state
-    if predicts or config.method not in FITTED:
-        state = predictors.settle(config, state, dataset, compiled)
+    if predicts or not predictors.is_fitted(config):
+        state = predictors.finalize(config, state, dataset, compiled)
     return Restored(folder, config, dataset, compiled, state, restored.meta, diverged)
 
 
@@ -105,10 +105,11 @@ def with_laplace(
     """
     config = run_folder.read_config(pathlib.Path(folder))
     base = config.gradient_method
-    if config.method not in (*BASES, *FITTED):
+    known = (*Laplace.bases, Laplace.name)
+    if config.method not in known:
         raise ValueError(
             f"a Laplace approximation is around one trained weight vector: {folder} "
-            f"must be a run of {', '.join((*BASES, *FITTED))}, got {config.method}."
+            f"must be a run of {', '.join(known)}, got {config.method}."
         )
     # All of them: a run that has one already is given another, not a mixture.
     return {

@@ -14,12 +14,14 @@ from otmdr_jax.experiments.building.options import (
     num_subbatches,
     options_of,
 )
+from otmdr_jax.experiments.methods import method_of
 
 __all__ = [
     "check_models",
     "check_used",
     "dropout_rate",
     "method_names",
+    "method_of",
     "method_options",
     "methods_of",
     "networks",

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 
 from otmdr_jax import models
 from otmdr_jax.baselines.mc_dropout import RATE
-from otmdr_jax.experiments import members, methods
+from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.methods import method_of
 
 
 def networks(
@@ -47,7 +48,7 @@ def dropout_rate(config: TrainConfig) -> float:
     """The rate of dropout of a configuration's networks."""
     if config.dropout is not None:
         return config.dropout
-    return RATE if config.method in methods.DROPPING else 0.0
+    return RATE if method_of(config).needs_dropout else 0.0
 
 
 def _model_options(config, drops):

@@ -3,11 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from otmdr_jax import bnn
-from otmdr_jax.baselines.mc_dropout import RATE
-from otmdr_jax.experiments import methods, optimizers
-from otmdr_jax.experiments.building.networks import dropout_rate
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.methods import method_of
 
 # Options of a configuration -> the names that a method knows them by.
 _ROBUST = {
@@ -158,26 +155,7 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
             f"{config.method} has no option {', '.join(foreign)}"
             + f"; it has {', '.join(mine)}.{hint}"
         )
-    if config.num_particles > 1 and config.split in ("ordered", "shared"):
-        if not config.noise_std:
-            raise ValueError(
-                f"num_particles={config.num_particles} with split={config.split!r} and "
-                'no noise gives equal particles: use split="random", set noise_std, or '
-                "leave num_particles at 1."
-            )
-    if config.method in methods.BAYESIAN:
-        _check_posterior(config)
-    if config.method in methods.VARIATIONAL:
-        _check_variational(config)
-    if config.method in ("gsam", "looksam") and len(config.rho or (0,)) != 1:
-        raise ValueError(f"{config.method} has one radius, got {config.rho}.")
-    if config.rho_min is not None and config.schedule == "plateau":
-        raise ValueError(
-            "rho_min needs a learning rate that is known beforehand: use --schedule "
-            "cosine or step."
-        )
-    if config.method in _RIDING:
-        _check_riding(config)
+    method_of(config).check(config)
     found = {
         own[name]: getattr(config, name)
         for name in set_
@@ -192,90 +170,3 @@ def method_options(config: TrainConfig) -> dict[str, Any]:
 def num_subbatches(config: TrainConfig) -> int:
     """How many parts of the batch have a perturbation of their own."""
     return config.num_subbatches or _SUBBATCHES.get(config.method, 1)
-
-
-def _check_riding(config):
-    if config.members is not None and config.ensemble == "joint":
-        raise ValueError(
-            f"{config.method} with a joint ensemble is not defined: each member "
-            "collects its own weights, or has its own masks or Gaussian, with "
-            "--ensemble independent."
-        )
-    _check_samples(config)
-    if config.method in methods.DROPPING and not dropout_rate(config):
-        raise ValueError(
-            f"{config.method} needs dropout, got dropout=0: leave it out for "
-            f"{RATE}, or name a rate."
-        )
-    defaults = TrainConfig()
-    if config.method in methods.FITTED and config.prediction == "mean":
-        for name in ("laplace", "prior_precision", "laplace_examples"):
-            if getattr(config, name) != getattr(defaults, name):
-                raise ValueError(
-                    f"{name}={getattr(config, name)!r} with prediction='mean', for "
-                    "which nothing is fitted: leave one of them out."
-                )
-    if config.method not in optimizers.OWN_SCHEDULE:
-        return
-    for name in ("schedule", "warmup_epochs"):
-        if getattr(config, name) != getattr(defaults, name):
-            raise ValueError(
-                f"{name}={getattr(config, name)!r}: the learning rate of "
-                f"{config.method} is part of the method; leave {name} out."
-            )
-
-
-def _check_joint(config):
-    if config.members is not None and config.ensemble == "joint":
-        raise ValueError(
-            f"{config.method} with a joint ensemble is not defined: members with a "
-            "posterior each are trained with --ensemble independent."
-        )
-
-
-def _check_samples(config):
-    if config.prediction == "mean" and config.num_samples != bnn.NUM_SAMPLES:
-        raise ValueError(
-            f"num_samples={config.num_samples} with prediction='mean', which has no "
-            "samples: leave one of them out."
-        )
-
-
-def _check_variational(config):
-    """The update is the method's own: options of other optimizers mean nothing."""
-    _check_joint(config)
-    _check_samples(config)
-    defaults = TrainConfig.__dataclass_fields__
-    for name in ("optimizer", "nesterov", "adam_eps", "decay_all"):
-        if getattr(config, name) != defaults[name].default:
-            raise ValueError(
-                f"{config.method} has an update of its own: leave {name} out, got "
-                f"{getattr(config, name)!r}."
-            )
-    if config.method == "ivon" and not config.weight_decay:
-        raise ValueError(
-            "ivon needs a weight decay, the precision of its prior, got weight_decay=0."
-        )
-    if config.rho is not None and len(config.rho) != 1:
-        raise ValueError(f"{config.method} has one radius, got {config.rho}.")
-
-
-def _check_posterior(config):
-    _check_joint(config)
-    _check_samples(config)
-    if config.dtype == "float16" and config.estimator != "weights":
-        raise ValueError(
-            f"estimator={config.estimator!r} squares standard deviations, which "
-            "float16 cannot hold: use --dtype bfloat16 or --estimator weights."
-        )
-    if config.prior != "normal" and config.prior_std != bnn.PRIOR_STD:
-        raise ValueError(
-            f"prior_std={config.prior_std} is that of the normal prior; the "
-            f"{config.prior} prior has none."
-        )
-    if config.kl_schedule != "warmup" and config.kl_warmup_epochs != 0:
-        raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")
-    if config.kl_schedule == "warmup" and not config.kl_warmup_epochs:
-        raise ValueError(
-            "kl_schedule='warmup' needs kl_warmup_epochs, over which the weight grows."
-        )

@@ -96,7 +96,7 @@ def run(options: Evaluate) -> None:
         run_folder.check_record(
             folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
         )
-        state = predictors.settle(config, state, dataset, compiled)
+        state = predictors.finalize(config, state, dataset, compiled)
     found = evaluation.evaluate(
         config,
         state,

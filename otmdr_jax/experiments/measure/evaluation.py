@@ -86,7 +86,7 @@ def evaluate(
     programs: Programs | None = None,
     *,
     without: tuple[int, ...] = (),
-    settle: bool = True,
+    finalize: bool = True,
     show_progress: bool = False,
 ) -> Evaluation:
     """Evaluates a state on a split, each example once.
@@ -98,16 +98,16 @@ def evaluate(
       split: "train", "validation" or "test".
       programs: Compiled functions, where they exist already.
       without: Members that do not count in the ensemble's prediction, as they diverged.
-      settle: Whether a state that is not settled is, before it predicts; see
-        :func:`otmdr_jax.experiments.predictors.settle`.
+      finalize: Whether a state that needs it is finalized before it predicts; see
+        :func:`otmdr_jax.experiments.predictors.finalize`.
       show_progress: Whether to show progress.
 
     Returns:
       An :class:`Evaluation`.
     """
     programs = compile_programs(config, dataset) if programs is None else programs
-    if settle:
-        state = predictors.settle(config, state, dataset, programs)
+    if finalize:
+        state = predictors.finalize(config, state, dataset, programs)
     examples = getattr(dataset, split)
     title = f"evaluating the {split} set"
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
@@ -138,8 +138,8 @@ def predict(
 
     Args:
       config: The run's configuration.
-      state: Its state, settled where it needs to be
-        (:func:`otmdr_jax.experiments.predictors.settle`).
+      state: Its state, finalized where it needs to be
+        (:func:`otmdr_jax.experiments.predictors.finalize`).
       examples: Images of the shape that the programs are for.
       programs: Compiled functions.
       without: Members that do not count in the ensemble's prediction, as they diverged.

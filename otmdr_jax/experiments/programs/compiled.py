@@ -23,7 +23,6 @@ from otmdr_jax.baselines import dst_costs
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.experiments import building, members, optimizers
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import FITTED, SPARSE
 
 PyTree = Any
 
@@ -43,11 +42,12 @@ class Programs(NamedTuple):
       loss_sums: (params, (images, labels, mask, model_state)) -> (sum, count): one, or
         one for each member of another architecture.
       rate: (step, opt_state) -> the learning rate.
-      batch_statistics: (state, images, key) -> BatchNorm statistics of an augmented
-        batch at what predicts; None where those of the state serve. Of a Laplace
-        approximation the curvature of (images, mask), not augmented.
-      settle: (state, their mean) -> a state to predict with; None likewise. See
-        :func:`otmdr_jax.experiments.predictors.settle`.
+      of_batch: (state, batch, key) -> what a batch has to do with the pass before a
+        prediction; None where there is no such pass. See
+        :class:`otmdr_jax.baselines.Finalize`: images are augmented here where it wants
+        that, and normalised.
+      finish: (state, the mean or the sum of these) -> a state to predict with; None
+        likewise.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
         None where there is none.
       sparsity: state -> what results hold of a sparse network; None of dense ones.
@@ -63,8 +63,8 @@ class Programs(NamedTuple):
     epoch_order: Callable[[jax.Array], jax.Array]
     loss_sums: tuple[Callable[..., tuple[jax.Array, jax.Array]], ...]
     rate: Callable[..., jax.Array]
-    batch_statistics: Callable[..., PyTree] | None
-    settle: Callable[[PyTree, PyTree], PyTree] | None
+    of_batch: Callable[..., PyTree] | None
+    finish: Callable[[PyTree, PyTree], PyTree] | None
     posterior: Callable[[PyTree], list[bnn.Summary]] | None
     sparsity: Callable[[PyTree], dict[str, Any]] | None
     steps_per_epoch: int
@@ -177,21 +177,20 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             return members.predict(predicts, state, images, config.member_map)
         return methods_[0].predict(state, images)
 
-    def batch_statistics(state, images, key):
-        if config.method in FITTED:  # the examples themselves, each once
-            images, mask = images
-            images = (data_lib.normalise(images, mean, std), mask)
-        else:
-            images = data_lib.augment(key, images, augment)
-            images = data_lib.normalise(images, mean, std)
-        of_batch = [m.batch_statistics for m in methods_ if m.batch_statistics]
-        if lifted:
-            return members.batch_statistics(of_batch, state, images, config.member_map)
-        return of_batch[0](state, images)
+    finalize = methods_[0].finalize
+    if lifted:
+        each = [m.finalize for m in methods_ if m.finalize]
+        finalize = members.finalize(each, config.member_map)
 
-    def settle(state, statistics):
-        found = [m.settle for m in methods_ if m.settle]
-        return members.settle(found, state, statistics)
+    def of_batch(state, batch, key):
+        assert finalize is not None
+        if finalize.augmented:
+            batch = data_lib.augment(key, batch, augment)
+            batch = data_lib.normalise(batch, mean, std)
+        else:  # the examples themselves, each once
+            images, mask = batch
+            batch = data_lib.normalise(images, mean, std), mask
+        return finalize.of_batch(state, batch)
 
     def epoch_order(key):
         if not own_data:
@@ -207,7 +206,6 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         ]
 
     example = jnp.zeros((1, *image_shape))
-    unsettled = methods_[0].settle is not None
     everywhere = parallel.replicated(mesh)
     home = NamedSharding(mesh, state_spec) if mesh is not None else None
     return Programs(
@@ -226,16 +224,14 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
                 optimizers.schedule(config, total_steps, steps_per_epoch),
             )
         ),
-        batch_statistics=(
-            jax.jit(batch_statistics, out_shardings=everywhere) if unsettled else None
-        ),
-        settle=settle if unsettled else None,
+        of_batch=jax.jit(of_batch, out_shardings=everywhere) if finalize else None,
+        finish=finalize.finish if finalize else None,
         posterior=jax.jit(posterior) if methods_[0].posterior else None,
         sparsity=(
             functools.partial(
                 _sparsity, building.networks(config, num_classes), image_shape
             )
-            if config.method in SPARSE
+            if building.method_of(config).is_sparse
             else None
         ),
         steps_per_epoch=steps_per_epoch,

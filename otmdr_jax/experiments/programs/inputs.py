@@ -4,11 +4,9 @@ from jax.sharding import Mesh
 
 from otmdr_jax import data as data_lib
 from otmdr_jax import parallel
-from otmdr_jax.core.gradient import PAPER_RHO
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import building
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import PARTICLES
 
 # With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
 # He, 2018 ("Group Normalization", figure 1) errors rise below 16.
@@ -49,7 +47,8 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
             "every pass; spread the data, or use --ensemble independent."
         )
-    if particle > 1 and config.gradient_method not in PARTICLES:
+    gradient = building.method_of(config).gradient
+    if particle > 1 and not gradient.has_particles:
         raise ValueError(
             f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
             "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
@@ -66,7 +65,7 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
                 f"{devices} devices of mesh {dict(mesh.shape)}: change it, or name "
                 "fewer devices, as --mesh data=1."
             )
-    parts = building.num_subbatches(config)
+    parts = gradient.num_subbatches
     if parts > 1 and (parts % data or config.batch_size % parts):
         raise ValueError(
             f"{parts} sub-batches of one size, as {config.method} here has them, "
@@ -74,14 +73,12 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             f"batch_size={config.batch_size}: set --num-subbatches, --batch-size, or "
             "fewer devices (--mesh data=1)."
         )
-    radii = len(config.rho or PAPER_RHO)
-    if config.gradient_method in PARTICLES and config.split != "shared":
-        if config.batch_size // max(data, parts) < radii:
-            raise ValueError(
-                f"batch_size={config.batch_size} over {data} devices leaves each fewer "
-                f"examples than the {radii} radii in rho, each of which needs a part: "
-                "use a larger batch or fewer devices on data."
-            )
+    if config.batch_size // max(data, parts) < gradient.num_parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} over {data} devices leaves each fewer "
+            f"examples than the {gradient.num_parts} radii in rho, each of which needs "
+            "a part: use a larger batch or fewer devices on data."
+        )
     return mesh if mesh.size > 1 else None
 
 
@@ -89,9 +86,8 @@ def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
     """A warning where BatchNorm's statistics are of very few images a device."""
     data = parallel.axis_size(mesh, "data")
     # Sub-batches divide a device's images where they are more than the devices.
-    parts = max(building.num_subbatches(config) // data, 1)
-    if config.gradient_method in PARTICLES and config.split != "shared":
-        parts *= len(config.rho or PAPER_RHO)
+    gradient = building.method_of(config).gradient
+    parts = max(gradient.num_subbatches // data, 1) * gradient.num_parts
     images = config.batch_size // data // parts
     if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
         return None

@@ -25,7 +25,6 @@ from otmdr_jax.experiments.measure.evaluation import (
     evaluate,
     posterior_record,
 )
-from otmdr_jax.experiments.methods import FITTED
 from otmdr_jax.experiments.programs import few_images
 from otmdr_jax.experiments.training import divergence
 from otmdr_jax.experiments.training.feed import Feed
@@ -217,9 +216,9 @@ class Loop:
         """
         score, step = None, self.step
         # The curvature may cost as much as epochs: until the end the mode predicts.
-        settle = final or self.config.method not in FITTED
-        if settle:
-            state = predictors.settle(self.config, state, self.dataset, self.programs)
+        finalize = final or not predictors.is_fitted(self.config)
+        if finalize:
+            state = predictors.finalize(self.config, state, self.dataset, self.programs)
         for split in ("validation", "test"):
             if getattr(self.dataset, split) is None:
                 continue
@@ -230,7 +229,7 @@ class Loop:
                 split,
                 self.programs,
                 without=tuple(self.meta["diverged"]),
-                settle=settle,
+                finalize=finalize,
                 show_progress=final and self.show_progress,
             )
             values = found.metrics
@@ -283,8 +282,8 @@ class Loop:
     def _finish(self, state: PyTree) -> Result:
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
-        settled = predictors.settle(self.config, state, self.dataset, self.programs)
-        score, found = self._evaluate(settled, final=True)
+        whole = predictors.finalize(self.config, state, self.dataset, self.programs)
+        score, found = self._evaluate(whole, final=True)
         if self.saved is not None:
             self._save(state, score)
         stop, _ = self._decide(SECONDS_BETWEEN_EPOCHS)
@@ -300,7 +299,7 @@ class Loop:
             found,
             sharpness.gap(
                 self.config,
-                settled,
+                whole,
                 self.dataset,
                 self.programs,
                 without=tuple(self.meta["diverged"]),

@@ -16,9 +16,9 @@ from otmdr_jax.core import tree
 from otmdr_jax.data import Split
 from otmdr_jax.experiments import (
     building,
-    centers,
     checkpoint,
     members,
+    methods,
     predictors,
     restore,
 )
@@ -107,7 +107,7 @@ def weights_of(
     config = run.config
     if config.members is None or config.ensemble == "independent":
         every = [
-            (centers.weights_of(one.params), one.model_state)
+            (methods.weights_of(one.params), one.model_state)
             for one in predictors.trained(config, state)
         ]
     else:

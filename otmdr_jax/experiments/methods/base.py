@@ -1,0 +1,162 @@
+"""What every method says of itself, and what it is told of the run it is built for."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import optax
+from jax.sharding import Mesh
+
+from otmdr_jax.experiments.methods.training import Loss, Method
+
+PyTree = Any
+
+
+class Run(NamedTuple):
+    """What a method may depend on beside its own options.
+
+    Attributes:
+      config: All options, a :class:`otmdr_jax.experiments.config.TrainConfig`.
+      num_train: Examples in the training set.
+      steps_per_epoch: Whole batches in an epoch.
+      total_steps: Steps of the run.
+      rate: The learning rate at each step.
+      mesh: The devices; None for one.
+    """
+
+    config: Any
+    num_train: int
+    steps_per_epoch: int
+    total_steps: int
+    rate: optax.Schedule
+    mesh: Mesh | None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes that devices are arranged along."""
+        return () if self.mesh is None else tuple(self.mesh.axis_names)
+
+
+class Course(NamedTuple):
+    """The learning rate of a method that has its own.
+
+    Attributes:
+      rate: At each step.
+      ends: The steps after which weights are collected or averaged.
+    """
+
+    rate: optax.Schedule
+    ends: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """A method: its options, and all that a run asks of it.
+
+    A method of one's own is a subclass with its options as fields, and an entry in
+    :data:`otmdr_jax.experiments.methods.METHODS`.
+
+    Attributes:
+      name: What it goes by.
+      has_particles: Whether devices may share its particles.
+      is_posterior: Whether what it trains is a posterior, which does not decay.
+      has_own_update: Whether its update takes the place of the base optimizer.
+      is_sparse: Whether most of the weights that it trains are zero.
+      needs_dropout: Whether it predicts with the masks of dropout.
+      collects: Whether it predicts with copies of its weights.
+    """
+
+    name: ClassVar[str]
+    has_particles: ClassVar[bool] = False
+    is_posterior: ClassVar[bool] = False
+    has_own_update: ClassVar[bool] = False
+    is_sparse: ClassVar[bool] = False
+    needs_dropout: ClassVar[bool] = False
+    collects: ClassVar[bool] = False
+
+    # -- what it is --
+
+    @classmethod
+    def make(
+        cls, model: Any, optimizer: optax.GradientTransformation, loss: Loss, **options
+    ) -> Method:
+        """The method around a model; options are those of its functions.
+
+        Args:
+          model: See :func:`otmdr_jax.experiments.methods.create`, as the next.
+          optimizer: What turns the gradient into an update.
+          loss: The loss.
+          **options: Those of the transformation, or of what it stands for.
+        """
+        raise NotImplementedError
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """The options of :meth:`make` in a run."""
+        raise NotImplementedError
+
+    @property
+    def gradients(self) -> float:
+        """Gradients of a whole batch that a step takes."""
+        raise NotImplementedError
+
+    @property
+    def gradient(self) -> "MethodOptions":
+        """The method that gives the gradient: another one where it rides on that."""
+        return self
+
+    @property
+    def num_subbatches(self) -> int:
+        """Parts of the batch that have a perturbation of their own."""
+        return 1
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a batch, or of a sub-batch, that the ascent steps share."""
+        return 1
+
+    def course(
+        self, peak: float, total_steps: int, steps_per_epoch: int
+    ) -> Course | None:
+        """The learning rate where it is part of the method; else None.
+
+        Args:
+          peak: The highest rate.
+          total_steps: Steps of the run.
+          steps_per_epoch: Whole batches in an epoch.
+        """
+        del peak, total_steps, steps_per_epoch
+        return None
+
+    # -- what predicts --
+
+    def finalize(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
+        """A state to predict with, after a pass over the training set where needed.
+
+        Args:
+          config: The run's options.
+          state: Its state.
+          dataset: Its data.
+          programs: Its compiled functions.
+        """
+        del config, dataset, programs
+        return state
+
+    def trained(self, state: PyTree) -> PyTree:
+        """The state of the one weight vector that a member's training gives."""
+        return state
+
+    def collected(self, state: PyTree) -> list[PyTree]:
+        """The members that a run of one model has collected, as states."""
+        del state
+        return []
+
+    # -- what goes together --
+
+    def check(self, config: Any) -> None:
+        """Refuses options of a run that the method cannot go with.
+
+        Args:
+          config: All options of the run.
+
+        Raises:
+          ValueError: Options that do not go together.
+        """

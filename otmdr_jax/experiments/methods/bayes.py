@@ -1,0 +1,527 @@
+"""Methods that train a Gaussian over the weights.
+
+SGVB and OT-MDR's Bayesian networks train its means and scales by gradients; bSAM and
+IVON one weight vector and a precision around it, by updates of their own.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otmdr_jax import baselines, bnn
+from otmdr_jax.baselines.bsam import B2 as BSAM_B2
+from otmdr_jax.baselines.bsam import DAMPING, PRECISION
+from otmdr_jax.baselines.bsam import RHO as BSAM_RHO
+from otmdr_jax.baselines.ivon import B2 as IVON_B2
+from otmdr_jax.baselines.ivon import HESS
+from otmdr_jax.experiments.methods import training
+from otmdr_jax.experiments.methods.base import MethodOptions, Run
+from otmdr_jax.experiments.methods.point import (
+    Climbing,
+    Particles,
+    Point,
+    at_weights,
+    one_radius,
+    step,
+)
+from otmdr_jax.experiments.options import (
+    Bound,
+    Count,
+    NotNegative,
+    Positive,
+    Radii,
+    Rate,
+)
+
+PyTree = Any
+
+INITS = ("model", "released")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled(MethodOptions):
+    """What methods have that predict with samples."""
+
+    num_samples: Count = bnn.NUM_SAMPLES
+    """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code. Of swag
+    those of its Gaussian; 30 in Maddox et al., 2019. Of mc-dropout those of masks."""
+    prediction: Literal["samples", "mean"] = "samples"
+    """Predict with samples of the posterior or Gaussian, or with its mean alone; of
+    mc-dropout with the network without dropout."""
+
+    @property
+    def of_samples(self) -> dict[str, Any]:
+        """The two as the options of functions."""
+        mean_only = self.prediction == "mean"
+        return {"num_samples": self.num_samples, "mean_only": mean_only}
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        super().check(config)
+        if self.prediction == "mean" and self.num_samples != bnn.NUM_SAMPLES:
+            raise ValueError(
+                f"num_samples={self.num_samples} with prediction='mean', which has no "
+                "samples: leave one of them out."
+            )
+
+
+def _check_samples(num_samples, mean_only):
+    if not mean_only and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+
+
+# -- a posterior of means and scales ---------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Posterior(Sampled):
+    """What methods have whose posterior is trained by its gradients.
+
+    Attributes:
+      function: :func:`otmdr_jax.bnn.robust_gradient`, or one with its call.
+    """
+
+    function: ClassVar[Any]
+    is_posterior = True
+
+    posterior_std: Positive = bnn.SIGMA
+    """Standard deviation that every weight starts with: softplus(-5), released code."""
+    posterior_init: Literal["model", "released"] = "model"
+    """Means that start as the model's own initial weights, or means and scales that are
+    drawn as the released code draws them (0.1 and softplus(-5) or so)."""
+    prior: Literal["normal", "mixture", "fitted"] = "normal"
+    """Prior of the weights: normal, Blundell's scale mixture (1 and e^-6, half each),
+    or normals that are fitted to each array (empirical Bayes)."""
+    prior_std: Positive = bnn.PRIOR_STD
+    """Standard deviation of the normal prior; 0.1 in the OT-MDR authors' code."""
+    kl_weight: NotNegative = 1.0
+    """Weight of KL / N beside the mean log-likelihood: 1 is the evidence bound, less a
+    cold posterior; 5e-6 in the released code."""
+    kl_schedule: Literal["constant", "blundell", "warmup"] = "constant"
+    """Its course: constant; high in the first batches of an epoch, of the same mean
+    (Blundell et al., 2015); or growing from 0 over kl_warmup_epochs."""
+    kl_warmup_epochs: NotNegative = 0.0
+    """Epochs over which kl_schedule warmup grows."""
+
+    @classmethod
+    def make(
+        cls,
+        model,
+        optimizer,
+        loss,
+        *,
+        sigma: float = bnn.SIGMA,
+        init: str = "model",
+        kl_weight: Any = 1.0,
+        num_samples: int = bnn.NUM_SAMPLES,
+        mean_only: bool = False,
+        sum_particles: bool = False,
+        **options,
+    ):
+        """See :class:`MethodOptions`.
+
+        Args:
+          model: See there, as the next two.
+          optimizer: Of the gradient of means and scales.
+          loss: The mean negative log-likelihood.
+          sigma: Standard deviation to start from.
+          init: "model" (means are the model's own initial weights) or "released" (means
+            and scales drawn as the released code draws them; sigma is not looked at).
+          kl_weight: A number, or a schedule of the step.
+          num_samples: Samples in a prediction.
+          mean_only: Predict with the mean of the posterior instead.
+          sum_particles: Add the particles' gradients up.
+          **options: Of :func:`otmdr_jax.bnn.robust_gradient` or, for SGVB, of
+            :func:`otmdr_jax.bnn.sgvb_gradient`.
+        """
+        if init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {init!r}.")
+        _check_samples(num_samples, mean_only)
+        optimizer = optax.with_extra_args_support(optimizer)
+        scheduled = callable(kl_weight)
+        times = options.get("num_particles", 1) if sum_particles else 1
+
+        def start(key, params):
+            return bnn.init(params, sigma) if init == "model" else bnn.draw(params, key)
+
+        def rule(loss_fn):
+            number: Any = 1.0 if scheduled else kl_weight
+            compute = cls.function(loss_fn, has_aux=True, kl_weight=number, **options)
+
+            def update(state, batch, scaled):
+                found = compute(
+                    state.params,
+                    batch,
+                    state.model_state,
+                    key=jax.random.split(state.key)[1],
+                    kl_weight=kl_weight(state.step) if scheduled else None,
+                    **scaled,
+                )
+                grads = found.grads
+                if times > 1:
+                    grads = jax.tree.map(lambda g: times * g, grads)
+                updates, opt_state = optimizer.update(
+                    grads, state.opt_state, state.params, value=found.value
+                )
+                terms = {"likelihood_term": found.nll, "kl": found.kl}
+                return training.Update(
+                    updates, opt_state, None, found.aux, found.diagnostics, terms
+                )
+
+            def predict(log_probs_fn, state, key):
+                return bnn.predict(
+                    log_probs_fn,
+                    state.params,
+                    key=key,
+                    num_samples=num_samples,
+                    mean_only=mean_only,
+                )
+
+            return training.Rule(
+                start,
+                lambda q: (optimizer.init(q), None),
+                update,
+                predict,
+                lambda state: state.params,
+            )
+
+        return training.build(model, loss, rule, options.get("axis_name"))
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        priors = {
+            "normal": bnn.Normal(self.prior_std),
+            "mixture": bnn.ScaleMixture(),
+            "fitted": bnn.FittedNormal(),
+        }
+        return {
+            **super().options(run),
+            **self.of_samples,
+            "num_data": run.num_train,
+            "sigma": self.posterior_std,
+            "init": self.posterior_init,
+            "prior": priors[self.prior],
+            "kl_weight": self._kl_weight(run),
+        }
+
+    def _kl_weight(self, run):
+        if self.kl_schedule == "blundell":
+            return bnn.blundell(run.steps_per_epoch, self.kl_weight)
+        if self.kl_schedule == "constant":
+            return self.kl_weight
+        steps = round(self.kl_warmup_epochs * run.steps_per_epoch)
+        if not 1 <= steps < run.total_steps:
+            raise ValueError(
+                f"kl_warmup_epochs={self.kl_warmup_epochs} is {steps} steps of a run "
+                f"of {run.total_steps}: it must be at least one and less than all."
+            )
+        return bnn.warmup(steps, self.kl_weight)
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        super().check(config)
+        no_joint_loss(self, config, "members with a posterior each are trained with")
+        if self.prior != "normal" and self.prior_std != bnn.PRIOR_STD:
+            raise ValueError(
+                f"prior_std={self.prior_std} is that of the normal prior; the "
+                f"{self.prior} prior has none."
+            )
+        if self.kl_schedule != "warmup" and self.kl_warmup_epochs != 0:
+            raise ValueError("kl_warmup_epochs needs --kl-schedule warmup.")
+        if self.kl_schedule == "warmup" and not self.kl_warmup_epochs:
+            raise ValueError(
+                "kl_schedule='warmup' needs kl_warmup_epochs, over which the weight "
+                "grows."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgvb(Posterior, Point):
+    """SGVB (Bayes by backprop): the plain gradient of the evidence bound."""
+
+    name = "sgvb"
+    function = staticmethod(bnn.sgvb_gradient)
+    gradients = 1.0
+
+    estimator: Literal["weights", "local", "flipout"] = "weights"
+    """Noise of sgvb: one sample of the weights a batch, or noise of each example's own
+    (local reparameterisation, Flipout)."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {**super().options(run), "estimator": self.estimator}
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        super().check(config)
+        if config.dtype == "float16" and self.estimator != "weights":
+            raise ValueError(
+                f"estimator={self.estimator!r} squares standard deviations, which "
+                "float16 cannot hold: use --dtype bfloat16 or --estimator weights."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtmdrBnn(Posterior, Particles):
+    """OT-MDR over a posterior (section 4.2.3)."""
+
+    name = "otmdr-bnn"
+    function = staticmethod(bnn.robust_gradient)
+
+    rho: Radii = bnn.PAPER_RHO
+    posterior_norm: Literal["per_leaf", "global", "joint"] = "per_leaf"
+    """Gradient norm of otmdr-bnn: for each array (the paper), over all means, or over
+    means and scales (released code)."""
+    sigma_gradient: Literal["center", "center_first", "particle"] = "center"
+    """Where otmdr-bnn takes the gradient of scales: at the center (the paper), there
+    but on the first part of the batch alone, or at the particle (released code)."""
+    weight_noise: Literal["once", "each_step"] = "once"
+    """How often a step of otmdr-bnn draws the weights' noise: once (the paper), or at
+    each ascent step (released code)."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {
+            **super().options(run),
+            "norm": self.posterior_norm,
+            "sigma_gradient": self.sigma_gradient,
+            "weight_noise": self.weight_noise,
+        }
+
+    @property
+    def gradients(self) -> float:
+        """Those of the means, and of the scales at the center."""
+        count = super().gradients
+        if self.sigma_gradient == "center" and self.split != "shared":
+            # The first part's gradient at the center is there already.
+            count += 1.0 - 1.0 / len(self.rho)
+        return count
+
+
+# -- a precision around one weight vector ----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaussian(Sampled, Point):
+    """What methods have that keep a precision for each weight.
+
+    Their transformation is a whole optimizer: its state is count, key, aux and
+    diagnostics, then what the precision is made of, then the rule's state. A run keeps
+    the last two as its memory and as the first part of its optimizer's state; the rest
+    of that is of what follows the update, as a plateau's factor does.
+    """
+
+    has_own_update = True
+
+    data_factor: Positive = 1.0
+    """What the number of training examples is multiplied by where it sets a posterior's
+    width, for the augmentation. 4 in bsam's released commands for CIFAR."""
+
+    @classmethod
+    def precision(cls, memory: PyTree, weight_decay: float) -> PyTree:
+        """The precision per example of each weight."""
+        raise NotImplementedError
+
+    @classmethod
+    def make(  # type: ignore[override]  # what is required is checked by name
+        cls,
+        model,
+        optimizer,
+        loss,
+        *,
+        num_data: float,
+        weight_decay: float,
+        num_samples: int = bnn.NUM_SAMPLES,
+        mean_only: bool = False,
+        **options,
+    ):
+        """See :class:`MethodOptions`.
+
+        Args:
+          model: See there, as the next two.
+          optimizer: What follows the method's own update, an `optax.chain`, or
+            `optax.identity()` for nothing.
+          loss: The mean negative log-likelihood.
+          num_data: N, what the posterior's width is of.
+          weight_decay: delta, the prior's precision per example.
+          num_samples: Samples in a prediction.
+          mean_only: Predict with the mean instead.
+          **options: Of the transformation.
+        """
+        _check_samples(num_samples, mean_only)
+        options |= {"num_data": num_data, "weight_decay": weight_decay}
+
+        def transformation(loss_fn, key, **aux):
+            return cls.transformation(loss_fn, key, **options, **aux)
+
+        transformation(lambda *args: None, jax.random.key(0))
+        optimizer = optax.with_extra_args_support(optimizer)
+
+        def rule(loss_fn):
+            def init(params):
+                aux = jnp.zeros(())
+                state: Any = transformation(
+                    loss_fn, jax.random.key(0), has_aux=True, aux_init=aux
+                ).init(params)
+                return (state[5], *optimizer.init(params)), state[4]
+
+            def update(state, batch, scaled):
+                own, *rest = state.opt_state
+                updates, after = step(
+                    transformation, loss_fn, state, batch, scaled, state.memory, own
+                )
+                info = after.diagnostics
+                updates, rest = optimizer.update(
+                    updates, tuple(rest), state.params, value=info.robust_loss
+                )
+                return training.Update(
+                    updates, (after[5], *rest), after[4], after.aux, info
+                )
+
+            def posterior(state):
+                precision = cls.precision(state.memory, weight_decay)
+                return baselines.posterior(state.params, precision, num_data)
+
+            def predict(log_probs_fn, state, key):
+                if mean_only:
+                    return at_weights(log_probs_fn, state, key)
+                return bnn.predict(
+                    log_probs_fn, posterior(state), key=key, num_samples=num_samples
+                )
+
+            return training.Rule(
+                lambda key, params: params, init, update, predict, posterior
+            )
+
+        return training.build(model, loss, rule, options.get("axis_name"))
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {
+            **super().options(run),
+            **self.of_samples,
+            "num_data": run.num_train * self.data_factor,
+            "learning_rate": run.rate,
+            "b1": run.config.momentum,
+            "weight_decay": run.config.weight_decay,
+            "clip_norm": run.config.clip_norm,
+        }
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        super().check(config)
+        no_joint_loss(self, config, "members with a posterior each are trained with")
+        for name, default in (
+            ("optimizer", "sgd"),
+            ("nesterov", False),
+            ("adam_eps", 1e-8),
+            ("decay_all", True),
+        ):
+            if (value := getattr(config, name)) != default:
+                raise ValueError(
+                    f"{self.name} has an update of its own: leave {name} out, got "
+                    f"{value!r}."
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bsam(Gaussian, Climbing):
+    """BSAM: SAM whose ellipsoid is the Gaussian that it trains."""
+
+    name = "bsam"
+    transformation = staticmethod(baselines.bsam)
+
+    rho: Radii = (BSAM_RHO,)
+    num_subbatches: Count = 8
+    b2: Rate = BSAM_B2
+    """How slowly the precision follows the gradients. Default: 0.999 for bsam (its
+    paper), 0.99999 for ivon (released code)."""
+    precision_init: Positive = PRECISION
+    """Precision of every weight at the start (released code)."""
+    damping: NotNegative = DAMPING
+    """What is added to the precision (released code)."""
+    precision_order: Literal["released", "paper"] = "released"
+    """Whether bsam divides its step by the precision before its update (the code), or
+    after it (the paper's listing)."""
+
+    @classmethod
+    def precision(cls, memory, weight_decay):
+        """See :class:`Gaussian`."""
+        del weight_decay
+        return memory
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {
+            **super().options(run),
+            "b2": self.b2,
+            "precision_init": self.precision_init,
+            "damping": self.damping,
+            "order": self.precision_order,
+        }
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        super().check(config)
+        one_radius(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ivon(Gaussian):
+    """IVON: variational learning by an online Newton step."""
+
+    name = "ivon"
+    transformation = staticmethod(baselines.ivon)
+
+    b2: Rate = IVON_B2
+    """How slowly the precision follows the gradients. Default: 0.999 for bsam (its
+    paper), 0.99999 for ivon (released code)."""
+    hess_init: Positive = HESS
+    """Hessian of every weight at the start of ivon; the larger, the less noise
+    (released code)."""
+    mc_samples: Count = 1
+    """Samples of the posterior in a step of ivon, a gradient each."""
+    clip_radius: Bound | None = None
+    """Bound on each coordinate of ivon's step before the learning rate. Default:
+    none."""
+
+    @classmethod
+    def precision(cls, memory, weight_decay):
+        """See :class:`Gaussian`."""
+        return baselines.ivon_precision(memory, weight_decay)
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {
+            **super().options(run),
+            "b2": self.b2,
+            "hess_init": self.hess_init,
+            "mc_samples": self.mc_samples,
+            "clip_radius": self.clip_radius,
+        }
+
+    @property
+    def gradients(self) -> float:
+        """One at each sample."""
+        return float(self.mc_samples)
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        super().check(config)
+        if not config.weight_decay:
+            raise ValueError(
+                "ivon needs a weight decay, the precision of its prior, got "
+                "weight_decay=0."
+            )
+
+
+def no_joint_loss(method: MethodOptions, config: Any, why: str) -> None:
+    """Refuses members with one loss."""
+    if config.members is not None and config.ensemble == "joint":
+        raise ValueError(
+            f"{method.name} with a joint ensemble is not defined: {why} "
+            "--ensemble independent."
+        )

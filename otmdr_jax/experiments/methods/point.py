@@ -1,0 +1,376 @@
+"""Methods of one weight vector, each an Optax transformation of the gradient."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import otmdr_jax
+from otmdr_jax import baselines
+from otmdr_jax.baselines.fisher_sam import ETA
+from otmdr_jax.baselines.fisher_sam import RHO as FISHER_RHO
+from otmdr_jax.baselines.gsam import ALPHA as GSAM_ALPHA
+from otmdr_jax.baselines.gsam import RHO as GSAM_RHO
+from otmdr_jax.baselines.looksam import ALPHA as LOOK_ALPHA
+from otmdr_jax.baselines.looksam import EVERY
+from otmdr_jax.baselines.looksam import RHO as LOOK_RHO
+from otmdr_jax.core.gradient import PAPER_RHO
+from otmdr_jax.core.transform import plain
+from otmdr_jax.experiments.methods import training
+from otmdr_jax.experiments.methods.base import MethodOptions, Run
+from otmdr_jax.experiments.options import Count, NotNegative, Radii
+
+PyTree = Any
+
+
+def rule(
+    transformation: Callable[..., optax.GradientTransformationExtraArgs],
+    optimizer: optax.GradientTransformation,
+    *,
+    times: int = 1,
+) -> Callable[[Callable], training.Rule]:
+    """The rule of a transformation that computes its own gradient, as `otmdr` does.
+
+    Args:
+      transformation: (loss_fn, key, **has_aux and aux_init) -> the transformation.
+      optimizer: What turns its gradient into an update.
+      times: What the gradient is multiplied by.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def of_loss(loss_fn):
+        def init(params):
+            aux = jnp.zeros(())  # of no account: what remembers is behind it
+            state: Any = transformation(
+                loss_fn, jax.random.key(0), has_aux=True, aux_init=aux
+            ).init(params)
+            return optimizer.init(params), state.memory if len(state) > 4 else None
+
+        def update(state, batch, scaled):
+            grads, after = step(transformation, loss_fn, state, batch, scaled)
+            info = after.diagnostics
+            if times > 1:
+                grads = jax.tree.map(lambda g: times * g, grads)
+            updates, opt_state = optimizer.update(
+                grads, state.opt_state, state.params, value=info.robust_loss
+            )
+            memory = after.memory if len(after) > 4 else None
+            return training.Update(updates, opt_state, memory, after.aux, info)
+
+        return training.Rule(lambda key, params: params, init, update, at_weights)
+
+    return of_loss
+
+
+def step(transformation, loss_fn, state, batch, scaled, *kept):
+    """An update of a transformation whose state is a part of a run's state.
+
+    Args:
+      transformation: See :func:`rule`.
+      loss_fn: (params, batch, model_state) -> (loss, (statistics, accuracy)).
+      state: The run's state, which has the count, the key and the statistics.
+      batch: The batch.
+      scaled: Further arguments of the loss.
+      *kept: What the transformation's state holds beside; by default the memory.
+
+    Returns:
+      (updates, the transformation's new state).
+    """
+    tx = transformation(
+        loss_fn, state.key, has_aux=True, aux_init=(state.model_state, jnp.zeros(()))
+    )
+    fresh = tx.init(state.params)
+    if not kept and state.memory is not None:
+        kept = (state.memory,)
+    before = type(fresh)(state.step, *fresh[1:4], *kept)
+    return tx.update(
+        state.params,
+        before,
+        state.params,
+        batch=batch,
+        loss_args=(state.model_state,),
+        loss_kwargs=scaled,
+    )
+
+
+def at_weights(log_probs_fn, state, key):
+    """The prediction of one weight vector."""
+    del key
+    return log_probs_fn(state.params)[None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point(MethodOptions):
+    """Any method of one weight vector.
+
+    Attributes:
+      transformation: (loss_fn, **options) -> an Optax transformation.
+    """
+
+    transformation: ClassVar[Any]
+
+    microbatch_size: Count | None = None
+    """Examples that a device differentiates at a time, to save memory. The objective
+    stays that of the whole batch, but BatchNorm sees micro-batches. Default: all."""
+
+    @classmethod
+    def make(cls, model, optimizer, loss, **options):
+        """See :class:`MethodOptions`."""
+
+        def transformation(loss_fn, key, **aux):
+            del key  # nothing is random
+            return cls.transformation(loss_fn, **options, **aux)
+
+        # Here, that what cannot work is refused before there is a state.
+        cls.transformation(lambda *args: None, **options)
+        made = rule(transformation, optimizer)
+        return training.build(model, loss, made, options.get("axis_name"))
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        data = {"axis_name": "data"} if "data" in run.axes else {}
+        return {"microbatch_size": self.microbatch_size, **data}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgd(Point):
+    """The plain gradient, whatever the optimizer."""
+
+    name = "sgd"
+    gradients = 1.0
+    transformation = staticmethod(plain)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Climbing(Point):
+    """What methods have that look for a worse loss nearby."""
+
+    rho: Radii = (0.05,)
+    """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
+    paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
+    (their papers, CIFAR-10), sam's for gsam and looksam, 0.01 for bsam (its released
+    commands), 0.1 for fisher-sam (reimplementations). sam takes several too: it climbs
+    that often, each time on the whole batch."""
+    num_subbatches: Count = 1
+    """Equal consecutive parts of the batch, each with a perturbation of its own
+    (m-sharpness), whatever the devices. Default: 8 for bsam (its released commands), 1
+    for the others."""
+    sync_perturbation: bool = True
+    """On many devices: one perturbation for all, from the whole batch. With
+    --no-sync-perturbation each device has its own (m-sharpness), and gradients are
+    exchanged once a step instead of once a pass."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        found = {
+            **super().options(run),
+            "rho": self.rho,
+            "num_subbatches": self.num_subbatches,
+        }
+        if "data" in run.axes:  # else one device's own perturbation is that of all
+            found["sync_perturbation"] = self.sync_perturbation
+        return found
+
+    @property
+    def gradients(self) -> float:
+        """One at the particle, one for each ascent step on all of the batch."""
+        return 1.0 + len(self.rho)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normed(Climbing):
+    """What methods have whose steps of ascent have a given length."""
+
+    norm: Literal["global", "per_leaf", "none"] = "global"
+    """One gradient norm over all parameters, one for each array, or none: steps as long
+    as the gradient makes them. That of otmdr-bnn is posterior_norm."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {**super().options(run), "norm": self.norm}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sam(Normed):
+    """SAM: the loss at the worst point of a ball."""
+
+    name = "sam"
+    transformation: ClassVar[Any] = staticmethod(otmdr_jax.sam)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asam(Sam):
+    """ASAM: a ball in units of each weight."""
+
+    name = "asam"
+    transformation = staticmethod(otmdr_jax.asam)
+
+    rho: Radii = (0.5,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gsam(Sam):
+    """GSAM: SAM that also narrows the gap to the loss at the center."""
+
+    name = "gsam"
+    transformation = staticmethod(baselines.gsam)
+
+    rho: Radii = (GSAM_RHO,)
+    gsam_alpha: NotNegative = GSAM_ALPHA
+    """Weight of what gsam takes out of the gradient: 0 is sam. 0.2 in its authors'
+    example on CIFAR-10."""
+    rho_min: NotNegative | None = None
+    """Radius of gsam where the learning rate is 0; between it and --rho the radius
+    follows the learning rate, as its paper has it. Default: --rho throughout."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        found = {**super().options(run), "alpha": self.gsam_alpha}
+        if self.rho_min is not None:
+            found["rho"] = baselines.follow(
+                run.rate,
+                self.rho[0],
+                self.rho_min,
+                run.config.learning_rate,
+            )
+        return found
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        one_radius(self)
+        if self.rho_min is not None and config.schedule == "plateau":
+            raise ValueError(
+                "rho_min needs a learning rate that is known beforehand: use "
+                "--schedule cosine or step."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LookSam(Sam):
+    """LookSAM: SAM every so many steps, its direction used again in between."""
+
+    name = "looksam"
+    transformation = staticmethod(baselines.looksam)
+
+    rho: Radii = (LOOK_RHO,)
+    look_every: Count = EVERY
+    """How often looksam climbs, in steps: 1 is sam (reimplementations: 5)."""
+    look_alpha: NotNegative = LOOK_ALPHA
+    """Length of looksam's remembered direction in lengths of the gradient
+    (reimplementations)."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        own = {"every": self.look_every, "alpha": self.look_alpha}
+        return {**super().options(run), **own}
+
+    @property
+    def gradients(self) -> float:
+        """Every so many steps one more."""
+        return 1.0 + 1.0 / self.look_every
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        one_radius(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FisherSam(Sam):
+    """Fisher SAM: a ball that the squared gradient bends."""
+
+    name = "fisher-sam"
+    transformation = staticmethod(baselines.fisher_sam)
+
+    rho: Radii = (FISHER_RHO,)
+    fisher_eta: NotNegative = ETA
+    """How far the squared gradient bends the ball of fisher-sam: 0 is sam
+    (reimplementations)."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        return {**super().options(run), "eta": self.fisher_eta}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Particles(Climbing):
+    """What methods have whose particles climb on parts of the batch."""
+
+    has_particles = True
+
+    rho: Radii = PAPER_RHO
+    num_particles: Count = 1
+    """K, the number of particles of otmdr and otmdr-bnn."""
+    noise_std: NotNegative = 0.0
+    """Noise per coordinate after each ascent step. 0 in the released code; 0.01 in the
+    paper (appendix B.1)."""
+    split: Literal["random", "ordered", "shared"] = "random"
+    """How the ascent steps share the batch. Default: random for otmdr, otmdr-bnn."""
+    merge: Literal["sum", "mean"] | None = None
+    """The released code's merged second direction. Default: none, as in the paper."""
+    sum_particles: bool = False
+    """Add the particles' gradients up instead of averaging (released code, mode 1)."""
+    particle_map: Literal["auto", "vmap", "unroll", "scan"] = "auto"
+    """How particles are computed: a matter of speed and memory alone."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        spread = {"particle_axis_name": "particle"} if "particle" in run.axes else {}
+        return {
+            **super().options(run),
+            "num_particles": self.num_particles,
+            "noise_std": self.noise_std,
+            "split": self.split,
+            "merge": self.merge,
+            "particle_map": self.particle_map,
+            "sum_particles": self.sum_particles,
+            **spread,
+        }
+
+    @property
+    def num_parts(self) -> int:
+        """Ascent steps that share the batch divide it."""
+        return 1 if self.split == "shared" else len(self.rho)
+
+    @property
+    def gradients(self) -> float:
+        """Of each particle one of the batch for ascent steps that share it, and one."""
+        climb = len(self.rho) if self.split == "shared" else 1.0
+        return self.num_particles * (1.0 + climb)
+
+    def check(self, config: Any) -> None:
+        """See :class:`MethodOptions`."""
+        alike = self.split in ("ordered", "shared") and not self.noise_std
+        if self.num_particles > 1 and alike:
+            raise ValueError(
+                f"num_particles={self.num_particles} with split={self.split!r} and "
+                'no noise gives equal particles: use split="random", set noise_std, or '
+                "leave num_particles at 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Otmdr(Particles, Normed):
+    """OT-MDR: particles that climb on parts of the batch (Eqs. 9-10)."""
+
+    name = "otmdr"
+
+    @classmethod
+    def make(cls, model, optimizer, loss, *, sum_particles=False, **options):
+        """See :class:`MethodOptions`."""
+
+        def transformation(loss_fn, key, **aux):
+            return otmdr_jax.otmdr(loss_fn, key, **options, **aux)
+
+        transformation(lambda *args: None, jax.random.key(0))
+        times = options.get("num_particles", 1) if sum_particles else 1
+        made = rule(transformation, optimizer, times=times)
+        return training.build(model, loss, made, options.get("axis_name"))
+
+
+def one_radius(method: Any) -> None:
+    """Refuses several radii of a method that has one."""
+    if len(method.rho) != 1:
+        raise ValueError(f"{method.name} has one radius, got {method.rho}.")

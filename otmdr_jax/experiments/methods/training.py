@@ -1,0 +1,316 @@
+"""A method around a model: what is the same whichever method it is.
+
+The state of a run, the loss, a step that skips what is not finite, a prediction. What
+differs is a :class:`Rule`: how what is trained moves.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from otmdr_jax import baselines, bnn
+from otmdr_jax.core import tree
+from otmdr_jax.core.gradient import Diagnostics
+from otmdr_jax.core.keys import one_key
+from otmdr_jax.experiments import precision
+
+PyTree = Any
+Batch = tuple[jax.Array, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on: a pytree of arrays.
+
+    Attributes:
+      params: The model's parameters, the center: for a Bayesian network a
+        :class:`otmdr_jax.bnn.MeanField` over them.
+      model_state: BatchNorm's running statistics.
+      opt_state: The optimizer's state.
+      key: PRNG key of the next step.
+      step: Number of steps taken, skipped ones included.
+      skipped: How many steps were skipped because they were not finite.
+      skipped_in_row: How many of them since the last good one, but for those that
+        looked for a loss scale.
+      loss_scale: The :class:`otmdr_jax.experiments.precision.LossScale` of float16,
+        or None.
+      memory: What the method's gradient remembers of the steps before, or None: the
+        precision of bSAM, the Hessian of IVON, the direction of LookSAM.
+      method_state: What a method keeps of its own, as the members that it collects, or
+        None: see :mod:`otmdr_jax.baselines`.
+    """
+
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    key: jax.Array
+    step: jax.Array
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    loss_scale: precision.LossScale | None = None
+    memory: PyTree = None
+    method_state: PyTree | None = None
+
+
+class Method(NamedTuple):
+    """A training method as pure functions.
+
+    Attributes:
+      init: (key, example_images) -> TrainState; of the images the shape is read alone.
+      step: (state, (images, labels)) -> (state, metrics); compile it with `jax.jit`
+        and donate the state. Metrics are scalars: loss, center_loss, gap, accuracy,
+        grad_norm, distance, skipped, skipped_in_row, loss_scale where there is one,
+        likelihood_term and kl for Bayesian networks.
+      predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
+        posterior; of one weight vector S is 1.
+      posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
+        without one.
+      finalize: The pass over the training set that a prediction needs, or None for
+        most methods, which predict with the state that they train.
+    """
+
+    init: Callable[[jax.Array, jax.Array], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    predict: Callable[[TrainState, jax.Array], jax.Array]
+    posterior: Callable[[TrainState], bnn.MeanField] | None = None
+    finalize: baselines.Finalize | None = None
+
+
+class Update(NamedTuple):
+    """What a rule makes of a batch.
+
+    Attributes:
+      updates: To be added to the parameters.
+      opt_state: The optimizer's next state.
+      memory: What the gradient remembers for the next step.
+      aux: (statistics, accuracy) of the pass at the center.
+      info: The gradient's diagnostics.
+      metrics: Further scalars for the log.
+    """
+
+    updates: PyTree
+    opt_state: PyTree
+    memory: PyTree
+    aux: tuple[PyTree, jax.Array]
+    info: Diagnostics
+    metrics: dict[str, jax.Array] = {}  # noqa: RUF012 - never written to
+
+
+class Rule(NamedTuple):
+    """How what is trained is made, moves and predicts.
+
+    Attributes:
+      start: (key, the model's parameters) -> what is trained, which is the parameters
+        themselves or a posterior over them.
+      init: What is trained -> (the optimizer's state, the memory before the first
+        step).
+      update: (state, batch, further arguments of the loss) -> :class:`Update`.
+      predict: (log_probs_fn, state, key) -> (S, B, C), with log_probs_fn from the
+        model's parameters to (B, C) log-probabilities.
+      posterior: state -> its posterior; None where there is none.
+    """
+
+    start: Callable[[jax.Array, PyTree], PyTree]
+    init: Callable[[PyTree], tuple[PyTree, PyTree]]
+    update: Callable[[TrainState, Any, dict[str, Any]], Update]
+    predict: Callable[..., jax.Array]
+    posterior: Callable[[TrainState], bnn.MeanField] | None = None
+
+
+class Loss(NamedTuple):
+    """The loss that a method minimises.
+
+    Attributes:
+      label_smoothing: See :func:`cross_entropy`, as the next.
+      smoothing: Where the probability goes.
+      scaling: Scale losses dynamically, as float16 needs: see
+        :mod:`otmdr_jax.experiments.precision`.
+    """
+
+    label_smoothing: float = 0.0
+    smoothing: str = "all"
+    scaling: bool = False
+
+
+def build(
+    model: Any, loss: Loss, make: Callable[[Callable], Rule], axis_name: Any = None
+) -> Method:
+    """A method out of a model, a loss and a rule.
+
+    Args:
+      model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
+        Where its `dropout` is above 0 it gets a key for each example while it trains.
+      loss: The loss.
+      make: (params, batch, model_state) -> (loss, (statistics, accuracy)), as a
+        function -> the :class:`Rule` of it.
+      axis_name: The device axis that the batch is divided over.
+    """
+
+    def loss_fn(params, batch, model_state):
+        images, labels, *keys = batch
+        dropped = {"keys": keys[0]} if keys else {}
+        # Of an ensemble as one model the logits of its mean probability.
+        logits, model_state = model.apply(
+            params, model_state, images, train=True, **dropped
+        )
+        value = cross_entropy(logits, labels, loss.label_smoothing, loss.smoothing)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+        return value, (model_state, accuracy)
+
+    if loss.scaling:
+        loss_fn = precision.scale_loss(loss_fn, has_aux=True)
+    rule = make(loss_fn)
+
+    def init(key, example_images):
+        # A third key, that models of one weight vector have the keys they had.
+        init_key, key, own_key = jax.random.split(one_key(key), 3)
+        params, model_state = model.init(init_key, example_images)
+        params = rule.start(own_key, params)
+        opt_state, memory = rule.init(params)
+        # Three arrays, not one three times: the state is made to be donated.
+        step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        return TrainState(
+            params,
+            model_state,
+            opt_state,
+            key,
+            step,
+            skipped,
+            in_row,
+            precision.init() if loss.scaling else None,
+            memory,
+        )
+
+    def step(state, batch):
+        key, step_key = jax.random.split(state.key)
+        scaled = {"loss_scale": state.loss_scale.scale} if loss.scaling else {}
+        if baselines.rate_of(model):
+            # With the batch: every pass sees what its examples dropped in the others.
+            keys = baselines.example_keys(step_key, len(batch[1]), axis_name)
+            batch = (*batch, keys)
+        found = rule.update(state, batch, scaled)
+        model_state, accuracy = found.aux
+        params = optax.apply_updates(state.params, found.updates)
+        info = found.info
+        # Of every pass: a particle that went astray may still have a finite gradient.
+        seen = info.robust_loss, info.center_loss, info.grad_norm, info.ascent_norms
+        finite = jnp.all(jnp.isfinite(jnp.hstack(jax.tree.leaves(seen))))
+        params, model_state, opt_state, memory = jax.tree.map(
+            lambda new, old: new if _counts(new) else jnp.where(finite, new, old),
+            (params, model_state, found.opt_state, found.memory),
+            (state.params, state.model_state, state.opt_state, state.memory),
+            is_leaf=_counts,
+        )
+        # While a loss scale comes down from where gradients overflow, the loss at the
+        # center is finite: such a step is skipped, but it is no sign of divergence.
+        searching = jnp.zeros((), bool)
+        if loss.scaling:
+            can_fall = state.loss_scale.scale > precision.SMALLEST_SCALE
+            searching = jnp.isfinite(info.center_loss) & can_fall
+        in_row = jnp.where(finite, 0, state.skipped_in_row + jnp.where(searching, 0, 1))
+        metrics = {
+            "loss": info.robust_loss,
+            "center_loss": info.center_loss,
+            "gap": info.gap,
+            "accuracy": accuracy,
+            "grad_norm": info.grad_norm,
+            "distance": jnp.mean(info.distances),
+            "skipped": jnp.where(finite, 0, 1),
+            "skipped_in_row": in_row,
+            **found.metrics,
+        }
+        scale = state.loss_scale
+        if loss.scaling:
+            metrics["loss_scale"] = scale.scale
+            scale = precision.adjust(scale, finite)
+        counts = state.step + 1, state.skipped + jnp.where(finite, 0, 1), in_row
+        return (
+            TrainState(params, model_state, opt_state, key, *counts, scale, memory),
+            metrics,
+        )
+
+    def predict(state, images):
+        def log_probs(params):
+            logits, _ = model.apply(params, state.model_state, images, train=False)
+            return jax.nn.log_softmax(logits.astype(jnp.float32))  # (B, C)
+
+        # Of the step: all batches of an evaluation see the same samples.
+        key = jax.random.split(state.key, 3)[2]
+        return rule.predict(log_probs, state, key)
+
+    return Method(init, step, predict, rule.posterior)
+
+
+def _counts(node) -> bool:
+    """Whether it is the count of a schedule.
+
+    A skipped step counts there, as it does in the state's own step: or the learning
+    rate would lag behind what is collected at its minima, and never reach its end.
+    """
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    label_smoothing: float = 0.0,
+    smoothing: str = "all",
+) -> jax.Array:
+    """Mean cross entropy with smoothed labels.
+
+    Args:
+      logits: (B, C).
+      labels: (B,) integers.
+      label_smoothing: a, the probability taken from the label's class.
+      smoothing: Where it goes: "all" spreads it over all C classes, so that the label
+        keeps 1 - a + a / C (Szegedy et al., 2016; PyTorch, Optax); "others" over the
+        other C - 1, so that it keeps 1 - a (the released code of OT-MDR).
+
+    Returns:
+      A scalar in nats, float32 or wider.
+
+    Raises:
+      ValueError: An unknown smoothing.
+    """
+    if smoothing not in ("all", "others"):
+        raise ValueError(f"smoothing must be 'all' or 'others', got {smoothing!r}.")
+    logits = logits.astype(tree.accumulation_dtype(logits))
+    classes = logits.shape[-1]
+    targets = jax.nn.one_hot(labels, classes, dtype=logits.dtype)
+    if label_smoothing:
+        share = 1 - label_smoothing
+        if smoothing == "all":
+            targets = share * targets + label_smoothing / classes
+        else:
+            rest = label_smoothing / (classes - 1)
+            targets = share * targets + rest * (1 - targets)
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+
+def weights_of(trained: PyTree) -> PyTree:
+    """The one weight vector that stands for what is trained: a posterior's mean."""
+    return bnn.mean(trained) if isinstance(trained, bnn.MeanField) else trained
+
+
+def decays(trained: PyTree, everything: bool) -> PyTree:
+    """Where weight decay acts: True for every leaf, or for kernels alone.
+
+    Not on a posterior, which has a prior instead; on its point estimates it does.
+
+    Args:
+      trained: The parameters.
+      everything: Whether biases and the scales of norms decay too.
+    """
+
+    def of(leaves):
+        return jax.tree.map(lambda leaf: everything or jnp.ndim(leaf) > 1, leaves)
+
+    if not isinstance(trained, bnn.MeanField):
+        return of(trained)
+    mean, scale = (
+        jax.tree.map(lambda _: False, part)
+        for part in (trained.mean, trained.raw_scale)
+    )
+    return bnn.MeanField(mean, scale, of(trained.point))
