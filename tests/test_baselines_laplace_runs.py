@@ -132,7 +132,7 @@ class TestRuns:
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
         state = predictors.finalize(chosen, state, small, compiled)
-        kept = predictors.posteriors(chosen, state)
+        kept = building.method_of(chosen).posteriors(state)
         assert len(kept) == 2
         assert float(kept[0].prior_precision) != float(kept[1].prior_precision)
         rows = compiled.predict(state, jnp.asarray(small.test.images[:4]))

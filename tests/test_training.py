@@ -288,7 +288,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
     small, tmp_path, monkeypatch
 ):
     """After the last step too: SIGTERM saves, and the run resumes to its result."""
-    measure, signals = loop.evaluate, [signal.SIGTERM]
+    measure, signals = loop.evaluate_run, [signal.SIGTERM]
 
     def interrupted(*args, **kwargs):
         while signals:
@@ -297,7 +297,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
 
     config = dataclasses.replace(TINY, epochs=1)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", interrupted)
+        patch.setattr(loop, "evaluate_run", interrupted)
         with pytest.raises(training.Interrupted, match="after step 2 of 2"):
             training.train(config, small, tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run" / "result.json").exists()

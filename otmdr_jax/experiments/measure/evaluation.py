@@ -124,6 +124,61 @@ def evaluate(
     return measured
 
 
+class OfRun(NamedTuple):
+    """What :func:`evaluate_run` gives.
+
+    Attributes:
+      state: The state that predicted: finalized, where it was to be.
+      splits: The :class:`Evaluation` of "validation", where there is one, and "test".
+      posterior: See :func:`posterior_record`.
+    """
+
+    state: PyTree
+    splits: dict[str, Evaluation]
+    posterior: dict[str, Any]
+
+
+def evaluate_run(
+    config: TrainConfig,
+    state: PyTree,
+    dataset: Dataset,
+    programs: Programs,
+    *,
+    without: tuple[int, ...] = (),
+    final: bool = False,
+    show_progress: bool = False,
+) -> OfRun:
+    """Evaluates a state on the validation and the test set, while it trains or after.
+
+    Args:
+      config: The run's configuration.
+      state: Its state.
+      dataset: The data.
+      programs: Compiled functions.
+      without: Members that do not count, as they diverged.
+      final: Whether it has been trained to the end. Until then the mode of a Gaussian
+        that is fitted predicts, whose curvature may cost as much as epochs.
+      show_progress: Whether to show progress.
+    """
+    if final or not predictors.is_fitted(config):
+        state = predictors.finalize(config, state, dataset, programs)
+    found = {
+        split: evaluate(
+            config,
+            state,
+            dataset,
+            split,
+            programs,
+            without=without,
+            finalize=False,
+            show_progress=show_progress,
+        )
+        for split in ("validation", "test")
+        if getattr(dataset, split) is not None
+    }
+    return OfRun(state, found, posterior_record(programs, state, without))
+
+
 def predict(
     config: TrainConfig,
     state: PyTree,

@@ -17,14 +17,10 @@ import jax
 import numpy as np
 
 from otmdr_jax import parallel
-from otmdr_jax.experiments import members, predictors
+from otmdr_jax.experiments import members
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
 from otmdr_jax.experiments.measure import sharpness
-from otmdr_jax.experiments.measure.evaluation import (
-    Evaluation,
-    evaluate,
-    posterior_record,
-)
+from otmdr_jax.experiments.measure.evaluation import OfRun, evaluate_run
 from otmdr_jax.experiments.programs import few_images
 from otmdr_jax.experiments.training import divergence
 from otmdr_jax.experiments.training.feed import Feed
@@ -207,43 +203,30 @@ class Loop:
 
     def _evaluate(
         self, state: PyTree, final: bool = False
-    ) -> tuple[float | None, Evaluation]:
-        """Logs metrics of the validation and the test set.
-
-        Returns:
-          The score on the validation set, None without one, and what `evaluate` gives
-          for the test set.
-        """
-        score, step = None, self.step
-        # The curvature may cost as much as epochs: until the end the mode predicts.
-        finalize = final or not predictors.is_fitted(self.config)
-        if finalize:
-            state = predictors.finalize(self.config, state, self.dataset, self.programs)
-        for split in ("validation", "test"):
-            if getattr(self.dataset, split) is None:
-                continue
-            found = evaluate(
-                self.config,
-                state,
-                self.dataset,
-                split,
-                self.programs,
-                without=tuple(self.meta["diverged"]),
-                finalize=finalize,
-                show_progress=final and self.show_progress,
-            )
-            values = found.metrics
-            self.log.write_evaluation(step, split, found)
-            if split == "validation" and not math.isnan(values["nll"]):
-                # NaN, before a member counts as diverged, would never be beaten.
-                score = -values["nll"]
-                best = self.meta["best"]
-                if best is None or score > best["score"]:
-                    self.meta["best"] = {"step": step, "score": score, **values}
-        without = tuple(self.meta["diverged"])
-        record = posterior_record(self.programs, state, without)
-        if record:
-            self.log.write_once(step, "posterior", record)
+    ) -> tuple[float | None, OfRun]:
+        """Logs metrics; the score on the validation set, None without one, and all."""
+        found = evaluate_run(
+            self.config,
+            state,
+            self.dataset,
+            self.programs,
+            without=tuple(self.meta["diverged"]),
+            final=final,
+            show_progress=final and self.show_progress,
+        )
+        for split, one in found.splits.items():
+            self.log.write_evaluation(self.step, split, one)
+        if found.posterior:
+            self.log.write_once(self.step, "posterior", found.posterior)
+        values = (
+            found.splits["validation"].metrics if "validation" in found.splits else {}
+        )
+        # NaN, before a member counts as diverged, would never be beaten.
+        if math.isnan(values.get("nll", math.nan)):
+            return None, found
+        score, best = -values["nll"], self.meta["best"]
+        if best is None or score > best["score"]:
+            self.meta["best"] = {"step": self.step, "score": score, **values}
         return score, found
 
     # --- It saves, or stops ---
@@ -282,8 +265,8 @@ class Loop:
     def _finish(self, state: PyTree) -> Result:
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
-        whole = predictors.finalize(self.config, state, self.dataset, self.programs)
-        score, found = self._evaluate(whole, final=True)
+        score, of_run = self._evaluate(state, final=True)
+        found = of_run.splits["test"]
         if self.saved is not None:
             self._save(state, score)
         stop, _ = self._decide(SECONDS_BETWEEN_EPOCHS)
@@ -299,7 +282,7 @@ class Loop:
             found,
             sharpness.gap(
                 self.config,
-                whole,
+                of_run.state,
                 self.dataset,
                 self.programs,
                 without=tuple(self.meta["diverged"]),
