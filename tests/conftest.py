@@ -78,8 +78,9 @@ def users_fusions():
     return {"compiler_options": {EMITTERS: True}} if OLD_EMITTERS else {}
 
 
-@contextlib.contextmanager
-def _optimized():
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs of a module's tests are compiled as a user's are."""
     # JAX's caches in memory know nothing of the setting: a program of another test,
     # compiled quickly, would be used beside new ones, and the two differ in rounding.
     jax.config.update("jax_disable_most_optimizations", False)
@@ -89,20 +90,6 @@ def _optimized():
     finally:
         jax.config.update("jax_disable_most_optimizations", QUICK)
         jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def optimized():
-    """Programs of a module's tests are compiled as a user's are."""
-    with _optimized():
-        yield
-
-
-@pytest.fixture
-def optimized_once():
-    """Programs of one test are compiled as a user's are: of what runs for longer."""
-    with _optimized():
-        yield
 
 
 # --- How long tests take ------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The command line, as a user runs it: one session from training to comparison."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -14,10 +16,14 @@ import pytest
 
 from otmdr_jax.experiments import cli, config
 
-QUICK = ["--steps", "11", "--eval-every", "9", "--quiet", "--label-noise", "0.2"]
+QUICK = [
+    "--steps", "4", "--batch-size", "32", "--quiet", "--label-noise", "0.2",
+    "--mesh", "data=1",
+]  # fmt: skip
 
 
 def otmdr(*args, cwd=None, check=True, env=None):
+    """In a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "otmdr_jax", *args],
         check=check,
@@ -28,12 +34,32 @@ def otmdr(*args, cwd=None, check=True, env=None):
     )
 
 
+def otmdr_here(*args, cwd, check=True):
+    """In this process, which has its libraries already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setenv("COLUMNS", "120")
+        try:
+            cli.main(list(args))
+        except SystemExit as stop:
+            code = stop.code or 0
+    assert not (check and code), err.getvalue()
+    return types.SimpleNamespace(
+        returncode=code, stdout=out.getvalue(), stderr=err.getvalue()
+    )
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """Two finished runs in a folder."""
     folder = tmp_path_factory.mktemp("session")
     otmdr("train", "--method", "sgd", *QUICK, cwd=folder)
-    otmdr(
+    otmdr_here(
         "train", "--method", "otmdr", "--num-particles", "2", "--rho", "0.05", "0.1",
         "--validation", "0.1", "--output", "robust", *QUICK, cwd=folder,
     )  # fmt: skip
@@ -44,7 +70,7 @@ def session(tmp_path_factory):
 def test_train_writes_a_run_with_its_options(session):
     folder = session / "runs" / "digits-cnn_small-sgd-seed0"
     stored = config.load(folder / "config.json")
-    assert stored.method == "sgd" and stored.steps == 11
+    assert stored.method == "sgd" and stored.steps == 4
     robust = config.load(session / "robust" / "config.json")
     assert robust.rho == (0.05, 0.1) and robust.num_particles == 2
 
@@ -59,13 +85,13 @@ def test_a_second_run_into_the_same_folder_is_refused(session):
 
 @pytest.mark.slow
 def test_evaluate_prints_a_table_and_writes_files(session):
-    done = otmdr("evaluate", "robust", "--checkpoint", "best", cwd=session)
+    done = otmdr_here("evaluate", "robust", "--checkpoint", "best", cwd=session)
     assert "Accuracy" in done.stdout and "OT-MDR (K = 2)" in done.stdout
     evaluation = json.loads((session / "robust" / "evaluation.json").read_text())
     result = json.loads((session / "robust" / "result.json").read_text())
     assert evaluation["steps"] == result["best"]["step"]
     assert (session / "robust" / "reliability.png").stat().st_size > 10_000
-    done = otmdr("evaluate", "robust", cwd=session)
+    done = otmdr_here("evaluate", "robust", cwd=session)
     evaluation = json.loads((session / "robust" / "evaluation.json").read_text())
     assert evaluation["accuracy"] == result["accuracy"]
     assert abs(evaluation["nll"] - result["nll"]) < 1e-6
@@ -73,7 +99,7 @@ def test_evaluate_prints_a_table_and_writes_files(session):
 
 @pytest.mark.slow
 def test_compare_puts_runs_side_by_side(session):
-    done = otmdr(
+    done = otmdr_here(
         "compare", "runs/digits-cnn_small-sgd-seed0", "robust", cwd=session
     )  # fmt: skip
     assert "SGD" in done.stdout and "OT-MDR (K = 2)" in done.stdout
@@ -81,16 +107,16 @@ def test_compare_puts_runs_side_by_side(session):
     assert "learning_curves.png" in page
     assert (session / "comparison" / "learning_curves.png").stat().st_size > 10_000
     # A report may be replaced, anything else may not.
-    otmdr("compare", "robust", cwd=session)
+    otmdr_here("compare", "robust", cwd=session)
     (session / "mine").mkdir()
     (session / "mine" / "notes.txt").write_text("precious")
-    done = otmdr("compare", "robust", "--output", "mine", cwd=session, check=False)
+    done = otmdr_here("compare", "robust", "--output", "mine", cwd=session, check=False)
     assert done.returncode == 2 and "mine" in done.stderr
 
 
 @pytest.mark.slow
 def test_configuration_files_go_in_and_out(session):
-    done = otmdr(
+    done = otmdr_here(
         "train", "--config", "robust/config.json", "--seed", "5", "--output", "again",
         "--quiet", cwd=session,
     )  # fmt: skip
@@ -110,15 +136,9 @@ def test_configuration_files_go_in_and_out(session):
 )
 def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
     args = [
-        "train",
-        "--method",
-        "sgd",
-        "--epochs",
-        "3000",
-        "--output",
-        "run",
-        "--quiet",
-    ]
+        "train", "--method", "sgd", "--epochs", "3000", "--mesh", "data=1",
+        "--output", "run", "--quiet",
+    ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "otmdr_jax", *args],
         cwd=tmp_path,
@@ -155,8 +175,8 @@ def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] > stopped_at
     # What was interrupted can be evaluated, and then compared.
-    otmdr("evaluate", "run", cwd=tmp_path)
-    otmdr("compare", "run", cwd=tmp_path)
+    otmdr_here("evaluate", "run", cwd=tmp_path)
+    otmdr_here("compare", "run", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(

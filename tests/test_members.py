@@ -24,10 +24,10 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.training import starting
 from otmdr_jax.metrics import diversity
-from tests.sets import real_cifar10
+from tests.sets import real_cifar10, small_digits
 
 TINY = TrainConfig(
-    members="3", mesh="data=1", method="otmdr", noise_std=0.01, epochs=2, batch_size=64,
+    members="3", mesh="data=1", method="otmdr", noise_std=0.01, epochs=2, batch_size=32,
     log_every=4, eval_every=2,
 )  # fmt: skip
 
@@ -39,9 +39,9 @@ def digits():
 
 @pytest.fixture(scope="module")
 def small(digits):
-    """320 digits: five steps an epoch."""
-    train = digits.train.images[:320], digits.train.labels[:320]
-    test = digits.test.images[:150], digits.test.labels[:150]
+    """160 digits: five steps an epoch."""
+    train = digits.train.images[:160], digits.train.labels[:160]
+    test = digits.test.images[:80], digits.test.labels[:80]
     return data.from_arrays(train, test, num_classes=10, name="small")
 
 
@@ -182,8 +182,8 @@ class TestRun:
         order = programs.compile_programs(config, small).epoch_order(
             jax.random.fold_in(data_key, 0)
         )
-        assert order.shape == (3, 320)
-        assert all(sorted(row) == list(range(320)) for row in order.tolist())
+        assert order.shape == (3, 160)
+        assert all(sorted(row) == list(range(160)) for row in order.tolist())
         assert len({tuple(row) for row in order.tolist()}) == 3
 
         def of_members(config):
@@ -259,7 +259,7 @@ class TestRun:
         monkeypatch.setattr(members, "init", poisoned)
         train = small.train.images, small.train.labels
         test = small.test.images, small.test.labels
-        held = data.from_arrays(train, test, num_classes=10, name="held", validation=64)
+        held = data.from_arrays(train, test, num_classes=10, name="held", validation=32)
         config = dataclasses.replace(TINY, epochs=4, eval_every=1, max_skipped=6)
         found = training.train(config, held, show_progress=False).metrics["best"]
         assert np.isfinite(found["score"]) and found["step"] > 4
@@ -288,18 +288,18 @@ class TestRun:
 
 @pytest.mark.slow
 def test_three_networks_beat_each_of_them_on_real_cifar10():
-    """2,000 training and 1,000 test images of 16x16: the mean has the lowest NLL."""
-    images, labels = real_cifar10(np.r_[0:50_000:25, 50_000:60_000:10])
-    images = images.reshape(-1, 16, 2, 16, 2, 3).mean((2, 4)).astype(np.uint8)
+    """1,000 training and 1,000 test images of 8x8: the mean has the lowest NLL."""
+    images, labels = real_cifar10(np.r_[0:50_000:50, 50_000:60_000:10])
+    images = images.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4)).astype(np.uint8)
     dataset = data.from_arrays(
-        (images[:2_000], labels[:2_000]),
-        (images[2_000:], labels[2_000:]),
+        (images[:1_000], labels[:1_000]),
+        (images[1_000:], labels[1_000:]),
         num_classes=10,
         name="cifar10-small",
     )
     config = TrainConfig(
-        members="3", method="sgd", mesh="data=1", epochs=20, batch_size=50,
-        learning_rate=0.1, eval_every=20,
+        members="3", method="sgd", mesh="data=1", epochs=10, batch_size=50,
+        learning_rate=0.1, eval_every=10,
     )  # fmt: skip
     found = training.train(config, dataset, show_progress=False).metrics
     assert found["accuracy"] > 0.3
@@ -307,27 +307,26 @@ def test_three_networks_beat_each_of_them_on_real_cifar10():
     assert found["brier"] < min(row["brier"] for row in found["members"])
 
 
+COMMON = [
+    "train", "--steps", "6", "--batch-size", "32", "--quiet", "--mesh", "data=1",
+    "--method", "sam",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """From the command line, on digits: three members, two of another seed, a model."""
+    """From the command line: three members, two of another seed, a model."""
     root = tmp_path_factory.mktemp("cli")
-    common = [
-        "train",
-        "--steps",
-        "22",
-        "--quiet",
-        "--mesh",
-        "data=1",
-        "--method",
-        "sam",
-    ]
-    for name, options in {
-        "three": ["--members", "3"],
-        "two": ["--members", "2", "--seed", "1"],
-        "one": ["--model", "wide_resnet_10_1", "--seed", "2"],
-    }.items():
-        cli.main([*common, *options, "--output", str(root / name)])
-    return root
+    few = small_digits(160)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_, **__: few)
+        for name, options in {
+            "three": ["--members", "3"],
+            "two": ["--members", "2", "--seed", "1"],
+            "one": ["--model", "wide_resnet_10_1", "--seed", "2"],
+        }.items():
+            cli.main([*COMMON, *options, "--output", str(root / name)])
+        yield root
 
 
 def predictions(folder):
@@ -383,9 +382,7 @@ class TestCombine:
     )
     def test_refusals(self, names, options, message, folders, capsys):
         if "other" in names and not (folders / "other").exists():
-            cli.main(["train", "--steps", "22", "--quiet", "--mesh", "data=1",
-                      "--method", "sam", "--rho", "0.1",
-                      "--output", str(folders / "other")])  # fmt: skip
+            cli.main([*COMMON, "--rho", "0.1", "--output", str(folders / "other")])
         with pytest.raises(SystemExit) as stop:
             cli.main(["ensemble", *(str(folders / n) for n in names),
                       "--output", str(folders / "new"), *options])  # fmt: skip
