@@ -146,8 +146,8 @@ def _load(paths, configs, dataset, kept, stacked):
     place = {member: i for i, member in enumerate(kept)}
     state = members.join([states[i] for i in kept], stacked)
     mine = sorted(place[i] for i in diverged if i in place)
-    return state, {**meta, "best": None, "speeds": [], "diverged": mine,
-                   "mesh": "one device"}  # fmt: skip
+    meta |= {"best": None, "speeds": [], "diverged": mine, "mesh": "one device"}
+    return state, meta
 
 
 def _evaluate(new, state, dataset, compiled, meta, show_progress):

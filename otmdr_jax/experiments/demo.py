@@ -56,8 +56,7 @@ def run(
                 training.train(config, output=folder, show_progress=show_progress)
                 runs.append(report.read_run(folder))
     title = f"Digits with {BASE.label_noise:.0%} wrong training labels"
-    columns = report.known_columns(runs)
-    report.print_table(report.summarise(runs, columns), title=title)
+    report.print_summary(runs, title)
     path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")
     print(f"Report: {path}")
     return runs

@@ -89,12 +89,12 @@ def is_run(path: str | os.PathLike) -> bool:
 def is_finished(path: str | os.PathLike) -> bool:
     """Whether a run came to its end and wrote its result."""
     result = pathlib.Path(path) / "result.json"
-    return result.is_file() and bool(json.loads(result.read_text()).get("finished"))
+    return result.is_file() and bool(files.read_json(result).get("finished"))
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """The result of a finished run, or of an evaluation of an interrupted one."""
-    return json.loads((pathlib.Path(path) / "result.json").read_text())
+    return files.read_json(pathlib.Path(path) / "result.json")
 
 
 def read_config(path: str | os.PathLike) -> TrainConfig:
@@ -167,7 +167,7 @@ def check_record(
     if overwrite or not path.exists():
         return
     try:
-        theirs = json.loads(path.read_text())["settings"]
+        theirs = files.read_json(path)["settings"]
         names = set(theirs) | set(settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileExistsError(

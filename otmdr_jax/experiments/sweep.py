@@ -24,7 +24,6 @@ folder like any other, `OUTPUT/<method>/seed<seed>`.
 
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import re
@@ -183,7 +182,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     if not path.is_file():
         return []
-    return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return files.read_json(path)["rows"]
 
 
 def state_of(one: Planned) -> str:

@@ -80,5 +80,10 @@ def loads(text: str | bytes) -> dict[str, Any]:
     return value
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object that a file of strict JSON holds, see :func:`loads`."""
+    return loads(path.read_bytes())
+
+
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not JSON; what is unknown is written as null")

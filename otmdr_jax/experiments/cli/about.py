@@ -51,7 +51,14 @@ def run_info(options: Info) -> None:
         "core": ("jax", "jaxlib", "optax"),
         "models": ("flax",),
         "data": ("tensorflow-datasets", "array-record", "pillow", "scikit-learn"),
-        "train": ("orbax-checkpoint", "matplotlib", "rich", "tensorboardX", "tyro"),
+        "train": (
+            "orbax-checkpoint",
+            "jinja2",
+            "matplotlib",
+            "rich",
+            "tensorboardX",
+            "tyro",
+        ),
     }
     for extra, names in packages.items():
         print(f"{extra}:")

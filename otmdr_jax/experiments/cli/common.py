@@ -1,9 +1,22 @@
 """What several commands share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 # Errors that say all there is to say: no traceback.
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)
+
+
+def tabled_runs(folders: Sequence[str], output: str, title: str) -> list[Any]:
+    """The runs of a report that will be written, and their table on the terminal."""
+    from otmdr_jax.experiments import report
+
+    if not folders:
+        raise ValueError("name the folders of at least one run.")
+    report.check_folder(output)
+    found = report.with_distinct_labels(map(report.read_run, folders))
+    report.print_summary(found, title)
+    return found
 
 
 def print_tables(run: Any, title: str) -> None:
@@ -11,11 +24,8 @@ def print_tables(run: Any, title: str) -> None:
     from otmdr_jax.experiments import report
     from otmdr_jax.metrics import diversity
 
-    columns = report.known_columns([run])
-    report.print_table(report.summarise([run], columns), title=title)
+    report.print_summary([run], title)
     if of_members := report.member_runs(run):
-        columns = [c for c in columns if c.name != "seconds_per_step"]
-        rows = report.summarise(of_members, columns)
-        report.print_table(rows, title=f"{title}: members")
+        report.print_summary(of_members, f"{title}: members")
         found = [f"{n} {run.result[n]:.4g}" for n in diversity.NAMES if n in run.result]
         print(f"Diversity: {', '.join(found) or 'not defined'}")

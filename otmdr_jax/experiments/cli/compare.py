@@ -4,6 +4,8 @@ import dataclasses
 
 import tyro
 
+from otmdr_jax.experiments.cli.common import tabled_runs
+
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
@@ -24,13 +26,7 @@ def run(options: Compare) -> None:
     """`otmdr compare RUN RUN ...`."""
     from otmdr_jax.experiments import report
 
-    if not options.runs:
-        raise ValueError("name the folders of at least one run.")
-    report.check_folder(options.output)
-    found = [report.read_run(run) for run in options.runs]
-    found = report.with_distinct_labels(found)
-    columns = report.known_columns(found)
-    report.print_table(report.summarise(found, columns), title=options.title)
+    found = tabled_runs(options.runs, options.output, options.title)
     command = "otmdr compare " + " ".join(options.runs)
     path = report.write(options.output, found, options.title, command=command)
     print(f"Report: {path}")

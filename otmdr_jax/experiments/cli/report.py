@@ -6,6 +6,8 @@ import shlex
 
 import tyro
 
+from otmdr_jax.experiments.cli.common import tabled_runs
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -36,24 +38,16 @@ class Report:
 def run(options: Report) -> None:
     """`otmdr report RUN RUN ...`."""
     from otmdr_jax.experiments import report
-    from otmdr_jax.experiments.report import significance
 
-    if not options.runs:
-        raise ValueError("name the folders of at least one run.")
-    report.check_folder(options.output)
-    found = report.with_distinct_labels(report.read_run(run) for run in options.runs)
+    found = tabled_runs(options.runs, options.output, options.title)
     baseline = options.baseline
     folders = [pathlib.Path(run).resolve() for run in options.runs]
     if baseline is not None and pathlib.Path(baseline).resolve() in folders:
         baseline = found[folders.index(pathlib.Path(baseline).resolve())].label
-    elif baseline is not None:
-        baseline = significance.find_baseline([r.label for r in found], baseline)
     words = ["otmdr", "report", *options.runs, "--output", options.output]
     words += ["--title", options.title]
     if options.baseline is not None:
         words += ["--baseline", options.baseline]
-    columns = report.known_columns(found)
-    report.print_table(report.summarise(found, columns), title=options.title)
     path = report.write(
         options.output,
         found,

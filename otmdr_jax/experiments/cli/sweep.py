@@ -47,9 +47,7 @@ def run(options: Sweep) -> None:
     output = pathlib.Path(options.output)
     plan = sweep.plan(options.file, output)
     labels = list(dict.fromkeys(one.label for one in plan.runs))
-    baseline = options.baseline
-    if baseline is not None:
-        baseline = significance.find_baseline(labels, baseline)
+    baseline = significance.find_baseline(labels, options.baseline)
     sweep.check(plan.runs)
     report.check_folder(output / "report")
     lines = [
@@ -76,12 +74,10 @@ def run(options: Sweep) -> None:
     ]
     if not finished:
         raise ValueError("all runs diverged: lower learning_rate or rho.")
-    baseline = baseline or finished[0].label
     if baseline not in [run.label for run in finished]:
         print(f"All runs of {baseline} diverged: {finished[0].label} is the baseline.")
         baseline = finished[0].label
-    columns = report.known_columns(finished)
-    report.print_table(report.summarise(finished, columns), title=str(output))
+    report.print_summary(finished, str(output))
     cost.table(rows).print("Cost of a run")
     cost.paired_table(rows, baseline).print(f"Paired with {baseline}")
     _warn(plan)

@@ -36,16 +36,16 @@ from otmdr_jax.experiments.report.reading import (
     with_distinct_labels,
 )
 from otmdr_jax.experiments.report.shift import plot_shift, print_shift, shift_figure
-from otmdr_jax.experiments.report.tables import (
-    DEFAULT_COLUMNS,
+from otmdr_jax.experiments.report.summary import (
     Cell,
-    Column,
     Row,
     known_columns,
     markdown_table,
+    print_summary,
     print_table,
     summarise,
 )
+from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column
 
 __all__ = [
     "DEFAULT_COLUMNS",
@@ -67,6 +67,7 @@ __all__ = [
     "plot_shift",
     "plot_signal_to_noise",
     "print_shift",
+    "print_summary",
     "print_table",
     "read_run",
     "reliability_figure",

@@ -6,11 +6,13 @@ Rows are those of :func:`otmdr_jax.experiments.sweep.run`.
 import math
 import warnings
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report.reading import grouped
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 
 # Between points of one cost, as the logarithm of a factor.
@@ -27,7 +29,7 @@ _PAIRED = tuple(
 def table(rows: Rows) -> Table:
     """A line for each label: gradients, seconds and memory of a run, means."""
     lines = []
-    for label, group in _groups(rows).items():
+    for label, group in grouped(rows, itemgetter("label")).items():
         done = [row for row in group if row["status"] == "finished"]
         diverged = len(group) - len(done)
         lines.append(
@@ -56,7 +58,7 @@ def paired_table(rows: Rows, baseline: str) -> Table:
 
     Reference: Student, 1908; SciPy's `ttest_rel`.
     """
-    groups = _groups(rows)
+    groups = grouped(rows, itemgetter("label"))
     lines = []
     for label, group in groups.items():
         if label != baseline:
@@ -73,26 +75,24 @@ def paired_difference(
 
     None where no seed has both numbers; a p-value of NaN with one seed alone.
     """
-    mine = {row["seed"]: row.get(name) for row in rows}
     other = {row["seed"]: row.get(name) for row in others}
-    found = [
-        value - other[seed]
-        for seed, value in mine.items()
-        if value is not None and other.get(seed) is not None
+    gaps = [
+        row[name] - other[row["seed"]]
+        for row in rows
+        if row.get(name) is not None and other.get(row["seed"]) is not None
     ]
-    if not found:
+    if not gaps:
         return None
-    gaps = np.array(found, np.float64)
-    if len(gaps) < 2:
-        return float(gaps[0]), float("nan"), 1
-    from scipy import stats  # comes with JAX
+    mean, p = float(np.mean(gaps)), float("nan")
+    if len(gaps) > 1 and not any(gaps):
+        p = 1.0
+    elif len(gaps) > 1:
+        from scipy import stats  # comes with JAX
 
-    if not gaps.any():
-        return 0.0, 1.0, len(gaps)
-    with warnings.catch_warnings():  # all seeds differ by nearly the same: p is 0
-        warnings.simplefilter("ignore", RuntimeWarning)
-        tested = stats.ttest_1samp(gaps, 0.0)
-    return float(gaps.mean()), float(tested.pvalue), len(gaps)
+        with warnings.catch_warnings():  # all seeds differ by nearly the same: p is 0
+            warnings.simplefilter("ignore", RuntimeWarning)
+            p = float(stats.ttest_1samp(gaps, 0.0).pvalue)
+    return mean, p, len(gaps)
 
 
 def figure(rows: Rows) -> Any:
@@ -105,9 +105,6 @@ def figure(rows: Rows) -> Any:
 
     Returns:
       A `matplotlib.figure.Figure` of one axes; a point's gid is "cost:LABEL".
-
-    Raises:
-      ImportError: matplotlib is not installed.
     """
     picture = plots.new_figure(plots.ALONE, 3.6)
     from matplotlib import ticker
@@ -116,7 +113,7 @@ def figure(rows: Rows) -> Any:
     # A finished run may predict NaN.
     groups = {
         label: [row for row in group if row.get("accuracy") is not None]
-        for label, group in _groups(rows).items()
+        for label, group in grouped(rows, itemgetter("label")).items()
     }
     costs = {
         label: float(np.mean([row["gradient_evaluations"] for row in group]))
@@ -153,13 +150,6 @@ def figure(rows: Rows) -> Any:
     return picture
 
 
-def _groups(rows: Rows) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["label"], []).append(row)
-    return found
-
-
 def _mean(rows, name: str, form: str) -> str:
     known = [row[name] for row in rows if row.get(name) is not None]
     return form.format(math.fsum(known) / len(known)) if known else "-"
@@ -170,7 +160,7 @@ def _paired(rows, others, column: Column) -> str:
     if found is None:
         return "-"
     gap, p, count = found
-    shown = f"{column.scale * gap:+.{column.decimals}f}"
+    shown = column.text(gap, "+")
     if math.isnan(p):
         return f"{shown} (n = {count})"
     value = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -6,6 +6,7 @@ HTML page too, which holds the pictures' panels, side by side or below each othe
 
 import base64
 import functools
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -56,15 +57,10 @@ def page(title: str, **context: Any) -> Page:
         return f"![{_BRACKETS.sub(_ESCAPED, alt)}]({name}.png)"
 
     template = _templates().get_template("report.md.j2")
-    text = template.render(title=title, picture=picture, missing=missing, **context)
+    text = template.render(title=title, picture=picture, **context)
     # Parts that are left out leave their blank lines.
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     return Page(title, text, pictures)
-
-
-def missing(what: str) -> str:
-    """A paragraph that names what a page lacks, and how to get it."""
-    return f"> **Missing:** {what}"
 
 
 def markdown(page: Page) -> str:
@@ -131,7 +127,13 @@ def _templates() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["data"] = _data
+    environment.globals["modules"] = _modules
     return environment
+
+
+def _modules(*names: str) -> list[Any]:
+    """The modules of this package that a template asks for numbers and pictures."""
+    return [importlib.import_module(f"{__package__}.{name}") for name in names]
 
 
 def _data(piece: Piece) -> str:

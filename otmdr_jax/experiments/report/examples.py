@@ -113,9 +113,6 @@ def examples_figure(
     Returns:
       A `matplotlib.figure.Figure` with an axes for each example, titled
       "LABEL → PREDICTED" and its confidence in percent.
-
-    Raises:
-      ImportError: matplotlib is not installed.
     """
     width = plots.WIDTH / _COLUMNS
     rows = math.ceil(len(chosen.rows) / _COLUMNS)

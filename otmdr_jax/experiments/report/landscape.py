@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report.reading import grouped
 
 Record = Mapping[str, Any]
 Labelled = tuple[str, Record]
@@ -35,7 +36,6 @@ _LEVELS = 25
 _WIDE, _SMALLEST = 10.0, 1e-6
 _NAN = "#BBBBBB"  # where the loss is not finite
 _MARKERS = ("o", "s", "^", "D", "v")
-_MARKER: dict[str, Any] = {"linestyle": "", "color": "black", "markersize": 5}
 
 
 def plot_landscape(
@@ -52,7 +52,6 @@ def plot_landscape(
       The path.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No records, or of different dimensions; no loss is finite.
     """
     if len(_checked(records, None)[0][1]["axes"]) == 1:
@@ -72,15 +71,16 @@ def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
       trajectories, lie in planes of their own and stand alone; those without a finite
       loss are left out.
     """
-    groups: dict[Any, list[Labelled]] = {}
-    records = [pair for pair in records if is_finite(pair[1])]
-    for i, (label, record) in enumerate(records):
+
+    def plane(i: int) -> Any:
+        record = records[i][1]
         alone = i if record["kind"] in ("runs", "trajectory") else None
         seed = record["seed"] if record["kind"] == "random" else None
         same = (record[name] for name in ("kind", "split", "num_examples"))
-        key = (alone, seed, len(record["axes"]), *same)
-        groups.setdefault(key, []).append((label, record))
-    return list(groups.values())
+        return alone, seed, len(record["axes"]), *same
+
+    known = [i for i, (_, record) in enumerate(records) if is_finite(record)]
+    return [[records[i] for i in group] for group in grouped(known, plane).values()]
 
 
 def is_finite(record: Record) -> bool:
@@ -99,7 +99,6 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
       nats that are alike. Losses that are not finite are grey.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No records, or one that is not of two dimensions; no loss is finite.
     """
     found = _checked(records, 2)
@@ -139,7 +138,6 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
       A `matplotlib.figure.Figure`: three-dimensional axes with gid "surface:LABEL".
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No records, or one that is not of two dimensions; no loss is finite.
     """
     found = _checked(records, 2)
@@ -196,7 +194,6 @@ def line_figure(records: Sequence[Labelled]) -> Any:
       has gaps where the loss is not finite.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No records, or one that is not of one dimension; no loss is finite.
     """
     found = _checked(records, 1)
@@ -210,8 +207,8 @@ def line_figure(records: Sequence[Labelled]) -> Any:
         style = {"linewidth": 1.6, **plots.line_style(i)}
         ax.plot(axis, shown, gid=gid, label=name, **style)
         for j, (name, at) in enumerate(_points(record) if record["points"] else ()):
-            marker = {**_MARKER, "marker": _MARKERS[j % len(_MARKERS)]}
-            ax.plot(at, np.interp(at, axis, shown), label=plots.plain(name), **marker)
+            style = {"color": "black", "markersize": 5, **_marker(j, name)}
+            ax.plot(at, np.interp(at, axis, shown), **style)
     ax.set_yscale("log" if scale.wide else "linear")
     plots.dress(ax, x=plots.plain(textwrap.fill(found[0][1]["axis_names"][0], 45)))
     scale.label(ax, "y")
@@ -324,8 +321,13 @@ def _mark(ax: Any, record: Record) -> None:
         way = np.asarray(record["points"], np.float64).T
         ax.plot(*way, linewidth=1.2, label="Checkpoints", **line, **white)
     for j, (name, at) in enumerate(_points(record)):
-        marker = {"linestyle": "", "marker": _MARKERS[j % len(_MARKERS)]}
-        ax.plot(*at[:, None], label=plots.plain(name), markersize=7, **marker, **white)
+        ax.plot(*at[:, None], markersize=7, **_marker(j, name), **white)
+
+
+def _marker(j: int, name: str) -> dict[str, Any]:
+    """How the j-th solution is marked, and called in the legend."""
+    marker = _MARKERS[j % len(_MARKERS)]
+    return {"linestyle": "", "marker": marker, "label": plots.plain(name)}
 
 
 def _told(label: str, record: Record) -> str:

@@ -11,19 +11,7 @@ from otmdr_jax.experiments.report.reading import Run, by_label
 
 
 def plot_learning_curves(runs: Iterable[Run], path: str | pathlib.Path) -> pathlib.Path:
-    """Draws the runs' learning curves: see :func:`learning_curves_figure`.
-
-    Args:
-      runs: The runs.
-      path: The picture's file; its ending picks the format.
-
-    Returns:
-      The path.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: No runs.
-    """
+    """Writes :func:`learning_curves_figure` to a file, whose ending is the format."""
     return plots.save(learning_curves_figure(runs), path)
 
 
@@ -42,7 +30,6 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
       "mean:LABEL".
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No runs.
     """
     groups = by_label(runs)
@@ -97,12 +84,7 @@ def _draw_group(ax: Any, label: str, style: dict, curves: list[dict]) -> None:
     if len(curves) > 1:
         for curve in curves:
             _draw(ax, f"run:{label}", curve, {**style, "linewidth": 0.7, "alpha": 0.4})
-    common = set.intersection(*(set(curve) for curve in curves))
-    mean = {
-        step: tuple(np.mean([curve[step] for curve in curves], axis=0))
-        for step in common
-    }
-    if mean:
+    if mean := plots.mean_curve(curves):
         _draw(ax, f"mean:{label}", mean, {**style, "linewidth": 1.6})
 
 

@@ -1,28 +1,13 @@
 """A report as a folder: a page to read, pictures, and every number behind them."""
 
 import importlib.metadata
-import json
 import pathlib
 import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otmdr_jax import __version__, metrics
-from otmdr_jax.experiments.report import (
-    content,
-    cost,
-    document,
-    examples,
-    landscape,
-    learning_curves,
-    plots,
-    posterior,
-    predictions,
-    records,
-    shift,
-    significance,
-    tables,
-)
+from otmdr_jax.experiments.report import document, plots, significance, summary
 from otmdr_jax.experiments.report.reading import Run, by_label
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
@@ -61,10 +46,10 @@ def write(
       whole: Everything that is known of the runs, with intervals, significance and
         images; what is missing is named. Otherwise the table of results, learning
         curves and reliability diagrams.
-      baseline: The label that a whole report compares with. Default: the first one.
+      baseline: The label that a whole report compares with, in upper or lower case.
+        Default: the first one.
       costs: Rows of a sweep, see :func:`otmdr_jax.experiments.sweep.run`: what the runs
         cost, and tests over seeds, in a whole report.
-
       show_progress: Whether to show how many pictures are drawn.
 
     Returns:
@@ -72,14 +57,13 @@ def write(
 
     Raises:
       FileExistsError: The folder holds something that is no report.
-      ImportError: matplotlib or markdown-it-py is not installed.
+      ImportError: matplotlib, Jinja2 or markdown-it-py is not installed.
       ValueError: No runs, a run given twice, or no such baseline.
     """
     folder, runs = pathlib.Path(folder), list(runs)
     check_folder(folder)
     _check_distinct(runs)
-    significance.check_baseline(by_label(runs), baseline)
-    rows = tables.summarise(runs, tables.known_columns(runs))
+    rows = summary.summarise(runs, summary.known_columns(runs))
     page = compose(
         title, runs, command=command, whole=whole, baseline=baseline, costs=costs
     )
@@ -119,28 +103,20 @@ def compose(
     return document.page(
         title,
         runs=runs,
-        rows=tables.summarise(runs, tables.known_columns(runs)),
+        rows=summary.summarise(runs, summary.known_columns(runs)),
         labels=labels,
         command=command,
         whole=whole,
-        baseline=labels[0] if baseline is None else baseline,
+        baseline=significance.find_baseline(labels, baseline),
         costs=costs,
         versions=", ".join(f"{name} {x}" for name, x in _versions().items()),
-        **{
-            part.__name__.rpartition(".")[2]: part
-            for part in (content, cost, examples, landscape, learning_curves, metrics)
-            + (posterior, predictions, records, shift, significance, tables)
-        },
+        metrics=metrics,
     )
 
 
 def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
     """Removes pictures that an earlier report lists and this one has not."""
-    try:
-        earlier = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    for name in set(earlier.get("pictures", [])) - set(keep):
+    for name in set(_earlier(folder).get("pictures", [])) - set(keep):
         (folder / f"{name}.png").unlink(missing_ok=True)
 
 
@@ -156,16 +132,20 @@ def check_folder(folder: str | pathlib.Path) -> None:
     folder = pathlib.Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    try:
-        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or MARKER not in content:
+    if MARKER not in _earlier(folder):
         what = "is not empty and holds no report" if folder.is_dir() else "is a file"
         raise FileExistsError(
             f"{folder} {what} (no results.json with the key {MARKER!r}). Nothing was "
             "written: name a new folder, or empty this one."
         )
+
+
+def _earlier(folder: pathlib.Path) -> dict[str, Any]:
+    """The results.json of a folder; empty where there is none that can be read."""
+    try:
+        return files.read_json(folder / "results.json")
+    except (OSError, ValueError):
+        return {}
 
 
 def _check_distinct(runs: Sequence[Run]) -> None:
@@ -181,7 +161,7 @@ def _check_distinct(runs: Sequence[Run]) -> None:
         seen.add(path)
 
 
-def _results(title: str, rows: Sequence[tables.Row], runs: Sequence[Run]) -> dict:
+def _results(title: str, rows: Sequence[summary.Row], runs: Sequence[Run]) -> dict:
     return {
         MARKER: _LAYOUT,
         "title": title,

@@ -1,8 +1,9 @@
 """What the pictures of a report share: colours, panels, legends, files.
 
-Figures are built without pyplot: no backend is chosen and no global state is touched.
-A panel is a subfigure, so that a page can put the panels of a drawn figure side by side
-or below each other, as the screen is wide.
+A `*_figure` function builds a figure, its `plot_*` twin writes it to a file; without
+matplotlib they raise an ImportError. Figures are built without pyplot: no backend is
+chosen and no global state is touched. A panel is a subfigure, so that a page can put
+the panels of a drawn figure side by side or below each other, as the screen is wide.
 """
 
 import io
@@ -95,6 +96,12 @@ def line_style(i: int) -> dict[str, Any]:
     """Colour and dashes of the i-th label."""
     style = _STYLES[i // len(COLOURS) % len(_STYLES)]
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": style}
+
+
+def mean_curve(curves: Sequence[dict[int, Any]]) -> dict[int, Any]:
+    """The mean of curves at the places that all of them have."""
+    common = set.intersection(*(set(curve) for curve in curves))
+    return {x: np.mean([curve[x] for curve in curves], axis=0) for x in common}
 
 
 def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:

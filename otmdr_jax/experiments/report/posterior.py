@@ -20,15 +20,7 @@ def bayesian(runs: Iterable[Run]) -> list[Run]:
 
 
 def plot_signal_to_noise(runs: Iterable[Run], path: str | pathlib.Path) -> pathlib.Path:
-    """Draws the runs' distributions: see :func:`signal_to_noise_figure`.
-
-    Args:
-      runs: The runs.
-      path: The picture's file; its ending picks the format.
-
-    Returns:
-      The path.
-    """
+    """Writes :func:`signal_to_noise_figure` to a file, whose ending is the format."""
     return plots.save(signal_to_noise_figure(runs), path)
 
 
@@ -46,7 +38,6 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
       "layers:LABEL".
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No run has a posterior.
 
     Reference: Blundell et al., 2015, figure 4.

@@ -24,20 +24,7 @@ _GRID = np.linspace(0.0, 1.0, 201)[1:]  # coverages that risks are averaged at
 def plot_reliability(
     runs: Iterable[Run], path: str | pathlib.Path, num_bins: int = metrics.NUM_BINS
 ) -> pathlib.Path:
-    """Draws reliability diagrams of the runs: see :func:`reliability_figure`.
-
-    Args:
-      runs: The runs.
-      path: The picture's file; its ending picks the format.
-      num_bins: Bins of confidence.
-
-    Returns:
-      The path.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: No runs, or runs of one label that differ in their classes.
-    """
+    """Writes :func:`reliability_figure` to a file, whose ending is the format."""
     return plots.save(reliability_figure(runs, num_bins), path)
 
 
@@ -57,7 +44,6 @@ def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) ->
       "Accuracy", "Gap to confidence" and "Examples".
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No runs, or runs of one label that differ in their classes.
     """
     groups = by_label(runs)
@@ -137,7 +123,6 @@ def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> 
       all predictions.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No runs.
     """
     from matplotlib.patches import Patch
@@ -184,7 +169,6 @@ def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) ->
       and an image of (C, C) percentages, NaN for classes without examples.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No runs, or names of another number of classes.
     """
     from matplotlib.colors import PowerNorm
@@ -257,7 +241,6 @@ def risk_coverage_figure(runs: Iterable[Run]) -> Any:
       over the label's runs.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No runs.
     """
     groups = by_label(runs)

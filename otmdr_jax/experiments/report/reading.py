@@ -3,13 +3,16 @@
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.io import files
+
+T = TypeVar("T")
 
 _NAMES = {
     "sgd": "SGD",
@@ -178,15 +181,21 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
     )
 
 
+def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
+    """Items by a key, in order of first appearance."""
+    groups: dict[Any, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Groups runs by their label, in order of first appearance.
 
     Raises:
       ValueError: No runs.
     """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.label, []).append(run)
+    groups = grouped(runs, attrgetter("label"))
     if not groups:
         raise ValueError("a report needs at least one run, got none.")
     return groups
@@ -242,6 +251,22 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
     ]
 
 
+def cautions(runs: Sequence[Run]) -> list[str]:
+    """What makes a mean over a label's runs worth less than it looks."""
+    found = []
+    for label, group in by_label(runs).items():
+        options = beyond_the_seed(group)
+        if options:
+            found.append(
+                f"the runs of {label} differ in more than the seed: "
+                f"{', '.join(options)}."
+            )
+        seeds = [run.config["seed"] for run in group if "seed" in run.config]
+        if not options and len(set(seeds)) < len(seeds):
+            found.append(f"runs of {label} share a seed.")
+    return found
+
+
 def beyond_the_seed(runs: Sequence[Run]) -> list[str]:
     """Options other than the seed that differ and change a run's numbers."""
     return [n for n in differing([run.config for run in runs]) if n not in _FREE]
@@ -264,7 +289,7 @@ def _missing(folder: pathlib.Path, *names: str) -> str:
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return files.loads(path.read_bytes())
+        return files.read_json(path)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from error
     except ValueError as error:

@@ -69,7 +69,7 @@ def read_record(run: Run, kind: Kind) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        record = files.loads(path.read_bytes())
+        record = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}.") from error
     if lacking := [key for key in kind.keys if key not in record]:

@@ -5,44 +5,33 @@ shift.json.
 """
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from otmdr_jax.experiments.report import plots, records
-from otmdr_jax.experiments.report.reading import Run, by_label
-from otmdr_jax.experiments.report.tables import Table
+from otmdr_jax.experiments.report.reading import Run, by_label, grouped
+from otmdr_jax.experiments.report.tables import Column, Table
 
 Record = dict[str, Any]
 
-# Metric, title, what it is multiplied by, digits.
 _SHOWN = (
-    ("accuracy", "Accuracy (%)", 100.0, 2),
-    ("nll", "NLL (nats)", 1.0, 4),
-    ("ece", "ECE", 1.0, 4),
+    Column("accuracy", "Accuracy (%)", scale=100.0, decimals=2),
+    Column("nll", "NLL (nats)"),
+    Column("ece", "ECE"),
 )
+_ACCURACY = _SHOWN[0]
+_TITLES = [column.title for column in _SHOWN]
 _MOST_WITH_LINES = 2  # methods: the lines of more hide each other
-_CLEAN, _MEAN = "clean", "mean"
 _PUBLISHED = "cifar10_corrupted/"
 
 
 def plot_shift(
     found: Sequence[tuple[str, Record]], path: str | pathlib.Path
 ) -> pathlib.Path:
-    """Draws records: see :func:`shift_figure`.
-
-    Args:
-      found: (label, record) of each method.
-      path: The picture's file; its ending picks the format.
-
-    Returns:
-      The path.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: No record has corruptions.
-    """
+    """Writes :func:`shift_figure` to a file, whose ending is the format."""
     return plots.save(shift_figure(found), path)
 
 
@@ -66,7 +55,6 @@ def shift_figure(
       "NAME:LABEL" for a corruption of that name.
 
     Raises:
-      ImportError: matplotlib is not installed.
       ValueError: No record has corruptions.
 
     Reference: Ovadia et al., `Can You Trust Your Model's Uncertainty?
@@ -78,25 +66,25 @@ def shift_figure(
     alone = len(shown) == 1
     figure, parts = plots.panels(len(_SHOWN), lambda width: 2.7)
     handles: dict[str, Any] = {}
-    for part, (metric, title, scale, _) in zip(parts, _SHOWN, strict=True):
+    for part, column in zip(parts, _SHOWN, strict=True):
         ax = part.subplots()
         for i, (label, record) in enumerate(shown):
-            curves = _curves(record["clean"], record["corruptions"], metric)
+            curves = _curves(record["clean"], record["corruptions"], column)
             place = i if order is None else list(order).index(label)
             thick = {"color": "black"} if alone else plots.line_style(place)
             single = curves.items() if len(shown) <= _MOST_WITH_LINES else ()
             for k, (name, curve) in enumerate(single):
                 thin = plots.line_style(k) if alone else {**thick, "alpha": 0.35}
                 gid = f"{name}:{label}"
-                line = _draw(ax, curve, scale, gid, linewidth=0.9, **thin)
+                line = _draw(ax, curve, gid, linewidth=0.9, **thin)
                 if alone:
                     handles[name.replace("_", " ")] = line
-            mean = _mean_curve(curves)
-            line = _draw(ax, mean, scale, f"mean:{label}", linewidth=2.0, **thick)
+            mean = plots.mean_curve(list(curves.values()))
+            line = _draw(ax, mean, f"mean:{label}", linewidth=2.0, **thick)
             handles["mean of corruptions" if alone else label] = line
-        plots.dress(ax, title, "Severity (0: clean)")
+        plots.dress(ax, column.title, "Severity (0: clean)")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        if metric == "ece":
+        if column.name == "ece":
             ax.set_ylim(bottom=0.0)
     names = [plots.plain(name) for name in handles]
     plots.legend(figure, list(handles.values()), names)
@@ -124,7 +112,10 @@ def print_shift(record: Record, title: str = "") -> None:
 
 def corruption_table(record: Record) -> Table:
     """A line for each corruption: accuracies, then means over its severities."""
-    return _by_severity(record["corruptions"], record["clean"])
+    table = _by_severity(record["corruptions"])
+    blank = [""] * (len(table.header) - len(_SHOWN) - 1)
+    clean = ["clean", *blank, *_texts(record["clean"])]
+    return table._replace(lines=[clean, *table.lines])
 
 
 def published_table(record: Record) -> Table:
@@ -134,61 +125,80 @@ def published_table(record: Record) -> Table:
         if row["name"].startswith(_PUBLISHED):
             name, _, severity = row["name"].removeprefix(_PUBLISHED).rpartition("_")
             rows.append({**row, "name": name, "severity": int(severity)})
-    return _by_severity(rows, None)
+    return _by_severity(rows)
+
+
+def _by_severity(rows: Sequence[Record]) -> Table:
+    """A line for each name: accuracies by severity, then means; a line of means."""
+    levels = sorted({row["severity"] for row in rows})
+    groups = grouped(rows, itemgetter("name"))
+    if len(groups) > 1:
+        groups["mean"] = list(rows)
+    lines = []
+    for name, group in groups.items():
+        each = [[x for x in group if x["severity"] == level] for level in levels]
+        accuracies = [_ACCURACY.text(_means(own)["accuracy"]) for own in each]
+        lines.append([name.replace("_", " "), *accuracies, *_texts(_means(group))])
+    return Table(["Corruption", *map(str, levels), *_TITLES], lines)
 
 
 def set_table(record: Record) -> Table:
     """A line for each of the other test sets."""
     rows = [x for x in record["sets"] if not x["name"].startswith(_PUBLISHED)]
-    header = ["Test set", "n", *(name for _, name, *_ in _SHOWN)]
-    lines = [[x["name"], str(x["num_examples"]), *_numbers(x)] for x in rows]
-    return Table(header, lines)
+    lines = [[x["name"], str(x["num_examples"]), *_texts(x)] for x in rows]
+    return Table(["Test set", "n", *_TITLES], lines)
 
 
 def ood_table(found: dict[str, Record]) -> Table:
-    """A line for each foreign set and score, of each label."""
-    names = "auroc", "aupr", "fpr95"
-    alone = list(found) == [""]
-    header = [*([] if alone else ["Method"]), "Set", "n", "Score"]
+    """A line for each foreign set and score, of each label; "" is the only one."""
+    columns = [Column(name, name.upper()) for name in ("auroc", "aupr", "fpr95")]
     lines = [
-        [
-            *([] if alone else [label]),
-            row["name"],
-            str(row["num_examples"]),
-            row["score"].replace("_", " "),
-            *(_text(row[name], 1.0, 4) for name in names),
-        ]
+        [label, row["name"], str(row["num_examples"]), row["score"].replace("_", " ")]
+        + [column.text(row[column.name]) for column in columns]
         for label, record in found.items()
         for row in record["ood"]
     ]
-    return Table([*header, *(name.upper() for name in names)], lines)
+    header = ["Method", "Set", "n", "Score", *(column.title for column in columns)]
+    if list(found) == [""]:
+        header, lines = header[1:], [line[1:] for line in lines]
+    return Table(header, lines)
 
 
 def accuracy_table(found: dict[str, Record]) -> Table:
     """A line for each corruption: of each label the mean accuracy over severities."""
-    _, title, scale, digits = _SHOWN[0]
-    every = [record["corruptions"] for record in found.values()]
-    names = dict.fromkeys(row["name"] for rows in every for row in rows)
-    lines = []
-    for name in names:
-        own = [[row for row in rows if row["name"] == name] for rows in every]
-        means = [_average(rows, "accuracy") for rows in own]
-        texts = [_text(mean, scale, digits) for mean in means]
-        lines.append([name.replace("_", " "), *texts])
-    return Table([title, *found], lines)
+    every = [
+        grouped(record["corruptions"], itemgetter("name")) for record in found.values()
+    ]
+    lines = [
+        [name.replace("_", " ")]
+        + [_ACCURACY.text(_means(own.get(name, []))["accuracy"]) for own in every]
+        for name in dict.fromkeys(name for own in every for name in own)
+    ]
+    return Table([_ACCURACY.title, *found], lines)
 
 
 def summary_table(found: dict[str, Record]) -> Table:
     """A line for each label: the clean set, and the mean over its corruptions."""
-    accuracy, *others = (title for _, title, *_ in _SHOWN)
-    titles = [accuracy.lower(), *others]
+    titles = ["accuracy (%)", *_TITLES[1:]]
     header = ["Method", f"Clean {titles[0]}", *(f"Corrupted {x}" for x in titles)]
-    lines = []
-    for label, record in found.items():
-        rows = record["corruptions"]
-        means = {metric: _average(rows, metric) for metric, *_ in _SHOWN}
-        lines.append([label, _numbers(record["clean"])[0], *_numbers(means)])
+    lines = [
+        [label, _texts(record["clean"])[0], *_texts(_means(record["corruptions"]))]
+        for label, record in found.items()
+    ]
     return Table(header, lines)
+
+
+def _texts(values: Record) -> list[str]:
+    return [column.text(values[column.name]) for column in _SHOWN]
+
+
+def _means(rows: Sequence[Record]) -> dict[str, float]:
+    """The means over rows; NaN where a number is missing, or there is no row."""
+    means = {}
+    for name in (column.name for column in _SHOWN):
+        values = [np.nan if row[name] is None else row[name] for row in rows]
+        means[name] = float(np.mean(values)) if values else np.nan
+    return means
 
 
 class Compared(NamedTuple):
@@ -219,8 +229,26 @@ def compare(runs: Sequence[Run]) -> Compared:
         if len({(record["num_examples"], record.get("seed")) for record in own}) > 1:
             notes.append(f"The runs of {label} were measured on other examples each.")
         found[label] = mean_record(own)
-    found, unlike = in_common(found)
-    return Compared(found, notes + unlike, gone)
+    pairs = [
+        {(row["name"], row["severity"]) for row in record["corruptions"]}
+        for record in found.values()
+        if record["corruptions"]
+    ]
+    common: set[Any] = set.intersection(*pairs) if pairs else set()
+    if any(own != common for own in pairs):
+        notes.append(
+            f"Shown are the {len(common)} pairs of corruption and severity that all "
+            "have; some were measured on more."
+        )
+    counts = {label: record["num_examples"] for label, record in found.items()}
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{label} on {n}" for label, n in counts.items())
+        notes.append(f"Test sets are not alike: {each} examples.")
+    for label, record in found.items():
+        rows = record["corruptions"]
+        shown = [row for row in rows if (row["name"], row["severity"]) in common]
+        found[label] = {**record, "corruptions": shown}
+    return Compared(found, notes, gone)
 
 
 def mean_record(found: Sequence[Record]) -> Record:
@@ -249,42 +277,6 @@ def mean_record(found: Sequence[Record]) -> Record:
     return result
 
 
-def in_common(found: dict[str, Record]) -> tuple[dict[str, Record], list[str]]:
-    """The records at the corruptions and severities that all of them have.
-
-    Returns:
-      The records, and what is not alike between them, in sentences.
-    """
-    every = [
-        {(row["name"], row["severity"]) for row in record["corruptions"]}
-        for record in found.values()
-        if record["corruptions"]
-    ]
-    common = set.intersection(*every) if every else set()
-    notes = []
-    if any(pairs != common for pairs in every):
-        notes.append(
-            f"Shown are the {len(common)} pairs of corruption and severity that all "
-            "have; some were measured on more."
-        )
-    counts = {label: record["num_examples"] for label, record in found.items()}
-    if len(set(counts.values())) > 1:
-        each = ", ".join(f"{label} on {n}" for label, n in counts.items())
-        notes.append(f"Test sets are not alike: {each} examples.")
-    shown = {
-        label: {
-            **record,
-            "corruptions": [
-                row
-                for row in record["corruptions"]
-                if (row["name"], row["severity"]) in common
-            ],
-        }
-        for label, record in found.items()
-    }
-    return shown, notes
-
-
 def _mean_of(values):
     """The mean of measures; of what is the same in all runs that itself."""
     if all(value == values[0] for value in values):
@@ -292,64 +284,23 @@ def _mean_of(values):
     return None if None in values else float(np.mean(values))
 
 
-def _by_severity(rows: Sequence[Record], clean: Record | None) -> Table:
-    levels = sorted({row["severity"] for row in rows})
-    _, title, scale, digits = _SHOWN[0]
-    header = ["Corruption", *(f"{level}" for level in levels)]
-    header += [title, *(name for _, name, *_ in _SHOWN[1:])]
-    lines = []
-    if clean is not None:
-        lines.append([_CLEAN, *[""] * len(levels), *_numbers(clean)])
-    groups: dict[str, list[Record]] = {}
-    for row in rows:
-        groups.setdefault(row["name"], []).append(row)
-    for name, group in [*groups.items(), *([(_MEAN, rows)] if len(groups) > 1 else [])]:
-        each = [
-            _average([x for x in group if x["severity"] == level], "accuracy")
-            for level in levels
-        ]
-        means = {metric: _average(group, metric) for metric, *_ in _SHOWN}
-        texts = [_text(x, scale, digits) for x in each]
-        lines.append([name.replace("_", " "), *texts, *_numbers(means)])
-    return Table(header, lines)
+def _curves(
+    clean: Record, rows: Sequence[Record], column: Column
+) -> dict[str, dict[int, float]]:
+    """A corruption -> severity -> value as it is shown, the clean set at 0."""
+    every = {}
+    for name, group in grouped(rows, itemgetter("name")).items():
+        values = {0: clean, **{row["severity"]: row for row in group}}
+        every[name] = {
+            level: column.scale * _means([row])[column.name]
+            for level, row in values.items()
+        }
+    return every
 
 
-def _numbers(values: Record) -> list[str]:
-    return [_text(values[metric], scale, n) for metric, _, scale, n in _SHOWN]
-
-
-def _text(value: float | None, scale: float, digits: int) -> str:
-    if value is None or not np.isfinite(value):
-        return "-"
-    return f"{scale * value:.{digits}f}"
-
-
-def _average(rows: Iterable[Record], metric: str) -> float:
-    """The mean; NaN where a number is missing, or there is no row."""
-    values = [np.nan if row[metric] is None else row[metric] for row in rows]
-    return float(np.mean(values)) if values else float("nan")
-
-
-def _curves(clean: Record, rows: Sequence[Record], metric: str) -> dict[str, dict]:
-    """A corruption -> severity -> value, the clean set at 0."""
-    curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        curve = curves.setdefault(row["name"], {0: _average([clean], metric)})
-        curve[row["severity"]] = _average([row], metric)
-    return curves
-
-
-def _mean_curve(curves: dict[str, dict[int, float]]) -> dict[int, float]:
-    """The mean at the severities that all corruptions have."""
-    common = set.intersection(*(set(curve) for curve in curves.values()))
-    return {
-        level: float(np.mean([curve[level] for curve in curves.values()]))
-        for level in common
-    }
-
-
-def _draw(ax: Any, curve: dict[int, float], scale: float, gid: str, **style) -> Any:
-    levels = sorted(curve)
-    values = [scale * curve[level] for level in levels]
-    (line,) = ax.plot(levels, values, gid=gid, marker="o", markersize=2.5, **style)
+def _draw(ax: Any, curve: dict[int, float], gid: str, **style: Any) -> Any:
+    points = sorted(curve.items())
+    (line,) = ax.plot(
+        *zip(*points, strict=True), gid=gid, marker="o", markersize=2.5, **style
+    )
     return line

@@ -53,8 +53,7 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
       ValueError: No runs, or no such label.
     """
     groups = by_label(runs)
-    check_baseline(groups, baseline)
-    baseline = next(iter(groups)) if baseline is None else baseline
+    baseline = find_baseline(groups, baseline)
     values = {
         label: (pooled[0].labels, _of_examples(pooled))
         for label, group in groups.items()
@@ -62,45 +61,53 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
     }
     found = []
     for label, (labels, mine) in values.items():
-        intervals = {
-            name: metrics.bootstrap(_mean, mine[name][:, None], labels)
-            for name in TESTED
-        }
         against = {}
         if baseline in values and label != baseline:
             of_baseline, other = values[baseline]
             if np.array_equal(labels, of_baseline):
                 against = {
-                    name: metrics.paired_test(
-                        _mean, mine[name][:, None], other[name][:, None], labels
-                    )
-                    for name in TESTED
+                    name: metrics.paired_test(_mean, one[:, None], two[:, None], labels)
+                    for name, one, two in zip(TESTED, mine.T, other.T, strict=True)
                 }
+        intervals = metrics.bootstrap_all(_means, mine, labels)
         found.append(Tested(label, len(plots.pool(groups[label])), intervals, against))
     return found
 
 
-def find_baseline(labels: Iterable[str], baseline: str) -> str:
+def num_examples(runs: Sequence[Run], baseline: str) -> int:
+    """The size of the baseline's test set, or of the first run's where it diverged."""
+    pooled = plots.pool(by_label(runs)[baseline])
+    return len((pooled or runs)[0].labels)
+
+
+def not_compared(
+    runs: Sequence[Run], tested: Sequence[Tested], baseline: str
+) -> list[str]:
+    """The labels that could not be compared with the baseline."""
+    compared = {row.label for row in tested if row.against} | {baseline}
+    return [label for label in by_label(runs) if label not in compared]
+
+
+def find_baseline(labels: Iterable[str], baseline: str | None) -> str:
     """The label that is meant: upper and lower case are alike where it is one's alone.
+
+    Args:
+      labels: The labels.
+      baseline: One of them. Default: the first one.
 
     Raises:
       ValueError: There is none.
     """
-    known = list(labels)
-    alike = [x for x in known if x.lower() == baseline.lower()]
-    if baseline not in known and len(set(alike)) == 1:
-        return alike[0]
-    check_baseline(known, baseline)
-    return baseline
-
-
-def check_baseline(labels: Iterable[str], baseline: str | None) -> None:
-    """Raises ValueError unless the baseline is one of the labels, or None."""
-    if baseline is not None and baseline not in (known := list(labels)):
+    known = list(dict.fromkeys(labels))
+    if baseline is None or baseline in known:
+        return known[0] if baseline is None else baseline
+    alike = [label for label in known if label.lower() == baseline.lower()]
+    if len(alike) != 1:
         raise ValueError(
             f"the baseline must be one of {', '.join(map(repr, known))}; got "
             f"{baseline!r}."
         )
+    return alike[0]
 
 
 def table(rows: Sequence[Tested]) -> Table:
@@ -112,7 +119,7 @@ def table(rows: Sequence[Tested]) -> Table:
     for name in TESTED:
         column = _COLUMNS[name]
         for row in rows:
-            value, low, high = (_number(column, x) for x in row.intervals[name])
+            value, low, high = map(column.text, row.intervals[name])
             line = [column.title, row.label, value, f"{low} to {high}"]
             lines.append(line + _difference(column, row.against.get(name)))
     header = ["Metric", "Method", "Value", "95 %", "Δ", "95 % of Δ", "p"]
@@ -122,24 +129,22 @@ def table(rows: Sequence[Tested]) -> Table:
 def _difference(column: Column, found: Comparison | None) -> list[str]:
     if found is None or np.isnan(found.difference):
         return ["-", "-", "-"]
-    value, low, high = (f"{column.scale * x:+.{column.decimals}f}" for x in found[:3])
+    value, low, high = (column.text(x, "+") for x in found[:3])
     p = "< 0.001" if found.p_value < 0.001 else f"{found.p_value:.3f}"
     return [value, f"{low} to {high}", f"**{p}**" if found.p_value < 0.05 else p]
 
 
-def _number(column: Column, value: float) -> str:
-    return f"{column.scale * value:.{column.decimals}f}"
-
-
-def _of_examples(runs: Sequence[Run]) -> dict[str, np.ndarray]:
-    """(N,) values of each example, the mean over runs, whose means are the metrics."""
-    every: dict[str, list[np.ndarray]] = {name: [] for name in TESTED}
+def _of_examples(runs: Sequence[Run]) -> np.ndarray:
+    """(N, 3) values of each example, means over runs, whose means are the metrics."""
+    every = []
     for run in runs:
         found = metrics.check(run.log_probs, run.labels, log_probs=True)
-        every["accuracy"].append(found.correct.astype(np.float64))
-        every["nll"].append(-found.log_of_label)
-        every["brier"].append(_brier(found))
-    return {name: np.mean(values, axis=0) for name, values in every.items()}
+        every.append([found.correct, -found.log_of_label, _brier(found)])
+    return np.mean(np.array(every, np.float64), axis=0).T
+
+
+def _means(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return dict(zip(TESTED, np.mean(values, axis=0).tolist(), strict=True))
 
 
 def _brier(found: metrics.Predictions) -> np.ndarray:

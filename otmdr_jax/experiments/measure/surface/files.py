@@ -16,7 +16,7 @@ import numpy as np
 
 from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.programs import environment
-from otmdr_jax.io.files import write_arrays, write_json
+from otmdr_jax.io.files import read_json, write_arrays, write_json
 
 NAME = "landscape"
 PICTURES = (f"{NAME}.png", f"{NAME}_surface.png")
@@ -56,7 +56,7 @@ def read(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         dict(record["settings"]), len(record["axes"])
     except _UNREADABLE as error:
         raise ValueError("it holds none") from error
@@ -102,7 +102,7 @@ def check_pictures(
         if comparison is not None:
             run_folder.check_record(mark, comparison, overwrite, _ELSEWHERE)
         try:
-            return json.loads(mark.read_text())["settings"]["dimensions"] == 2
+            return read_json(mark)["settings"]["dimensions"] == 2
         except _UNREADABLE:
             return False
     if comparison is None and record.exists():
