@@ -19,11 +19,11 @@ from otmdr_jax.experiments import (
     programs,
     report,
     restore,
-    run_folder,
     training,
 )
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import cost
+from otmdr_jax.io import files
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits
 
@@ -232,7 +232,7 @@ def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
             cli.main(["evaluate", base, *options])
         assert message in capsys.readouterr().err
     with pytest.raises(ValueError, match="one trained weight vector"):
-        run_folder.write_json(
+        files.write_json(
             tmp_path / "sam" / "config.json",
             {"method": "swa"},
         )
