@@ -12,9 +12,9 @@ from numpy.testing import assert_allclose
 from otmdr_jax import data, models
 from otmdr_jax.baselines import curvature, laplace
 from otmdr_jax.experiments import (
-    building,
     cli,
     config,
+    members,
     predictors,
     programs,
     report,
@@ -132,7 +132,7 @@ class TestRuns:
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
         state = predictors.finalize(chosen, state, small, compiled)
-        kept = building.method_of(chosen).posteriors(state)
+        kept = [member.method_state for member in members.separate(state)]
         assert len(kept) == 2
         assert float(kept[0].prior_precision) != float(kept[1].prior_precision)
         rows = compiled.predict(state, jnp.asarray(small.test.images[:4]))

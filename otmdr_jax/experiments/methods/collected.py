@@ -397,7 +397,7 @@ class Laplace(Sampled, Riding):
         )
 
     def posteriors(self, state: PyTree) -> list[baselines.LaplacePosterior]:
-        """The Gaussians of all members; none of a state that is not finalized."""
+        """The members' Gaussians, stacked as they are; none before it is finalized."""
         each = [state] if hasattr(state, "step") else state
         found = [member.method_state for member in each]
         return [one for one in found if one is not None]
