@@ -12,7 +12,13 @@ from PIL import Image
 
 from otmdr_jax import data, metrics
 from otmdr_jax.experiments import report
-from otmdr_jax.experiments.report import examples, predictions, records, significance
+from otmdr_jax.experiments.report import (
+    document,
+    examples,
+    predictions,
+    records,
+    significance,
+)
 from tests.test_report import history
 
 CONFIG = {"method": "sam", "num_particles": 1, "data": "digits", "epochs": 2}
@@ -149,7 +155,10 @@ class TestThePage:
             assert parts and max(part.width for part in parts) <= 750
             for part in map(np.asarray, parts):
                 assert is_within(part, whole), (alt, name)
-        assert 'class="panels"' in written[0].read_text()
+        # Panels have room beside each other, or stand below each other.
+        text = written[0].read_text()
+        assert 'class="panels" style="--panel: 2' in text
+        assert "repeat(auto-fit, minmax(min(100%" in text
 
     def test_names_what_is_missing_and_what_makes_it(self, written):
         missing = Page(written[0].read_text()).missing
@@ -283,6 +292,13 @@ class TestThePage:
         monkeypatch.setitem(__import__("sys").modules, "markdown_it", None)
         with pytest.raises(ImportError, match=r"markdown-it-py.*otmdr-jax\[train\]"):
             report.write(tmp_path / "p", [make()], "x", whole=True)
+        assert not (tmp_path / "p").exists()
+
+    def test_says_what_templates_need(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+        document._templates.cache_clear()
+        with pytest.raises(ImportError, match=r"Jinja2: .*otmdr-jax\[train\]"):
+            report.write(tmp_path / "p", [make()], "x")
         assert not (tmp_path / "p").exists()
 
     def test_a_broken_record_is_named(self, tmp_path):

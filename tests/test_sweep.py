@@ -311,6 +311,7 @@ class TestTables:
         gap, p, n = tables.paired_difference(one, other, "accuracy")
         assert gap == pytest.approx(0.8) and np.isnan(p) and n == 1
         assert tables.paired_difference(one, rows_of("b", [0.1], (9,)), "nll") is None
+        assert tables.paired_difference(one + one, other, "accuracy")[2] == 1
         same = tables.paired_difference(one, one, "accuracy")
         assert same == (0.0, 1.0, 3)
 

@@ -38,8 +38,13 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a text in UTF-8, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes bytes, atomically."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def write_json(path: pathlib.Path, value: Any, default: Any = None) -> None:

@@ -9,6 +9,11 @@ A run folder holds config.json, metrics.jsonl, result.json and predictions.npz:
 Rich and matplotlib are loaded when something is printed or drawn, not before.
 """
 
+from otmdr_jax.experiments.report.labels import (
+    label_of,
+    member_runs,
+    with_distinct_labels,
+)
 from otmdr_jax.experiments.report.landscape import (
     contour_figure,
     line_figure,
@@ -28,13 +33,7 @@ from otmdr_jax.experiments.report.predictions import (
     plot_reliability,
     reliability_figure,
 )
-from otmdr_jax.experiments.report.reading import (
-    Run,
-    label_of,
-    member_runs,
-    read_run,
-    with_distinct_labels,
-)
+from otmdr_jax.experiments.report.reading import Run, read_run
 from otmdr_jax.experiments.report.shift import plot_shift, print_shift, shift_figure
 from otmdr_jax.experiments.report.summary import (
     Cell,

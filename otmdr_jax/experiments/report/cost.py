@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import grouped
+from otmdr_jax.experiments.report.labels import grouped
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 
 # Between points of one cost, as the logarithm of a factor.
@@ -75,11 +75,11 @@ def paired_difference(
 
     None where no seed has both numbers; a p-value of NaN with one seed alone.
     """
-    other = {row["seed"]: row.get(name) for row in others}
+    mine, other = ({x["seed"]: x.get(name) for x in one} for one in (rows, others))
     gaps = [
-        row[name] - other[row["seed"]]
-        for row in rows
-        if row.get(name) is not None and other.get(row["seed"]) is not None
+        value - other[seed]
+        for seed, value in mine.items()
+        if value is not None and other.get(seed) is not None
     ]
     if not gaps:
         return None

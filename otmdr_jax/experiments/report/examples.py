@@ -11,7 +11,8 @@ from otmdr_jax import metrics
 from otmdr_jax.experiments import programs
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import Run, by_label, name_of
+from otmdr_jax.experiments.report.labels import by_label, name_of
+from otmdr_jax.experiments.report.reading import Run
 
 COUNT, _COLUMNS = 12, 6
 # Options of a run that say which test images are its own, and where.

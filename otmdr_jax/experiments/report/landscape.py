@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import grouped
+from otmdr_jax.experiments.report.labels import grouped
 
 Record = Mapping[str, Any]
 Labelled = tuple[str, Record]

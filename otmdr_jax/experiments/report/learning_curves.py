@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.reading import Run
 
 
 def plot_learning_curves(runs: Iterable[Run], path: str | pathlib.Path) -> pathlib.Path:

@@ -8,7 +8,8 @@ from typing import Any
 
 from otmdr_jax import __version__, metrics
 from otmdr_jax.experiments.report import document, plots, significance, summary
-from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
 
@@ -85,7 +86,7 @@ def write(
     for name, text in texts.items():
         files.write_text(folder / name, text)
     for name, one in drawn.items():
-        (folder / f"{name}.png").write_bytes(one.png)
+        files.write_bytes(folder / f"{name}.png", one.png)
     return folder / list(texts)[-1]
 
 
@@ -99,15 +100,13 @@ def compose(
     costs: Sequence[dict[str, Any]] | None = None,
 ) -> document.Page:
     """The page of a report, whose pictures are not drawn yet: see :func:`write`."""
-    labels = list(by_label(runs))
     return document.page(
         title,
         runs=runs,
         rows=summary.summarise(runs, summary.known_columns(runs)),
-        labels=labels,
         command=command,
         whole=whole,
-        baseline=significance.find_baseline(labels, baseline),
+        baseline=significance.find_baseline(by_label(runs), baseline),
         costs=costs,
         versions=", ".join(f"{name} {x}" for name, x in _versions().items()),
         metrics=metrics,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.experiments.report.reading import Run
+from otmdr_jax.io import files
 
 # Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale
 # for lines.
@@ -162,7 +163,8 @@ def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
     """Writes a figure; the same figure gives the same bytes."""
     path = pathlib.Path(path)
     metadata = {"Software": None} if path.suffix == ".png" else None
-    figure.savefig(path, dpi=DPI, metadata=metadata)
+    with files.replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or None, dpi=DPI, metadata=metadata)
     return path
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from otmdr_jax.bnn import summary
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.reading import Run
 
 # More layers than this have no room for their names.
 _MAX_NAMES = 8

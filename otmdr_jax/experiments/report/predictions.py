@@ -11,7 +11,8 @@ import numpy as np
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.reading import Run
 
 # With more classes a confusion matrix has no room for numbers, or for names.
 MAX_NUMBERS, MAX_NAMES = 12, 20

@@ -4,7 +4,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from otmdr_jax.experiments.report.reading import Run, name_of
+from otmdr_jax.experiments.report.labels import name_of
+from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Table
 from otmdr_jax.io import files
 

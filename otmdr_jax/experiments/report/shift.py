@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.experiments.report import plots, records
-from otmdr_jax.experiments.report.reading import Run, by_label, grouped
+from otmdr_jax.experiments.report.labels import by_label, grouped
+from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.experiments.report.tables import Column, Table
 
 Record = dict[str, Any]

@@ -12,7 +12,8 @@ import numpy as np
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.reading import Run, by_label
+from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 from otmdr_jax.metrics import Comparison, Interval
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.experiments.report.reading import Run, by_label, differing, text_of
+from otmdr_jax.experiments.report.labels import by_label, differing, text_of
+from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 
 
