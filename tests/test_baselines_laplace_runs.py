@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 from otmdr_jax import data, models
 from otmdr_jax.baselines import curvature, laplace
 from otmdr_jax.experiments import (
+    building,
     cli,
     config,
     members,

@@ -15,6 +15,7 @@ import yaml
 
 import otmdr_jax
 from otmdr_jax.experiments import cli
+from tests.test_layout import FLOORS
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -75,6 +76,8 @@ def page_texts():
 
 
 FIRST = ("README.md", "method.md")  # what everybody reads
+# Changes the package itself: tests/test_extending.py follows it on a copy.
+CHANGING = "extending.md"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,7 @@ FIRST = ("README.md", "method.md")  # what everybody reads
             marks=pytest.mark.essential if page.name in FIRST else pytest.mark.slow,
         )
         for page in PAGES
+        if page.name != CHANGING
     ],
 )
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
@@ -156,6 +160,26 @@ def test_navigation_names_every_page_and_no_other():
 
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     assert sorted(paths(site["nav"])) == [page.name for page in DOCS]
+
+
+def test_the_citation_has_the_version_and_the_authors_of_the_readme():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == otmdr_jax.__version__
+    paper = citation["preferred-citation"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    authors = [f"{a['family-names']}, {a['given-names']}" for a in paper["authors"]]
+    assert f"{{{' and '.join(authors)}}}" in readme
+    assert paper["title"] in readme and f"{{{paper['year']}}}" in readme
+
+
+def test_templates_and_hooks_are_yaml_with_what_their_readers_require():
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form), path
+        assert all(field["attributes"]["label"] for field in form["body"]), path
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    found = [hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]]
+    assert found == ["ruff-check", "ruff-format", "mypy"]
 
 
 # -- names ----------------------------------------------------------------------------
@@ -249,15 +273,18 @@ def joined_lines(text):
 
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z0-9]")
+# A script that is run, with what follows; not the language of a fence.
+SCRIPT = re.compile(r"(?<!`)\bpython \S*?(\w+\.py)([^`|#]*)")
 # Programs with flags of their own.
 OTHERS = re.compile(
-    r"\b(pip|uv|mkdocs|pytest|make|ruff|mypy|git|docker|xprof|SBATCH|gcloud|XLA_FLAGS)\b"
+    r"\b(pip|uv|twine|mkdocs|pytest|make|ruff|mypy|git|docker|xprof|SBATCH|gcloud|XLA_FLAGS)\b"
 )
 
 
 def test_every_flag_that_is_named_exists():
     commands = command_flags()
-    scripts = [*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    folders = ("examples", "benchmarks", "docs")
+    scripts = [path for name in folders for path in (ROOT / name).glob("*.py")]
     of_scripts = {
         path.name: set(FLAG.findall(path.read_text())) | {"--help"} for path in scripts
     }
@@ -269,7 +296,7 @@ def test_every_flag_that_is_named_exists():
                 if command in commands:
                     missing = set(FLAG.findall(rest)) - commands[command]
                     assert not missing, f"{page.name}: otmdr {command} has no {missing}"
-            for script, rest in re.findall(r"\bpython \S*?(\w+\.py)([^`|#]*)", line):
+            for script, rest in SCRIPT.findall(line):
                 missing = set(FLAG.findall(rest)) - of_scripts[script]
                 assert not missing, f"{page.name}: {script} has no {missing}"
             if not OTHERS.search(line):
@@ -291,10 +318,19 @@ def test_every_module_that_is_named_exists():
     for name in re.findall(r"^::: otmdr_jax\.(\S+)", text, re.MULTILINE):
         path = package / name.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), name
-    layout = (ROOT / "docs" / "architecture.md").read_text().split("Planned")[0]
+    layout = (ROOT / "docs" / "architecture.md").read_text()
     for path in package.rglob("*.py"):
         name = path.relative_to(package).parts[0]
         assert name in layout, f"docs/architecture.md leaves out {name}"
+
+
+def test_the_drawing_of_the_rooms_is_that_of_the_imports(monkeypatch):
+    """Made by `python docs/rooms.py`."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import rooms
+
+    assert rooms.SVG.read_text() == rooms.draw()
+    assert set(rooms.ROOMS) == set().union(*FLOORS) - {"_version", "__main__"}
 
 
 def test_readme_shows_the_table_of_the_committed_demo_report():

@@ -1,14 +1,15 @@
 r"""The Gauss-Newton matrix of a classifier over a data set, batch by batch.
 
-Of the softmax cross entropy it is Fisher's information, with labels from the model:
+For the softmax cross entropy it equals the Fisher information, whose labels are drawn
+from the model:
 
 .. math:: H = \sum_n J_n^T \Lambda_n J_n, \qquad
     \Lambda_n = \mathrm{diag}(p_n) - p_n p_n^T, \qquad
     J_n = \partial f(x_n) / \partial w
 
-of which three parts are computed, exactly and as sums over examples: that of the last
-layer, whose Jacobian is its input; its Kronecker factors; and the diagonal over all
-weights, by one backward pass for each class and example.
+Three parts of it are computed exactly, as sums over examples: the block of the last
+layer, whose Jacobian is its input; the Kronecker factors of that block; and the
+diagonal over all weights, by one backward pass for each class and example.
 
 References: Martens, `New Insights and Perspectives on the Natural Gradient Method
 <https://arxiv.org/abs/1412.1193>`_, JMLR 2020; Ritter et al., `A Scalable Laplace
@@ -26,10 +27,11 @@ PyTree = Any
 
 STRUCTURES = ("last-layer", "last-layer-kron", "diagonal")
 
-# Of the head, for its whole matrix: 400 MB in float32; its eigenvectors take as much.
+# The most parameters of a head whose whole matrix is used: it takes 400 MB in float32,
+# and its eigenvectors take as much.
 MOST_PARAMETERS = 10_000
 
-# Numbers that the gradients of a micro-batch of examples may take: 256 MB in float32.
+# How many numbers the gradients of a micro-batch may take: 256 MB in float32.
 NUMBERS_AT_ONCE = 2**26
 
 
@@ -37,8 +39,8 @@ def head_of(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
     """The kernel (D, C) and the bias (C,), or None, of a classifier's last layer.
 
     Args:
-      params: Nested dictionaries, the last layer in `params["head"]` as a `kernel` and,
-        where it has one, a `bias`: as all models of the zoo have it.
+      params: Nested dictionaries with the last layer in `params["head"]`: a `kernel`
+        and, if it has one, a `bias`. All models of the zoo have it there.
 
     Raises:
       ValueError: There is no such layer.
@@ -56,7 +58,7 @@ def head_of(params: PyTree) -> tuple[jax.Array, jax.Array | None]:
 
 
 def check_size(params: PyTree, structure: str) -> None:
-    """Raises ValueError where a structure cannot be had of these parameters."""
+    """Raises ValueError if these parameters do not allow a structure."""
     if structure == "diagonal":
         return
     kernel, bias = head_of(params)
@@ -74,16 +76,16 @@ def check_size(params: PyTree, structure: str) -> None:
 def features(
     model: Any, params: PyTree, model_state: PyTree, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits, and the input of the last layer: found from the model's derivative.
+    """Logits and the input of the last layer, found from the model's derivative.
 
-    Logits are linear in the head's kernel, so that their derivative along a tangent is
-    the head's input times it: a tangent with a single one in each of its C columns
-    shows C features at once. Nothing of the network but its head is differentiated.
+    Logits are linear in the head's kernel, so their derivative along a tangent is the
+    head's input times the tangent. A tangent with a single one in each of its C columns
+    shows C features at once. Only the head of the network is differentiated.
 
     Args:
-      model: With `apply`.
-      params: Its parameters, see :func:`head_of`.
-      model_state: Its statistics, which normalise.
+      model: The model, with `apply`.
+      params: Its parameters, as for :func:`head_of`.
+      model_state: Its statistics, used to normalise.
       images: (B, H, W, C), normalised.
 
     Returns:
@@ -127,24 +129,24 @@ def of_batch(
     mask: jax.Array,
     structure: str,
 ) -> dict[str, PyTree]:
-    """A batch's part of the matrix, to be added to that of other batches.
+    """The part of the matrix that a batch adds.
 
     Args:
-      model: With `apply`; BatchNorm normalises by its running statistics, so that
+      model: The model, with `apply`. BatchNorm normalises by its running statistics, so
         examples do not depend on each other.
       params: Its parameters.
       model_state: Its statistics.
       images: (B, H, W, C), normalised.
-      mask: (B,), 0 for examples that do not count.
-      structure: One of :data:`STRUCTURES`.
+      mask: (B,) numbers, 0 for examples that do not count.
+      structure: The part to compute, one of :data:`STRUCTURES`.
 
     Returns:
-      Of "diagonal" its `diagonal`, of the structure of `params`. Of "last-layer" its
-      `full` matrix (D C, D C), D with the bias's 1, rows as in a (D, C) array; of
-      "last-layer-kron" the sums `features` (D, D) and `logits` (C, C) of what the
-      matrix is a Kronecker product of for each example, and their `count`. Of these
-      two also `mismatch` and `scale`, sums of squares of logits less those of the last
-      layer by itself, and of logits.
+      A dictionary. For "diagonal": `diagonal`, with the structure of `params`. For
+      "last-layer": the `full` matrix (D C, D C), where D counts the bias and rows are
+      ordered as in a (D, C) array. For "last-layer-kron": the sums `features` (D, D)
+      and `logits` (C, C) of each example's Kronecker factors, and their `count`. The
+      last two also have `mismatch` and `scale`: the sums of squares of the difference
+      between the logits and those of the last layer, and of the logits.
     """
     mask = mask.astype(jnp.float32)
     if structure == "diagonal":
@@ -234,8 +236,9 @@ def prior_precision(eigenvalues: PyTree, squared_norm: jax.Array) -> jax.Array:
     fixed point, and bisection finds it.
 
     Args:
-      eigenvalues: Of H, or its diagonal: arrays in any pytree, not negative.
-      squared_norm: That of the weights.
+      eigenvalues: The eigenvalues of H, or its diagonal: arrays in any pytree, not
+        negative.
+      squared_norm: The squared norm of the weights.
 
     Returns:
       delta, a scalar.
@@ -262,12 +265,12 @@ def prior_precision(eigenvalues: PyTree, squared_norm: jax.Array) -> jax.Array:
         above = effective_number(leaves, jnp.exp(middle)) > jnp.exp(middle) * norm
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-    # Thirty orders of magnitude, to the last digit of float32.
+    # The bounds span thirty orders of magnitude; the result has all digits of float32.
     low, high = jax.lax.fori_loop(0, 40, halve, (high - 69.0, high))
     return jnp.exp((low + high) / 2)
 
 
 def effective_number(eigenvalues: PyTree, precision: jax.Array) -> jax.Array:
-    """How many parameters the data determine: the sum of h / (h + delta)."""
+    """The number of parameters that the data determine: the sum of h / (h + delta)."""
     leaves = jax.tree.leaves(eigenvalues)
     return sum((jnp.sum(x / (x + precision)) for x in leaves), jnp.zeros(()))

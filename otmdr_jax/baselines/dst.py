@@ -1,11 +1,11 @@
 r"""Dynamic sparse training: networks that are sparse from the first step to the last.
 
-A random mask keeps a share of the weights, more of them in small layers
-(Erdos-Renyi-Kernel). Now and then each layer drops the smallest of its weights and
-grows as many elsewhere: where the gradient of the loss with respect to all weights is
-largest (RigL), or at random (SET). A sparse network never has more weights than it
-ends with. :func:`dynamic` is all of this as an Optax transformation; its state holds
-the masks, so that checkpoints do.
+A random mask keeps a share of the weights, a larger share in small layers
+(Erdos-Renyi-Kernel). At given steps each layer drops its smallest weights and grows as
+many elsewhere: where the gradient of the loss is largest (RigL), or at random (SET). A
+sparse network never has more weights than it ends with. :func:`dynamic` does all of
+this as an Optax transformation. Its state holds the masks, so checkpoints hold them
+too.
 
 References: Liu et al., `Deep Ensembling with No Overhead for either Training or Testing
 <https://arxiv.org/abs/2106.14568>`_, ICLR 2022, and their code, FreeTickets;
@@ -28,7 +28,7 @@ from otmdr_jax.core.keys import one_key
 PyTree = Any
 
 GROWTHS = ("gradient", "random")
-# Where the released code's cosine of the drop rate ends (sparselearning/core.py).
+# The drop rate at the end of the released code's cosine (sparselearning/core.py).
 LOWEST_RATE = 0.005
 
 
@@ -36,11 +36,11 @@ class Sparse(NamedTuple):
     """The state of :func:`dynamic`.
 
     Attributes:
-      inner: That of the optimizer; zero wherever no weights are.
-      masks: True where there is a weight, for each array of the parameters; a scalar
-        True for those that are dense.
-      step: Steps taken.
-      key: Where random masks come from, typed.
+      inner: The optimizer's state; zero wherever there is no weight.
+      masks: A mask for each array of the parameters, True where there is a weight; a
+        scalar True for dense arrays.
+      step: The number of steps taken.
+      key: The typed PRNG key of random masks.
     """
 
     inner: PyTree
@@ -50,16 +50,16 @@ class Sparse(NamedTuple):
 
 
 def erk(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
-    r"""Erdos-Renyi-Kernel: how dense each layer is, so that all together are `density`.
+    r"""The density of each layer by the rule of the Erdos-Renyi-Kernel.
 
     .. math:: d_l = \min\left(1, \epsilon \, \frac{\sum_i n_{l,i}}{\prod_i n_{l,i}}
         \right), \qquad \sum_l d_l N_l = d \sum_l N_l
 
-    with the sides :math:`n_{l,i}` of layer l's kernel, inputs and outputs among them.
+    The :math:`n_{l,i}` are the sides of layer l's kernel, inputs and outputs included.
 
     Args:
-      shapes: Of the kernels.
-      density: d, the share of all weights that are kept, in (0, 1).
+      shapes: The shapes of the kernels.
+      density: d, the share of all weights to keep, in (0, 1).
 
     Returns:
       The density of each, in (0, 1].
@@ -86,14 +86,14 @@ def erk(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
 
 
 def counts(params: PyTree, density: float) -> PyTree:
-    """How many weights each array keeps: all of biases, norms and dense layers.
+    """The number of weights that each array keeps; biases and norms keep all.
 
     Args:
-      params: Arrays or their shapes; those of two and more axes are kernels.
-      density: Of all kernels together.
+      params: The parameters, or their shapes; arrays of two and more axes are kernels.
+      density: The density of all kernels together.
 
     Returns:
-      A pytree of integers; at least 1.
+      A pytree of integers, each at least 1.
 
     Raises:
       ValueError: The density is not in (0, 1), or there is no kernel.
@@ -118,7 +118,7 @@ def draw_masks(key: jax.Array, params: PyTree, density: float) -> PyTree:
     Args:
       key: A PRNG key.
       params: The parameters, or their shapes.
-      density: Of all kernels together.
+      density: The density of all kernels together.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -159,16 +159,17 @@ def renew(
     """Drops the smallest weights of each layer and grows as many elsewhere.
 
     Args:
-      masks: As :func:`draw_masks` gives them; dense arrays are left alone.
+      masks: Masks from :func:`draw_masks`; dense arrays are left alone.
       weights: The parameters.
       grads: The gradient with respect to all of them, masked ones included.
-      rate: Share of a layer's weights to drop, rounded up; may be traced.
-      key: For random growth.
-      growth: "gradient" or "random".
+      rate: The share of a layer's weights to drop; their number is rounded up. May be
+        traced.
+      key: The PRNG key of random growth.
+      growth: The place where weights grow, "gradient" or "random".
 
     Returns:
-      (kept, masks): the masks of the weights that stayed, and the new masks, with as
-      many weights as before. What was dropped may grow again, from zero.
+      (kept, masks): the masks of the weights that stayed, and the new masks with as
+      many weights as before. Dropped weights may grow again, from zero.
     """
     leaves, structure = jax.tree.flatten(masks)
     keys = jax.random.split(key, len(leaves))
@@ -206,27 +207,28 @@ def dynamic(
 ) -> optax.GradientTransformationExtraArgs:
     """Sparse training as an Optax transformation.
 
-    The gradient that comes in is that of all weights; the optimizer sees it masked.
-    Weights that are not there are exactly zero after each update, whatever momentum and
-    decay do, if they were before: start from `apply(state.masks, params)`. What grows
-    starts from zero, with a momentum of zero, as in RigL; in the released code momentum
-    goes on where there is no weight.
+    It takes the gradient with respect to all weights and passes it to the optimizer
+    masked. Masked weights stay exactly zero, whatever momentum and decay do, if they
+    start at zero: start from `apply(state.masks, params)`. Weights that grow start from
+    zero with a momentum of zero, as in RigL; the released code goes on with the
+    momentum of masked weights.
 
     Args:
-      optimizer: What turns the masked gradient into an update.
-      key: PRNG key of the first masks and of random growth.
-      density: The share of all kernels' weights that there are.
-      rate: The share that an update drops: a number, or a schedule of the step.
-      steps: The numbers of steps taken after which masks are updated.
-      growth: "gradient" or "random".
-      escapes: Further ones, at which `escape_rate` is dropped.
-      escape_rate: EDST's larger share, for a ticket that differs from the last.
+      optimizer: The transformation that turns the masked gradient into an update.
+      key: The PRNG key of the first masks and of random growth.
+      density: The share of all kernels' weights to keep.
+      rate: The share that an update of the masks drops: a number, or a schedule of the
+        step.
+      steps: The numbers of steps after which masks are updated.
+      growth: The place where weights grow, "gradient" or "random".
+      escapes: Further numbers of steps, after which `escape_rate` is dropped.
+      escape_rate: EDST's larger share, which makes a ticket that differs from the last.
 
     Returns:
       A transformation whose state is a :class:`Sparse`; `update` needs `params`.
 
     Raises:
-      ValueError: An unknown growth, or a density that is not in (0, 1).
+      ValueError: The growth is unknown, or the density is not in (0, 1).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -294,14 +296,14 @@ def dynamic(
 
 
 def masked_from_the_start(method: Any) -> Any:
-    """A method trained by :func:`dynamic` whose first weights are masked too.
+    """Makes a method that :func:`dynamic` trains start from masked weights.
 
-    Its masks come from the method's key: members of an ensemble differ.
+    The masks come from the method's key, so members of an ensemble differ.
     """
 
     def init(key, example_images):
         state = method.init(key, example_images)
-        # None of the keys that `init` of methods split off: see methods.create.
+        # A key that differs from those that `init` of methods splits off.
         own_key, growth_key = jax.random.split(jax.random.fold_in(key, 3))
         masks = redraw(own_key, state.opt_state.masks)
         opt_state = state.opt_state._replace(masks=masks, key=growth_key)
@@ -311,7 +313,7 @@ def masked_from_the_start(method: Any) -> Any:
 
 
 def redraw(key: jax.Array, masks: PyTree) -> PyTree:
-    """Masks of as many weights, anywhere."""
+    """Random masks with as many weights as these."""
     leaves, structure = jax.tree.flatten(masks)
     keys = jax.random.split(key, len(leaves))
     return jax.tree.unflatten(
@@ -343,11 +345,11 @@ def cosine(rate: float, total: int) -> Callable[[jax.Array], jax.Array]:
 def update_steps(every: int, ends: Sequence[int]) -> tuple[int, ...]:
     """The steps after which masks are updated: each `every`, but not before an end.
 
-    A network that is about to be kept has `every` steps to recover from an update. The
-    authors keep the best epoch on held-out images instead.
+    That gives a network that is about to be kept `every` steps to recover from an
+    update. The authors keep the best epoch on held-out images instead.
 
     Args:
-      every: Steps between updates.
+      every: The number of steps between updates.
       ends: The steps after which networks are kept, ascending.
 
     Example:
@@ -367,10 +369,10 @@ def _uniform(key, like):
 
 @jax.jit
 def _smallest(scores: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
-    """True for exactly so many entries, the smallest ones; of ties the first.
+    """True for exactly `number` entries, the smallest; among ties the first.
 
-    It is what a stable sort would give, found by bisection: sums over all entries are
-    all that it takes, so that a sharded array stays where it is. NaN is the largest.
+    A stable sort would give the same. Bisection needs only sums over all entries, so a
+    sharded array stays where it is. NaN counts as the largest.
     """
     value = _ordered_bits(scores)
     place = jnp.zeros_like(value)
@@ -395,7 +397,7 @@ def _ordered_bits(x):
 
 
 def _largest(values, number, among):
-    """The largest bound that at most `number` of some unsigned integers are below."""
+    """The largest bound with at most `number` of the unsigned integers below it."""
     width = 8 * values.dtype.itemsize
 
     def set_bit(i, bound):

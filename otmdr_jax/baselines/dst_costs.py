@@ -1,4 +1,4 @@
-"""What a sparse network holds and what a prediction with it takes."""
+"""The weights of a sparse network and the operations of a prediction."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,18 +10,18 @@ PyTree = Any
 
 
 def sparsity(params: PyTree, masks: PyTree, positions: Mapping[str, int]) -> dict:
-    """Density of each layer, weights and operations of one network.
+    """Densities, weights and operations of one network.
 
     Args:
-      params: Nested dictionaries of arrays; those of two and more axes are kernels.
-      masks: As :func:`otmdr_jax.baselines.dst.draw_masks` gives them.
-      positions: Kernel -> how often it is applied to one image, from
+      params: Nested dictionaries of arrays; arrays of two and more axes are kernels.
+      masks: Masks from :func:`otmdr_jax.baselines.dst.draw_masks`.
+      positions: The number of times that each kernel is applied to one image, from
         :func:`otmdr_jax.models.output_positions`.
 
     Returns:
-      density and weights of all kernels together; flops and dense_flops of a prediction
-      for one image, two for each multiply-add of a weight that is there (biases and
-      norms are left out, as is usual); layers, the density of each.
+      A dictionary: `density` and `weights` of all kernels together; `flops` and
+      `dense_flops` of a prediction for one image, two for each multiply-add of a weight
+      (biases and norms are left out, as is usual); `layers`, the density of each.
 
     Example:
       >>> import jax.numpy as jnp

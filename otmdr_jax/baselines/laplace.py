@@ -2,13 +2,12 @@ r"""Laplace approximations: a Gaussian around trained weights, from curvature.
 
 .. math:: \mathcal N\left(w^*, (H + \delta I)^{-1}\right)
 
-H is the Gauss-Newton matrix over the training set
-(:mod:`otmdr_jax.baselines.curvature`) of the last layer, or its diagonal over all
-weights; delta the precision of the prior.
-Training is that of any method of one weight vector: the Gaussian is fitted afterwards,
-by `finalize` of the method, and takes part in predictions alone.
-Samples of the last layer predict as they are; samples of all weights by the network's
-linearisation at the mode, of which H is the curvature (Immer et al., 2021).
+H is the Gauss-Newton matrix of the last layer over the training set
+(:mod:`otmdr_jax.baselines.curvature`), or its diagonal over all weights; delta is the
+precision of the prior. Any method of one weight vector does the training; `finalize`
+fits the Gaussian afterwards, and only predictions use it. Samples of the last layer
+predict directly. Samples of all weights predict through the network's linearisation at
+the mode, since H is the curvature of that (Immer et al., 2021).
 
 References: MacKay, A Practical Bayesian Framework for Backpropagation Networks, 1992;
 Daxberger et al., `Laplace Redux <https://arxiv.org/abs/2106.14806>`_, NeurIPS 2021;
@@ -27,8 +26,8 @@ from otmdr_jax.baselines.finalize import Finalize
 
 PyTree = Any
 
-# How far logits may be from those of the last layer by itself, relative, before it is
-# no last layer.
+# The largest relative difference between the model's logits and those of the layer that
+# is taken for its last one.
 _TOLERANCE = 1e-2
 
 
@@ -36,11 +35,11 @@ class LaplacePosterior(NamedTuple):
     """A fitted Gaussian, as predictions need it.
 
     Attributes:
-      prior_precision: delta, of the prior.
-      effective_parameters: How many parameters the data determine.
-      draws: (S, D, C) draws of the last layer less its mode, the bias as the last row
-        of D; None of the diagonal.
-      std: Standard deviations of all weights; None of the last layer.
+      prior_precision: delta, the precision of the prior.
+      effective_parameters: The number of parameters that the data determine.
+      draws: (S, D, C) draws of the last layer minus its mode, with the bias as the last
+        row of D; None for the diagonal.
+      std: Standard deviations of all weights; None for the last layer.
     """
 
     prior_precision: jax.Array
@@ -57,25 +56,27 @@ def laplace(
     num_samples: int = 30,
     prior_precision: float | None = None,
 ) -> Any:
-    """A method that predicts with a Laplace approximation of what it trains.
+    """Makes a method that predicts with a Laplace approximation of what it trains.
 
     Args:
       method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector.
-      model: Its model.
-      structure: Of what: "last-layer", all of its matrix, for up to 10,000 parameters;
-        "last-layer-kron", as a Kronecker product; or "diagonal", of all weights.
-      num_samples: S, the samples of a prediction.
-      prior_precision: delta; None for the one of highest marginal likelihood.
+      model: The method's model.
+      structure: The part of the matrix to use: "last-layer", the whole matrix of the
+        last layer, for up to 10,000 parameters; "last-layer-kron", its Kronecker
+        factors; or "diagonal", the diagonal over all weights.
+      num_samples: S, the number of samples in a prediction.
+      prior_precision: delta; None chooses the one of highest marginal likelihood.
 
     Returns:
-      A method. `finalize.of_batch` takes (images, mask), and its results are to be
-      summed over the training set, each example once, for `finalize.finish`, which puts
-      a :class:`LaplacePosterior` into `method_state` and is not for `jax.jit`.
-      `predict` gives (S, B, C) log-probabilities, of the method itself, which are
-      (1, B, C), until then.
+      A method. Its `finalize.of_batch` takes (images, mask). Sum its results over the
+      training set, each example once, and give them to `finalize.finish`, which puts a
+      :class:`LaplacePosterior` into `method_state` and cannot be compiled by `jax.jit`.
+      `predict` then returns (S, B, C) log-probabilities; before, it returns those of
+      the method itself, (1, B, C).
 
     Raises:
-      ValueError: An unknown structure, or samples or a precision that cannot be.
+      ValueError: The structure is unknown, or the number of samples or the precision is
+        not valid.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -196,9 +197,10 @@ def _noise(std, key):
 
 
 def _eigen(found, structure, shape):
-    """Eigenvalues of H, and what makes draws of the Gaussian of standard normals.
+    """Eigenvalues of H, and the function that turns normal noise into draws.
 
-    The prior joins the eigenvalues of the whole matrix, of a Kronecker product too.
+    The prior is added to the eigenvalues of the whole matrix, for a Kronecker product
+    too.
     """
     if structure == "diagonal":
         return found["diagonal"], None
@@ -237,8 +239,8 @@ def _check_last_layer(found):
     share = float(jnp.max(jnp.nan_to_num(shares, nan=0.0)))
     if share > _TOLERANCE:
         raise ValueError(
-            'the logits are not those of params["head"], an affine map of its input: '
-            f"they differ by {share:.3g} of their size. A Laplace "
+            'the logits must be those of params["head"], an affine map of its input, '
+            f"but they differ from these by {share:.3g} of their size. A Laplace "
             "approximation of the last layer needs it to be the last; use "
             "laplace='diagonal'."
         )

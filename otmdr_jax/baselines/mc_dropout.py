@@ -2,9 +2,9 @@ r"""MC dropout: a network trained with dropout, predicting with samples of its m
 
 .. math:: p(y \mid x) \approx \frac1S \sum_{s=1}^S p(y \mid x, \theta, m_s)
 
-Each sample is one draw of the masks for a whole set: all examples have the same, as all
-have the same weights under any other posterior. So a prediction does not depend on the
-batch that an example is in, and predictions of one sample belong to one function.
+Each sample is one draw of the masks, which all examples of a set share, just as they
+share the weights under any other posterior. So a prediction does not depend on the
+batch that an example is in, and the predictions of one sample belong to one function.
 
 Reference: Gal & Ghahramani, `Dropout as a Bayesian Approximation: Representing Model
 Uncertainty in Deep Learning <https://arxiv.org/abs/1506.02142>`_, ICML 2016.
@@ -20,14 +20,14 @@ from otmdr_jax.core.keys import one_key
 
 # Of Uncertainty Baselines' MC dropout (baselines/cifar/dropout.py): WideResNet-28-10.
 RATE = 0.1
-# As many as of any other posterior here; 10 and more in the paper's experiments.
+# The same as for every other posterior here; the paper's experiments take 10 and more.
 NUM_SAMPLES = 30
 # Folded into a step's key, which is split for other draws: a number that no split has.
 _STREAM = 0x64726F70
 
 
 def rate_of(model: Any) -> float:
-    """The rate of a model's dropout; 0 of a model that does not say one."""
+    """The rate of a model's dropout; 0 if the model does not say one."""
     rate = getattr(model, "dropout", 0.0)
     return float(rate) if isinstance(rate, int | float) else 0.0
 
@@ -36,10 +36,10 @@ def example_keys(key: jax.Array, count: int, axis_name: Any = None) -> jax.Array
     """A PRNG key for each example of a batch, the same on any devices.
 
     Args:
-      key: Of the step; other draws may be made of it too.
-      count: B, the examples here.
-      axis_name: The device axis that the batch is divided over; the examples of this
-        device follow those of the devices before it.
+      key: The step's key, which other draws may use too.
+      count: B, the number of examples on this device.
+      axis_name: Name of the device axis that the batch is divided over. The examples of
+        this device follow those of the devices before it.
 
     Returns:
       (B,) typed keys; that of an example depends on `key` and its place in the batch.
@@ -64,23 +64,22 @@ def mc_dropout(
     num_samples: int = NUM_SAMPLES,
     mean_only: bool = False,
 ) -> Any:
-    """A method that predicts with samples of its model's dropout.
+    """Makes a method that predicts with samples of its model's dropout.
 
     Args:
-      method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector, of
+      method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector of
         this model.
-      model: With a rate `dropout` above 0, and `keys` in its `apply`, as
-        :class:`otmdr_jax.models.Model`.
-      num_samples: S, forward passes of a prediction; 30 by default.
-      mean_only: Predict with the network without dropout instead, whose weights were
-        scaled for that: S is 1.
+      model: A model whose rate `dropout` is above 0 and whose `apply` takes `keys`, as
+        that of :class:`otmdr_jax.models.Model` does.
+      num_samples: S, the number of forward passes in a prediction.
+      mean_only: True to predict with the network without dropout instead. S is then 1.
 
     Returns:
-      A method. `predict` gives (S, B, C) log-probabilities. The masks are drawn from
-      the state's key; BatchNorm has its running statistics.
+      A method. `predict` returns (S, B, C) log-probabilities. It draws the masks from
+      the state's key; BatchNorm uses its running statistics.
 
     Raises:
-      ValueError: A model without dropout, or fewer than one sample.
+      ValueError: The model has no dropout, or `num_samples` is below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -1,7 +1,7 @@
 """Settings of the competitors in the paper's Table 3, close to their authors' commands.
 
-The network is that of the table's first part, ResNet-10: give `model="resnet_18"` and
-`members="3"` for the second. What an entry leaves out is a run's default.
+The network is ResNet-10, as in the table's first part; pass `model="resnet_18"` and
+`members="3"` for the second. Options that an entry leaves out keep the run's defaults.
 """
 
 from typing import Any
@@ -28,10 +28,13 @@ PRESETS = {
 
 
 def preset(version: str) -> dict[str, Any]:
-    """Options of a run by the name of a method or an ensemble; a new dictionary.
+    """The options of a run, by the name of a method or an ensemble.
 
     Args:
-      version: One of `PRESETS`.
+      version: A name in `PRESETS`.
+
+    Returns:
+      A new dictionary.
 
     Example:
       >>> preset("deep-ensemble")["members"]

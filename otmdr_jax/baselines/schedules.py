@@ -1,8 +1,8 @@
-"""Learning rates of the methods that collect members, and the steps that they do it at.
+"""Learning rates of methods that collect members, and the steps at which they do.
 
-Steps are counted as Optax does: a schedule's argument is the number of steps taken
+Steps are counted as in Optax: a schedule's argument is the number of steps taken
 before, 0 for the first. Papers count iterations from 1; their i is `step + 1`. Members
-are collected after a step, so `ends` count the steps taken: the last is `total`.
+are collected after a step, so `ends` count the steps taken; the last is `total`.
 """
 
 import math
@@ -13,7 +13,7 @@ import optax
 # The shape that Garipov, Izmailov and Maddox train with before they collect (their
 # train.py): constant to a half, then linear to its end at nine tenths.
 FLAT_UNTIL, LINEAR_UNTIL = 0.5, 0.9
-# Where it ends, beside the peak, for FGE's pre-training.
+# The end of FGE's pre-training, as a share of the peak.
 PRETRAINING_END = 0.01
 # EDST's refinement: a tenth of the peak, then a hundredth (main_EDST.py).
 REFINEMENT = (0.1, 0.01)
@@ -27,8 +27,8 @@ def cyclic_cosine(peak: float, total: int, cycles: int) -> optax.Schedule:
 
     Args:
       peak: alpha_0, the rate at the start of every cycle.
-      total: T, steps of the run.
-      cycles: M.
+      total: T, the number of steps of the run.
+      cycles: M, the number of cycles.
 
     Example:
       >>> rate = cyclic_cosine(0.2, total=10, cycles=2)
@@ -50,7 +50,7 @@ def snapshot_ends(total: int, cycles: int) -> tuple[int, ...]:
     """The ends of the cycles of :func:`cyclic_cosine`; the last may be shorter.
 
     Raises:
-      ValueError: The run is so short that cycles of ceil(T/M) steps leave some out.
+      ValueError: The run is too short for M cycles of ceil(T/M) steps.
 
     Example:
       >>> snapshot_ends(10, 3)
@@ -77,13 +77,13 @@ def fge(
         \end{cases}, \qquad t(i) = \frac{\mathrm{mod}(i - 1, c) + 1}c
 
     Args:
-      peak: The rate of pre-training, which follows its authors' shape for a run of
-        `total` steps and is cut off at `start`.
-      total: Steps of the run.
-      start: Steps of pre-training; i counts from there.
-      period: c, steps of a cycle; even, so that the lowest rate is met.
+      peak: The highest rate of pre-training, which follows the authors' shape for a run
+        of `total` steps and is cut off at `start`.
+      total: The number of steps of the run.
+      start: The number of steps of pre-training; i counts from there.
+      period: c, the number of steps of a cycle; even, so that the lowest rate is met.
       high: alpha_1, at the ends of a cycle.
-      low: alpha_2, in its middle.
+      low: alpha_2, in the middle of a cycle.
 
     Reference: Garipov et al., `Loss Surfaces, Mode Connectivity, and Fast Ensembling of
     DNNs <https://arxiv.org/abs/1802.10026>`_, NeurIPS 2018, section 5; train.py and
@@ -125,9 +125,9 @@ def averaging(peak: float, final: float, start: int) -> optax.Schedule:
     """The rate of SWA and SWAG: pre-training until `start`, then a constant rate.
 
     Args:
-      peak: The rate of pre-training.
-      final: The constant rate, at which weights are averaged; pre-training ends there.
-      start: Steps of pre-training.
+      peak: The highest rate of pre-training.
+      final: The constant rate, at which weights are averaged and pre-training ends.
+      start: The number of steps of pre-training.
 
     Reference: Izmailov et al., `Averaging Weights Leads to Wider Optima and Better
     Generalization <https://arxiv.org/abs/1803.05407>`_, UAI 2018; train.py of their
@@ -137,7 +137,7 @@ def averaging(peak: float, final: float, start: int) -> optax.Schedule:
 
 
 def averaging_ends(total: int, start: int, every: int) -> tuple[int, ...]:
-    """The steps whose weights are averaged: `start`, and each `every` after it.
+    """The steps whose weights are averaged: `start`, and every `every` steps after it.
 
     Raises:
       ValueError: There are fewer than two.
@@ -179,8 +179,8 @@ def edst(peak: float, ends: tuple[int, ...], start: int) -> optax.Schedule:
 
     Args:
       peak: The rate of the exploration phase.
-      ends: Where the refinement phases end, from :func:`edst_ends`.
-      start: Steps of the exploration phase.
+      ends: The ends of the refinement phases, from :func:`edst_ends`.
+      start: The number of steps of the exploration phase.
 
     Reference: Liu et al., `Deep Ensembling with No Overhead for either Training or
     Testing <https://arxiv.org/abs/2106.14568>`_, ICLR 2022; main_EDST.py of their code.
@@ -198,7 +198,7 @@ def edst(peak: float, ends: tuple[int, ...], start: int) -> optax.Schedule:
 
 
 def edst_ends(total: int, start: int, tickets: int) -> tuple[int, ...]:
-    """The ends of EDST's refinement phases, of one length to a step.
+    """The ends of EDST's refinement phases, which are equally long up to a step.
 
     Raises:
       ValueError: A phase would have fewer than two steps, one for each rate.

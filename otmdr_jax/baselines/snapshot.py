@@ -1,12 +1,11 @@
-"""Methods whose ensemble is collected on the way of one training run.
+"""Methods that collect an ensemble during one training run.
 
 :func:`collect` turns any method of one weight vector into one that keeps a copy of its
-weights (and BatchNorm statistics) after given steps, and predicts with the copies:
-snapshot ensembles, FGE and EDST differ in their learning rates and steps alone. What is
-collected is part of the training state, so that checkpoints and resumption hold it:
-M copies of the weights, allocated from the start. A step reads and writes one of them,
-whether one is due or not, which no branch has to decide: next to nothing beside its
-forward and backward passes.
+weights (and BatchNorm statistics) after given steps, and predicts with the copies.
+Snapshot ensembles, FGE and EDST differ only in their learning rates and steps. The M
+copies are part of the training state, so checkpoints hold them, and are allocated from
+the start. Every step reads and writes one of them, due or not, so that no branch is
+needed; that costs next to nothing beside the forward and backward passes.
 """
 
 import itertools
@@ -23,9 +22,10 @@ class Collected(NamedTuple):
     """The members collected so far.
 
     Attributes:
-      params: The weights, with a leading axis of M; zeros where there is no member yet.
-      model_state: Their BatchNorm statistics, in the same way.
-      number: How many there are.
+      params: The members' weights, with a leading axis of M; zeros for members that are
+        not collected yet.
+      model_state: Their BatchNorm statistics, stacked in the same way.
+      number: The number of members so far.
     """
 
     params: PyTree
@@ -34,21 +34,23 @@ class Collected(NamedTuple):
 
 
 def collect(method: Any, ends: Sequence[int]) -> Any:
-    """A method that keeps its weights after given steps and predicts with them.
+    """Makes a method that keeps its weights after given steps and predicts with them.
 
     Args:
       method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector.
-      ends: The numbers of steps taken after which to collect, ascending. A step that
-        was skipped, as it was not finite, counts: its weights are those before it.
+      ends: The numbers of steps after which to collect, ascending. A step that was
+        skipped because it was not finite counts too; it leaves the weights as they
+        were.
 
     Returns:
-      A method. Its state's `method_state` is a :class:`Collected`. `predict` gives
-      (M, B, C) log-probabilities: those of the members collected so far, then, up to M,
-      that of their mean probability, so that the mean over all M rows is the ensemble's
-      prediction at any time. Before the first member all rows are the current weights'.
+      A method. Its state's `method_state` is a :class:`Collected`. `predict` returns
+      (M, B, C) log-probabilities: first those of the members collected so far; the
+      remaining rows hold their mean probability, so that the mean over all M rows is
+      the ensemble's prediction at any time. Before the first member is collected, all
+      rows are predictions of the current weights.
 
     Raises:
-      ValueError: `ends` are none, or not ascending from 1.
+      ValueError: `ends` is empty, or is not ascending from at least 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -122,11 +124,11 @@ def members(state: Any) -> list[Any]:
     """The collected members as training states, each with its own weights.
 
     Args:
-      state: The state of a run of one model; on the host, so that it is known how many
-        there are.
+      state: The state of a run of one model, outside of `jax.jit`, since the number of
+        members must be known.
 
     Returns:
-      One state for each member; none where nothing has been collected yet.
+      One state for each member; an empty list if nothing has been collected yet.
     """
     kept = state.method_state
     return [
@@ -140,11 +142,11 @@ def members(state: Any) -> list[Any]:
 
 
 def check_ends(ends: Sequence[int]) -> None:
-    """Raises ValueError unless steps to collect at are ascending from 1."""
+    """Raises ValueError unless the steps to collect at ascend from at least 1."""
     rising = all(a < b for a, b in itertools.pairwise(ends))
     if not ends or ends[0] < 1 or not rising:
         raise ValueError(
-            "the steps to collect at must be ascending, 1 or more, and at least one, "
+            "the steps to collect at must be at least one, ascending and 1 or more, "
             f"got {tuple(ends)}."
         )
 
@@ -155,10 +157,9 @@ def is_due(step: jax.Array, ends: Sequence[int]) -> jax.Array:
 
 
 def put(stacks: PyTree, values: PyTree, slot: jax.Array, due: jax.Array) -> PyTree:
-    """Writes values into a row of stacked arrays where they are due.
+    """Writes values into one row of stacked arrays if they are due.
 
-    One row is read and written, in place where the state is donated; the others are
-    not touched.
+    Only that row is read and written, in place if the state is donated.
     """
 
     def one(stack, value):

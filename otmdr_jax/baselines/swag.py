@@ -7,9 +7,9 @@ SWA is that of the mean, one of SWAG averages over S samples
 .. math:: \tilde\theta = \bar\theta + \frac1{\sqrt2} \sigma \odot z_1
     + \frac1{\sqrt{2 (K - 1)}} D z_2, \qquad z_1, z_2 \sim \mathcal N(0, I)
 
-No batch was ever seen at these weights, so BatchNorm's running statistics are not
-theirs: they are computed anew from training data before a prediction, by `finalize` of
-the method. See docs/collected.md.
+The network never saw a batch with these weights, so BatchNorm's running statistics do
+not belong to them. `finalize` of the method computes new ones from training data before
+a prediction. See docs/collected.md.
 
 References: Izmailov et al., `Averaging Weights Leads to Wider Optima and Better
 Generalization <https://arxiv.org/abs/1803.05407>`_, UAI 2018; Maddox et al., `A Simple
@@ -35,16 +35,16 @@ RANK, NUM_SAMPLES = 20, 30
 
 
 class Moments(NamedTuple):
-    """What is known of the weights along a run.
+    """Moments of the weights along a run.
 
     Attributes:
-      mean: Their mean.
+      mean: The mean of the weights.
       variance: Their variance, divided by `number`; None for SWA.
-      deviations: The last K of them less the mean at the time, with a leading axis of
-        K, in no order; None for SWA.
-      number: How many weights entered.
-      statistics: BatchNorm statistics of what predicts, with a leading axis: the mean,
-        then the samples. None until that; never in a checkpoint.
+      deviations: The last K weights minus the mean at the time, with a leading axis of
+        K, in no particular order; None for SWA.
+      number: The number of weight vectors that entered.
+      statistics: BatchNorm statistics of the mean and then of the samples, along a
+        leading axis. None until `finalize` has computed them; never in a checkpoint.
     """
 
     mean: PyTree
@@ -62,24 +62,25 @@ def average(
     rank: int = 0,
     num_samples: int = 0,
 ) -> Any:
-    """A method that averages its weights after given steps: SWA, or SWAG.
+    """Makes a method that averages its weights after given steps: SWA, or SWAG.
 
     Args:
       method: A :class:`otmdr_jax.experiments.methods.Method` of one weight vector.
-      model: Its model; where it has BatchNorm, `batchnorm_momentum` says how its
-        running statistics move.
-      ends: The numbers of steps taken after which weights enter, ascending.
-      rank: K, the deviations that SWAG keeps, 2 or more; 0 for SWA.
-      num_samples: S, the samples of a prediction; 0 predicts with the mean alone.
+      model: The method's model. If it has BatchNorm, its `batchnorm_momentum` says how
+        the running statistics move.
+      ends: The numbers of steps after which the weights enter, ascending.
+      rank: K, the number of deviations that SWAG keeps, at least 2; 0 for SWA.
+      num_samples: S, the number of samples in a prediction; 0 predicts with the mean
+        only.
 
     Returns:
-      A method. Its state's `method_state` is a :class:`Moments`; `predict` gives
+      A method. Its state's `method_state` is a :class:`Moments`. `predict` returns
       (max(S, 1), B, C) log-probabilities, those of the current weights until some have
-      entered. Its `finalize` is for BatchNorm: without that the
-      current weights' running statistics stand in.
+      entered. Its `finalize` computes BatchNorm statistics; without it, the running
+      statistics of the current weights are used.
 
     Raises:
-      ValueError: Steps, rank or samples that cannot be.
+      ValueError: The steps, the rank or the number of samples is not valid.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -129,7 +130,7 @@ def average(
         return state._replace(method_state=kept), metrics
 
     def weights(state, i):
-        """The mean for i = 0, and sample i - 1; the current ones in place of none."""
+        """The mean for i = 0, sample i - 1 after; the current weights before any."""
         kept = state.method_state
         drawn = kept.mean
         if num_samples:
@@ -187,12 +188,13 @@ def statistics_of(
     """BatchNorm's mean and variance of one batch, as its running statistics have them.
 
     Args:
-      model: With `apply`, and `batchnorm_momentum` m, by which new running statistics
-        are m old + (1 - m) batch.
-      params: Its weights.
-      model_state: Statistics of the same structure; their values are not looked at.
+      model: The model, with `apply` and `batchnorm_momentum` m: its new running
+        statistics are m old + (1 - m) batch.
+      params: The model's weights.
+      model_state: Statistics of the same structure; their values are not used.
       images: (B, H, W, C), normalised.
-      key: Of the masks of a model with dropout, under which running statistics are too.
+      key: The PRNG key of the masks if the model has dropout, since training statistics
+        are taken under masks too.
     """
     if not jax.tree.leaves(model_state):
         return model_state
@@ -222,7 +224,7 @@ def moments_of(state: Any) -> Any:
 
 
 def _enter(kept: Moments, params: PyTree, due: jax.Array) -> Moments:
-    """One more weight vector, by Welford's updates: a variance never cancels."""
+    """Adds a weight vector by Welford's updates, in which nothing cancels."""
     share = jnp.where(due, 1 / (kept.number + 1), 0.0)  # 0 leaves all as it is
     mean = jax.tree.map(
         lambda m, x: m + share.astype(m.dtype) * (x - m), kept.mean, params
@@ -246,7 +248,7 @@ def _enter(kept: Moments, params: PyTree, due: jax.Array) -> Moments:
 
 
 def _sample(kept: Moments, key: jax.Array, scale: jax.Array) -> PyTree:
-    """A draw from the Gaussian; of scale 0 its mean."""
+    """A draw from the Gaussian; its mean if `scale` is 0."""
     diagonal_key, low_rank_key = jax.random.split(key)
     leaves, structure = jax.tree.flatten(kept.mean)
     keys = jax.random.split(diagonal_key, len(leaves))

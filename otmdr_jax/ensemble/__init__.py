@@ -1,11 +1,11 @@
 r"""OT-MDR for a uniform distribution over several models (section 4.2.2, Eqs. 11-12).
 
-Each of M members climbs on its own: its own split of the batch, noise and gradient
-norm. Members of one architecture are stacked, with a leading axis of M on every leaf;
-members of different architectures are a tuple. Their prediction is the mean of their
-probabilities, :func:`log_mean_probs`.
+Each of the M members climbs on its own, with its own split of the batch, noise and
+gradient norm. Members of one architecture are stacked, with a leading axis of M on
+every leaf; members of different architectures are a tuple. Their prediction is the mean
+of their probabilities, :func:`log_mean_probs`.
 
-    gradients.py    the robust gradient of every member
+    gradient.py     the robust gradient of every member
     stacking.py     members of one architecture or several; a key for each
     optimizers.py   an Optax transformation for members
     joint.py        all members as one model: the joint variant

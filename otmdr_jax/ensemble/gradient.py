@@ -37,35 +37,35 @@ def value_and_grad(
         g_m = \frac1K \sum_{k=1}^K \nabla L_B(w_{mk}^S), \qquad m = 1, \dots, M
 
     with the particles of :func:`otmdr_jax.value_and_grad` around each member. Member m
-    is a run of its own with the m-th key: to the bit where members are scanned, to
-    rounding where they are mapped in another way.
+    gets what a run of its own with the m-th key would get: to the bit if members are
+    scanned, up to rounding if they are mapped in another way.
 
     Args:
-      loss_fn: `loss_fn(params, batch, *args, **kwargs)` of one member, as for
-        :func:`otmdr_jax.value_and_grad`. For a tuple of members one function for all,
+      loss_fn: The loss of one member, `loss_fn(params, batch, *args, **kwargs)`, as for
+        :func:`otmdr_jax.value_and_grad`. A tuple of members takes one function for all,
         or a tuple of M functions.
       rho: Radii, the same for all members.
-      member_map: How members of one architecture are mapped: "vmap", "unroll", "scan",
-        or "auto". A matter of speed and memory alone; see `docs/performance.md`.
+      member_map: The way members of one architecture are mapped: "vmap", "unroll",
+        "scan", or "auto". It changes speed and memory only; see `docs/performance.md`.
         Different architectures are always unrolled.
       member_axis_name: Name of the device axis inside `jax.shard_map` that stacked
-        members are spread over, each device its part. It says which of the keys are
-        this device's: nothing is exchanged between members.
-      own_batches: Whether each member has a batch of its own: a leading axis of M on
-        every leaf of the batch, or a tuple of M batches for a tuple of members.
+        members are spread over, each device holding its part. It tells which of the
+        keys belong to this device; nothing is exchanged between members.
+      own_batches: True if each member has its own batch: a leading axis of M on every
+        leaf of the batch, or a tuple of M batches for a tuple of members.
       **options: Those of :class:`otmdr_jax.core.options.RobustOptions`.
 
     Returns:
       `grad_fn(members, batch, *args, key=None, rho=None, **kwargs)`, which returns
       `(values, grads)` or, with `has_aux`, `((values, aux), grads)`. `values` is (M,);
-      `grads` and `aux` are stacked or a tuple, as the members are. `args` are per
-      member, as the members are (BatchNorm statistics, say); `kwargs` are shared.
-      `key` is one key, split into M, or M keys.
+      `grads` and `aux` are stacked or a tuple, as the members are. So are `args`, which
+      each member has its own of (BatchNorm statistics, for example); `kwargs` are
+      shared. `key` is one key, which is split into M, or M keys.
 
     Raises:
-      ValueError, TypeError: As :func:`otmdr_jax.value_and_grad`; members whose leaves
-        do not share their leading axis; functions, arguments, batches or keys that are
-        not one for each member.
+      ValueError, TypeError: The errors of :func:`otmdr_jax.value_and_grad`; members
+        whose leaves do not share their leading axis; functions, arguments, batches or
+        keys of another number than the members.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -109,14 +109,15 @@ def robust_gradient(
     own_batches: bool = False,
     **options: Unpack[RobustOptions],
 ) -> Callable[..., RobustGradient]:
-    """:func:`value_and_grad` with everything it knows, diagnostics included.
+    """Like :func:`value_and_grad`, but also returns the diagnostics.
 
     Args:
-      loss_fn: See :func:`value_and_grad`, as for all that follow.
-      rho: Radii.
-      member_map: How members are mapped.
-      member_axis_name: Device axis that they are spread over.
-      own_batches: Whether each has its own batch.
+      loss_fn: The loss of one member; this and all other arguments are explained at
+        :func:`value_and_grad`.
+      rho: Radii, the same for all members.
+      member_map: The way members are mapped.
+      member_axis_name: Name of the device axis that members are spread over.
+      own_batches: True if each member has its own batch.
       **options: Those of :class:`otmdr_jax.core.options.RobustOptions`.
 
     Returns:

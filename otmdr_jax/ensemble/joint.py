@@ -27,7 +27,7 @@ def log_mean_probs(log_probs: jax.Array, axis: int = 0) -> jax.Array:
       axis: The members' axis.
 
     Returns:
-      (..., C) log-probabilities: exact where the probabilities themselves underflow.
+      (..., C) log-probabilities, exact even if the probabilities underflow.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,21 +51,23 @@ def joint_loss(
 
     .. math:: L(\theta_{1:M}) = \ell\Big(\log \frac1M \sum_m p_{\theta_m}(x), y\Big)
 
-    It is the loss of one model whose parameters are all members, to be given to
-    :func:`otmdr_jax.value_and_grad` itself: the gradient norm is then one over all
-    members, as in the released code. The paper trains members independently
+    It is the loss of one model whose parameters are those of all members. Pass it to
+    :func:`otmdr_jax.value_and_grad` itself: the gradient norm is then taken over all
+    members together, as in the released code. The paper trains members independently
     (:func:`value_and_grad` of this module).
 
     Args:
-      logits_fn: (params, batch, *args) -> (B, C) logits of one member, or (logits,
-        aux). For a tuple of members one function, or a tuple of M.
-      loss: ((B, C) log-probabilities, batch) -> scalar, the mean over the batch.
-      has_aux: Whether `logits_fn` returns (logits, aux).
-      member_map: As for :func:`value_and_grad`.
+      logits_fn: The network of one member, (params, batch, *args) -> (B, C) logits, or
+        (logits, aux). A tuple of members takes one function, or a tuple of M.
+      loss: The loss of a prediction, ((B, C) log-probabilities, batch) -> scalar, a
+        mean over the batch.
+      has_aux: True if `logits_fn` returns (logits, aux).
+      member_map: The way members are mapped, as for
+        :func:`otmdr_jax.ensemble.value_and_grad`.
 
     Returns:
       `loss_fn(members, batch, *args)` -> loss, or (loss, aux) with aux stacked or a
-      tuple; `args` are per member, as the members are.
+      tuple. Each of the `args` is stacked or a tuple too, as the members are.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, otmdr_jax
@@ -101,16 +103,16 @@ def member_log_probs(
     has_aux: bool = False,
     member_map: str = "auto",
 ) -> Callable[..., tuple[jax.Array, PyTree]]:
-    """What :func:`joint_loss` takes the mean of: the log-probabilities of all members.
+    """The log-probabilities of all members, whose mean :func:`joint_loss` takes.
 
     Args:
-      logits_fn: See :func:`joint_loss`, as the others.
-      has_aux: Whether it returns (logits, aux).
-      member_map: How members are mapped.
+      logits_fn: The network of one member, as for :func:`joint_loss`.
+      has_aux: True if `logits_fn` returns (logits, aux).
+      member_map: The way members are mapped.
 
     Returns:
-      (members, batch, *args) -> ((M, B, C) log-probabilities, aux stacked or a tuple,
-      None without).
+      A function (members, batch, *args) -> ((M, B, C) log-probabilities, aux); aux is
+      stacked or a tuple, or None if there is none.
     """
     check_word("member_map", member_map, MEMBER_MAPS)
     functions = functions_of(logits_fn)

@@ -18,24 +18,26 @@ def per_member(
     *,
     member_args: Sequence[str] = ("value", "grad"),
 ) -> optax.GradientTransformationExtraArgs:
-    """Lifts an Optax transformation to members: norms, counts and states are of each.
+    """Lifts an Optax transformation to members: each has its own norms and state.
 
-    Around stacked members a bare `optax.clip_by_global_norm` would clip them by one
-    norm over all, and a count or an injected hyper-parameter would be one for all.
+    Without it `optax.clip_by_global_norm`, for example, would clip stacked members by
+    one norm over all of them, and all would share a count or an injected
+    hyper-parameter.
 
     Args:
       optimizer: Any transformation of one member.
-      member_args: Names of extra arguments that are per member, with a leading axis of
-        M (or tuples, for a tuple of members): by default what `optax.contrib.
-        reduce_on_plateau` and line searches take. Others are handed on whole.
+      member_args: Names of the extra arguments that differ between members and have a
+        leading axis of M (or are tuples, for a tuple of members). The default is what
+        `reduce_on_plateau` of `optax.contrib` and line searches take. Other arguments
+        are passed on whole.
 
     Returns:
       A transformation of stacked members, or of a tuple of them. Its state is the
       optimizer's with a leading axis of M on every leaf, or a tuple of states. Typed
-      PRNG keys in it are made different for each member: those of
+      PRNG keys in the state are made different for each member, so those of
       `per_member(otmdr(loss_fn, key))` are independent, whatever kind `key` is. A raw
-      key that another library keeps is an array of numbers, and the same for all: give
-      it a typed one.
+      key that another library keeps cannot be told from other numbers and stays the
+      same for all members: give that library a typed key.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -82,7 +84,7 @@ def per_member(
 
 
 def _own_keys(state: PyTree, index: Any) -> PyTree:
-    """Typed PRNG keys of a member's state, made its own."""
+    """Makes the typed PRNG keys in a member's state its own."""
 
     def fold(leaf):
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):

@@ -34,14 +34,15 @@ def count_members(members: PyTree) -> int:
 
 
 def member_keys(key: Any, count: int, axis_name: Any = None) -> Any:
-    """The keys of the members that are here: (M,) typed ones; None for no key.
+    """The (M,) typed keys of the members on this device; None for no key.
 
     Args:
       key: One key, typed () or raw (words,), which is split into one for each member;
-        or M keys, (M,) or raw (M, words), which are taken as they are.
-      count: M, the members of this device.
-      axis_name: Device axis that members are spread over, or None: a single key is
-        split into those of all devices, each of which takes its own.
+        or M keys, typed (M,) or raw (M, words), which are used as they are.
+      count: M, the number of members on this device.
+      axis_name: Name of the device axis that members are spread over, or None. A single
+        key is split into keys for the members of all devices; each device takes its
+        own.
 
     Raises:
       ValueError: Keys that are neither one nor M; TypeError: no keys.
@@ -71,19 +72,19 @@ def is_tuple(members: PyTree) -> bool:
 
 
 def functions_of(function: Any) -> list[Callable[..., Any]]:
-    """One function for all members, or those of each, as a list."""
+    """A list of one function for all members, or of one function each."""
     return list(function) if isinstance(function, (tuple, list)) else [function]
 
 
 def each_or_one(functions: list, members: PyTree) -> Any:
-    """One function for stacked members, one for each of a tuple."""
+    """One function if members are stacked, a list of one each if they are a tuple."""
     if not is_tuple(members):
         return functions[0]
     return functions * len(members) if len(functions) == 1 else functions
 
 
 def rows_of(args: tuple, members: PyTree) -> Any:
-    """Arguments that are tuples of M -> M tuples of arguments; stacked ones as is."""
+    """Turns arguments that are tuples of M into M tuples; leaves stacked ones alone."""
     if not is_tuple(members):
         return args
     return [tuple(arg[i] for arg in args) for i in range(len(members))]
