@@ -278,7 +278,7 @@ def time_steps(session, name, size, dtype, particles, only=None):
     """One model, batch size and dtype: fills record["steps"][label]."""
     label = f"{name} {dtype} {size}"
     model = models.create(name, 10, dtype=jnp.dtype(dtype))
-    batch = make_batch(size, 16 if session.options.smoke else 32)
+    batch = make_batch(size, 8 if session.options.smoke else 32)
     flops = forward_flops(model, batch[0])
     group = session.record["steps"].setdefault(
         label, {"batch_size": size, "forward_gflop": flops / 1e9, "results": {}}
@@ -344,7 +344,7 @@ def time_ensemble(session, name, size, dtype, members):
     """Members that share a batch: together in one program, or one after the other."""
     label = f"{members} x {name} {dtype} {size}"
     model = models.create(name, 10, dtype=jnp.dtype(dtype))
-    batch = make_batch(size, 16 if session.options.smoke else 32)
+    batch = make_batch(size, 8 if session.options.smoke else 32)
     step = make_steps(model)[ROBUST]
 
     def unrolled(*arguments):
@@ -517,7 +517,7 @@ def plan(options):
     """(name, model, batch size, dtype, particles, steps or None), in this order."""
     if options.smoke:
         particles = [(k, "unroll") for k in options.particles]
-        return [("wide_resnet_10_1", 8, "float32", particles, None)]
+        return [("cnn_small", 8, "float32", particles, None)]
     wide, narrow = "wide_resnet_28_10", "resnet_18"
     first, *more = [[(k, how) for how in MAPS] for k in options.particles] or [[]]
     groups = [
@@ -579,7 +579,7 @@ def main():
     if "peak" in options.only:
         measure_peak(session)
     groups = plan(options) if "steps" in options.only else []
-    ensemble = ("wide_resnet_10_1", 8, "float32", 2)
+    ensemble = ("cnn_small", 8, "float32", 2)
     if not options.smoke:
         ensemble = ("resnet_10", 128, "bfloat16", 5)
     for turn in range(max(2, len(groups))):

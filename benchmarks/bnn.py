@@ -93,7 +93,9 @@ def peak_memory(step, model, batch):
 def variances(epochs, draws, batches):
     """Estimator -> batch size -> variance of the gradient, summed over the means."""
     dataset = data.load("digits", label_noise=0.2)
-    config = dataclasses.replace(BASE, method="sgvb", kl_weight=0.1, epochs=epochs)
+    config = dataclasses.replace(
+        BASE, method="sgvb", kl_weight=0.1, epochs=epochs, num_samples=1
+    )
     state = training.train(config, dataset, show_progress=False).state
     model = models.create("cnn_small", 10)
     found = {}
@@ -174,17 +176,20 @@ def main():
     add("--rounds", type=int, default=9 if cpu else 31)
     add("--draws", type=int, default=200, help="for the variance")
     add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="a tiny network, few rounds")
+    add("--smoke", action="store_true", help="a tiny network, three steps, one round")
     options = parser.parse_args()
-    epochs, batches = BASE.epochs, BATCHES
+    epochs, batches, chosen = BASE.epochs, BATCHES, None
     if options.smoke:
+        chosen = [REFERENCE, next(iter(VERSIONS)), "SGVB, flipout"]
         options.model, options.batch_size, options.image_size = "cnn_small", 8, 8
         options.rounds, options.draws, epochs, batches = 1, 3, 1, (8,)
 
     model = models.create(options.model, 10, dtype=jnp.dtype(options.dtype))
     batch = make_batch(options.batch_size, options.image_size)
     runs, results = {}, {}
-    for name, (step, gradients) in make_steps(model).items():
+    steps = make_steps(model)
+    for name in chosen or steps:
+        step, gradients = steps[name]
         arguments = make_arguments(step, model, batch)
         runs[name], results[name] = compile_step(step.function, arguments)
         results[name]["gradients"] = gradients

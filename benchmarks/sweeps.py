@@ -71,14 +71,15 @@ def main():
     parser.add_argument("--output", help="folder of the runs; default: a temporary one")
     parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--picture", help="also draw accuracy against cost")
-    parser.add_argument("--smoke", action="store_true", help="one epoch, two seeds")
+    parser.add_argument("--smoke", action="store_true", help="three steps, two seeds")
     options = parser.parse_args()
     text = pathlib.Path(options.file).read_text()
     with tempfile.TemporaryDirectory() as scratch:
         output = pathlib.Path(options.output or scratch)
         if options.smoke:
             text = re.sub(r"(?m)^seeds = .*", "seeds = [0, 1]", text)
-            text = re.sub(r"(?m)^(epochs|eval_every) = .*", r"\1 = 1", text)
+            text = re.sub(r"(?m)^epochs = .*", "steps = 3", text)
+            text = re.sub(r"(?m)^rho = .*", "rho = [[0.05], [0.1]]", text)
             text = "\n[methods".join(text.split("\n[methods")[:3])
         file = pathlib.Path(scratch) / "sweep.toml"
         file.write_text(text)

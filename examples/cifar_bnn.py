@@ -3,7 +3,7 @@
     python examples/cifar_bnn.py --data-dir ~/tensorflow_datasets   # OT-MDR, ResNet-10
     python examples/cifar_bnn.py --method sgvb --model resnet_18
     python examples/cifar_bnn.py --released     # the released code's version of OT-MDR
-    python examples/cifar_bnn.py --smoke        # digits, a minute on 2 CPU cores
+    python examples/cifar_bnn.py --smoke        # digits, seconds on a CPU
 
 Time: 100 epochs of ResNet-10 are a matter of hours on one accelerator and out of reach
 of a CPU. Expected, from the paper's Table 4, accuracy (%), NLL and ECE:
@@ -70,8 +70,8 @@ def main():
     if options.smoke:  # the same code paths with a small network
         name = "smoke"
         config = dataclasses.replace(
-            config, data="digits", model="cnn_small", activation="relu", epochs=2,
-            batch_size=128, learning_rate=0.01, num_samples=5, mesh="data=1",
+            config, data="digits", model="cnn_small", activation="relu", steps=4,
+            batch_size=32, learning_rate=0.01, num_samples=2, mesh="data=1",
         )  # fmt: skip
     released = "-released" if options.released else ""
     output = f"runs/{name}-{options.method}{released}-seed{options.seed}"

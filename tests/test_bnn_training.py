@@ -28,7 +28,7 @@ from tests.sets import small_digits
 from tests.test_training import assert_same_bits
 
 TINY = TrainConfig(
-    mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=64,
+    mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=32,
     log_every=2, seed=3, optimizer="adam", learning_rate=0.01, schedule="plateau",
     num_samples=5, posterior_std=0.02,
 )  # fmt: skip
@@ -38,7 +38,7 @@ METHODS = tuple(n for n, kind in methods.METHODS.items() if kind.is_posterior)
 
 @pytest.fixture(scope="module")
 def small():
-    return small_digits(400, validation=80)
+    return small_digits(200, validation=40)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ class TestRuns:
             dict(posterior_init="released", posterior_norm="joint", merge="sum",
                  sigma_gradient="particle", weight_noise="each_step",
                  posterior_std=TrainConfig.posterior_std),
-            dict(microbatch_size=32, input="host", optimizer="adamw", decay_all=False),
+            dict(microbatch_size=16, input="host", optimizer="adamw", decay_all=False),
         ],
         ids=lambda options: ",".join(options),
     )  # fmt: skip
@@ -332,8 +332,8 @@ class TestWeightDecay:
 
 
 QUICK = [
-    "--steps", "11", "--quiet", "--mesh", "data=1", "--optimizer", "adam",
-    "--learning-rate", "0.01", "--num-samples", "4",
+    "--steps", "4", "--batch-size", "32", "--quiet", "--mesh", "data=1",
+    "--optimizer", "adam", "--learning-rate", "0.01", "--num-samples", "4",
 ]  # fmt: skip
 
 
@@ -548,12 +548,12 @@ def first_steps(small, **options):
 def test_options_of_the_objective_are_those_of_the_configuration(
     small, schedule, weights
 ):
-    """From the numbers of steps: loss - likelihood = weight KL / N, N = 320."""
+    """From the numbers of steps: loss - likelihood = weight KL / N, N = 160."""
     states, numbers = first_steps(
         small, kl_weight=0.3, prior_std=0.25, posterior_std=0.05, **schedule
     )
     assert_allclose(bnn.std(states[0].params)["conv1"]["kernel"], 0.05, rtol=1e-4)
-    assert small.train.num_examples == 320
+    assert small.train.num_examples == 160
     for state, found, weight in zip(states, numbers, weights, strict=False):
         kl = 0.0
         for mean, std in zip(
@@ -564,7 +564,7 @@ def test_options_of_the_objective_are_those_of_the_configuration(
             kl += np.sum(np.log(0.25 / s) + (s**2 + m**2) / (2 * 0.25**2) - 0.5)
         assert_allclose(found["kl"], kl, rtol=1e-4)
         beside = float(found["loss"] - found["likelihood_term"])
-        assert_allclose(beside, weight * kl / 320, rtol=1e-3, atol=1e-4)
+        assert_allclose(beside, weight * kl / 160, rtol=1e-3, atol=1e-4)
 
 
 def test_the_presets_steps_are_those_of_a_summed_objective():

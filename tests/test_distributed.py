@@ -19,6 +19,7 @@ from otmdr_jax import data
 from otmdr_jax.experiments import programs, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.training.log import Log
+from tests.sets import small_digits
 
 # BatchNorm and the ordered split see the same examples whatever the number of devices.
 SAME = TrainConfig(
@@ -33,17 +34,23 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def alone(digits):
+def small():
+    """320 digits: five steps an epoch."""
+    return small_digits(320)
+
+
+@pytest.fixture(scope="module")
+def alone(small):
     config = dataclasses.replace(SAME, mesh="data=1", num_particles=2)
-    return training.train(config, digits, show_progress=False)
+    return training.train(config, small, show_progress=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,particle=2"])
-def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, digits, alone):
+def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, small, alone):
     """Augmentation, order, particles and BatchNorm do not depend on the devices."""
     config = dataclasses.replace(SAME, mesh=mesh, num_particles=2)
-    got = training.train(config, digits, show_progress=False)
+    got = training.train(config, small, show_progress=False)
     assert got.metrics["mesh"] == mesh
     np.testing.assert_allclose(got.log_probs, alone.log_probs, atol=2e-3)
     for name in ("nll", "sharpness", "train_nll"):
@@ -79,15 +86,15 @@ def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_devices(digits, tmp_path, capsys):
+def test_a_run_goes_on_on_other_devices(small, tmp_path, capsys):
     """And says that the rest will not be the same bits."""
     run = tmp_path / "run"
     short = dataclasses.replace(SAME, mesh="data=4", steps=8, checkpoint_every=4)
-    training.train(short, digits, run, show_progress=False)
+    training.train(short, small, run, show_progress=False)
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "8")  # as if it had been killed after step 4
     other = dataclasses.replace(short, mesh="data=2")
-    got = training.train(other, digits, run, resume=True)
+    got = training.train(other, small, run, resume=True)
     assert "mesh was data=4 and is data=2" in capsys.readouterr().err
     assert got.metrics["mesh"] == "data=2" and got.metrics["steps"] == 8
 
@@ -110,12 +117,10 @@ def test_few_images_a_device_are_named(options, images):
 
 
 @pytest.mark.slow
-def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
+def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(small):
     """Two epochs after the first: no program is built again."""
     events = []
-    config = dataclasses.replace(
-        SAME, mesh="data=2", batch_size=256, steps=None, epochs=3, seed=11
-    )
+    config = dataclasses.replace(SAME, mesh="data=2", steps=None, epochs=3, seed=11)
     counted = {}
 
     def listen(event, seconds, **_):
@@ -131,7 +136,7 @@ def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(digits):
     jax.monitoring.register_event_duration_secs_listener(listen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Log, "write", spy)
-        training.train(config, digits, show_progress=False)
+        training.train(config, small, show_progress=False)
     first_evaluation = counted["test", 5]
     assert first_evaluation > 0  # the listener hears
     assert counted["train", 15] == counted["test", 10] == first_evaluation
@@ -200,7 +205,7 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
     """One process is killed; both start again from the checkpoint; as one process."""
     run = tmp_path / "run"
     config = dataclasses.replace(
-        SAME, steps=60, checkpoint_every=5, log_every=5, input="host"
+        SAME, steps=30, checkpoint_every=5, log_every=5, input="host"
     )
     pair = two_hosts("--output", str(run), *options_of(config))
 
@@ -222,7 +227,7 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
         assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
 
     result = json.loads((run / "result.json").read_text())
-    assert result["finished"] and result["steps"] == 60
+    assert result["finished"] and result["steps"] == 30
     assert result["mesh"] == "data=4"
     records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [r["step"] for r in records if r["split"] == "train"]
@@ -250,7 +255,9 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
 @pytest.mark.slow
 def test_hosts_stop_together_on_a_signal_to_one(two_hosts, tmp_path):
     run = tmp_path / "run"
-    config = dataclasses.replace(SAME, steps=4000, checkpoint_every=5, log_every=5)
+    config = TrainConfig(
+        method="sgd", batch_size=64, steps=4000, checkpoint_every=5, log_every=5
+    )
     pair = two_hosts("--output", str(run), *options_of(config))
     wait_for(lambda: any((run / "checkpoints").glob("[1-9]*")), pair)
     pair[1].send_signal(signal.SIGTERM)

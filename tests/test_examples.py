@@ -52,7 +52,7 @@ def test_cifar_single_runs_whole_and_resumes_in_its_smoke_form(tmp_path):
 @pytest.mark.parametrize(
     ("options", "members"),
     [
-        (["--ensemble", "mixed"], ["cnn_small", "wide_resnet_10_1"]),
+        (["--ensemble", "mixed", "--method", "sgd"], ["cnn_small", "wide_resnet_10_1"]),
         (["--ensemble", "3-resnet18", "--joint"], ["cnn_small"] * 3),
     ],
     ids=["mixed", "joint"],

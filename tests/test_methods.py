@@ -25,6 +25,7 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.models.dropout import Dropout
 from tests.sets import small_digits
 from tests.test_training import assert_same_bits, stop_after
+from tests.zoo import one_layer  # noqa: F401
 
 SIZE, CLASSES = 8, 3
 IMAGES = jax.random.normal(jax.random.key(7), (SIZE, 1, 1, 5))
@@ -212,9 +213,13 @@ def small():
 
 @pytest.mark.slow
 @every_method
-def test_a_stopped_run_resumes_to_the_same_bits(name, small, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_bits(
+    name, small, one_layer, tmp_path, monkeypatch
+):
     """By a real SIGTERM in the middle: weights, predictions and records."""
-    chosen = dataclasses.replace(RUNS, method=name, **RUN_OPTIONS.get(name, {}))
+    chosen = dataclasses.replace(
+        RUNS, model=one_layer, method=name, **RUN_OPTIONS.get(name, {})
+    )
     whole = training.train(chosen, small, tmp_path / "whole", show_progress=False)
     with monkeypatch.context() as patch:
         stop_after(5, patch)

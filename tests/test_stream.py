@@ -25,7 +25,7 @@ from otmdr_jax.experiments import training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs import compile_programs, run_keys
 from otmdr_jax.experiments.training import feed
-from tests.sets import gray_examples, gray_features, run_python
+from tests.sets import gray_examples, gray_features, run_python, small_digits
 
 settings = hypothesis.settings(max_examples=25, deadline=None, database=None)
 
@@ -663,7 +663,7 @@ def test_digits_are_in_memory_whatever_is_asked():
 # -- a whole run --
 
 RUN = TrainConfig(
-    method="otmdr", batch_size=64, steps=30, noise_std=0.01, augment=("crop", "flip")
+    method="otmdr", batch_size=64, steps=9, noise_std=0.01, augment=("crop", "flip")
 )
 
 
@@ -671,16 +671,17 @@ RUN = TrainConfig(
 @pytest.mark.parametrize("mesh", ["data=4"])
 def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
     """Over an epoch's end, and stopped and resumed on the way."""
-    config = dataclasses.replace(RUN, mesh=mesh, checkpoint_every=10)
+    config, small = dataclasses.replace(RUN, mesh=mesh), small_digits(320)
+    config = dataclasses.replace(config, checkpoint_every=3)
     want = training.train(
-        dataclasses.replace(config, input="device"), show_progress=False
+        dataclasses.replace(config, input="device"), small, show_progress=False
     )
     config = dataclasses.replace(config, input="host")
-    got = training.train(config, output=tmp_path / "run", show_progress=False)
+    got = training.train(config, small, tmp_path / "run", show_progress=False)
     assert_same_bits(got.state.params, want.state.params)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "30")  # go on after step 20
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "9")  # go on after step 6
     again = training.train(
-        config, output=tmp_path / "run", resume=True, show_progress=False
+        config, small, tmp_path / "run", resume=True, show_progress=False
     )
     assert_same_bits(again.state.params, want.state.params)
     np.testing.assert_array_equal(again.log_probs, want.log_probs)

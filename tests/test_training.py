@@ -126,11 +126,11 @@ def test_resume_is_exact(steps, small, straight, tmp_path, monkeypatch):
 
 KILLED = """
 import sys
-from otmdr_jax import data, training
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments import training
+from otmdr_jax.experiments.config import TrainConfig
 config = TrainConfig(
-    method="otmdr", noise_std=0.01, epochs=12, batch_size=128, checkpoint_every=7,
-    log_every=5, eval_every=4, label_noise=0.1,
+    method="otmdr", noise_std=0.01, epochs=3, batch_size=64, checkpoint_every=7,
+    log_every=5, label_noise=0.1,
 )
 result = training.train(config, output=sys.argv[1], resume=sys.argv[2] == "resume",
                         show_progress=False)
@@ -152,7 +152,7 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
         text=True,
     )
     mode = "new"
-    for minimum in (20, 70):
+    for minimum in (10, 35):
         process = subprocess.Popen(
             run_script(tmp_path / "killed", mode), stderr=subprocess.PIPE
         )

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import nnx
 
 from otmdr_jax import models
+from otmdr_jax.models.base import global_average_pool
 
 # --- NumPy reference: float64, explicit padding, no code of the package -------------
 
@@ -46,6 +49,35 @@ def np_relu(x):
 
 def np_head(x, params):
     return x.mean(axis=(1, 2)) @ params["kernel"] + params["bias"]
+
+
+# --- a network of one layer ---------------------------------------------------------
+
+
+class OneLayer(nnx.Module):
+    """What all of the zoo have, once: for runs in which the network is not the point."""
+
+    def __init__(self, layers, in_channels, num_classes):
+        self.conv1 = layers.conv(in_channels, 8, 3, stride=2)
+        self.norm1 = layers.batch_norm(8)
+        self.dropout = layers.dropout()
+        self.head = layers.dense(8, num_classes)
+
+    @staticmethod
+    def check():
+        """Has no options to check."""
+
+    def __call__(self, images, *, train, keys=None):
+        x = nnx.relu(self.norm1(self.conv1(images), train=train))
+        return self.head(global_average_pool(self.dropout(x, keys)))
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    """The name by which a module's tests may create the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._REGISTRY, "one_layer", (OneLayer, {}))
+        yield "one_layer"
 
 
 # --- helpers ------------------------------------------------------------------------
