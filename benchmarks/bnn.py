@@ -15,7 +15,6 @@ Expected: 15 minutes on 2 CPU cores.
 """
 
 import argparse
-import dataclasses
 import functools
 from unittest import mock
 
@@ -93,9 +92,7 @@ def peak_memory(step, model, batch):
 def variances(epochs, draws, batches):
     """Estimator -> batch size -> variance of the gradient, summed over the means."""
     dataset = data.load("digits", label_noise=0.2)
-    config = dataclasses.replace(
-        BASE, method="sgvb", kl_weight=0.1, epochs=epochs, num_samples=1
-    )
+    config = BASE.replace(method="sgvb", kl_weight=0.1, epochs=epochs, num_samples=1)
     state = training.train(config, dataset, show_progress=False).state
     model = models.create("cnn_small", 10)
     found = {}
@@ -178,7 +175,7 @@ def main():
     add("--json", help="also write everything to this file")
     add("--smoke", action="store_true", help="a tiny network, three steps, one round")
     options = parser.parse_args()
-    epochs, batches, chosen = BASE.epochs, BATCHES, None
+    epochs, batches, chosen = BASE.run.epochs, BATCHES, None
     if options.smoke:
         chosen = [REFERENCE, next(iter(VERSIONS)), "SGVB, flipout"]
         options.model, options.batch_size, options.image_size = "cnn_small", 8, 8

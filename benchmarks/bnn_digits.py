@@ -9,7 +9,6 @@ all; OT-MDR-BNN has the paper's radii (0.005, 0.01), and ten times these.
 """
 
 import argparse
-import dataclasses
 import pathlib
 import tempfile
 
@@ -66,10 +65,10 @@ def main():
     options = parser.parse_args()
     seeds, base, weights, methods = range(options.seeds), BASE, WEIGHTS, METHODS
     if options.smoke:
-        seeds, base = range(1), dataclasses.replace(BASE, epochs=1, num_samples=3)
+        seeds, base = range(1), BASE.replace(epochs=1, num_samples=3)
         weights, methods = WEIGHTS[1:], {"SGVB": METHODS["SGVB"]}
 
-    record = {"config": dataclasses.asdict(base), "seeds": len(seeds)}
+    record = {"config": base.flat(), "seeds": len(seeds)}
     record |= {**environment(), "results": []}
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,9 +76,7 @@ def main():
             for label, chosen in methods.items():
                 mine = []
                 for seed in seeds:
-                    config = dataclasses.replace(
-                        base, kl_weight=weight, seed=seed, **chosen
-                    )
+                    config = base.replace(kl_weight=weight, seed=seed, **chosen)
                     folder = pathlib.Path(scratch) / str(len(runs))
                     training.train(config, output=folder, show_progress=False)
                     full = f"{label}, KL weight {weight:g}"

@@ -9,7 +9,6 @@ does, on all six corruptions in five severities. Means over seeds.
 """
 
 import argparse
-import dataclasses
 import statistics
 
 from _common import environment
@@ -59,20 +58,20 @@ def main():
     options = parser.parse_args()
     chosen, seeds, severities = demo.METHODS, range(options.seeds), data.SEVERITIES
     if options.smoke:
-        chosen = [dataclasses.replace(demo.METHODS[0], epochs=1)]
+        chosen = [demo.METHODS[0].replace(epochs=1)]
         seeds, severities = range(2), (1, 5)
 
-    record = {"config": dataclasses.asdict(demo.BASE), "seeds": len(seeds)}
+    record = {"config": demo.BASE.flat(), "seeds": len(seeds)}
     record |= {**environment(), "results": {}}
     for base in chosen:
         records = []
         for seed in seeds:
-            config = dataclasses.replace(base, seed=seed)
+            config = base.replace(seed=seed)
             dataset = programs.load_data(config)
             result = training.train(config, dataset, show_progress=False)
             found = shift.evaluate(config, result.state, dataset, severities=severities)
             records.append(found)
-        record["results"][report.label_of(dataclasses.asdict(base))] = records
+        record["results"][report.label_of(base.flat())] = records
         write_json(options.json, record)
     print(table(record["results"]))
     if options.picture:

@@ -21,7 +21,6 @@ interrupted run goes on with the same command and --resume.
 """
 
 import argparse
-import dataclasses
 import json
 
 from otmdr_jax.experiments import config as config_lib
@@ -36,8 +35,7 @@ def configuration(options):
     elif options.released:
         version = "released-bnn"
     config = config_lib.preset(f"{version}-{options.data}", options.num_particles)
-    return dataclasses.replace(
-        config,
+    return config.replace(
         model=options.model,
         data_dir=options.data_dir,
         dtype=options.dtype,
@@ -69,8 +67,8 @@ def main():
     name = f"{options.data}-{options.model}"
     if options.smoke:  # the same code paths with a small network
         name = "smoke"
-        config = dataclasses.replace(
-            config, data="digits", model="cnn_small", activation="relu", steps=4,
+        config = config.replace(
+            data="digits", model="cnn_small", activation="relu", steps=4,
             batch_size=32, learning_rate=0.01, num_samples=2, mesh="data=1",
         )  # fmt: skip
     released = "-released" if options.released else ""

@@ -20,7 +20,6 @@ interrupted run goes on with the same command and --resume.
 """
 
 import argparse
-import dataclasses
 import json
 
 from otmdr_jax.experiments import config as config_lib
@@ -59,12 +58,11 @@ def main():
     version = "released-ensemble" if options.joint else "paper"
     config = config_lib.preset(f"{version}-{options.data}")
     if options.method != "otmdr":  # the same schedule and model, other gradients
-        config = dataclasses.replace(
-            config, method=options.method, noise_std=0.0, merge=None, split=None,
-            rho=config.rho[:1] if options.method == "sam" else None,
+        config = config.replace(
+            method=options.method, noise_std=0.0, merge=None, split=None,
+            rho=config.method.rho[:1] if options.method == "sam" else None,
         )  # fmt: skip
-    config = dataclasses.replace(
-        config,
+    config = config.replace(
         model="cnn_small",
         ensemble="joint" if options.joint else "independent",
         data_dir=options.data_dir,
@@ -74,10 +72,8 @@ def main():
     chosen, name = ENSEMBLES, f"{options.data}-{options.ensemble}"
     if options.smoke:
         chosen, name = SMALL, f"smoke-{options.ensemble}"
-        config = dataclasses.replace(
-            config, data="digits", steps=2, batch_size=32, mesh="data=1"
-        )
-    config = dataclasses.replace(config, **chosen[options.ensemble])
+        config = config.replace(data="digits", steps=2, batch_size=32, mesh="data=1")
+    config = config.replace(**chosen[options.ensemble])
     joint = "-joint" if options.joint else ""
     output = f"runs/{name}-{options.method}{joint}-seed{options.seed}"
     output = options.output or output

@@ -13,7 +13,6 @@ says what comes out; an interrupted run goes on with the same command and --resu
 """
 
 import argparse
-import dataclasses
 import json
 
 from otmdr_jax.experiments import config as config_lib
@@ -22,9 +21,7 @@ from otmdr_jax.experiments import training
 
 def smoke(config):
     """The same code path on embedded 8 x 8 digits: a small network, few steps."""
-    return dataclasses.replace(
-        config, data="digits", model="cnn_small", steps=4, batch_size=32
-    )
+    return config.replace(data="digits", model="cnn_small", steps=4, batch_size=32)
 
 
 def main():
@@ -40,8 +37,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a tiny run")
     options = parser.parse_args()
 
-    config = dataclasses.replace(
-        config_lib.preset(options.preset),
+    config = config_lib.preset(options.preset).replace(
         data_dir=options.data_dir,
         dtype=options.dtype,
         seed=options.seed,

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 
 import otmdr_jax
 from otmdr_jax import baselines, bnn, parallel
-from otmdr_jax.experiments import building, cli, config, methods, report, training
+from otmdr_jax.experiments import cli, config, methods, report, training
 from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
 from tests.sets import small_digits
@@ -324,8 +324,8 @@ class TestTraining:
         ],
     )
     def test_options_that_do_not_go_together(self, options, message):
-        chosen = TrainConfig(steps=1, **{"method": "bsam", **options})
         with pytest.raises(ValueError, match=message):
+            chosen = TrainConfig(steps=1, **{"method": "bsam", **options})
             training.train(chosen, show_progress=False)
 
     @pytest.mark.parametrize(
@@ -339,8 +339,20 @@ class TestTraining:
 def test_presets_are_the_released_commands():
     for name in ("cifar10", "cifar100"):
         found = config.preset(f"bsam-{name}")
-        assert (found.data, found.model, found.epochs) == (name, "resnet_18", 180)
-        assert (found.batch_size, found.num_subbatches, found.rho) == (200, 8, (0.01,))
-        assert found.weight_decay == 10 / (4 * 50_000) and found.num_samples == 32
-        options = building.method_options(found)
-        assert options == {"num_subbatches": 8, "rho": (0.01,)}
+        assert (found.data.name, found.model.name, found.run.epochs) == (
+            name,
+            "resnet_18",
+            180,
+        )
+        assert (
+            found.run.batch_size,
+            found.method.num_subbatches,
+            found.method.rho,
+        ) == (200, 8, (0.01,))
+        assert (
+            found.optimizer.weight_decay == 10 / (4 * 50_000)
+            and found.method.num_samples == 32
+        )
+        assert found.method.name == type(found.method.name)(
+            data_factor=4.0, num_samples=32
+        )

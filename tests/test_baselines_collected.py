@@ -1,6 +1,5 @@
 """Members collected in one run, and averages of its weights."""
 
-import dataclasses
 import json
 import math
 
@@ -53,8 +52,8 @@ def small():
 
 
 def of_method(name, **options):
-    default = dataclasses.replace(TINY, cycles=5)
-    return dataclasses.replace(default, method=name, **{**OWN[name], **options})
+    default = TINY.replace(cycles=5)
+    return default.replace(method=name, **{**OWN[name], **options})
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +418,7 @@ class TestStatistics:
         state = self.settled(straight["swag"], small, chosen)
         kept = state.method_state
         kernel = np.asarray(kept.mean["conv1"]["kernel"], np.float64)  # (3, 3, 1, 16)
-        order = np.random.default_rng(chosen.seed).permutation(320)
+        order = np.random.default_rng(chosen.run.seed).permutation(320)
         means, variances = [], []
         for i in range((examples or 320) // 64):
             x = small.train.images[order[64 * i : 64 * (i + 1)]] / 255.0
@@ -469,7 +468,7 @@ class TestStatistics:
     def test_a_mesh_gives_the_same(self, straight, small):
         chosen = of_method("swag")
         alone = self.settled(straight["swag"], small, chosen)
-        mesh = programs.make_mesh(dataclasses.replace(chosen, mesh="data=4"))
+        mesh = programs.make_mesh(chosen.replace(mesh="data=4"))
         spread = programs.compile_programs(chosen, small, mesh)
         state = predictors.finalize(chosen, straight["swag"].state, small, spread)
         jax.tree.map(
@@ -541,7 +540,7 @@ class TestRuns:
         chosen = of_method(name, **{"eval_every": 9, **options})
         result = training.train(chosen, small, show_progress=False)
         assert result.metrics["accuracy"] > 0.3
-        if chosen.members is not None:
+        if chosen.model.members is not None:
             kept = result.state.method_state
             assert_array_equal(kept.number, [3, 3])
             weights = kept.params["head"]["kernel"]
@@ -589,7 +588,7 @@ class TestErrors:
     )
     def test_options_that_do_not_go_together(self, options, message):
         with pytest.raises(ValueError, match=message):
-            building.method_options(TrainConfig(**options))
+            TrainConfig(**options)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -616,11 +615,11 @@ def test_a_step_costs_what_one_of_its_base_does():
     sam = of_method("snapshot", base_method="sam", members="2")
     assert cost.gradient_evaluations(sam) == 4.0
     assert cost.gradient_evaluations(TrainConfig(method="edst")) == 1.0
-    assert {"cycles", "density"} <= building.method_names()
+    assert {"cycles", "density"} <= config.method_options().keys()
 
 
 def test_labels_name_the_base():
-    chosen = dataclasses.asdict(of_method("snapshot", base_method="sam"))
+    chosen = of_method("snapshot", base_method="sam").flat()
     assert report.label_of(chosen) == "Snapshot of SAM"
 
 
@@ -648,6 +647,6 @@ def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
     found = json.loads((tmp_path / "swag" / "evaluation.json").read_text())
     assert found["nll"] != result["nll"]
     assert_allclose(found["nll"], result["nll"], rtol=0.1)
-    assert config.load(tmp_path / "swag" / "config.json").collect_every == 0.15
+    assert config.load(tmp_path / "swag" / "config.json").method.collect_every == 0.15
     found = report.with_distinct_labels([report.read_run(run) for run in runs])
     assert [run.label for run in found] == ["Snapshot", "SWAG"]

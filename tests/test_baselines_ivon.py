@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from otmdr_jax import baselines, bnn, parallel
-from otmdr_jax.experiments import building, cli, methods, report
+from otmdr_jax.experiments import cli, methods, report
 from otmdr_jax.experiments.config import TrainConfig
 from tests.test_baselines_bsam import Linear, gradient, loss, problem, run
 
@@ -219,16 +219,15 @@ class TestMethod:
     )
     def test_options_that_do_not_go_together(self, options, message):
         with pytest.raises(ValueError, match=message):
-            building.method_options(TrainConfig(**{"method": "ivon", **options}))
+            TrainConfig(**{"method": "ivon", **options})
 
     def test_options_reach_the_gradient_and_the_rule(self):
         chosen = TrainConfig(
             method="ivon", b2=0.5, hess_init=2.0, clip_radius=1.0, data_factor=2.0
         )
-        assert building.method_options(chosen) == {"b2": 0.5, "hess_init": 2.0}
         run = methods.Run(chosen, 100, 5, 10, optax.constant_schedule(0.1), None)
-        more = building.method_of(chosen).options(run)
-        assert more["clip_radius"] == 1.0 and more["b2"] == 0.5
+        more = chosen.method.options(run)
+        assert (more["clip_radius"], more["b2"], more["hess_init"]) == (1.0, 0.5, 2.0)
         assert more["num_data"] == 200.0 and more["weight_decay"] == 5e-4
         for bad in (dict(hess_init=0.0), dict(clip_radius=-1.0), dict(mc_samples=0)):
             with pytest.raises(ValueError, match=next(iter(bad))):

@@ -13,7 +13,7 @@ import otmdr_jax
 from otmdr_jax import baselines, parallel
 from otmdr_jax.baselines.gsam import orthogonal
 from otmdr_jax.core import ascent
-from otmdr_jax.experiments import building, methods, optimizers, training
+from otmdr_jax.experiments import methods, optimizers, training
 from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
 from tests.test_baselines_bsam import Linear, small  # noqa: F401
@@ -385,7 +385,7 @@ class TestMethods:
         )
         rate = optimizers.schedule(chosen, 10, 5)
         run = methods.Run(chosen, 100, 5, 10, rate, None)
-        follows = building.method_of(chosen).options(run)["rho"]
+        follows = chosen.method.options(run)["rho"]
         assert_allclose([follows(0), follows(5), follows(10)], [0.4, 0.25, 0.1], 1e-6)
         images, batch = jnp.ones((4, 2)), (jnp.eye(4)[:, :2], jnp.arange(4) % 3)
         distances = []
@@ -434,14 +434,17 @@ class TestMethods:
     )
     def test_options_that_do_not_go_together(self, options, message):
         with pytest.raises(ValueError, match=message):
-            building.method_options(TrainConfig(**options))
+            TrainConfig(**options)
 
     def test_options_reach_their_methods(self):
-        found = building.method_options(
-            TrainConfig(method="looksam", look_every=2, num_subbatches=4, rho=(0.1,))
+        chosen = TrainConfig(
+            method="looksam", look_every=2, num_subbatches=4, rho=(0.1,)
         )
-        assert found == {"every": 2, "num_subbatches": 4, "rho": (0.1,)}
+        run = methods.Run(chosen, 100, 5, 10, optax.constant_schedule(0.1), None)
+        found = chosen.method.options(run)
+        assert (found["every"], found["num_subbatches"], found["rho"]) == (2, 4, (0.1,))
         base = TrainConfig(method="fisher-sam", fisher_eta=0.5, norm="none")
-        assert building.method_options(base) == {"fisher": 0.5, "norm": "none"}
+        found = base.method.options(run)
+        assert (found["eta"], found["norm"]) == (0.5, "none")
         for name in methods.METHODS:  # whatever a method is called, it has defaults
-            building.method_options(TrainConfig(method=name))
+            assert TrainConfig(method=name).method == methods.METHODS[name]()

@@ -1,6 +1,5 @@
 """Dynamic sparse training: allocation, masks, exact zeros, tickets, what it costs."""
 
-import dataclasses
 import json
 import math
 
@@ -16,7 +15,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from otmdr_jax import baselines, models
 from otmdr_jax.baselines import dst, schedules
 from otmdr_jax.experiments import (
-    building,
     cli,
     members,
     methods,
@@ -300,7 +298,7 @@ class TestSchedule:
         rate, ends = optimizers.collection(chosen, 450 * 390, 390)
         assert ends == (250 * 390, 350 * 390, 450 * 390)
         run = methods.Run(chosen, 50_000, 390, 450 * 390, rate, None)
-        options = building.method_of(chosen).options(run)
+        options = chosen.method.options(run)
         assert options["steps"][:2] == (1000, 2000) and options["rate"] == 0.5
         assert options["escapes"] == (250 * 390 + 1, 350 * 390 + 1)
         assert (options["escape_rate"], options["density"]) == (0.8, 0.2)
@@ -311,7 +309,7 @@ class TestSchedule:
             optimizers.collection(chosen, 20, 5)
         chosen = TrainConfig(method="dst", mask_every=20)
         with pytest.raises(ValueError, match="leaves no update"):
-            building.method_of(chosen).options(
+            chosen.method.options(
                 methods.Run(chosen, 320, 5, 30, optax.constant_schedule(0.1), None)
             )
 
@@ -396,7 +394,7 @@ class TestRuns:
         ],
     )  # fmt: skip
     def test_it_runs_with_what_other_methods_run_with(self, options, small):
-        chosen = dataclasses.replace(TINY, method="dst", epochs=4, **options)
+        chosen = TINY.replace(method="dst", epochs=4, **options)
         result = training.train(chosen, small, show_progress=False)
         assert result.metrics["accuracy"] > 0.3
         for member in members.separate(result.state):
@@ -405,7 +403,7 @@ class TestRuns:
             ):
                 mask = np.broadcast_to(mask, weights.shape)
                 assert not np.any(np.asarray(weights)[~mask])
-        if chosen.members is not None:
+        if chosen.model.members is not None:
             first, second = members.separate(result.state)
             masks = [m.opt_state.masks["conv3"]["kernel"] for m in (first, second)]
             assert not np.array_equal(*masks)
@@ -433,7 +431,7 @@ class TestRuns:
             (dict(method="dst", members="2", ensemble="joint"), "not defined"),
         ):
             with pytest.raises(ValueError, match=message):
-                building.method_options(TrainConfig(**options))
+                TrainConfig(**options)
         with pytest.raises(ValueError, match=r"density must be in \(0, 1\)"):
             TrainConfig(method="dst", density=1.0)
         with pytest.raises(ValueError, match="base of dst must be one of sgd"):

@@ -1,6 +1,5 @@
 """Bayesian networks as methods: training, resumption, prediction, reports, devices."""
 
-import dataclasses
 import json
 
 import jax
@@ -32,7 +31,7 @@ TINY = TrainConfig(
     log_every=2, seed=3, optimizer="adam", learning_rate=0.01, schedule="plateau",
     num_samples=5, posterior_std=0.02,
 )  # fmt: skip
-ONE = dataclasses.replace(TINY, epochs=1, prediction="mean", num_samples=30)
+ONE = TINY.replace(epochs=1, prediction="mean", num_samples=30)
 METHODS = tuple(n for n, kind in methods.METHODS.items() if kind.is_posterior)
 
 
@@ -60,7 +59,7 @@ def plain(small):
 def of_method(chosen, method, **options):
     if method == "sgvb":
         options |= dict(noise_std=0.0)
-    return dataclasses.replace(chosen, method=method, **options)
+    return chosen.replace(method=method, **options)
 
 
 class TestMethod:
@@ -251,7 +250,7 @@ class TestRuns:
         ids=lambda options: ",".join(options),
     )  # fmt: skip
     def test_options_reach_the_step(self, options, small, plain):
-        chosen = dataclasses.replace(ONE, **options)
+        chosen = ONE.replace(**options)
         result = training.train(chosen, small, show_progress=False)
         assert np.isfinite(result.metrics["nll"])
         kinds = {x.dtype for x in jax.tree.leaves(result.state.params)}
@@ -260,7 +259,7 @@ class TestRuns:
 
     @pytest.mark.slow
     def test_members_have_a_posterior_each(self, small, tmp_path):
-        chosen = dataclasses.replace(TINY, members="2", epochs=1)
+        chosen = TINY.replace(members="2", epochs=1)
         result = training.train(chosen, small, tmp_path / "run", show_progress=False)
         rows = result.metrics["members"]
         assert len(rows) == 2 and all(row["epistemic"] > 0 for row in rows)
@@ -269,11 +268,11 @@ class TestRuns:
             each = np.exp(saved["member_log_probs"])
         assert each.shape == (2, 100, 10)
         assert_allclose(np.exp(result.log_probs), each.mean(0), rtol=1e-3, atol=1e-5)
-        key = jax.random.split(programs.run_keys(TINY.seed)[0], 2)[1]
-        one = dataclasses.replace(chosen, members=None)
+        key = jax.random.split(programs.run_keys(TINY.run.seed)[0], 2)[1]
+        one = chosen.replace(members=None)
         compiled = programs.compile_programs(one, small)
         order = compiled.epoch_order(
-            jax.random.fold_in(programs.run_keys(TINY.seed)[1], 0)
+            jax.random.fold_in(programs.run_keys(TINY.run.seed)[1], 0)
         )
         state = compiled.init(key)
         for i in range(5):
@@ -288,12 +287,11 @@ class TestRuns:
     @pytest.mark.slow
     def test_many_devices_are_one(self, small):
         mesh = "data=2,particle=2"
-        chosen = dataclasses.replace(
-            TINY, mesh=mesh, split="shared", epochs=1, num_particles=2,
+        chosen = TINY.replace(mesh=mesh, split="shared", epochs=1, num_particles=2,
             sync_batchnorm=True, prediction="mean", num_samples=30, log_every=1,
         )  # fmt: skip
         got = training.train(chosen, small, show_progress=False)
-        one = dataclasses.replace(chosen, mesh="data=1", sync_batchnorm=False)
+        one = chosen.replace(mesh="data=1", sync_batchnorm=False)
         want = training.train(one, small, show_progress=False)
 
         def losses(result):
@@ -308,8 +306,8 @@ class TestWeightDecay:
     def test_it_acts_on_point_estimates_alone(self, key):
         params = {"kernel": jnp.ones((2, 2)), "norm": {"scale": jnp.ones(3)}}
         q = bnn.init(params, mask={"kernel": True, "norm": {"scale": False}})
-        chosen = dataclasses.replace(
-            TINY, optimizer="sgd", weight_decay=0.1, learning_rate=1.0, momentum=0.0,
+        chosen = TINY.replace(
+            optimizer="sgd", weight_decay=0.1, learning_rate=1.0, momentum=0.0,
             schedule="constant",
         )  # fmt: skip
         tx = optimizers.create(chosen, 10, 5)
@@ -412,40 +410,57 @@ class TestPresets:
         released = config.preset(f"released-bnn-{data_name}")
         sgvb = config.preset(f"sgvb-{data_name}")
         for found in (paper, released, sgvb):
-            assert found.data == data_name and found.model == "resnet_10"
-            assert (found.optimizer, found.learning_rate) == ("adam", 1e-3)
-            assert (found.schedule, found.epochs, found.weight_decay) == (
-                "plateau", 100, 0.0,
-            )  # fmt: skip
-            assert (found.prior_std, found.kl_weight, found.num_samples) == (
+            assert found.data.name == data_name and found.model.name == "resnet_10"
+            assert (found.optimizer.name, found.schedule.learning_rate) == (
+                "adam",
+                1e-3,
+            )
+            assert (found.schedule.name, found.run.epochs) == ("plateau", 100)
+            assert found.optimizer.weight_decay == 0.0
+            assert (
+                found.method.prior_std,
+                found.method.kl_weight,
+                found.method.num_samples,
+            ) == (
                 0.1,
                 5e-6,
                 30,
             )
-            building.check_models(dataclasses.replace(found, model="resnet_18"))
-            building.method_options(found)
-        assert paper.rho == released.rho == (0.005, 0.01)
-        assert (paper.posterior_norm, paper.sigma_gradient) == ("per_leaf", "center")
-        assert (paper.weight_noise, paper.split, paper.merge) == (
+            building.check_models(found.replace(model="resnet_18"))
+        assert paper.method.rho == released.method.rho == (0.005, 0.01)
+        assert (paper.method.posterior_norm, paper.method.sigma_gradient) == (
+            "per_leaf",
+            "center",
+        )
+        assert (paper.method.weight_noise, paper.method.split, paper.method.merge) == (
             "once",
             "random",
             None,
         )
-        assert (released.posterior_norm, released.sigma_gradient) == (
+        assert (released.method.posterior_norm, released.method.sigma_gradient) == (
             "joint", "particle",
         )  # fmt: skip
-        assert (released.weight_noise, released.split) == ("each_step", "ordered")
-        assert (released.activation, released.batch_size) == ("softplus", 1024)
-        assert released.posterior_init == "released" and released.noise_std == 0.01
+        assert (released.method.weight_noise, released.method.split) == (
+            "each_step",
+            "ordered",
+        )
+        assert (released.model.activation, released.run.batch_size) == (
+            "softplus",
+            1024,
+        )
+        assert (
+            released.method.posterior_init == "released"
+            and released.method.noise_std == 0.01
+        )
         two = config.preset(f"released-bnn-{data_name}", 2)
-        assert two.split == "random" and two.sum_particles
+        assert two.method.split == "random" and two.method.sum_particles
 
     @pytest.mark.parametrize("name", bnn.PRESETS)
     def test_those_of_the_gradient_are_the_same(self, name):
         options = bnn.preset(name, 2)
         found = config.preset(f"{name}-bnn-cifar10", 2)
         options["posterior_norm"] = options.pop("norm")
-        assert {k: getattr(found, k) for k in options} == options
+        assert {k: found.flat()[k] for k in options} == options
         bnn.value_and_grad(lambda w, b: 0.0, num_data=9, **bnn.preset(name))
 
     def test_an_unknown_one(self):
@@ -512,7 +527,7 @@ def test_bad_numbers_and_words(options, message):
 @pytest.mark.slow
 def test_devices_of_a_data_axis_hold_the_same_posterior(small):
     """After a run on four devices every device's copy has the same bits."""
-    chosen = dataclasses.replace(ONE, mesh="data=4")
+    chosen = ONE.replace(mesh="data=4")
     state = training.train(chosen, small, show_progress=False).state
     for leaf in jax.tree.leaves(state.params):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
@@ -522,7 +537,7 @@ def test_devices_of_a_data_axis_hold_the_same_posterior(small):
 
 def first_steps(small, **options):
     """The states before and after, and the numbers, of four steps."""
-    chosen = dataclasses.replace(TINY, method="sgvb", noise_std=0.0, **options)
+    chosen = TINY.replace(method="sgvb", noise_std=0.0, **options)
     compiled = programs.compile_programs(chosen, small)
     state_key, data_key = programs.run_keys(0)
     order = compiled.epoch_order(data_key)
@@ -581,8 +596,8 @@ def test_the_presets_steps_are_those_of_a_summed_objective():
 
 @pytest.mark.slow
 def test_members_of_different_architectures_log_their_posteriors(small):
-    chosen = dataclasses.replace(
-        ONE, members="cnn_small,wide_resnet_10_1", method="sgvb", noise_std=0.0,
+    chosen = ONE.replace(
+        members="cnn_small,wide_resnet_10_1", method="sgvb", noise_std=0.0,
         steps=2, epochs=1,
     )  # fmt: skip
     result = training.train(chosen, small, show_progress=False)
@@ -605,7 +620,7 @@ def test_members_that_diverged_do_not_count():
 
 
 def test_uncertainty_of_an_ensemble_is_that_of_the_members_that_count(small):
-    chosen = dataclasses.replace(TINY, members="2", method="sgvb", noise_std=0.0)
+    chosen = TINY.replace(members="2", method="sgvb", noise_std=0.0)
     compiled = programs.compile_programs(chosen, small)
     state = compiled.init(programs.run_keys(0)[0])
     samples = np.asarray(

@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import typing
 
 import pytest
 
-from otmdr_jax.experiments import cli, config
+from otmdr_jax.experiments import cli, config, methods, options
 
 QUICK = [
     "--steps", "4", "--batch-size", "32", "--quiet", "--label-noise", "0.2",
@@ -70,9 +72,9 @@ def session(tmp_path_factory):
 def test_train_writes_a_run_with_its_options(session):
     folder = session / "runs" / "digits-cnn_small-sgd-seed0"
     stored = config.load(folder / "config.json")
-    assert stored.method == "sgd" and stored.steps == 4
+    assert stored.method.name == "sgd" and stored.run.steps == 4
     robust = config.load(session / "robust" / "config.json")
-    assert robust.rho == (0.05, 0.1) and robust.num_particles == 2
+    assert robust.method.rho == (0.05, 0.1) and robust.method.num_particles == 2
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_configuration_files_go_in_and_out(session):
     again, robust = (
         config.load(session / n / "config.json") for n in ("again", "robust")
     )
-    assert again == dataclasses.replace(robust, seed=5)
+    assert again == robust.replace(seed=5)
 
 
 @pytest.mark.parametrize(
@@ -214,26 +216,48 @@ def test_bad_input_is_one_line_without_a_traceback(args, message, capsys, tmp_pa
     assert not list(tmp_path.iterdir())  # refused before anything is written
 
 
+def help_of(capsys, *args):
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--help"])
+    return capsys.readouterr().out
+
+
 def test_help_documents_every_option(capsys):
     for name, (kind, _) in cli.COMMANDS.items():
-        with pytest.raises(SystemExit):
-            cli.main([name, "--help"])
-        text = capsys.readouterr().out
-        fields = list(dataclasses.fields(kind))
-        if name == "train":
-            fields = dataclasses.fields(config.TrainConfig)
-        for field in fields:
-            assert field.name.replace("_", "-") in text.lower(), field.name
+        text = help_of(capsys, name)
+        for field in dataclasses.fields(kind):
+            if (kind.__name__, field.name) != ("Train", "config_file"):
+                assert field.name.replace("_", "-") in text.lower(), field.name
     assert "0.05 0.1" in otmdr("train", "--preset", "paper-cifar10", "--help").stdout
 
 
-def test_every_option_of_a_run_has_a_comment():
-    import inspect
+def flags_in(text):
+    return set(re.findall(r"^\W? --([a-z0-9-]+)", text, re.MULTILINE))
 
-    source = inspect.getsource(config.TrainConfig)
-    for field in dataclasses.fields(config.TrainConfig):
-        after = source.split(f"\n    {field.name}:", 1)[1]
-        assert after.split("\n", 1)[1].lstrip().startswith('"""'), field.name
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_help_shows_the_options_of_the_chosen_method(name, capsys):
+    text = help_of(capsys, "train", "--method", name)
+    for group in ("data", "model", "method", "optimizer", "schedule", "run"):
+        assert f"{group} options" in text
+    mine = methods.METHODS[name].all_options()
+    shared = set(config.known_options()) - set(config.method_options())
+    wanted = {option.replace("_", "-") for option in {*mine, *shared}}
+    of_all = {option.replace("_", "-") for option in config.known_options()}
+    assert flags_in(text) & of_all == wanted
+
+
+def test_help_says_how_to_see_another_methods_options(capsys):
+    text = " ".join(help_of(capsys, "train").replace("│", " ").split())
+    assert "otmdr train --method NAME --help shows those of another one" in text
+    base = ("train", "--method", "snapshot", "--base-method", "sam")
+    assert "rho" in flags_in(help_of(capsys, *base))
+
+
+def test_every_option_of_a_run_has_a_text():
+    for kind in (*config.GROUPS.values(), *methods.METHODS.values()):
+        for name, option in options.options_of(kind).items():
+            assert option.text, (kind, name)
 
 
 @pytest.mark.parametrize("name", config.PRESETS)
@@ -249,11 +273,7 @@ def test_presets_are_whole_configurations(name, tmp_path):
 )
 def test_ensembles_go_by_the_names_of_their_tables(name, base):
     five = config.TrainConfig(method=base, members="5")
-    assert (
-        config.TrainConfig(method=name)
-        == five
-        == dataclasses.replace(five, method=name)
-    )
+    assert config.TrainConfig(method=name) == five == five.replace(method=name)
     of_three = config.TrainConfig(method=base, members="3", seed=7)
     assert config.TrainConfig(method=name, members="3", seed=7) == of_three
     with pytest.raises(ValueError, match="members must be a number of at least 2"):
@@ -265,16 +285,29 @@ def test_presets_give_the_papers_and_the_released_codes_settings():
         config.preset(f"{version}-cifar10") for version in ("paper", "released")
     )
     for one in (paper, released):
-        assert (one.epochs, one.batch_size, one.learning_rate) == (200, 128, 0.1)
-        assert (one.momentum, one.nesterov, one.weight_decay) == (0.9, False, 5e-4)
-        assert one.schedule == "cosine" and one.rho == (0.05, 0.1)
-    assert paper.model == "wide_resnet_28_10" and paper.noise_std == 0.01
-    assert released.model == "wide_resnet_34_10" and released.noise_std == 0.0
-    assert released.label_smoothing == 0.1 and released.smoothing == "others"
-    assert released.merge == "sum" and released.sum_particles
-    assert config.preset("paper-cifar100").rho == (0.1, 0.2)
-    assert released.split == "ordered"
-    assert config.preset("released-cifar10", num_particles=2).split == "random"
+        assert (one.run.epochs, one.run.batch_size, one.schedule.learning_rate) == (
+            200,
+            128,
+            0.1,
+        )
+        assert (
+            one.optimizer.momentum,
+            one.optimizer.nesterov,
+            one.optimizer.weight_decay,
+        ) == (0.9, False, 5e-4)
+        assert one.schedule.name == "cosine" and one.method.rho == (0.05, 0.1)
+    assert paper.model.name == "wide_resnet_28_10" and paper.method.noise_std == 0.01
+    assert (
+        released.model.name == "wide_resnet_34_10" and released.method.noise_std == 0.0
+    )
+    assert (
+        released.optimizer.label_smoothing == 0.1
+        and released.optimizer.smoothing == "others"
+    )
+    assert released.method.merge == "sum" and released.method.sum_particles
+    assert config.preset("paper-cifar100").method.rho == (0.1, 0.2)
+    assert released.method.split == "ordered"
+    assert config.preset("released-cifar10", num_particles=2).method.split == "random"
 
 
 @pytest.mark.parametrize(
@@ -293,6 +326,66 @@ def test_bad_configuration_files_are_refused(text, message, tmp_path):
         config.load(path)
 
 
+OLD = json.loads(
+    (pathlib.Path(__file__).parent / "config_of_older_versions.json").read_text()
+)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_files_of_older_versions_are_read(name, tmp_path):
+    """They held the options of all methods, null where a method had its own default."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**OLD, "method": name, "augment": ["flip"]}))
+    assert config.load(path) == config.TrainConfig(method=name, augment=("flip",))
+    idle = {"nesterov": True} if not methods.METHODS[name].has_own_update else {}
+    path.write_text(json.dumps({**OLD, "method": name, "optimizer": "adam"} | idle))
+    if idle:  # of a run that there is
+        assert config.load(path).optimizer.nesterov
+        with pytest.raises(ValueError, match="nesterov=True does nothing"):
+            config.load(path).check_used()
+    path.write_text(json.dumps({**OLD, "method": "sgd", "density": 0.3}))
+    with pytest.raises(ValueError, match="sgd has no option density"):
+        config.load(path)
+
+
+class TestOptions:
+    def test_they_are_given_flat_and_read_by_group(self):
+        made = config.TrainConfig(
+            data="cifar10", model="resnet_18", method="snapshot", base_method="sam",
+            rho=(0.2,), cycles=3, epochs=7, learning_rate=0.3, momentum=0.5,
+        )  # fmt: skip
+        assert (made.data.name, made.model.name) == ("cifar10", "resnet_18")
+        assert (made.method.name, made.method.cycles) == ("snapshot", 3)
+        assert (made.method.base.name, made.method.base.method.rho) == ("sam", (0.2,))
+        assert (made.run.epochs, made.schedule.learning_rate) == (7, 0.3)
+        assert made.optimizer.momentum == 0.5
+        assert config.TrainConfig(**made.flat()) == made == made.replace()
+        assert hash(made) == hash(config.TrainConfig(**made.flat()))
+        assert made.replace(cycles=None, rho=None, seed=1).flat() == (
+            made.flat() | {"cycles": 5, "rho": (0.05,), "seed": 1}
+        )
+
+    def test_a_method_takes_what_it_has_along(self):
+        sam = config.TrainConfig(method="sam", rho=(0.2,), num_subbatches=2)
+        assert sam.replace(method="asam").method.rho == (0.2,)
+        with pytest.raises(ValueError, match="sgd has no option rho, num_subbatches"):
+            sam.replace(method="sgd")
+        plain = sam.replace(method="sgd", rho=None, num_subbatches=None)
+        assert plain == config.TrainConfig(method="sgd")
+
+    def test_unknown_ones_are_refused(self):
+        with pytest.raises(TypeError, match="unknown options lr"):
+            config.TrainConfig(lr=0.1)
+        with pytest.raises(TypeError, match="did you mean learning_rate"):
+            config.TrainConfig().replace(learning_rat=0.1)
+        with pytest.raises(ValueError, match="method must be one of sgd, sam"):
+            config.TrainConfig(method="slam")
+
+    def test_dataclasses_replace_is_refused(self):
+        with pytest.raises(TypeError, match=r"config.replace\(epochs=3\)"):
+            dataclasses.replace(config.TrainConfig(), epochs=3)
+
+
 def test_info_lists_versions_and_devices():
     text = otmdr("info").stdout
     for word in ("otmdr_jax", "backend cpu", "flax", "orbax-checkpoint"):
@@ -301,7 +394,7 @@ def test_info_lists_versions_and_devices():
 
 def test_types_of_options_are_ones_that_the_command_line_can_parse():
     simple = (int, float, str, bool, type(None))
-    for name, kind in typing.get_type_hints(config.TrainConfig).items():
+    for name, kind in config.known_options().items():
         union = typing.get_origin(kind) in (types.UnionType, typing.Union)
         parts = typing.get_args(kind) if union else (kind,)
         for part in parts:

@@ -1,6 +1,5 @@
 """Training on a mesh and on two hosts: real processes, real sockets, a real kill."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -41,7 +40,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def alone(small):
-    config = dataclasses.replace(SAME, mesh="data=1", num_particles=2)
+    config = SAME.replace(mesh="data=1", num_particles=2)
     return training.train(config, small, show_progress=False)
 
 
@@ -49,7 +48,7 @@ def alone(small):
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,particle=2"])
 def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, small, alone):
     """Augmentation, order, particles and BatchNorm do not depend on the devices."""
-    config = dataclasses.replace(SAME, mesh=mesh, num_particles=2)
+    config = SAME.replace(mesh=mesh, num_particles=2)
     got = training.train(config, small, show_progress=False)
     assert got.metrics["mesh"] == mesh
     np.testing.assert_allclose(got.log_probs, alone.log_probs, atol=2e-3)
@@ -89,11 +88,11 @@ def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
 def test_a_run_goes_on_on_other_devices(small, tmp_path, capsys):
     """And says that the rest will not be the same bits."""
     run = tmp_path / "run"
-    short = dataclasses.replace(SAME, mesh="data=4", steps=8, checkpoint_every=4)
+    short = SAME.replace(mesh="data=4", steps=8, checkpoint_every=4)
     training.train(short, small, run, show_progress=False)
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "8")  # as if it had been killed after step 4
-    other = dataclasses.replace(short, mesh="data=2")
+    other = short.replace(mesh="data=2")
     got = training.train(other, small, run, resume=True)
     assert "mesh was data=4 and is data=2" in capsys.readouterr().err
     assert got.metrics["mesh"] == "data=2" and got.metrics["steps"] == 8
@@ -120,7 +119,7 @@ def test_few_images_a_device_are_named(options, images):
 def test_nothing_compiles_after_the_first_step_and_the_first_evaluation(small):
     """Two epochs after the first: no program is built again."""
     events = []
-    config = dataclasses.replace(SAME, mesh="data=2", steps=None, epochs=3, seed=11)
+    config = SAME.replace(mesh="data=2", steps=None, epochs=3, seed=11)
     counted = {}
 
     def listen(event, seconds, **_):
@@ -173,9 +172,9 @@ def wait_for(condition, processes, seconds=240):
 
 def options_of(config):
     flags = []
-    for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), field.name.replace("_", "-")
-        if value != field.default and field.name != "mesh":
+    for option, value in config.changed().items():
+        name = option.replace("_", "-")
+        if option != "mesh":
             if value is True:
                 flags.append(f"--{name}")
             else:
@@ -204,9 +203,7 @@ def two_hosts(tmp_path):
 def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
     """One process is killed; both start again from the checkpoint; as one process."""
     run = tmp_path / "run"
-    config = dataclasses.replace(
-        SAME, steps=30, checkpoint_every=5, log_every=5, input="host"
-    )
+    config = SAME.replace(steps=30, checkpoint_every=5, log_every=5, input="host")
     pair = two_hosts("--output", str(run), *options_of(config))
 
     def saved():
@@ -234,9 +231,7 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
     assert steps == sorted(set(steps)), "logged twice, or by both"
     assert "Run:" in logs[0].read_text() and "Run:" not in logs[1].read_text()
 
-    one = dataclasses.replace(
-        config, mesh="data=4", checkpoint_every=None, input="device"
-    )
+    one = config.replace(mesh="data=4", checkpoint_every=None, input="device")
     want = training.train(one, digits, show_progress=False)
     logs = [
         {r["step"]: r["loss"] for r in history if "loss" in r}

@@ -1,7 +1,6 @@
 """The shipped examples, run as a user runs them, shrunk by their own options."""
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import re
@@ -73,13 +72,13 @@ def test_the_papers_ensembles_are_in_the_zoo(monkeypatch):
     import cifar_ensemble
 
     for options in cifar_ensemble.ENSEMBLES.values():
-        config = dataclasses.replace(
-            config_lib.preset("paper-cifar10"), model="cnn_small"
-        )
-        building.check_models(dataclasses.replace(config, **options))
-        assert config.rho == (0.05, 0.1) and config.epochs == 200
+        config = config_lib.preset("paper-cifar10").replace(model="cnn_small")
+        building.check_models(config.replace(**options))
+        assert config.method.rho == (0.05, 0.1) and config.run.epochs == 200
     joint = config_lib.preset("released-ensemble-cifar10")
-    assert joint.member_names == ("resnet_10",) * 5 and joint.merge == "sum"
+    assert (
+        joint.model.member_names == ("resnet_10",) * 5 and joint.method.merge == "sum"
+    )
 
 
 @pytest.mark.slow
@@ -116,8 +115,7 @@ def test_the_papers_bayesian_networks_are_in_the_zoo(monkeypatch):
             )  # fmt: skip
             config = cifar_bnn.configuration(options)
             building.check_models(config)
-            assert building.method_options(config) is not None
-            assert config.model == model and config.epochs == 100
+            assert config.model.name == model and config.run.epochs == 100
 
 
 @pytest.mark.slow

@@ -35,8 +35,9 @@ CORE = [
     {"presets", "transform"},
 ]
 EXPERIMENTS = [
-    {"config", "interrupts", "options", "precision"},
+    {"interrupts", "options", "precision"},
     {"methods"},
+    {"config"},
     {"optimizers", "members"},
     {"building"},
     {"programs", "checkpoint", "run_folder"},

@@ -1,6 +1,5 @@
 """Ensembles through the loop, the checkpoints and the command line."""
 
-import dataclasses
 import json
 import re
 
@@ -54,8 +53,8 @@ def trio(small, tmp_path_factory):
 @pytest.fixture(scope="module")
 def mixed(small, tmp_path_factory):
     """Two architectures."""
-    config = dataclasses.replace(
-        TINY, members="cnn_small,wide_resnet_10_1", method="sgd", noise_std=0.0
+    config = TINY.replace(
+        members="cnn_small,wide_resnet_10_1", method="sgd", noise_std=0.0
     )
     folder = tmp_path_factory.mktemp("mixed") / "run"
     return training.train(config, small, folder, show_progress=False)
@@ -78,8 +77,8 @@ class TestRun:
     @pytest.mark.slow
     def test_a_member_is_a_run_of_its_own(self, small, trio):
         """The loop of one model, from each member's key, gives its losses."""
-        keys = jax.random.split(programs.run_keys(TINY.seed)[0], 3)
-        config = dataclasses.replace(TINY, members=None)
+        keys = jax.random.split(programs.run_keys(TINY.run.seed)[0], 3)
+        config = TINY.replace(members=None)
         for m in range(3):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(
@@ -123,7 +122,7 @@ class TestRun:
         want = request.getfixturevalue(case)
         config = run_folder.read_config(want.folder)
         folder = tmp_path / "run"
-        half = dataclasses.replace(config, checkpoint_every=5)
+        half = config.replace(checkpoint_every=5)
         with pytest.MonkeyPatch.context() as patch:
 
             def killed(*args, **kwargs):
@@ -151,10 +150,10 @@ class TestRun:
     @pytest.mark.parametrize("mesh", ["member=3,data=2"])
     def test_members_on_their_own_devices(self, mesh, small, trio):
         """With the split of one device: BatchNorm and halves see the same examples."""
-        config = dataclasses.replace(TINY, mesh=mesh, split="shared", epochs=1,
+        config = TINY.replace(mesh=mesh, split="shared", epochs=1,
                                      sync_batchnorm="data" in mesh)  # fmt: skip
         got = training.train(config, small, show_progress=False)
-        one = dataclasses.replace(config, mesh="data=1", sync_batchnorm=False)
+        one = config.replace(mesh="data=1", sync_batchnorm=False)
         want = training.train(one, small, show_progress=False)
         np.testing.assert_allclose(losses(got), losses(want), rtol=1e-3)
         np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
@@ -162,12 +161,12 @@ class TestRun:
 
     @pytest.mark.slow
     def test_a_plateau_of_each_member_on_a_mesh(self, small):
-        config = dataclasses.replace(
-            TINY, mesh="member=3", method="sgd", noise_std=0.0, schedule="plateau",
+        config = TINY.replace(
+            mesh="member=3", method="sgd", noise_std=0.0, schedule="plateau",
             plateau_patience=1, epochs=1,
         )  # fmt: skip
         got = training.train(config, small, show_progress=False)
-        one = dataclasses.replace(config, mesh="data=1")
+        one = config.replace(mesh="data=1")
         want = training.train(one, small, show_progress=False)
         np.testing.assert_allclose(losses(got), losses(want), rtol=1e-3)
         np.testing.assert_allclose(got.log_probs, want.log_probs, atol=5e-3)
@@ -175,10 +174,10 @@ class TestRun:
     @pytest.mark.slow
     def test_orders_of_their_own(self, small):
         """Each member is a single run on its own order, on one device and on three."""
-        shared = dataclasses.replace(TINY, epochs=1, method="sgd", noise_std=0.0,
+        shared = TINY.replace(epochs=1, method="sgd", noise_std=0.0,
                                      augment=(), log_every=1)  # fmt: skip
-        config = dataclasses.replace(shared, member_data="own")
-        state_key, data_key = programs.run_keys(TINY.seed)
+        config = shared.replace(member_data="own")
+        state_key, data_key = programs.run_keys(TINY.run.seed)
         order = programs.compile_programs(config, small).epoch_order(
             jax.random.fold_in(data_key, 0)
         )
@@ -194,7 +193,7 @@ class TestRun:
         got = of_members(config)
         assert got.shape == (5, 3)
         assert np.abs(got - of_members(shared)).min() > 1e-4
-        one = dataclasses.replace(shared, members=None)
+        one = shared.replace(members=None)
         compiled = programs.compile_programs(one, small)
         for m, key in enumerate(jax.random.split(state_key, 3)):
             state = compiled.init(key)
@@ -203,16 +202,14 @@ class TestRun:
                     state, tuple(small.train), order[m], np.int32(i)
                 )
                 np.testing.assert_allclose(got[i, m], metrics["loss"], rtol=1e-4)
-        spread = of_members(dataclasses.replace(config, mesh="member=3"))
+        spread = of_members(config.replace(mesh="member=3"))
         np.testing.assert_allclose(spread, got, rtol=1e-3)
         with pytest.raises(ValueError, match="member_data='own' .* on the device"):
-            training.train(
-                dataclasses.replace(config, input="host"), small, show_progress=False
-            )
+            training.train(config.replace(input="host"), small, show_progress=False)
 
     @pytest.mark.slow
     def test_streamed_members_are_resident_ones(self, small, trio):
-        config = dataclasses.replace(TINY, input="host")
+        config = TINY.replace(input="host")
         got = training.train(config, small, show_progress=False)
         assert_same_bits(got.state.params, trio.state.params)
 
@@ -228,7 +225,7 @@ class TestRun:
             return state._replace(params=bad)
 
         monkeypatch.setattr(members, "init", poisoned)
-        config = dataclasses.replace(TINY, max_skipped=4, clip_norm=1.0, epochs=3)
+        config = TINY.replace(max_skipped=4, clip_norm=1.0, epochs=3)
         result = training.train(config, small, tmp_path / "run")
         said = capsys.readouterr().err
         assert said.count("member 1 diverged") == 1 and "up to step 4" in said
@@ -260,14 +257,14 @@ class TestRun:
         train = small.train.images, small.train.labels
         test = small.test.images, small.test.labels
         held = data.from_arrays(train, test, num_classes=10, name="held", validation=32)
-        config = dataclasses.replace(TINY, epochs=4, eval_every=1, max_skipped=6)
+        config = TINY.replace(epochs=4, eval_every=1, max_skipped=6)
         found = training.train(config, held, show_progress=False).metrics["best"]
         assert np.isfinite(found["score"]) and found["step"] > 4
 
     @pytest.mark.slow
     def test_a_run_ends_when_all_have_diverged(self, small):
-        config = dataclasses.replace(
-            TINY, method="sgd", noise_std=0.0, learning_rate=1e20, schedule="constant",
+        config = TINY.replace(
+            method="sgd", noise_std=0.0, learning_rate=1e20, schedule="constant",
             max_skipped=2, epochs=9,
         )  # fmt: skip
         with pytest.raises(training.NonFiniteError, match="not finite in 2 steps"):
@@ -275,7 +272,7 @@ class TestRun:
 
     @pytest.mark.slow
     def test_joint(self, small, tmp_path):
-        config = dataclasses.replace(TINY, ensemble="joint", epochs=1, members="2")
+        config = TINY.replace(ensemble="joint", epochs=1, members="2")
         result = training.train(config, small, tmp_path / "run", show_progress=False)
         assert isinstance(result.state, methods.TrainState)
         assert result.state.params["head"]["kernel"].shape[0] == 2
@@ -357,7 +354,7 @@ class TestCombine:
                   "--output", str(out)])  # fmt: skip
         want = predictions(folders / "three")[[2, 0]]
         np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
-        assert run_folder.read_config(out).members == "2"
+        assert run_folder.read_config(out).model.members == "2"
 
     @pytest.mark.slow
     def test_single_models_join(self, folders):
@@ -365,7 +362,7 @@ class TestCombine:
         combine.combine(
             [folders / "three", folders / "one"], out, [1, 3], show_progress=False
         )
-        assert run_folder.read_config(out).members == "cnn_small,wide_resnet_10_1"
+        assert run_folder.read_config(out).model.members == "cnn_small,wide_resnet_10_1"
         assert len(predictions(out)) == 2
 
     @pytest.mark.slow
@@ -440,12 +437,12 @@ class TestOptions:
             programs.make_mesh(TrainConfig(**options))
 
     def test_names(self):
-        assert TrainConfig(members="2", model="resnet_10").member_names == (
+        assert TrainConfig(members="2", model="resnet_10").model.member_names == (
             "resnet_10",
             "resnet_10",
         )
         config = TrainConfig(members="resnet_18, cnn_small")
-        assert config.member_names == ("resnet_18", "cnn_small")
-        assert not config.stacked and TrainConfig(members="4").stacked
+        assert config.model.member_names == ("resnet_18", "cnn_small")
+        assert not config.model.stacked and TrainConfig(members="4").model.stacked
         with pytest.raises(ValueError, match="Unknown model 'resnet_8'"):
             training.train(TrainConfig(members="resnet_18,resnet_8", mesh="data=1"))

@@ -214,12 +214,14 @@ def small():
 @pytest.mark.slow
 @every_method
 def test_a_stopped_run_resumes_to_the_same_bits(
-    name, small, one_layer, tmp_path, monkeypatch
+    name,
+    small,
+    one_layer,  # noqa: F811
+    tmp_path,
+    monkeypatch,
 ):
     """By a real SIGTERM in the middle: weights, predictions and records."""
-    chosen = dataclasses.replace(
-        RUNS, model=one_layer, method=name, **RUN_OPTIONS.get(name, {})
-    )
+    chosen = RUNS.replace(model=one_layer, method=name, **RUN_OPTIONS.get(name, {}))
     whole = training.train(chosen, small, tmp_path / "whole", show_progress=False)
     with monkeypatch.context() as patch:
         stop_after(5, patch)
@@ -239,7 +241,6 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 def test_every_method_has_defaults_and_takes_dropout():
     for name in ALL:
         chosen = TrainConfig(method=name, dropout=0.2)
-        building.method_options(chosen)
         (network,) = building.networks(chosen, 10)
         assert network.dropout == 0.2
         (network,) = building.networks(chosen, 10, drops=False)

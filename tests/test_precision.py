@@ -1,7 +1,5 @@
 """Mixed precision: bfloat16 within its error, float16 with a loss scale that works."""
 
-import dataclasses
-
 import chex
 import hypothesis
 import jax
@@ -259,4 +257,4 @@ def test_other_dtypes_have_no_loss_scale():
     assert result.state.loss_scale is None
     assert "loss_scale" not in result.history[0]
     with pytest.raises(ValueError, match="dtype must be one of"):
-        dataclasses.replace(config, dtype="float8")
+        config.replace(dtype="float8")

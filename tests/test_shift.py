@@ -337,8 +337,7 @@ TINY = TrainConfig(
 @pytest.fixture(scope="module")
 def small():
     digits = data.load("digits")
-    return dataclasses.replace(
-        digits,
+    return digits.replace(
         train=data.Split(*(x[:300] for x in digits.train)),
         test=data.Split(*(x[:90] for x in digits.test)),
     )
@@ -346,7 +345,7 @@ def small():
 
 def state_of(config, dataset):
     compiled = programs.compile_programs(config, dataset)
-    return compiled, compiled.init(programs.run_keys(config.seed)[0])
+    return compiled, compiled.init(programs.run_keys(config.run.seed)[0])
 
 
 KINDS = {
@@ -362,7 +361,7 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_is_the_evaluation_of_corrupted_sets(kind, small):
-    config = dataclasses.replace(TINY, eval_batch_size=32, **KINDS[kind])
+    config = TINY.replace(eval_batch_size=32, **KINDS[kind])
     compiled, state = state_of(config, small)
     record = shift.evaluate(
         config,
@@ -405,7 +404,7 @@ def test_a_record_is_the_evaluation_of_corrupted_sets(kind, small):
 
 @pytest.mark.parametrize("kind", list(KINDS)[1:])
 def test_mutual_information_is_that_of_the_samples(kind, small):
-    config = dataclasses.replace(TINY, **KINDS[kind])
+    config = TINY.replace(**KINDS[kind])
     compiled, state = state_of(config, small)
     found = evaluation.predict(config, state, small.test, compiled)
     samples = np.exp(np.asarray(compiled.predict(state, small.test.images), float))
@@ -413,8 +412,8 @@ def test_mutual_information_is_that_of_the_samples(kind, small):
     np.testing.assert_allclose(found.mutual_information(), want, atol=1e-6)
     assert want.max() > 1e-4
     # Of members that do not count there is nothing in it.
-    if config.members is not None:
-        count = len(config.member_names)
+    if config.model.members is not None:
+        count = len(config.model.member_names)
         found = evaluation.predict(config, state, small.test, compiled, without=(0,))
         each = samples.reshape(count, -1, *samples.shape[1:])[1:]
         want = metrics.mutual_information(each.reshape(-1, *samples.shape[1:]))
@@ -489,7 +488,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_an_error_before_anything_is_computed(case, small, tmp_path):
     options, message = BAD[case]
-    config = dataclasses.replace(TINY, data_dir=str(tmp_path))
+    config = TINY.replace(data_dir=str(tmp_path))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         shift.evaluate(config, None, small, object(), **options)
 
@@ -566,8 +565,7 @@ def photograph_run(tmp_path_factory):
     prepare_photographs(tfds, "cifar10_corrupted/fog_3", test=photographs(40, 3))
     prepare_photographs(tfds, "svhn_cropped", train=photographs(5, 4),
                         test=photographs(20, 5))  # fmt: skip
-    config = dataclasses.replace(
-        TINY,
+    config = TINY.replace(
         data="cifar10",
         data_dir=str(tfds),
         cache_dir=str(folder / "cache"),
@@ -647,7 +645,7 @@ def test_sets_of_other_classes_are_no_test_sets(photograph_run, tmp_path):
     dataset = programs.load_data(config)
     of_five = dataclasses.replace(dataset, num_classes=5)
     with pytest.raises(ValueError, match="classes of 'svhn_cropped' are 10, .* 5"):
-        sets.find_sets(["svhn_cropped"], [1], of_five, config.data_dir)
+        sets.find_sets(["svhn_cropped"], [1], of_five, config.data.data_dir)
     images, labels = photographs(6, 0)
     np.savez(tmp_path / "six.npz", test_images=images, test_labels=labels)
     path = str(tmp_path / "six.npz")
@@ -670,14 +668,14 @@ def test_a_dtype_is_checked_before_anything_is_computed(photograph_run, tmp_path
     # Of "auto" such sets are missing; of a run on floats all of TFDS are.
     floats = data.Split(dataset.test.images / np.float32(255), dataset.test.labels)
     of_floats = dataclasses.replace(dataset, test=floats)
-    found = sets.find_sets(["auto"], [3], of_floats, config.data_dir)
+    found = sets.find_sets(["auto"], [3], of_floats, config.data.data_dir)
     missing = {row["name"]: row["why"] for row in found.missing}
     assert not found.present
     assert (
         "are uint8, and those that the model was trained on float32"
         in (missing["cifar10_1/v6"])
     )
-    found = sets.find_ood(["auto"], of_floats, config.data_dir)
+    found = sets.find_ood(["auto"], of_floats, config.data.data_dir)
     assert [name for name, _ in found.present] == ["uniform_noise"]
 
 
@@ -721,7 +719,7 @@ def test_a_record_of_other_settings_is_not_replaced(
 
 def test_what_a_test_split_is_can_be_told_without_reading_it(photograph_run):
     config = photograph_run[1]
-    found = data.describe_test("cifar10_1/v6", data_dir=config.data_dir)
+    found = data.describe_test("cifar10_1/v6", data_dir=config.data.data_dir)
     assert found == (30, (32, 32, 3), 10, np.uint8)
 
 
@@ -855,7 +853,7 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
 @pytest.mark.slow
 def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
     """What bnn.uncertainty says of samples is what the record's means are of."""
-    config = dataclasses.replace(TINY, **KINDS["a posterior"])
+    config = TINY.replace(**KINDS["a posterior"])
     compiled, state = state_of(config, small)
     record = shift.evaluate(
         config, state, small, compiled, corruptions=["contrast"], severities=[5]
@@ -869,12 +867,12 @@ def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
 
 
 def test_a_mesh_of_devices_predicts_the_same_of_corrupted_images(small):
-    config = dataclasses.replace(TINY, mesh="data=4", eval_batch_size=32)
+    config = TINY.replace(mesh="data=4", eval_batch_size=32)
     mesh = programs.make_mesh(config)
     spread = programs.compile_programs(config, small, mesh)
     compiled, state = state_of(TINY, small)
     change = shift.evaluation._corruption("gaussian_noise", 5, 1)
     want = evaluation.predict(TINY, state, small.test, compiled, change=change)
-    everywhere = spread.init(programs.run_keys(config.seed)[0])
+    everywhere = spread.init(programs.run_keys(config.run.seed)[0])
     got = evaluation.predict(config, everywhere, small.test, spread, change=change)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)

@@ -250,7 +250,7 @@ def test_streamed_batches_are_those_of_the_training_loop():
     made = data.load("digits", validation=1000)
     config = TrainConfig(batch_size=40, epochs=3, method="sgd", seed=3)
     programs = compile_programs(config, made)
-    data_key = run_keys(config.seed)[1]
+    data_key = run_keys(config.run.seed)[1]
     batches = data.stream_batches(made.train, 40, data_key, programs.total_steps)
     resident = jax.device_put(made.train)
     take = jax.jit(data.take, static_argnames="batch_size")
@@ -671,12 +671,10 @@ RUN = TrainConfig(
 @pytest.mark.parametrize("mesh", ["data=4"])
 def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
     """Over an epoch's end, and stopped and resumed on the way."""
-    config, small = dataclasses.replace(RUN, mesh=mesh), small_digits(320)
-    config = dataclasses.replace(config, checkpoint_every=3)
-    want = training.train(
-        dataclasses.replace(config, input="device"), small, show_progress=False
-    )
-    config = dataclasses.replace(config, input="host")
+    config, small = RUN.replace(mesh=mesh), small_digits(320)
+    config = config.replace(checkpoint_every=3)
+    want = training.train(config.replace(input="device"), small, show_progress=False)
+    config = config.replace(input="host")
     got = training.train(config, small, tmp_path / "run", show_progress=False)
     assert_same_bits(got.state.params, want.state.params)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "9")  # go on after step 6
@@ -690,13 +688,13 @@ def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
 @pytest.mark.slow
 def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp_path):
     """The real images, to the bit; and a run may go on with the other."""
-    config = dataclasses.replace(
-        RUN, data="cifar10", data_dir=str(cifar_dir), cache_dir=str(cache_dir),
+    config = RUN.replace(
+        data="cifar10", data_dir=str(cifar_dir), cache_dir=str(cache_dir),
         steps=6, mesh="data=2", augment=None, eval_batch_size=2_000,
     )  # fmt: skip
-    memory = dataclasses.replace(config, input="device")
+    memory = config.replace(input="device")
     want = training.train(memory, output=tmp_path / "run", show_progress=False)
-    disk = dataclasses.replace(config, input="disk")
+    disk = config.replace(input="disk")
     got = training.train(disk, show_progress=False)
     assert_same_bits(got.state.params, want.state.params)
     for name in ("accuracy", "nll", "sharpness"):
@@ -713,7 +711,7 @@ def test_auto_takes_the_first_memory_that_holds_the_images(monkeypatch):
     monkeypatch.setattr(
         feed.Feed, "open", lambda self, _: streamed.append(self.examples)
     )
-    config = dataclasses.replace(RUN, steps=1, mesh="data=1", augment=())
+    config = RUN.replace(steps=1, mesh="data=1", augment=())
     training.train(config, show_progress=False)
     assert streamed.pop() is not None
     monkeypatch.setattr(data, "fits_on_device", lambda *_: False)

@@ -44,10 +44,10 @@ def trained(tmp_path_factory):
 
     def begin(name):
         if name not in done:
-            config = dataclasses.replace(BASE, **options[name])
+            config = BASE.replace(**options[name])
             dataset = programs.load_data(config)
             compiled = programs.compile_programs(config, dataset)
-            state = compiled.init(programs.run_keys(config.seed)[0])
+            state = compiled.init(programs.run_keys(config.run.seed)[0])
             run_folder.create(root / name, config).close()
             meta = {
                 "data": programs.fingerprint(dataset),

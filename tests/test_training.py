@@ -82,9 +82,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(straight, small):
     again = training.train(TINY, small, show_progress=False)
     assert_same_bits(again.state, straight.state)
-    other = training.train(
-        dataclasses.replace(TINY, seed=4), small, show_progress=False
-    )
+    other = training.train(TINY.replace(seed=4), small, show_progress=False)
     assert not np.array_equal(other.log_probs, straight.log_probs)
 
 
@@ -247,8 +245,7 @@ def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
 @pytest.mark.slow
 def test_logs_of_a_resumed_run_are_those_of_a_whole_one(small, tmp_path):
     """Windows end at checkpoints, whatever the intervals: no step is lost."""
-    config = dataclasses.replace(
-        TINY,
+    config = TINY.replace(
         epochs=2,
         batch_size=16,
         log_every=5,
@@ -295,7 +292,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
             os.kill(os.getpid(), signals.pop())
         return measure(*args, **kwargs)
 
-    config = dataclasses.replace(TINY, epochs=1)
+    config = TINY.replace(epochs=1)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate_run", interrupted)
         with pytest.raises(training.Interrupted, match="after step 2 of 2"):
@@ -308,8 +305,8 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
 @pytest.mark.slow
 def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path):
     """Parameters may stay finite while evaluation overflows."""
-    config = dataclasses.replace(
-        TINY, method="sgd", noise_std=0.0, learning_rate=1e9, schedule="constant"
+    config = TINY.replace(
+        method="sgd", noise_std=0.0, learning_rate=1e9, schedule="constant"
     )
     try:
         training.train(config, small, tmp_path / "run", show_progress=False)
@@ -345,7 +342,7 @@ class TestRefusals:
             training.train(TINY, small, tmp_path, resume=True, show_progress=False)
 
     def test_resuming_with_other_options(self, small, straight):
-        other = dataclasses.replace(TINY, learning_rate=0.2)
+        other = TINY.replace(learning_rate=0.2)
         with pytest.raises(ValueError, match="learning_rate: 0.1 -> 0.2"):
             training.train(other, small, straight.folder, resume=True)
 
@@ -357,12 +354,14 @@ class TestRefusals:
             training.train(TINY, other, straight.folder, resume=True)
 
     def test_options_that_a_method_has_not(self, small):
-        config = dataclasses.replace(TINY, method="sam")
-        with pytest.raises(ValueError, match="sam has no option noise_std; it has rho"):
-            training.train(config, small, show_progress=False)
+        del small
+        with pytest.raises(
+            ValueError, match="sam has no option noise_std; it has .*rho"
+        ):
+            TINY.replace(method="sam")
 
     def test_a_batch_larger_than_the_data(self, small):
-        config = dataclasses.replace(TINY, batch_size=500)
+        config = TINY.replace(batch_size=500)
         with pytest.raises(ValueError, match="larger than the training set of 160"):
             training.train(config, small, show_progress=False)
 
@@ -371,7 +370,7 @@ class TestRefusals:
         [
             (dict(epochs=0), "epochs must be at least 1, got 0"),
             (dict(batch_size=1.5), "batch_size must be an integer, got 1.5"),
-            (dict(method="adam"), "method must be one of 'sgd', 'sam'"),
+            (dict(method="adam"), "method must be one of sgd, sam"),
             (dict(learning_rate=-1.0), "learning_rate must be at least 0"),
             (dict(label_smoothing=1.0), r"label_smoothing must be in \[0, 1\)"),
             (dict(clip_norm=0.0), "clip_norm must be positive"),
@@ -406,7 +405,7 @@ def poisoned(small, count):
 @pytest.mark.slow
 def test_non_finite_steps_are_skipped_and_counted(small):
     """One NaN image: the step that meets it is skipped, training goes on."""
-    config = dataclasses.replace(TINY, epochs=8)
+    config = TINY.replace(epochs=8)
     result = training.train(config, poisoned(small, 1), show_progress=False)
     chex.assert_tree_all_finite(
         (result.state.params, result.state.model_state, result.state.opt_state)
@@ -418,7 +417,7 @@ def test_non_finite_steps_are_skipped_and_counted(small):
 
 @pytest.mark.slow
 def test_a_run_stops_after_too_many_non_finite_steps_in_a_row(small):
-    config = dataclasses.replace(TINY, max_skipped=4, epochs=10)
+    config = TINY.replace(max_skipped=4, epochs=10)
     with pytest.raises(training.NonFiniteError, match="not finite in 4 steps in a row"):
         training.train(config, poisoned(small, 160), show_progress=False)
 
@@ -427,7 +426,7 @@ def test_every_example_counts_exactly_once_in_evaluation(small, straight):
     """Pitfalls: the last batch is padded and masked, not dropped; any batch size."""
     reference = None
     for size in (1000, 64, 7):
-        config = dataclasses.replace(TINY, eval_batch_size=size)
+        config = TINY.replace(eval_batch_size=size)
         values, log_probs, *_ = evaluation.evaluate(config, straight.state, small)
         assert log_probs.shape == (small.test.num_examples, 3)
         reference = log_probs if reference is None else reference
@@ -471,11 +470,9 @@ def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
         return method._replace(step=step)
 
     monkeypatch.setattr(methods, "create", counting)
-    config = dataclasses.replace(TINY, batch_size=32, epochs=2)
+    config = TINY.replace(batch_size=32, epochs=2)
     for seed in (0, 1):
-        training.train(
-            dataclasses.replace(config, seed=seed), small, show_progress=False
-        )
+        training.train(config.replace(seed=seed), small, show_progress=False)
     assert len(traces) == 1
 
 
@@ -495,7 +492,7 @@ def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch
 
     monkeypatch.setattr(feed.Feed, "step", count)
     monkeypatch.setattr(loop.Loop, "_log_training", look)
-    config = dataclasses.replace(TINY, batch_size=16, epochs=1, log_every=2)
+    config = TINY.replace(batch_size=16, epochs=1, log_every=2)
     result = training.train(config, small, show_progress=False)
     assert ahead == [2, 2, 2, 2, 0]  # at the end of an epoch nothing more is due
     logged = [r["step"] for r in result.history if r["split"] == "train"]
@@ -665,7 +662,7 @@ def test_no_convolution_stands_inside_a_loop_on_cpu(small):
     """Pitfalls: convolutions in lax.scan crawl on CPUs; auto never makes one."""
 
     def loops_with_convolutions(particle_map):
-        config = dataclasses.replace(TINY, num_particles=2, particle_map=particle_map)
+        config = TINY.replace(num_particles=2, particle_map=particle_map)
         compiled = programs.compile_programs(config, small)
         state = jax.eval_shape(compiled.init, jax.random.key(0))
         jaxpr = jax.make_jaxpr(compiled.train_step)(

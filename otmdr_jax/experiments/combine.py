@@ -1,6 +1,5 @@
 """An ensemble out of finished runs: members are added or dropped, none is retrained."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from otmdr_jax.experiments import (
     run_folder,
     training,
 )
-from otmdr_jax.experiments.config import TrainConfig, differences
+from otmdr_jax.experiments.config import differences
 from otmdr_jax.experiments.measure import sharpness
 from otmdr_jax.experiments.measure.evaluation import evaluate
 from otmdr_jax.experiments.methods import TrainState
@@ -62,7 +61,7 @@ def combine(
     configs = [run_folder.read_config(path) for path in paths]
     for path, found in zip(paths, configs, strict=True):
         _check_run(path, found, paths[0], configs[0])
-    names = [name for found in configs for name in found.member_names]
+    names = [name for found in configs for name in found.model.member_names]
     kept = list(range(len(names))) if keep is None else list(keep)
     if len(set(kept)) != len(kept) or not set(kept) <= set(range(len(names))):
         raise ValueError(
@@ -77,7 +76,7 @@ def combine(
     new = _config_of(configs[0], [names[i] for i in kept], data_dir)
     dataset = programs.load_data(new)
     run_folder.check_free(output)
-    state, meta = _load(paths, configs, dataset, kept, new.stacked)
+    state, meta = _load(paths, configs, dataset, kept, new.model.stacked)
     compiled = programs.compile_programs(new, dataset)
     found, result = _evaluate(new, state, dataset, compiled, meta, show_progress)
     # Only now, and the result last: what fails before leaves nothing behind.
@@ -102,7 +101,7 @@ def _check_run(path, found, first_path, first):
         raise ValueError(
             f"{path} is not finished: go on with otmdr train --resume {path}."
         )
-    if found.members is not None and found.ensemble == "joint":
+    if found.model.members is not None and found.model.ensemble == "joint":
         raise ValueError(
             f"{path} has a joint loss: its members were trained for each other and "
             "cannot be taken apart."
@@ -120,12 +119,10 @@ def _check_run(path, found, first_path, first):
 def _config_of(first, names, data_dir):
     """The first run's options, for the members that are kept."""
     of_one = len(set(names)) == 1
-    default = TrainConfig.__dataclass_fields__["model"].default
-    return dataclasses.replace(
-        first,
-        model=names[0] if of_one else default,
+    return first.replace(
+        model=names[0] if of_one else None,  # the default
         members=str(len(names)) if of_one else ",".join(names),
-        data_dir=data_dir or first.data_dir,
+        data_dir=data_dir or first.data.data_dir,
         mesh=None,
     )
 

@@ -1,6 +1,5 @@
 """The main job in two minutes: SGD, SAM and OT-MDR on digits with noisy labels."""
 
-import dataclasses
 import os
 import pathlib
 import tempfile
@@ -12,11 +11,11 @@ from otmdr_jax.experiments.config import TrainConfig
 # A fifth of the training labels is wrong, so that fitting them all does not pay.
 BASE = config_lib.preset("demo")
 METHODS = (
-    dataclasses.replace(BASE, method="sgd"),
-    dataclasses.replace(BASE, method="sam"),
-    dataclasses.replace(BASE, method="otmdr", num_particles=1),
-    dataclasses.replace(BASE, method="otmdr", num_particles=2),
-    dataclasses.replace(BASE, method="otmdr", num_particles=1, members="3"),
+    BASE.replace(method="sgd"),
+    BASE.replace(method="sam"),
+    BASE.replace(method="otmdr", num_particles=1),
+    BASE.replace(method="otmdr", num_particles=2),
+    BASE.replace(method="otmdr", num_particles=1, members="3"),
 )
 SEEDS = (0, 1, 2)
 
@@ -47,15 +46,13 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         for base in METHODS:
             for seed in seeds:
-                config = dataclasses.replace(
-                    base, seed=seed, epochs=epochs or base.epochs
-                )
-                many = f"-m{config.members}" if config.members else ""
-                name = f"{config.method}-k{config.num_particles}{many}-s{seed}"
+                config = base.replace(seed=seed, epochs=epochs or base.run.epochs)
+                many = f"-m{config.model.members}" if config.model.members else ""
+                name = f"{report.label_of(config.flat())}{many}-s{seed}"
                 folder = pathlib.Path(scratch) / name
                 training.train(config, output=folder, show_progress=show_progress)
                 runs.append(report.read_run(folder))
-    title = f"Digits with {BASE.label_noise:.0%} wrong training labels"
+    title = f"Digits with {BASE.data.label_noise:.0%} wrong training labels"
     report.print_summary(runs, title)
     path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")
     print(f"Report: {path}")

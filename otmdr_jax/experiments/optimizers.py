@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import Course, decays, method_of
+from otmdr_jax.experiments.methods import Course, decays
 
 # The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
 STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
@@ -36,16 +36,16 @@ def schedule(
     """
     if (course := collection(config, total_steps, steps_per_epoch)) is not None:
         return course.rate
-    warmup = round(config.warmup_epochs * steps_per_epoch)
+    warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         raise ValueError(
-            f"warmup_epochs={config.warmup_epochs} is {warmup} steps, but the run has "
-            f"{total_steps}: shorten the warmup or lengthen the run."
+            f"warmup_epochs={config.schedule.warmup_epochs} is {warmup} steps, but the "
+            f"run has {total_steps}: shorten the warmup or lengthen the run."
         )
-    peak, rest = config.learning_rate, total_steps - warmup
-    if config.schedule == "cosine":
+    peak, rest = config.schedule.learning_rate, total_steps - warmup
+    if config.schedule.name == "cosine":
         main = optax.cosine_decay_schedule(peak, rest)
-    elif config.schedule == "step":
+    elif config.schedule.name == "step":
         # Counted from the start of the run, warmup included.
         starts = [round(f * total_steps) - warmup for f in STEP_FRACTIONS]
         main = optax.piecewise_constant_schedule(
@@ -80,7 +80,7 @@ def collection(
       >>> collection(TrainConfig(method="snapshot", cycles=4), 100, 10).ends
       (25, 50, 75, 100)
     """
-    method, peak = method_of(config), config.learning_rate
+    method, peak = config.method, config.schedule.learning_rate
     return method.course(peak, total_steps, steps_per_epoch)
 
 
@@ -94,24 +94,24 @@ def create(
     `update` takes `value=` (the step's loss), which only the plateau schedule looks at.
 
     Args:
-      config: All options under "loss and optimizer".
+      config: Its optimizer, schedule and method.
       total_steps: See :func:`schedule`.
       steps_per_epoch: See :func:`schedule`.
     """
     rate = schedule(config, total_steps, steps_per_epoch)
-    method, parts = method_of(config), []
+    method, parts = config.method, []
     if not method.has_own_update:
-        if config.clip_norm is not None:
-            parts.append(optax.clip_by_global_norm(config.clip_norm))
+        if config.optimizer.clip_norm is not None:
+            parts.append(optax.clip_by_global_norm(config.optimizer.clip_norm))
         mask = None
-        if method.is_posterior or not config.decay_all:
-            mask = functools.partial(decays, everything=config.decay_all)
+        if method.is_posterior or not config.optimizer.decay_all:
+            mask = functools.partial(decays, everything=config.optimizer.decay_all)
         parts += _base(config, rate, mask)
-    if config.schedule == "plateau":
+    if config.schedule.name == "plateau":
         parts.append(
             optax.contrib.reduce_on_plateau(
-                factor=config.plateau_factor,
-                patience=config.plateau_patience,
+                factor=config.schedule.plateau_factor,
+                patience=config.schedule.plateau_patience,
                 rtol=1e-4,  # PyTorch's threshold
                 accumulation_size=steps_per_epoch,
             )
@@ -122,24 +122,25 @@ def create(
 
 def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:
     """Decay and base optimizer."""
-    if config.optimizer == "adamw":
+    own = config.optimizer
+    if own.name == "adamw":
         return [
             optax.adamw(
                 rate,
-                b1=config.momentum,
-                eps=config.adam_eps,
-                weight_decay=config.weight_decay,
+                b1=own.momentum,
+                eps=own.adam_eps,
+                weight_decay=own.weight_decay,
                 mask=mask,
             )
         ]
     parts: list[Any] = []
-    if config.weight_decay:
-        parts.append(optax.add_decayed_weights(config.weight_decay, mask))
-    if config.optimizer == "sgd":
+    if own.weight_decay:
+        parts.append(optax.add_decayed_weights(own.weight_decay, mask))
+    if own.name == "sgd":
         # A momentum of 0 would keep a trace for nothing.
-        parts.append(optax.sgd(rate, config.momentum or None, config.nesterov))
+        parts.append(optax.sgd(rate, own.momentum or None, own.nesterov))
     else:
-        parts.append(optax.adam(rate, b1=config.momentum, eps=config.adam_eps))
+        parts.append(optax.adam(rate, b1=own.momentum, eps=own.adam_eps))
     return parts
 
 

@@ -32,6 +32,43 @@ class Must(NamedTuple):
     holds: Callable[[Any], bool]
 
 
+class OnlyWith(NamedTuple):
+    """An option that does nothing but with some values of another one.
+
+    Attributes:
+      name: The option.
+      other: The other one.
+      values: Of the other one.
+    """
+
+    name: str
+    other: str
+    values: tuple[str, ...]
+
+
+class Option(NamedTuple):
+    """An option as it is given.
+
+    Attributes:
+      name: By which it is given.
+      field: By which its group has it.
+      kind: Its type, with what it must be.
+      default: Its default.
+      group: The dataclass that has it.
+    """
+
+    name: str
+    field: str
+    kind: Any
+    default: Any
+    group: type
+
+    @property
+    def text(self) -> str:
+        """Its help."""
+        return texts_of(self.group)[self.field]
+
+
 Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
 NotNegative = Annotated[float, Must("at least 0", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Must("positive", lambda x: 0 < x < math.inf)]
@@ -68,26 +105,27 @@ def check(name: str, value: Any, kind: Any) -> None:
     kinds, optional = alternatives(kind)
     if value is None and optional:
         return
-    also = ", or left out" if optional else ""
-    words = [word for one in kinds for word in typing.get_args(_plain(one))]
-    if typing.get_origin(_plain(kinds[0])) is Literal:
-        words += [None] if optional else []
-        known = ", ".join(map(repr, words))
-        _must(name, value, value in words, f"one of {known}")
+    left_out = ", or left out" if optional else ""
+    plain, musts = _plain(kinds[0]), getattr(kinds[0], "__metadata__", ())
+    if typing.get_origin(plain) is Literal:
+        words = [*typing.get_args(plain), *([None] if optional else [])]
+        _must(name, value, value in words, f"one of {', '.join(map(repr, words))}")
         return
-    plain = _plain(kinds[0])
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if plain is bool:
-        _must(name, value, isinstance(value, bool), "a flag")
-    elif plain is float:
-        _must(name, value, number, "a number" + also)
-    elif plain is int:
-        _must(name, value, number, "a number" + also)
-        _must(name, value, isinstance(value, int), "an integer" + also)
-    elif plain is str:
-        _must(name, value, isinstance(value, str), "text" + also)
-    for must in getattr(kinds[0], "__metadata__", ()):
-        _must(name, value, must.holds(value), must.be + also)
+    right = number and isinstance(value, int) if plain is int else True
+    right = number if plain is float else right
+    if plain in (bool, str):
+        right = isinstance(value, plain)
+    if optional and musts:  # all that it must be in one sentence
+        be = "an integer of " * (plain is int) + musts[0].be
+        _must(name, value, right and musts[0].holds(value), be + left_out)
+        return
+    if plain is int:
+        _must(name, value, number, "a number" + left_out)
+    nouns = {bool: "a flag", float: "a number", int: "an integer", str: "text"}
+    _must(name, value, right, nouns.get(plain, "") + left_out)
+    for must in musts:
+        _must(name, value, must.holds(value), must.be)
 
 
 def _must(name: str, value: Any, holds: bool, be: str) -> None:
@@ -109,20 +147,44 @@ def _plain(kind: Any) -> Any:
     return typing.get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
 
 
+def is_optional(kind: Any) -> bool:
+    """Whether a type allows None."""
+    return alternatives(kind)[1]
+
+
+def plain(kind: Any) -> Any:
+    """A type without what its values must be."""
+    kinds, optional = alternatives(kind)
+    return _plain(kinds[0]) | None if optional else _plain(kinds[0])
+
+
+def options_of(group: type, key: str = "name") -> dict[str, Option]:
+    """The options of a dataclass by the names that they are given by.
+
+    Args:
+      group: The dataclass.
+      key: The name by which its `name` is given.
+    """
+    return _options_of(group, key)
+
+
 @functools.cache
-def kinds_of(group: type) -> dict[str, Any]:
-    """The options of a dataclass: name -> type, with what it allows."""
+def _options_of(group: Any, key: str) -> dict[str, Option]:
     hints = typing.get_type_hints(group, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(group)}
+    found = {}
+    for field in dataclasses.fields(group):
+        name = key if field.name == "name" else field.name
+        kind = hints[field.name]
+        found[name] = Option(name, field.name, kind, field.default, group)
+    return found
 
 
 @functools.cache
-def texts_of(group: type) -> dict[str, str]:
+def texts_of(group: Any) -> dict[str, str]:
     """The text under each option of a dataclass, with those of what it inherits."""
     found: dict[str, str] = {}
-    for kind in reversed(group.__mro__):
-        if not dataclasses.is_dataclass(kind):
-            continue
+    kinds: list[Any] = [x for x in group.__mro__ if dataclasses.is_dataclass(x)]
+    for kind in reversed(kinds):
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
         assert isinstance(node, ast.ClassDef)
         for option, text in zip(node.body, node.body[1:], strict=False):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from otmdr_jax.data import Dataset
-from otmdr_jax.experiments import building, members
+from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods.collected import Laplace, number
 from otmdr_jax.experiments.programs import Programs
@@ -35,7 +35,7 @@ def finalize(
       The state itself where there is nothing to do: for most methods, before the first
       average, and for a state that comes from here.
     """
-    return building.method_of(config).finalize(config, state, dataset, programs)
+    return config.method.finalize(config, state, dataset, programs)
 
 
 def is_fitted(config: TrainConfig) -> bool:
@@ -44,7 +44,7 @@ def is_fitted(config: TrainConfig) -> bool:
     Args:
       config: The run's configuration.
     """
-    return isinstance(building.method_of(config), Laplace)
+    return isinstance(config.method, Laplace)
 
 
 def fitted_record(config: TrainConfig, state: PyTree) -> dict[str, float]:
@@ -57,7 +57,7 @@ def fitted_record(config: TrainConfig, state: PyTree) -> dict[str, float]:
     Returns:
       prior_precision and effective_parameters, of an ensemble means over members.
     """
-    method = building.method_of(config)
+    method = config.method
     if not isinstance(method, Laplace) or not (found := method.posteriors(state)):
         return {}
     return {
@@ -73,19 +73,19 @@ def trained(config: TrainConfig, state: PyTree) -> list[PyTree]:
       config: The run's configuration.
       state: Its state, finalized where it needs to be.
     """
-    method = building.method_of(config)
+    method = config.method
     return [method.trained(member) for member in members.separate(state)]
 
 
 def every(config: TrainConfig, state: PyTree) -> list[PyTree]:
     """The same as :func:`trained`, but of a run that collects what it has collected."""
     if collected(config, state):
-        return building.method_of(config).collected(state)
+        return config.method.collected(state)
     return trained(config, state)
 
 
 def collected(config: TrainConfig, state: PyTree) -> int:
     """How many members a run of one model has collected; 0 of other runs."""
-    if config.members is not None or not building.method_of(config).collects:
+    if config.model.members is not None or not config.method.collects:
         return 0
     return number(state.method_state.number)

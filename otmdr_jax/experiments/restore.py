@@ -1,6 +1,5 @@
 """A trained run, ready to be looked at: its options, data, programs and a state."""
 
-import dataclasses
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from otmdr_jax.data import Dataset
-from otmdr_jax.experiments import building, checkpoint, predictors, programs, run_folder
+from otmdr_jax.experiments import checkpoint, predictors, programs, run_folder
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods.collected import Laplace
 
@@ -65,8 +64,7 @@ def open_run(
         the run was trained on.
     """
     folder = pathlib.Path(folder)
-    config = dataclasses.replace(run_folder.read_config(folder), **given)
-    building.method_options(config)  # before the data are read
+    config = run_folder.read_config(folder).replace(**given)
     dataset = programs.load_data(config)
     if getattr(dataset, split) is None:
         raise ValueError(
@@ -104,12 +102,12 @@ def with_laplace(
       ValueError: The run's method is another.
     """
     config = run_folder.read_config(pathlib.Path(folder))
-    base = config.gradient_method
+    base = config.method.gradient.name
     known = (*Laplace.bases, Laplace.name)
-    if config.method not in known:
+    if config.method.name not in known:
         raise ValueError(
             f"a Laplace approximation is around one trained weight vector: {folder} "
-            f"must be a run of {', '.join(known)}, got {config.method}."
+            f"must be a run of {', '.join(known)}, got {config.method.name}."
         )
     # All of them: a run that has one already is given another, not a mixture.
     return {
@@ -174,5 +172,5 @@ def template(config: TrainConfig, compiled: programs.Programs) -> PyTree:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(compiled.init, programs.run_keys(config.seed)[0]),
+        jax.eval_shape(compiled.init, programs.run_keys(config.run.seed)[0]),
     )

@@ -22,32 +22,21 @@ methods that have one of their own (snapshot, FGE, SWA, SWAG, EDST). A run is a
 folder like any other, `OUTPUT/<method>/seed<seed>`.
 """
 
-import dataclasses
 import itertools
 import os
 import pathlib
 import re
 import tomllib
-import typing
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from otmdr_jax.experiments import building, programs, run_folder, training
+from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.config import TrainConfig, differences
 from otmdr_jax.experiments.measure import cost
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
 
-# What makes a method, and may differ between them without a word.
-_OF_METHODS = {
-    "method",
-    "rho",
-    "num_particles",
-    "members",
-    "noise_std",
-    "split",
-    "norm",
-}
 # Options that are lists themselves: of these a list of lists is one of values.
 _LISTS = {"rho", "augment", "cycle_rates"}
 
@@ -154,7 +143,9 @@ def run(
     memory: dict[TrainConfig, float] = {}
     rows = []
     for i, one in enumerate(planned):
-        title = f"run {i + 1} of {len(planned)}: {one.label}, seed {one.config.seed}"
+        title = (
+            f"run {i + 1} of {len(planned)}: {one.label}, seed {one.config.run.seed}"
+        )
         # Of a folder that is gone nothing is known.
         old = known.get(str(one.folder), {}) if run_folder.is_run(one.folder) else {}
         status = "finished"
@@ -165,7 +156,7 @@ def run(
         row = _row(one, status)
         row["memory_mib"] = old.get("memory_mib")
         if row["memory_mib"] is None:
-            alike = dataclasses.replace(one.config, seed=0)
+            alike = one.config.replace(seed=0)
             if alike not in memory:
                 memory[alike] = _memory(one.config)
             row["memory_mib"] = memory[alike]
@@ -196,7 +187,8 @@ def _has_diverged(one, old):
     """Whether it diverged before, and would again: more patience is another try."""
     if old.get("status") != "diverged" or state_of(one) != "interrupted":
         return False
-    return run_folder.read_config(one.folder).max_skipped == one.config.max_skipped
+    before = run_folder.read_config(one.folder).run
+    return before.max_skipped == one.config.run.max_skipped
 
 
 def _train(one, title, show_progress):
@@ -233,7 +225,7 @@ def check(planned: Iterable[Planned]) -> None:
     for one in planned:
         if not run_folder.is_run(one.folder):
             run_folder.check_free(one.folder)
-            building.check_used(one.config)
+            one.config.check_used()
             continue
         if changed := differences(run_folder.read_config(one.folder), one.config):
             lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]
@@ -256,7 +248,7 @@ def _row(one: Planned, status: str) -> dict[str, Any]:
             if isinstance(value, (int, float)) and not isinstance(value, bool)
         },
         "label": one.label,
-        "seed": one.config.seed,
+        "seed": one.config.run.seed,
         "folder": str(one.folder),
         "status": status,
         "gradient_evaluations": None if steps is None else per_step * steps,
@@ -287,24 +279,19 @@ def _word(value):
 
 
 def _config(path, label, options) -> TrainConfig:
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(options) - known):
+    known = config_lib.known_options()
+    if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"{path}, {label}: unknown options {', '.join(unknown)}; known are "
             f"{', '.join(sorted(known))}."
         )
-    kinds = typing.get_type_hints(TrainConfig)
-    values: dict[str, Any] = {
-        name: tuple(x)
-        if isinstance(x, list)
-        else float(x)
-        if kinds[name] is float and type(x) is int
-        else x
+    # As the command line reads them: 1 is a learning rate too.
+    values = {
+        name: float(x) if known[name] is float and type(x) is int else x
         for name, x in options.items()
     }
     try:
         config = TrainConfig(**values)
-        building.method_options(config)
         building.check_models(config)
         programs.make_mesh(config)  # whether devices and parts divide the batch
     except (TypeError, ValueError) as error:
@@ -313,8 +300,8 @@ def _config(path, label, options) -> TrainConfig:
 
 
 def _unequal(planned: Sequence[Planned]) -> list[str]:
-    settings = [dataclasses.asdict(one.config) for one in planned]
-    free = _OF_METHODS | building.method_names() | {"seed"}
+    settings = [one.config.flat() for one in planned]
+    free = {"method", "members", "seed", *config_lib.method_options()}
     return [
         name
         for name in settings[0]

@@ -5,7 +5,6 @@ from jax.sharding import Mesh
 from otmdr_jax.experiments import members, methods, optimizers
 from otmdr_jax.experiments.building.networks import networks
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import method_of
 
 
 def methods_of(
@@ -28,17 +27,17 @@ def methods_of(
     """
     rate = optimizers.schedule(config, total_steps, steps_per_epoch)
     run = methods.Run(config, num_train, steps_per_epoch, total_steps, rate, mesh)
-    axis = "data" if "data" in run.axes and config.sync_batchnorm else None
+    axis = "data" if "data" in run.axes and config.run.sync_batchnorm else None
     found = []
     for network in networks(config, num_classes, axis):
         method = methods.create(
-            config.method,
+            config.method.name,
             network,
             optimizers.create(config, total_steps, steps_per_epoch),
-            label_smoothing=config.label_smoothing,
-            smoothing=config.smoothing,
-            loss_scaling=config.dtype == "float16",
-            **method_of(config).options(run),
+            label_smoothing=config.optimizer.label_smoothing,
+            smoothing=config.optimizer.smoothing,
+            loss_scaling=config.model.dtype == "float16",
+            **config.method.options(run),
         )
         if isinstance(network, members.JointModel):
             method = members.joint(method, network)

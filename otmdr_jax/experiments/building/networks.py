@@ -8,7 +8,6 @@ from otmdr_jax import models
 from otmdr_jax.baselines.mc_dropout import RATE
 from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import method_of
 
 
 def networks(
@@ -27,36 +26,42 @@ def networks(
       drops: Whether they have dropout where the configuration says so. Parameters are
         the same without, and so is a prediction that takes no keys.
     """
-    names = config.member_names[:1] if config.stacked else config.member_names
+    names = (
+        config.model.member_names[:1]
+        if config.model.stacked
+        else config.model.member_names
+    )
     found = tuple(
         models.create(
             name,
             num_classes,
-            dtype=jnp.dtype(config.dtype),
+            dtype=jnp.dtype(config.model.dtype),
             batchnorm_axis_name=batchnorm_axis_name,
             **_model_options(config, drops),
         )
         for name in names
     )
-    if config.members is not None and config.ensemble == "joint":
-        count = len(config.member_names)
-        return (members.JointModel(found, count, config.member_map),)
+    if config.model.members is not None and config.model.ensemble == "joint":
+        count = len(config.model.member_names)
+        return (members.JointModel(found, count, config.model.member_map),)
     return found
 
 
 def dropout_rate(config: TrainConfig) -> float:
     """The rate of dropout of a configuration's networks."""
-    if config.dropout is not None:
-        return config.dropout
-    return RATE if method_of(config).needs_dropout else 0.0
+    if config.model.dropout is not None:
+        return config.model.dropout
+    return RATE if config.method.needs_dropout else 0.0
 
 
 def _model_options(config, drops):
     options = {
         "dropout": (drops and dropout_rate(config)) or None,
-        "stem": config.stem,
-        "remat": config.remat or None,
-        "activation": None if config.activation == "relu" else config.activation,
+        "stem": config.model.stem,
+        "remat": config.model.remat or None,
+        "activation": None
+        if config.model.activation == "relu"
+        else config.model.activation,
     }
     return {name: value for name, value in options.items() if value is not None}
 

@@ -70,14 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind, function = COMMANDS[argv[0]]
     _cache_programs()
     try:
-        default = train.default_of(argv[1:]) if kind is train.Train else None
-        options = tyro.cli(
+        if kind is train.Train:  # its options depend on the method
+            return function(argv[1:])
+        options: Any = tyro.cli(
             kind,
             prog=f"otmdr {argv[0]}",
             # As it stands: tyro's own reading leaves the examples out.
             description=inspect.getdoc(kind),
             args=argv[1:],
-            default=default,
         )
         function(options)
     except EXPECTED as error:

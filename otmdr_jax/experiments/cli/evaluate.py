@@ -44,10 +44,9 @@ class Evaluate:
 def run(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
     from otmdr_jax.experiments import predictors, programs, report, restore, run_folder
-    from otmdr_jax.experiments.building import options_of
-    from otmdr_jax.experiments.config import TrainConfig
     from otmdr_jax.experiments.measure import evaluation, sharpness
     from otmdr_jax.experiments.members import steps_taken
+    from otmdr_jax.experiments.methods.bayes import Sampled
     from otmdr_jax.io import files
 
     given = {
@@ -57,9 +56,8 @@ def run(options: Evaluate) -> None:
     }
     if given.get("prediction") == "mean":
         # The run's own have no meaning: what samples are of, and how many.
-        defaults = TrainConfig()
         names = ("num_samples", "laplace", "prior_precision", "laplace_examples")
-        given = {name: getattr(defaults, name) for name in names} | given
+        given = dict.fromkeys(names) | given
     if options.laplace is not None:
         if options.prediction == "mean":
             raise ValueError(
@@ -91,7 +89,7 @@ def run(options: Evaluate) -> None:
             "split": options.split,
             "checkpoint": options.checkpoint,
             "step": steps_taken(state),
-            **{name: getattr(config, name) for name in own},
+            **{name: getattr(config.method, name) for name in own},
         }
         run_folder.check_record(
             folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
@@ -123,11 +121,11 @@ def run(options: Evaluate) -> None:
     how = ""
     if posterior := evaluation.posterior_record(compiled, state, diverged):
         result["posterior"] = posterior
-    if "num_samples" in options_of(config):
-        samples = config.prediction == "samples"
-        how = f", {config.num_samples} samples" if samples else ", mean"
-        result["prediction"] = config.prediction
-        result["num_samples"] = config.num_samples if samples else None
+    if isinstance(method := config.method, Sampled):
+        samples = method.prediction == "samples"
+        how = f", {method.num_samples} samples" if samples else ", mean"
+        result["prediction"] = method.prediction
+        result["num_samples"] = method.num_samples if samples else None
     if "prior_precision" in result:
         how += (
             f", prior precision {result['prior_precision']:.3g}, "
@@ -147,10 +145,8 @@ def run(options: Evaluate) -> None:
         run_folder.write_result(
             folder, result, found.log_probs, labels, found.member_log_probs
         )
-    label = report.label_of(dataclasses.asdict(config))
-    run = report.Run(
-        folder, label, dataclasses.asdict(config), result, [], found.log_probs, labels
-    )
+    label = report.label_of(config.flat())
+    run = report.Run(folder, label, config.flat(), result, [], found.log_probs, labels)
     title = f"{folder}, step {result['steps']}, {options.split} set{how}"
     print_tables(run, title)
     written = [record, picture]

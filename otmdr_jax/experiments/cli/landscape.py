@@ -82,8 +82,7 @@ def run(options: Landscape) -> None:
     )
     folders = [pathlib.Path(folder) for folder in options.runs]
     labels = [
-        report.label_of(dataclasses.asdict(run_folder.read_config(folder)))
-        for folder in folders
+        report.label_of(run_folder.read_config(folder).flat()) for folder in folders
     ]
     compared = plan.kind != "runs" and len(folders) > 1
     if compared and plan.kind == "trajectory":

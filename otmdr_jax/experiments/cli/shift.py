@@ -101,7 +101,7 @@ def run(options: Shift) -> None:
     title = f"{opened.folder}, step {record['step']}, {count} test examples"
     report.print_shift(record, f"{title}: accuracy (%) by severity, and means")
     if record["corruptions"]:
-        label = report.label_of(dataclasses.asdict(opened.config))
+        label = report.label_of(opened.config.flat())
         written.append(
             report.plot_shift([(label, record)], opened.folder / "shift.png")
         )

@@ -51,7 +51,7 @@ def run(options: Sweep) -> None:
     sweep.check(plan.runs)
     report.check_folder(output / "report")
     lines = [
-        [one.label, str(one.config.seed), str(one.folder), sweep.state_of(one)]
+        [one.label, str(one.config.run.seed), str(one.folder), sweep.state_of(one)]
         for one in plan.runs
     ]
     if options.dry_run:

@@ -3,24 +3,42 @@
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import os
 import pathlib
+import re
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from otmdr_jax.baselines.presets import ENSEMBLES
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.cli.common import EXPECTED, print_tables
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.methods import METHODS
+from otmdr_jax.experiments.options import options_of, plain
+
+_METHOD = """What to minimise: the loss (sgd), its worst value nearby (otmdr; sam and
+its kin asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the
+weights, the negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-
+bnn, bsam). Members collected in one run: snapshot, fge; an average of its weights:
+swa, swag; sparse networks: dst, edst; samples of dropout's masks in a prediction: mc-
+dropout. A Gaussian fitted to what was trained: laplace. deep-ensemble, sam-ensemble
+and otmdr-ensemble are sgd, sam and otmdr with five members, or --members. The options
+below are those of this method: otmdr train --method NAME --help shows those of
+another one.
+docs/baselines.md has the equations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a model. Every option has a default; a run's folder holds them all.
+
+    The help shows the options of one method: otmdr train --method sam --help.
 
     Examples:
     otmdr train --method otmdr --num-particles 2
@@ -42,7 +60,6 @@ class Train:
     srun otmdr train --distributed --output /shared/run
     """
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
     preset: str | None = None
     """Start from a named configuration: demo, paper-cifar10, paper-cifar100,
     released-cifar10, released-cifar100, released-mode1.1-cifar10,
@@ -73,23 +90,81 @@ class Train:
     """Which one this is, from 0, with --coordinator."""
 
 
-def run(options: Train) -> None:
-    """`otmdr train`."""
-    from otmdr_jax import parallel
+def parse(argv: Sequence[str]) -> tuple[Train, TrainConfig]:
+    """Reads a command line: what is not there is as --preset, --config or --resume say.
 
-    address = options.coordinator, options.num_processes, options.process_id
-    if options.distributed or any(part is not None for part in address):
-        parallel.initialize(*address)
-        with _leaving_at_once():
-            return _train(options)
-    return _train(options)
+    Its help shows the options of the method alone that --method names.
+
+    Args:
+      argv: The arguments behind `otmdr train`.
+
+    Raises:
+      ValueError: Several of these three, an option that the method does not have, or
+        options that do not go together.
+    """
+    start = _start_of(argv)
+    mine = start.method.all_options(start.method.gradient.name)
+    config_lib.refuse_foreign(start.method.name, _of_other_methods(argv, mine), mine)
+    defaults = start.flat()
+    groups = {
+        key: {
+            name: (option.kind, option.text)
+            for name, option in options_of(kind, key).items()
+        }
+        for key, kind in config_lib.GROUPS.items()
+    }
+    names = Literal[(*METHODS, *ENSEMBLES)]  # type: ignore[valid-type]
+    own = {name: (option.kind, option.text) for name, option in mine.items()}
+    groups["method"] = {"method": (names, _METHOD), **own}
+    order = ("data", "model", "method", "optimizer", "schedule", "run")
+    everything: Any = dataclasses.make_dataclass(
+        "Everything",
+        [
+            ("train", Annotated[Train, tyro.conf.OmitArgPrefixes]),
+            *((key, _group(key, groups[key], defaults)) for key in order),
+        ],
+    )
+    found = tyro.cli(
+        everything,
+        prog="otmdr train",
+        # As it stands: tyro's own reading leaves the examples out.
+        description=inspect.getdoc(Train),
+        args=list(argv),
+    )
+    given: dict[str, Any] = {}
+    for key in order:
+        given |= vars(getattr(found, key))
+    return found.train, TrainConfig(**given)
 
 
-def default_of(argv: Sequence[str]) -> Train:
-    """The options that --preset, --config or --resume stand for."""
+def _group(key, options, defaults):
+    """A group of options as tyro takes it: a dataclass, its help beside each option."""
+    fields = [
+        (
+            name,
+            Annotated[plain(kind), tyro.conf.arg(help=" ".join(text.split()))],
+            dataclasses.field(default=defaults[name]),
+        )
+        for name, (kind, text) in options.items()
+    ]
+    made: Any = dataclasses.make_dataclass(key.capitalize(), fields)
+    kind = config_lib.GROUPS.get(key)
+    made.__doc__ = kind.__doc__ if kind else "How they are trained."
+    return Annotated[made, tyro.conf.OmitArgPrefixes]
+
+
+def _of_other_methods(argv, mine):
+    """The options on a command line that only other methods have."""
+    flags = [arg.split("=")[0] for arg in argv if arg.startswith("--")]
+    names = [re.sub("^no_", "", flag[2:].replace("-", "_")) for flag in flags]
+    return [n for n in names if n in config_lib.method_options() and n not in mine]
+
+
+def _start_of(argv: Sequence[str]) -> TrainConfig:
+    """The options that --preset, --config or --resume stand for, of --method."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags = ("preset", "config", "resume")
-    for flag in flags:
+    for flag in (*flags, "method", "base-method"):
         parser.add_argument(f"--{flag}")
     parser.add_argument("--num-particles", type=int, default=1)
     known, _ = parser.parse_known_args(argv)
@@ -109,7 +184,25 @@ def default_of(argv: Sequence[str]) -> Train:
         from otmdr_jax.experiments import run_folder
 
         config = run_folder.read_config(known.resume)
-    return Train(config, known.preset, known.config, None, known.resume)
+    if known.method is None and known.base_method is None:
+        return config
+    chosen = {"method": known.method or config.method.name}
+    if known.base_method is not None:
+        chosen["base_method"] = known.base_method
+    return config.replace(**chosen)
+
+
+def run(argv: Sequence[str]) -> None:
+    """`otmdr train`."""
+    from otmdr_jax import parallel
+
+    options, config = parse(argv)
+    address = options.coordinator, options.num_processes, options.process_id
+    if options.distributed or any(part is not None for part in address):
+        parallel.initialize(*address)
+        with _leaving_at_once():
+            return _train(options, config)
+    return _train(options, config)
 
 
 @contextlib.contextmanager
@@ -132,20 +225,19 @@ def _leaving_at_once():
         os._exit(2)
 
 
-def _train(options: Train) -> None:
+def _train(options: Train, config: TrainConfig) -> None:
     from otmdr_jax import parallel
     from otmdr_jax.experiments import report, training
 
-    config = options.config
     resume = options.resume is not None
     if resume and options.output is not None:
         raise ValueError("--resume goes on in the run's own folder: give no --output.")
-    model = config.model
-    if config.members is not None:
-        names = config.member_names
-        model = f"{len(names)}x{names[0]}" if config.stacked else "-".join(names)
-    name = f"{pathlib.Path(config.data).stem}-{model}-{config.method}"
-    output = options.resume or options.output or f"runs/{name}-seed{config.seed}"
+    model = config.model.name
+    if config.model.members is not None:
+        names = config.model.member_names
+        model = f"{len(names)}x{names[0]}" if config.model.stacked else "-".join(names)
+    name = f"{pathlib.Path(config.data.name).stem}-{model}-{config.method.name}"
+    output = options.resume or options.output or f"runs/{name}-seed{config.run.seed}"
     try:
         result = training.train(
             config, output=output, resume=resume, show_progress=not options.quiet

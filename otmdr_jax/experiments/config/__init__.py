@@ -1,22 +1,32 @@
-"""What a training run is told: options, their checks, names, files.
+"""What a training run is told: options in groups, names, files.
 
-options.py   TrainConfig, every option with its default's source
-checks.py    what options must be
+groups.py    Data, Model, Optimizer, Schedule and Run, every option with its default's
+             source; a method's own are in `experiments.methods`
+options.py   TrainConfig: the groups, given by the names of the command line
 named.py     preset(): the papers' experiments by name
 files.py     save(), load(), and what two configurations differ in
 """
 
 from otmdr_jax.experiments.config.files import RESUMABLE, differences, load, save
 from otmdr_jax.experiments.config.named import PRESETS, preset
-from otmdr_jax.experiments.config.options import MethodName, TrainConfig
+from otmdr_jax.experiments.config.options import (
+    GROUPS,
+    TrainConfig,
+    known_options,
+    method_options,
+    refuse_foreign,
+)
 
 __all__ = [
+    "GROUPS",
     "PRESETS",
     "RESUMABLE",
-    "MethodName",
     "TrainConfig",
     "differences",
+    "known_options",
     "load",
+    "method_options",
     "preset",
+    "refuse_foreign",
     "save",
 ]

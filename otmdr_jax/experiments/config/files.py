@@ -1,12 +1,11 @@
 """Configurations as files, and what may differ between a run and its resumption."""
 
-import dataclasses
 import json
 import os
 import pathlib
 from typing import Any
 
-from otmdr_jax.experiments.config.options import TrainConfig
+from otmdr_jax.experiments.config.options import TrainConfig, check_names
 from otmdr_jax.io import files
 
 # Options that may differ between a run and its resumption: they change no number (the
@@ -21,14 +20,15 @@ RESUMABLE = frozenset(
 
 
 def save(config: TrainConfig, path: str | os.PathLike) -> None:
-    """Writes a configuration as JSON, atomically."""
-    files.write_json(pathlib.Path(path), dataclasses.asdict(config))
+    """Writes a configuration as JSON, by the names of the command line, atomically."""
+    files.write_json(pathlib.Path(path), config.flat())
 
 
 def load(path: str | os.PathLike) -> TrainConfig:
     """Reads a configuration that :func:`save` wrote, or one written by hand.
 
-    Options that are left out have their defaults.
+    Options that are left out, or null, have their defaults. Files of older versions
+    hold the options of all methods: those of others are passed over at their defaults.
 
     Raises:
       FileNotFoundError: There is no such file.
@@ -41,16 +41,8 @@ def load(path: str | os.PathLike) -> TrainConfig:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object of options.")
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(
-            f"{path} holds unknown options {', '.join(unknown)}; "
-            f"known are {', '.join(sorted(known))}."
-        )
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
     try:
+        check_names(values)
         return TrainConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -58,9 +50,9 @@ def load(path: str | os.PathLike) -> TrainConfig:
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Options that differ and change a run's numbers: name -> (old, new)."""
-    before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+    before, after = old.flat(), new.flat()
     return {
-        name: (before[name], after[name])
-        for name in before
-        if before[name] != after[name] and name not in RESUMABLE
+        name: (before.get(name), after.get(name))
+        for name in {**before, **after}
+        if before.get(name) != after.get(name) and name not in RESUMABLE
     }

@@ -33,9 +33,9 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
 
     Example:
       >>> from otmdr_jax import config
-      >>> config.preset("released-cifar10").model  # what its "WRN-28-10" really is
+      >>> config.preset("released-cifar10").model.name  # what its "WRN-28-10" really is
       'wide_resnet_34_10'
-      >>> config.preset("paper-cifar100").rho
+      >>> config.preset("paper-cifar100").method.rho
       (0.1, 0.2)
 
     Reference: Nguyen et al., 2023, appendix B.1, and their released code.

@@ -4,7 +4,6 @@ Seconds belong to a machine; the number of gradients is what a method asks for. 
 over a part of the batch counts as that part.
 """
 
-from otmdr_jax.experiments import building
 from otmdr_jax.experiments.config import TrainConfig
 
 
@@ -26,5 +25,5 @@ def gradient_evaluations(config: TrainConfig) -> float:
       >>> gradient_evaluations(TrainConfig(num_particles=2, members="3"))
       12.0
     """
-    each = building.method_of(config).gradients
-    return float(len(config.member_names) * each)
+    each = config.method.gradients
+    return float(len(config.model.member_names) * each)

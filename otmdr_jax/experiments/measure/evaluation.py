@@ -207,7 +207,7 @@ def predict(
       A :class:`Predicted`.
     """
     collected = predictors.collected(config, state)
-    count = len(config.member_names) if config.members is not None else 1
+    count = len(config.model.member_names) if config.model.members is not None else 1
     count = max(collected, count)
     chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     mesh, done = programs.mesh, 0
@@ -251,7 +251,7 @@ def measure(config: TrainConfig, found: Predicted, labels: Any) -> Evaluation:
     """
     log_probs, members, within, kept = found
     values = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
-    if config.members is None and len(members) == 1:
+    if config.model.members is None and len(members) == 1:
         return Evaluation(values, log_probs)
     if len(kept) > 1 and not np.isnan(members[kept]).any():
         values |= diversity.evaluate(members[kept], labels)
@@ -312,8 +312,8 @@ def member_rows(
         a joint loss have none.
       meta: What is saved beside the state.
     """
-    names = config.member_names
-    if config.members is None:  # collected in one run
+    names = config.model.member_names
+    if config.model.members is None:  # collected in one run
         names *= len(found.members or ())
     rows = [
         {"model": name, **values, "diverged": i in meta.get("diverged", ())}
@@ -372,5 +372,5 @@ def _mean(samples):
 def eval_batches(config, split, mesh):
     """Batches for evaluation, of a size that the devices divide."""
     devices = parallel.axis_size(mesh, "data")
-    size = min(config.eval_batch_size, split.num_examples)
+    size = min(config.run.eval_batch_size, split.num_examples)
     return data_lib.eval_batches(split, -(-size // devices) * devices)

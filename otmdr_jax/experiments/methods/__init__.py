@@ -25,7 +25,7 @@ what a step of it costs; and an entry in the table:
 """
 
 from otmdr_jax.experiments.methods.base import Course, MethodOptions, Run
-from otmdr_jax.experiments.methods.table import METHODS, create, kind_of, method_of
+from otmdr_jax.experiments.methods.table import METHODS, create, kind_of
 from otmdr_jax.experiments.methods.training import (
     Loss,
     Method,
@@ -47,6 +47,5 @@ __all__ = [
     "cross_entropy",
     "decays",
     "kind_of",
-    "method_of",
     "weights_of",
 ]

@@ -1,12 +1,13 @@
 """What every method says of itself, and what it is told of the run it is built for."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import optax
 from jax.sharding import Mesh
 
 from otmdr_jax.experiments.methods.training import Loss, Method
+from otmdr_jax.experiments.options import OnlyWith, Option, options_of
 
 PyTree = Any
 
@@ -63,6 +64,7 @@ class MethodOptions:
       is_sparse: Whether most of the weights that it trains are zero.
       needs_dropout: Whether it predicts with the masks of dropout.
       collects: Whether it predicts with copies of its weights.
+      only_with: Options that do nothing but with some values of another one.
     """
 
     name: ClassVar[str]
@@ -72,6 +74,30 @@ class MethodOptions:
     is_sparse: ClassVar[bool] = False
     needs_dropout: ClassVar[bool] = False
     collects: ClassVar[bool] = False
+
+    only_with: ClassVar[tuple[OnlyWith, ...]] = ()
+
+    # -- its options by name --
+
+    @classmethod
+    def all_options(cls, base: str | None = None) -> dict[str, Option]:
+        """The options by the names that they are given by.
+
+        Args:
+          base: The method that it rides on, whose options it has too; None for the
+            default, and where it rides on none.
+        """
+        del base
+        return options_of(cls)
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Self:
+        """The method with options by the names that they are given by."""
+        return cls(**options)
+
+    def flat(self) -> dict[str, Any]:
+        """The options by these names."""
+        return {name: getattr(self, name) for name in options_of(type(self))}
 
     # -- what it is --
 
@@ -102,6 +128,11 @@ class MethodOptions:
     def gradient(self) -> "MethodOptions":
         """The method that gives the gradient: another one where it rides on that."""
         return self
+
+    @property
+    def num_particles(self) -> int:
+        """Copies of what is trained that climb on their own."""
+        return 1
 
     @property
     def num_subbatches(self) -> int:

@@ -31,6 +31,7 @@ from otmdr_jax.experiments.options import (
     Bound,
     Count,
     NotNegative,
+    OnlyWith,
     Positive,
     Radii,
     Rate,
@@ -86,6 +87,7 @@ class Posterior(Sampled):
 
     function: ClassVar[Any]
     is_posterior = True
+    only_with = (OnlyWith("posterior_std", "posterior_init", ("model",)),)
 
     posterior_std: Positive = bnn.SIGMA
     """Standard deviation that every weight starts with: softplus(-5), released code."""
@@ -257,7 +259,7 @@ class Sgvb(Posterior, Point):
     def check(self, config: Any) -> None:
         """See :class:`MethodOptions`."""
         super().check(config)
-        if config.dtype == "float16" and self.estimator != "weights":
+        if config.model.dtype == "float16" and self.estimator != "weights":
             raise ValueError(
                 f"estimator={self.estimator!r} squares standard deviations, which "
                 "float16 cannot hold: use --dtype bfloat16 or --estimator weights."
@@ -405,9 +407,9 @@ class Gaussian(Sampled, Point):
             **self.of_samples,
             "num_data": run.num_train * self.data_factor,
             "learning_rate": run.rate,
-            "b1": run.config.momentum,
-            "weight_decay": run.config.weight_decay,
-            "clip_norm": run.config.clip_norm,
+            "b1": run.config.optimizer.momentum,
+            "weight_decay": run.config.optimizer.weight_decay,
+            "clip_norm": run.config.optimizer.clip_norm,
         }
 
     def check(self, config: Any) -> None:
@@ -420,7 +422,7 @@ class Gaussian(Sampled, Point):
             ("adam_eps", 1e-8),
             ("decay_all", True),
         ):
-            if (value := getattr(config, name)) != default:
+            if (value := config.flat()[name]) != default:
                 raise ValueError(
                     f"{self.name} has an update of its own: leave {name} out, got "
                     f"{value!r}."
@@ -511,7 +513,7 @@ class Ivon(Gaussian):
     def check(self, config: Any) -> None:
         """See :class:`MethodOptions`."""
         super().check(config)
-        if not config.weight_decay:
+        if not config.optimizer.weight_decay:
             raise ValueError(
                 "ivon needs a weight decay, the precision of its prior, got "
                 "weight_decay=0."
@@ -520,7 +522,7 @@ class Ivon(Gaussian):
 
 def no_joint_loss(method: MethodOptions, config: Any, why: str) -> None:
     """Refuses members with one loss."""
-    if config.members is not None and config.ensemble == "joint":
+    if config.model.joint:
         raise ValueError(
             f"{method.name} with a joint ensemble is not defined: {why} "
             "--ensemble independent."

@@ -5,7 +5,7 @@ them: docs/collected.md, docs/sparse.md.
 """
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,15 @@ from otmdr_jax.data import Split, eval_batches
 from otmdr_jax.experiments.methods import point
 from otmdr_jax.experiments.methods.base import Course, MethodOptions, Run
 from otmdr_jax.experiments.methods.bayes import Sampled, no_joint_loss
-from otmdr_jax.experiments.options import Count, Must, NotNegative, Positive, Share
+from otmdr_jax.experiments.options import (
+    Count,
+    Must,
+    NotNegative,
+    Option,
+    Positive,
+    Share,
+    options_of,
+)
 
 PyTree = Any
 
@@ -56,6 +64,33 @@ class Riding(MethodOptions):
     base: MethodOptions = point.Sgd()
     """What snapshot, fge, swa, swag, mc-dropout and laplace train with, and whose
     options they take."""
+
+    @classmethod
+    def all_options(cls, base: str | None = None) -> dict[str, Option]:
+        """See :class:`MethodOptions`: `base` is given by its name, `base_method`."""
+        found = dict(options_of(cls))
+        riding = found.pop("base")
+        if len(cls.bases) > 1:
+            kind = Literal[tuple(cls.bases)]  # type: ignore[valid-type]
+            found["base_method"] = riding._replace(
+                name="base_method", kind=kind, default="sgd"
+            )
+        return cls.bases.get(base or "sgd", point.Sgd).all_options() | found
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Self:
+        """See :class:`MethodOptions`."""
+        own, rest = options_of(cls), dict(options)
+        base = cls.bases[rest.pop("base_method", "sgd")]
+        mine = {name: rest.pop(name) for name in options if name in own}
+        return cls(base=base.of(rest), **mine)
+
+    def flat(self) -> dict[str, Any]:
+        """See :class:`MethodOptions`."""
+        found = super().flat()
+        found.pop("base")
+        named = {"base_method": self.base.name} if len(self.bases) > 1 else {}
+        return {**named, **self.base.flat(), **found}
 
     @classmethod
     def make(cls, model, optimizer, loss, *, base="sgd", **options):
@@ -103,7 +138,7 @@ class Riding(MethodOptions):
         return found
 
     def _course(self, run: Run) -> Course | None:
-        peak = run.config.learning_rate
+        peak = run.config.schedule.learning_rate
         return self.course(peak, run.total_steps, run.steps_per_epoch)
 
     @property
@@ -142,7 +177,7 @@ class Scheduled(Riding):
         """See :class:`MethodOptions`."""
         super().check(config)
         for name, default in (("schedule", "cosine"), ("warmup_epochs", 0.0)):
-            if (value := getattr(config, name)) != default:
+            if (value := config.flat()[name]) != default:
                 raise ValueError(
                     f"{name}={value!r}: the learning rate of {self.name} is part of "
                     f"the method; leave {name} out."
@@ -260,10 +295,10 @@ class Swa(Scheduled):
         images = dataset.train.images
         wanted = min(self.batchnorm_examples or len(images), len(images))
         devices = parallel.axis_size(programs.mesh, "data")
-        size = max(min(config.batch_size, wanted) // devices, 1) * devices
-        order = np.random.default_rng(config.seed).permutation(len(images))
+        size = max(min(config.run.batch_size, wanted) // devices, 1) * devices
+        order = np.random.default_rng(config.run.seed).permutation(len(images))
         # Neither of the two keys that a run has: see programs.run_keys.
-        key = jax.random.fold_in(jax.random.key(config.seed), 2)
+        key = jax.random.fold_in(jax.random.key(config.run.seed), 2)
         count = max(wanted // size, 1)
         total = None
         for i in range(count):
@@ -318,7 +353,7 @@ class McDropout(Sampled, Riding):
     def check(self, config: Any) -> None:
         """See :class:`MethodOptions`."""
         super().check(config)
-        if config.dropout == 0:
+        if config.model.dropout == 0:
             raise ValueError(
                 f"{self.name} needs dropout, got dropout=0: leave it out for "
                 f"{RATE}, or name a rate."
@@ -383,10 +418,10 @@ class Laplace(Sampled, Riding):
         count = examples.num_examples
         wanted = min(self.laplace_examples or count, count)
         if wanted < count:
-            rows = np.random.default_rng(config.seed).permutation(count)[:wanted]
+            rows = np.random.default_rng(config.run.seed).permutation(count)[:wanted]
             rows.sort()
             examples = Split(np.asarray(examples.images[rows]), examples.labels[rows])
-        size = -(-min(config.eval_batch_size, wanted) // devices) * devices
+        size = -(-min(config.run.eval_batch_size, wanted) // devices) * devices
         total = None
         for images, _, mask in eval_batches(examples, size):
             batch = _placed((images, mask), programs)

@@ -234,14 +234,14 @@ class Gsam(Sam):
                 run.rate,
                 self.rho[0],
                 self.rho_min,
-                run.config.learning_rate,
+                run.config.schedule.learning_rate,
             )
         return found
 
     def check(self, config: Any) -> None:
         """See :class:`MethodOptions`."""
         one_radius(self)
-        if self.rho_min is not None and config.schedule == "plateau":
+        if self.rho_min is not None and config.schedule.name == "plateau":
             raise ValueError(
                 "rho_min needs a learning rate that is known beforehand: use "
                 "--schedule cosine or step."

@@ -1,6 +1,5 @@
 """The one table of methods, and their making by name."""
 
-import dataclasses
 from typing import Any
 
 import optax
@@ -49,22 +48,6 @@ def kind_of(name: str) -> type[MethodOptions]:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
     return METHODS[name]
-
-
-def method_of(config: Any) -> MethodOptions:
-    """The method of a configuration, with its options."""
-    return _filled(kind_of(config.method), config)
-
-
-def _filled(kind: Any, config: Any) -> MethodOptions:
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if field.name == "base":
-            name = config.base_method
-            values["base"] = _filled(kind.bases.get(name, kind_of(name)), config)
-        elif getattr(config, field.name) is not None:
-            values[field.name] = getattr(config, field.name)
-    return kind(**values)
 
 
 def create(

@@ -4,7 +4,6 @@ Everything a step does (gather, augment, normalise, differentiate, update) is on
 program.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -82,8 +81,8 @@ def compile_programs(
       dataset: For the shapes, and for how images are augmented and normalised.
       mesh: From :func:`make_mesh`; None for the default device.
     """
-    key = dataclasses.replace(config, seed=0, data_dir=None, mesh=None)
-    augment = dataset.augment if config.augment is None else config.augment
+    key = config.replace(seed=0, data_dir=None, mesh=None)
+    augment = dataset.augment if config.data.augment is None else config.data.augment
     return _programs(
         key,
         dataset.num_classes,
@@ -98,22 +97,22 @@ def compile_programs(
 
 @functools.lru_cache(maxsize=16)
 def _programs(config, num_classes, image_shape, num_train, augment, mean, std, mesh):
-    batch_size = config.batch_size
+    batch_size = config.run.batch_size
     steps_per_epoch = num_train // batch_size
     if not steps_per_epoch:
         raise ValueError(
             f"batch_size={batch_size} is larger than the training set of {num_train}."
         )
-    total_steps = config.steps or config.epochs * steps_per_epoch
+    total_steps = config.run.steps or config.run.epochs * steps_per_epoch
     on_data = mesh is not None and "data" in mesh.shape
     parts = parallel.axis_size(mesh, "data")
     size = batch_size // parts  # of a device's part
     methods_ = building.methods_of(
         config, num_classes, num_train, total_steps, steps_per_epoch, mesh
     )
-    lifted = config.members is not None and config.ensemble == "independent"
+    lifted = config.model.members is not None and config.model.ensemble == "independent"
     spread = lifted and parallel.axis_size(mesh, "member") > 1
-    count = len(config.member_names) if lifted and config.stacked else None
+    count = len(config.model.member_names) if lifted and config.model.stacked else None
 
     def part():
         return jax.lax.axis_index("data") if on_data else 0
@@ -139,10 +138,10 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     if lifted:
         axis = "member" if spread else None
         stream, train = (
-            members.lift_step(steps, config.member_map, axis)
+            members.lift_step(steps, config.model.member_map, axis)
             for steps in zip(*pairs, strict=True)
         )
-    own_data = lifted and config.member_data == "own"
+    own_data = lifted and config.model.member_data == "own"
 
     def stream_step(state, batch):
         return stream(state, None, batch)
@@ -162,7 +161,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             state_spec=state_spec,
             metrics_spec=P(),
             # The branches of Optax's plateau differ in what is marked as varying.
-            check_vma=not (spread and config.schedule == "plateau"),
+            check_vma=not (spread and config.schedule.name == "plateau"),
         )
 
     def init(key):
@@ -174,13 +173,13 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         images = data_lib.normalise(images, mean, std)
         if lifted:
             predicts = [m.predict for m in methods_]
-            return members.predict(predicts, state, images, config.member_map)
+            return members.predict(predicts, state, images, config.model.member_map)
         return methods_[0].predict(state, images)
 
     finalize = methods_[0].finalize
     if lifted:
         each = [m.finalize for m in methods_ if m.finalize]
-        finalize = members.finalize(each, config.member_map)
+        finalize = members.finalize(each, config.model.member_map)
 
     def of_batch(state, batch, key):
         assert finalize is not None
@@ -195,7 +194,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     def epoch_order(key):
         if not own_data:
             return data_lib.epoch_order(key, num_train)
-        keys = jax.random.split(key, len(config.member_names))
+        keys = jax.random.split(key, len(config.model.member_names))
         return jnp.stack([data_lib.epoch_order(k, num_train) for k in keys])
 
     def posterior(state):
@@ -231,7 +230,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             functools.partial(
                 _sparsity, building.networks(config, num_classes), image_shape
             )
-            if building.method_of(config).is_sparse
+            if config.method.is_sparse
             else None
         ),
         steps_per_epoch=steps_per_epoch,

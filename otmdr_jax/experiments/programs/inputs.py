@@ -5,7 +5,6 @@ from jax.sharding import Mesh
 from otmdr_jax import data as data_lib
 from otmdr_jax import parallel
 from otmdr_jax.data import Dataset
-from otmdr_jax.experiments import building
 from otmdr_jax.experiments.config import TrainConfig
 
 # With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
@@ -15,16 +14,16 @@ FEW_IMAGES = 16
 
 def load_data(config: TrainConfig) -> Dataset:
     """Loads the data that a configuration names."""
-    count = config.validation
+    count = config.data.validation
     return data_lib.load(
-        config.data,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        download=config.download,
-        in_memory={"auto": None, "disk": False}.get(config.input, True),
+        config.data.name,
+        data_dir=config.data.data_dir,
+        cache_dir=config.data.cache_dir,
+        download=config.data.download,
+        in_memory={"auto": None, "disk": False}.get(config.run.input, True),
         validation=count if count < 1 else int(count),
-        label_noise=config.label_noise,
-        seed=config.data_seed,
+        label_noise=config.data.label_noise,
+        seed=config.data.data_seed,
     )
 
 
@@ -34,29 +33,30 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     Raises:
       ValueError: They do not divide the batch, or it names a "member" axis.
     """
-    mesh = parallel.make_mesh(config.mesh)
+    named, batch_size = config.run.mesh, config.run.batch_size
+    mesh = parallel.make_mesh(named)
     axes = ("data", "particle", "member")
     data, particle, member = (parallel.axis_size(mesh, axis) for axis in axes)
-    if member > 1 and not (config.members and config.stacked):
+    if member > 1 and not (config.model.members and config.model.stacked):
         raise ValueError(
-            f"mesh={config.mesh!r}: a member axis needs members of one architecture, "
-            f"as --members 4; members={config.members!r}."
+            f"mesh={named!r}: a member axis needs members of one architecture, as "
+            f"--members 4; members={config.model.members!r}."
         )
-    if member > 1 and config.ensemble == "joint":
+    if member > 1 and config.model.ensemble == "joint":
         raise ValueError(
-            f"mesh={config.mesh!r}: members with a joint loss depend on each other in "
-            "every pass; spread the data, or use --ensemble independent."
+            f"mesh={named!r}: members with a joint loss depend on each other in every "
+            "pass; spread the data, or use --ensemble independent."
         )
-    gradient = building.method_of(config).gradient
+    gradient = config.method.gradient
     if particle > 1 and not gradient.has_particles:
         raise ValueError(
-            f"mesh={config.mesh!r}: {config.method} has no particles to spread; a "
+            f"mesh={named!r}: {config.method.name} has no particles to spread; a "
             "particle axis needs --method otmdr (or otmdr-bnn) and --num-particles."
         )
-    of_members = len(config.member_names)
+    of_members = len(config.model.member_names)
     for name, value, devices in (
-        ("batch_size", config.batch_size, data),
-        ("num_particles", config.num_particles, particle),
+        ("batch_size", batch_size, data),
+        ("num_particles", gradient.num_particles, particle),
         ("members", of_members, member),
     ):
         if value % devices:
@@ -66,16 +66,16 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
                 "fewer devices, as --mesh data=1."
             )
     parts = gradient.num_subbatches
-    if parts > 1 and (parts % data or config.batch_size % parts):
+    if parts > 1 and (parts % data or batch_size % parts):
         raise ValueError(
-            f"{parts} sub-batches of one size, as {config.method} here has them, "
-            f"need a multiple of the {data} devices on data that divides "
-            f"batch_size={config.batch_size}: set --num-subbatches, --batch-size, or "
+            f"{parts} sub-batches of one size, as {config.method.name} here has "
+            f"them, need a multiple of the {data} devices on data that divides "
+            f"batch_size={batch_size}: set --num-subbatches, --batch-size, or "
             "fewer devices (--mesh data=1)."
         )
-    if config.batch_size // max(data, parts) < gradient.num_parts:
+    if batch_size // max(data, parts) < gradient.num_parts:
         raise ValueError(
-            f"batch_size={config.batch_size} over {data} devices leaves each fewer "
+            f"batch_size={batch_size} over {data} devices leaves each fewer "
             f"examples than the {gradient.num_parts} radii in rho, each of which needs "
             "a part: use a larger batch or fewer devices on data."
         )
@@ -86,10 +86,10 @@ def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:
     """A warning where BatchNorm's statistics are of very few images a device."""
     data = parallel.axis_size(mesh, "data")
     # Sub-batches divide a device's images where they are more than the devices.
-    gradient = building.method_of(config).gradient
+    gradient = config.method.gradient
     parts = max(gradient.num_subbatches // data, 1) * gradient.num_parts
-    images = config.batch_size // data // parts
-    if data == 1 or config.sync_batchnorm or images >= FEW_IMAGES:
+    images = config.run.batch_size // data // parts
+    if data == 1 or config.run.sync_batchnorm or images >= FEW_IMAGES:
         return None
     return (
         f"BatchNorm sees only {images} images a pass on each of {data} devices, which "

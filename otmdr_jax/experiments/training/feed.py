@@ -24,14 +24,14 @@ class Feed:
     def __init__(self, config: TrainConfig, dataset: Dataset, programs: Programs):
         """Puts the training set on the devices, unless it is to be streamed."""
         self.config, self.dataset, self.programs = config, dataset, programs
-        _, self.key = run_keys(config.seed)
-        streamed = config.input in ("host", "disk") or (
-            config.input == "auto" and not data_lib.fits_on_device(dataset)
+        _, self.key = run_keys(config.run.seed)
+        streamed = config.run.input in ("host", "disk") or (
+            config.run.input == "auto" and not data_lib.fits_on_device(dataset)
         )
         self.examples: PyTree = None
         self.stream: Any = None
         streamed = any(parallel.agree(streamed))
-        if streamed and config.member_data == "own":
+        if streamed and config.model.member_data == "own":
             raise ValueError(
                 "member_data='own' needs the training set on the device, where members "
                 "can read it in any order: use --input device, or member_data='shared'."
@@ -43,7 +43,7 @@ class Feed:
         """Starts to read this host's rows of the batches from `step` on."""
         if self.examples is not None:
             return
-        size = self.config.batch_size
+        size = self.config.run.batch_size
         first, last = parallel.host_rows(self.programs.mesh, size)
         self.stream = data_lib.stream_batches(
             self.dataset.train,

@@ -87,14 +87,14 @@ class Loop:
         self.meta = {**fresh, **meta, "mesh": mesh}
         self.log = Log(self.programs.steps_per_epoch, self.folder)
         if self.saved is not None:
-            self.saver = Saver(self.saved, self.config.checkpoint_every, step)
+            self.saver = Saver(self.saved, self.config.run.checkpoint_every, step)
 
     def _title(self):
-        particles = self.config.num_particles
+        particles = self.config.method.gradient.num_particles
         many = f" K = {particles}" if particles > 1 else ""
-        if self.config.members is not None:
-            many += f" x {len(self.config.member_names)}"
-        return f"{self.config.method}{many} seed {self.config.seed}"
+        if self.config.model.members is not None:
+            many += f" x {len(self.config.model.member_names)}"
+        return f"{self.config.method.name}{many} seed {self.config.run.seed}"
 
     def _say_where(self, meta):
         """Says what the run goes on from, and what is odd about it."""
@@ -134,7 +134,7 @@ class Loop:
             if done := self.windows.wait():
                 self._log_windows(self.step - done)
             # Windows start with the epoch: none is cut short but its last.
-            whole = (i + 1) % self.config.log_every == 0 or self.step == end
+            whole = (i + 1) % self.config.run.log_every == 0 or self.step == end
             if whole:
                 self._close_window(state)
             # What is due at the end of an epoch comes after its evaluation. Hosts
@@ -160,7 +160,7 @@ class Loop:
     def _between_epochs(self, state: PyTree) -> None:
         """Evaluates, saves and stops, whatever is due."""
         epoch, score = self.step // self.programs.steps_per_epoch, None
-        if epoch % self.config.eval_every == 0:
+        if epoch % self.config.run.eval_every == 0:
             score, _ = self._evaluate(state)
         best = (self.meta["best"] or {}).get("step") == self.step
         stop, save = self._decide(SECONDS_BETWEEN_EPOCHS)
@@ -182,7 +182,7 @@ class Loop:
 
     def _log_training(self, step: int, steps: list, rate: jax.Array) -> None:
         """Logs the means over a window of steps; stops a run that has diverged."""
-        window = summarise(steps, self.config.max_skipped)
+        window = summarise(steps, self.config.run.max_skipped)
         self.log.write_window(step, window, float(rate), self.meta["speeds"])
         self.progress.update(step, {k: window.means[k] for k in ("loss", "accuracy")})
         try:
@@ -190,7 +190,7 @@ class Loop:
                 window,
                 step - len(steps) + 1,
                 self.meta["diverged"],
-                self.config.max_skipped,
+                self.config.run.max_skipped,
                 self.progress.say,
             )
         except divergence.NonFiniteError as error:

@@ -4,7 +4,6 @@ What cannot work is refused first; then the data are read, the programs compiled
 folder opened, which one process writes. On many hosts each calls this alike.
 """
 
-import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -15,7 +14,7 @@ from otmdr_jax import parallel
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments import run_folder
-from otmdr_jax.experiments.building import check_models, check_used, method_options
+from otmdr_jax.experiments.building import check_models
 from otmdr_jax.experiments.config import TrainConfig, differences
 from otmdr_jax.experiments.programs import (
     check_same_data,
@@ -41,7 +40,7 @@ def train(
 
     Args:
       config: What to do, see :class:`otmdr_jax.experiments.config.TrainConfig`.
-      dataset: The data; None loads `config.data`. With arrays of your own
+      dataset: The data; None loads `config.data.name`. With arrays of your own
         (:func:`otmdr_jax.data.from_arrays`) nothing but JAX, Flax and Optax is needed.
       output: Folder of the run, with logs and checkpoints (which need Orbax). None
         keeps everything in memory.
@@ -54,7 +53,7 @@ def train(
     Raises:
       FileExistsError: `output` holds something and `resume` is False.
       ValueError: The configuration, or the data, are not those of the resumed run.
-      NonFiniteError: `config.max_skipped` steps in a row were not finite.
+      NonFiniteError: `config.run.max_skipped` steps in a row were not finite.
       Interrupted: On Ctrl-C or SIGTERM, after the state is saved.
 
     Example:
@@ -68,14 +67,13 @@ def train(
     """
     mesh = make_mesh(config)
     # What cannot work is refused before the data are read.
-    method_options(config)
     check_models(config)
     if not resume:
-        check_used(config)
+        config.check_used()
     dataset = load_data(config) if dataset is None else dataset
     data = fingerprint(dataset)
     if jax.process_count() > 1:
-        same = dataclasses.replace(config, data_dir=None, cache_dir=None)
+        same = config.replace(data_dir=None, cache_dir=None)
         parallel.check_agreement(repr(same), "the configuration")
         parallel.check_agreement(data, "the data")
     programs = compile_programs(config, dataset, mesh)
@@ -84,7 +82,7 @@ def train(
         if resume:
             raise ValueError("resume=True needs output, the folder of the run.")
         loop = Loop(config, dataset, programs, data, show_progress)
-        return loop.run(programs.init(run_keys(config.seed)[0]), {})
+        return loop.run(programs.init(run_keys(config.run.seed)[0]), {})
     from otmdr_jax.experiments import checkpoint  # needs Orbax
 
     output = pathlib.Path(output)
@@ -96,10 +94,10 @@ def train(
         folder = parallel.on_main(lambda: run_folder.create(output, config))
     with checkpoint.Checkpoints(
         output / "checkpoints",
-        config.keep_checkpoints,
+        config.run.keep_checkpoints,
         scored=dataset.validation is not None,
     ) as saved:
-        state = programs.init(run_keys(config.seed)[0])
+        state = programs.init(run_keys(config.run.seed)[0])
         meta: dict[str, Any] = {}
         step = 0
         # Directory listings of a shared file system may be of different age.

@@ -77,8 +77,8 @@ def evaluate(
     names, levels = check(corruptions, severities, max_examples)
     if names:
         _check_range(dataset.test)
-    others = sets.find_sets(other_sets, levels, dataset, config.data_dir)
-    outside = sets.find_ood(ood, dataset, config.data_dir)
+    others = sets.find_sets(other_sets, levels, dataset, config.data.data_dir)
+    outside = sets.find_ood(ood, dataset, config.data.data_dir)
     programs = compile_programs(config, dataset) if programs is None else programs
     test = sets.spread(dataset.test, max_examples)
     counts = [test.num_examples] * (1 + len(names) * len(levels))
@@ -87,8 +87,8 @@ def evaluate(
     read = functools.partial(
         sets.read,
         dataset=dataset,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
+        data_dir=config.data.data_dir,
+        cache_dir=config.data.cache_dir,
         max_examples=max_examples,
         seed=seed,
     )

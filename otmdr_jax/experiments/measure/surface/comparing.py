@@ -77,7 +77,7 @@ def _open(folder, target, plan, data_dir, overwrite) -> _Compared:
         [folder], plan, target, data_dir=data_dir, overwrite=overwrite
     )
     (solution,) = opened.found
-    names = ", ".join(dict.fromkeys(solution.run.config.member_names))
+    names = ", ".join(dict.fromkeys(solution.run.config.model.member_names))
     shown = solutions.examples(solution, plan.split, plan.num_examples)
     return _Compared(
         jax.tree.map(np.shape, solution.weights),

@@ -111,6 +111,7 @@ def measure(
         done, (loss_sum, chosen.origin, batches, chosen.directions), axes, show_progress
     )
     config = first.run.config
+    names = config.model.member_names
     record = {
         "kind": plan.kind,
         "split": plan.split,
@@ -125,10 +126,10 @@ def measure(
         "explained_variance": chosen.explained,
         "eigenvalues": chosen.eigenvalues,
         "statistics": opened.statistics,
-        "members": list(first.members) if config.members is not None else None,
+        "members": list(first.members) if config.model.members is not None else None,
         "runs": [str(solution.run.folder) for solution in found],
-        "model": config.model if config.members is None else config.member_names,
-        "method": config.method,
+        "model": names[0] if config.model.members is None else names,
+        "method": config.method.name,
         "seconds": seconds,
         "settings": done.settings,
         **environment(),
@@ -193,7 +194,10 @@ def _check_alike(found: Sequence[Solution]) -> None:
         folders = f"{first.run.folder} and {other.run.folder}"
         data = other.run.meta["data"]
         check_same_data(data, first.run.meta["data"], other.run.folder)
-        one, two = first.run.config.member_names, other.run.config.member_names
+        one, two = (
+            first.run.config.model.member_names,
+            other.run.config.model.member_names,
+        )
         if first.network != other.network or len(first.members) != len(other.members):
             raise ValueError(
                 f"{folders} must be of one architecture to lie in one space of "

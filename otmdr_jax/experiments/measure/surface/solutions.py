@@ -1,6 +1,5 @@
 """From a trained run to a weight vector, and to the loss as a function of it."""
 
-import dataclasses
 import os
 import zlib
 from collections.abc import Sequence
@@ -69,10 +68,10 @@ def open_solution(
         folder, plan.checkpoint, split=plan.split, predicts=False, **given
     )
     config = run.config
-    count = len(config.member_names) if config.members is not None else 1
+    count = len(config.model.member_names) if config.model.members is not None else 1
     chosen: Sequence[int] = [m for m in range(count) if m not in run.diverged]
     if plan.member is not None:
-        if config.members is None:
+        if config.model.members is None:
             raise ValueError(f"{folder} is a single model: leave --member out.")
         if not 0 <= plan.member < count:
             raise ValueError(
@@ -81,14 +80,14 @@ def open_solution(
             )
         chosen = [plan.member]
     chosen = tuple(chosen or range(count))
-    separate = dataclasses.replace(config, ensemble="independent")
+    separate = config.replace(ensemble="independent")
     # Without dropout: a landscape is one of weights.
     networks = building.networks(separate, run.dataset.num_classes, drops=False)
-    if not config.stacked:
+    if not config.model.stacked:
         networks = tuple(networks[m] for m in chosen)
     network: Any = networks[0]
     if len(chosen) > 1:
-        network = members.JointModel(networks, len(chosen), config.member_map)
+        network = members.JointModel(networks, len(chosen), config.model.member_map)
     weights, model_state = weights_of(run, run.state, chosen)
     return Solution(run, chosen, network, steps_taken(run.state), weights, model_state)
 
@@ -105,17 +104,17 @@ def weights_of(
         a tuple, as :class:`otmdr_jax.experiments.members.JointModel` has them.
     """
     config = run.config
-    if config.members is None or config.ensemble == "independent":
+    if config.model.members is None or config.model.ensemble == "independent":
         every = [
             (methods.weights_of(one.params), one.model_state)
             for one in predictors.trained(config, state)
         ]
     else:
         both = state.params, state.model_state
-        count = len(config.member_names)
+        count = len(config.model.member_names)
         every = (
             [jax.tree.map(lambda x, m=m: x[m], both) for m in range(count)]
-            if config.stacked
+            if config.model.stacked
             else list(zip(*both, strict=True))
         )
     if len(chosen) == 1:
@@ -199,7 +198,7 @@ def objective(
     run = solution.run
     part = examples(solution, split, num_examples)
     count = part.num_examples
-    size = count if anew else min(count, run.config.eval_batch_size)
+    size = count if anew else min(count, run.config.run.eval_batch_size)
     batches = [
         (*map(jnp.asarray, batch), solution.model_state)
         for batch in data_lib.eval_batches(part, size)
@@ -217,4 +216,4 @@ def checksum(*solutions: PyTree) -> int:
 
 
 def _join(run, each):
-    return tree.stack(list(each)) if run.config.stacked else tuple(each)
+    return tree.stack(list(each)) if run.config.model.stacked else tuple(each)

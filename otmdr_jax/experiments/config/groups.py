@@ -1,0 +1,242 @@
+"""The groups of a run's options, but for the method's, which are its own.
+
+Every option has its default's source under it. What goes together is checked by the
+group that it is about.
+"""
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
+
+from otmdr_jax.experiments.options import (
+    Bound,
+    Count,
+    Must,
+    NotNegative,
+    OnlyWith,
+    Positive,
+    Rate,
+    Share,
+)
+
+Amount = Annotated[float, Must("at least 0", lambda x: x >= 0)]
+
+
+class Group:
+    """A group of options.
+
+    Attributes:
+      only_with: Options that do nothing but with some values of another one.
+    """
+
+    only_with: ClassVar[tuple[OnlyWith, ...]] = ()
+
+    def check(self, config: Any) -> None:
+        """Refuses options that do not go together.
+
+        Args:
+          config: All options of the run.
+
+        Raises:
+          ValueError: Options that do not go together.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Group):
+    """Which images."""
+
+    name: str = "digits"
+    """Data set: digits, cifar10, cifar100, any TFDS image set, or a path to an .npz
+    with train_images, train_labels, test_images, test_labels."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS data. Default: TFDS's own (~/tensorflow_datasets)."""
+    cache_dir: str | None = None
+    """Folder of decoded pixels. Default: ~/.cache/otmdr_jax."""
+    download: bool = False
+    """Let TFDS download and prepare the set if it is not there."""
+    validation: Amount = 0.0
+    """Training examples held out for validation: a fraction below 1, or a count."""
+    label_noise: Rate = 0.0
+    """Fraction of the training labels replaced by another class."""
+    augment: tuple[str, ...] | None = None
+    """Augmentations out of crop and flip. Default: the data set's own."""
+    data_seed: int = 0
+    """Seed of the validation split and the label noise: the same for all runs that are
+    compared."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Group):
+    """Which networks, and how many."""
+
+    name: str = "cnn_small"
+    """Model: cnn_small, resnet_10, resnet_18, wide_resnet_<depth>_<width>,
+    pyramidnet_101, pyramidnet_<depth>_a<alpha>, densenet_121, mobilenet or
+    efficientnet_b0."""
+    stem: Literal["cifar", "imagenet"] | None = None
+    """Stem: cifar (3x3, stride 1), the default of resnet_10, resnet_18 and
+    efficientnet_b0, or imagenet (stride 2, and pooling but in efficientnet_b0), that of
+    densenet_121. The others have no choice."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the computation. Parameters, norms and statistics stay float32. float16
+    comes with dynamic loss scaling."""
+    activation: Literal["relu", "softplus"] = "relu"
+    """Activation of resnet_10 and resnet_18: softplus in the released code's Bayesian
+    networks. The others have no choice."""
+    dropout: Rate | None = None
+    """Share of activations that are dropped while training, with any method; where, is
+    in docs/models.md. Default: none, but 0.1 for mc-dropout (Uncertainty Baselines on
+    CIFAR)."""
+    remat: bool = False
+    """Compute each block's activations again in the backward pass: less memory, about a
+    third more time. No use on CPUs, where XLA undoes it."""
+    members: str | None = None
+    """Train an ensemble: a number of members of --model, or their models by name,
+    resnet_18,mobilenet,efficientnet_b0. Default: a single model."""
+    ensemble: Literal["independent", "joint"] = "independent"
+    """Members with a loss each (the paper), or one loss on their mean probability and
+    one gradient norm over all of them (the released code)."""
+    member_data: Literal["shared", "own"] = "shared"
+    """Whether members see the same batches, each with its own augmentation, or each has
+    an order of the data of its own."""
+    member_map: Literal["auto", "vmap", "unroll", "scan"] = "auto"
+    """How members of one model are computed: a matter of speed and memory alone."""
+
+    @property
+    def member_names(self) -> tuple[str, ...]:
+        """The model of each member; of a single model its own."""
+        if self.members is None:
+            return (self.name,)
+        if self.members.isdigit():
+            return (self.name,) * int(self.members)
+        return tuple(name.strip() for name in self.members.split(","))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all members are of one architecture."""
+        return len(set(self.member_names)) == 1
+
+    @property
+    def joint(self) -> bool:
+        """Whether members have one loss."""
+        return self.members is not None and self.ensemble == "joint"
+
+    def check(self, config: Any) -> None:
+        """See :class:`Group`."""
+        if self.members is None:
+            for name in ("ensemble", "member_data", "member_map"):
+                if (value := getattr(self, name)) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} must be left out without members, got {value!r}."
+                    )
+            return
+        names = self.member_names
+        if len(names) < 2 or not all(names):
+            raise ValueError(
+                "members must be a number of at least 2, or the names of as many "
+                f"models with commas between them, got {self.members!r}."
+            )
+        if not self.members.isdigit() and self.name not in (type(self).name, *names):
+            raise ValueError(
+                "model must be left out where members names the models, got "
+                f"{self.name!r}."
+            )
+        if self.joint and self.member_data != "shared":
+            raise ValueError(
+                "member_data must be 'shared' for a joint loss, which is of one batch, "
+                f"got {self.member_data!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer(Group):
+    """The loss, and what turns its (robust) gradient into an update."""
+
+    # Not adam_eps, which presets set: their optimizer may be changed.
+    only_with = (OnlyWith("nesterov", "optimizer", ("sgd",)),)
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Base optimizer of the (robust) gradient. bsam and ivon have their own updates."""
+    momentum: Rate = 0.9
+    """Momentum of sgd, first moment of adam, bsam and ivon (released code)."""
+    adam_eps: Positive = 1e-8
+    """What adam and adamw add to the root of the second moment. The gradient of a
+    posterior is per example: its presets divide this by the number of examples, for
+    the steps of an objective that is summed over the data set."""
+    nesterov: bool = False
+    """Nesterov momentum of sgd (released code: off)."""
+    weight_decay: NotNegative = 5e-4
+    """Decay: added to the gradient for sgd and adam, decoupled for adamw (released
+    code: 5e-4). Not of a posterior, which has a prior; of its point estimates. For bsam
+    and ivon it is the prior's precision per example."""
+    decay_all: bool = True
+    """Decay norms and biases too, as the released code does. With --no-decay-all only
+    arrays of two and more axes decay."""
+    clip_norm: Bound | None = None
+    """Clip the gradient to this global norm. Default: no clipping."""
+    label_smoothing: Rate = 0.0
+    """Probability taken from the label's class."""
+    smoothing: Literal["all", "others"] = "all"
+    """Spread it over all C classes (Szegedy et al., 2016), or over the other C - 1 (the
+    released code)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule(Group):
+    """The learning rate."""
+
+    only_with = (
+        OnlyWith("plateau_patience", "schedule", ("plateau",)),
+        OnlyWith("plateau_factor", "schedule", ("plateau",)),
+    )
+
+    name: Literal["cosine", "step", "constant", "plateau"] = "cosine"
+    """Learning rate: cosine to 0; step (x 0.2 at 30, 60 and 80 %, released code);
+    constant; plateau (x 0.1 when the epoch's loss stops falling)."""
+    learning_rate: NotNegative = 0.1
+    """Peak learning rate (appendix B.1)."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs of linear warmup from 0."""
+    plateau_patience: Count = 10
+    """Epochs without a lower loss before plateau acts (PyTorch's default)."""
+    plateau_factor: Share = 0.1
+    """What plateau multiplies the learning rate by (PyTorch's default)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Group):
+    """How long, on which devices, and what is written down."""
+
+    epochs: Count = 40
+    """Passes over the training set, each without its last partial batch."""
+    steps: Count | None = None
+    """Number of steps, instead of epochs."""
+    batch_size: Count = 128
+    """Examples a step (released code)."""
+    seed: int = 0
+    """Seed of initialisation, data order, augmentation, splits and noise."""
+    mesh: str | None = None
+    """How devices are arranged: data=4,particle=2 divides the batch by 4 and the
+    particles by 2; -1 is what is left. Default: all devices, on all hosts, on data."""
+    sync_batchnorm: bool = False
+    """Share BatchNorm's batch statistics over the devices of data. By default each
+    device has those of its own part, as is usual; running statistics are averaged."""
+    input: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the training images are: in the memory of each device; in the host's, from
+    where batches are sent ahead; or on disk, decoded as they are needed (TFDS sets).
+    auto takes the first of which they fill at most a quarter. The numbers are the
+    same, but for sets without published mean and deviation, which disk samples."""
+    eval_every: Count = 1
+    """Evaluate each so many epochs, and at the end."""
+    eval_batch_size: Count = 512
+    """Examples a batch in evaluation. Results do not depend on it."""
+    log_every: Count = 50
+    """Write training metrics each so many steps."""
+    checkpoint_every: Count | None = None
+    """Save each so many steps; on many hosts at the next multiple of log_every.
+    Default: after an epoch, but not twice in 15 seconds, at each new best, and every
+    ten minutes."""
+    keep_checkpoints: Count = 2
+    """How many of the latest checkpoints to keep, beside the best one."""
+    max_skipped: Count = 10
+    """Stop after so many steps in a row whose loss or gradient was not finite."""
