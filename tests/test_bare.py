@@ -36,8 +36,9 @@ def run(code, check=True, cwd=None):
 def test_zoo_training_and_evaluation_run_on_arrays(tmp_path):
     code = """
 import numpy as np, jax
-from otmdr_jax import data, models, evaluation, training
+from otmdr_jax import data, models, training
 from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.measure import evaluation
 rng = np.random.default_rng(0)
 labels = rng.integers(0, 3, 96)
 images = rng.random((96, 8, 8, 1)) * 40 + 80 * labels[:, None, None, None]

@@ -133,31 +133,18 @@ def bootstrap_all(
       >>> found["accuracy"].value, list(found)
       (0.5, ['accuracy', 'nll', 'brier', 'ece'])
     """
-    from scipy import stats  # comes with JAX; takes most of a second
-
     probs, labels = np.asarray(probs), np.asarray(labels)
     _check(num_samples, level, labels)
     values = measure(probs, labels)
 
-    def on_rows(rows: np.ndarray, axis: int) -> np.ndarray:  # (1, N) -> (K, 1)
-        found = measure(probs[..., rows[0], :], labels[rows[0]])
-        return np.array([[found[name]] for name in values], np.float64)
+    def on_rows(rows: np.ndarray) -> list[float]:
+        found = measure(probs[..., rows, :], labels[rows])
+        return [found[name] for name in values]
 
-    with warnings.catch_warnings():
-        # SciPy's own interval and standard error are not those that are used.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        drawn = stats.bootstrap(
-            (np.arange(len(labels)),),
-            on_rows,
-            vectorized=True,
-            n_resamples=num_samples,
-            batch=1,  # one set of rows at a time: N numbers of memory
-            method="percentile",
-            random_state=np.random.default_rng(seed),
-        ).bootstrap_distribution
+    drawn = _drawn(on_rows, len(labels), num_samples, seed)
     return {
-        name: Interval(value, *_ends(row, level))
-        for (name, value), row in zip(values.items(), drawn, strict=True)
+        name: Interval(value, *_ends(own, level))
+        for (name, value), own in zip(values.items(), drawn, strict=True)
     }
 
 
@@ -214,21 +201,24 @@ def paired_test(
             f"{first.shape} and {second.shape}."
         )
 
-    def gap(pair: np.ndarray, y: np.ndarray) -> float:
-        return metric(pair[0], y) - metric(pair[1], y)
+    def gap(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> float:
+        return metric(a, y) - metric(b, y)
 
-    pair = np.stack([first, second])
     _check(num_samples, level, labels)
-    observed = gap(pair, labels)
+    observed = gap(first, second, labels)
     if np.isnan(observed):  # as of two infinite values: nothing can be said
         nan = float("nan")
         return Comparison(observed, nan, nan, nan)
 
+    def on_rows(rows: np.ndarray) -> list[float]:
+        return [gap(first[..., rows, :], second[..., rows, :], labels[rows])]
+
     def as_large(swaps: np.ndarray, axis: int) -> np.ndarray:
         """1 where the difference with some examples swapped is as large, else 0."""
-        swapped = np.where(swaps.reshape(-1, 1) > 0, pair[::-1], pair)
+        swap = swaps.reshape(-1, 1) > 0
+        swapped = np.where(swap, second, first), np.where(swap, first, second)
         # Equal differences may be summed in another order.
-        found = abs(gap(swapped, labels)) >= abs(observed) * (1.0 - 1e-9)
+        found = abs(gap(*swapped, labels)) >= abs(observed) * (1.0 - 1e-9)
         return np.full(swaps.shape[:-1], float(found))
 
     from scipy import stats
@@ -244,10 +234,34 @@ def paired_test(
         batch=1,
         alternative="greater",
     )
-    interval = bootstrap(
-        gap, pair, labels, num_samples=num_samples, level=level, seed=seed
-    )
-    return Comparison(*interval, float(tested.pvalue))
+    (drawn,) = _drawn(on_rows, len(labels), num_samples, seed)
+    return Comparison(observed, *_ends(drawn, level), float(tested.pvalue))
+
+
+def _drawn(
+    measure: Callable[[np.ndarray], list[float]],
+    num_examples: int,
+    num_samples: int,
+    seed: int,
+) -> np.ndarray:
+    """(K, num_samples) what K metrics are on rows that are drawn with replacement."""
+    from scipy import stats  # comes with JAX; takes most of a second
+
+    def on_rows(rows: np.ndarray, axis: int) -> np.ndarray:  # (1, N) -> (K, 1)
+        return np.array(measure(rows[0]), np.float64)[:, None]
+
+    with warnings.catch_warnings():
+        # SciPy's own interval and standard error are not those that are used.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return stats.bootstrap(
+            (np.arange(num_examples),),
+            on_rows,
+            vectorized=True,
+            n_resamples=num_samples,
+            batch=1,  # one set of rows at a time: N numbers of memory
+            method="percentile",
+            random_state=np.random.default_rng(seed),
+        ).bootstrap_distribution
 
 
 def _ends(values: np.ndarray, level: float) -> tuple[float, float]:

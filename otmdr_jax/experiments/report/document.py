@@ -94,6 +94,8 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
     # Raw HTML in a text, a run's name for one, stays text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("image", image)
+    parser.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = parser.parse(page.text)
     sections = []
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):

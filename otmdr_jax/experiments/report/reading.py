@@ -92,24 +92,21 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:
-    *lines, last = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().split(b"\n")
     history = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = files.loads(line)
             _check_entry(entry)
         except ValueError as error:
+            # Each line ends with a newline; what follows the last one was cut off while
+            # it was written, unless it happens to be whole.
+            if number == len(lines):
+                break
             message = getattr(error, "msg", error)
             raise ValueError(f"{path}, line {number}: {message}.") from error
         history.append(entry)
-    # Each line ends with a newline; what follows the last one was cut off while it was
-    # written, unless it happens to be whole.
-    try:
-        entry = files.loads(last)
-        _check_entry(entry)
-    except ValueError:
-        return history
-    return [*history, entry]
+    return history
 
 
 def _check_entry(entry: dict[str, Any]) -> None:
