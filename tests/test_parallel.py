@@ -226,7 +226,7 @@ class TestData:
             parallel.shard_map_step(step, mesh)(params, data)
         with pytest.raises(ValueError, match="no device axis 'data' here"):
             step(params, data)
-        with pytest.raises(ValueError, match="names the axes .'rows'., which mesh"):
+        with pytest.raises(ValueError, match="names the axes .'rows'., but mesh"):
             parallel.shard_map_step(step, mesh, batch_spec=P("rows"))
         with pytest.raises(TypeError, match="mesh must be named axes"):
             parallel.make_mesh(4)
@@ -484,7 +484,7 @@ class TestMesh:
             ("data=2,data=2", "at most once"),
             ("", "at least one axis"),
             ("data=-1,particle=-1", "-1 at most once"),
-            ("data=16", "needs 16 devices, and there are 8"),
+            ("data=16", "needs 16 devices, but there are 8"),
             ("data=16,particle=-1", "needs more devices"),
         ],
     )

@@ -1,17 +1,17 @@
 """Bayesian networks: OT-MDR and SGVB over a mean-field Gaussian posterior.
 
-Any model becomes one: `init` puts a normal distribution over its weights,
+Any model can become one: `init` puts a normal distribution over its weights;
 `value_and_grad` (OT-MDR on the means, Nguyen et al., 2023, section 4.2.3) or `sgvb`
-gives the gradient of its objective, `predict` evaluates samples of it.
+computes the gradient of the objective; `predict` evaluates samples.
 
-    posterior.py    MeanField: which leaves are stochastic, sigma, samples
-    priors.py       normal, scale mixture, fitted normal
-    divergence.py   KL, its weight and schedules, the scale of the objective
-    objective.py    the gradients
-    local.py        noise for each example: local reparameterisation, Flipout
-    presets.py      the paper's version and the released code's
-    prediction.py   samples of predictions, epistemic and aleatoric uncertainty
-    summary.py      sigma and signal-to-noise of each layer
+    posterior.py       MeanField: which leaves are stochastic, sigma, samples
+    priors.py          normal, scale mixture, fitted normal
+    kl_divergence.py   KL, its weight and schedules, the scale of the objective
+    gradient.py        the gradients
+    local_reparam.py   noise for each example: local reparameterisation, Flipout
+    presets.py         the paper's version and the released code's
+    prediction.py      samples of predictions, epistemic and aleatoric uncertainty
+    summary.py         sigma and signal-to-noise of each layer
 """
 
 from otmdr_jax.bnn.gradient import (

@@ -1,12 +1,13 @@
-r"""The KL divergence from the prior, and what it weighs in the objective.
+r"""The KL divergence from the prior, and its weight in the objective.
 
-One convention holds in this package: the objective is *per example*,
+This package has one convention: the objective is *per example*,
 
 .. math:: L = \frac1B \sum_{i \in B} -\log p(y_i \mid x_i, \theta)
     + \frac{w}{N} \mathrm{KL}(Q \,\|\, p)
 
-in nats, with N examples in the training set. w = `kl_weight` = 1 makes -N L the ELBO;
-less is a "cold" posterior. :func:`convert_beta` turns other conventions into it.
+in nats, with N examples in the training set. With w = `kl_weight` = 1, -N L is the
+ELBO; a smaller weight gives a "cold" posterior. :func:`convert_beta` converts other
+conventions into this one.
 """
 
 from collections.abc import Callable
@@ -34,14 +35,15 @@ def kl(
 
     Args:
       q: The posterior.
-      prior: A :class:`otmdr_jax.bnn.Normal` of std 0.1 by default, a `ScaleMixture`, a
-        `FittedNormal`, or anything with their methods.
-      key: A PRNG key for a Monte Carlo estimate, mean log q(w) - log p(w) over samples
-        w of Q; None for the closed form.
-      num_samples: How many samples, at least 1.
+      prior: A prior: by default :class:`otmdr_jax.bnn.Normal` of std 0.1, or a
+        `ScaleMixture`, a `FittedNormal`, or any object with their methods.
+      key: A PRNG key for a Monte Carlo estimate, the mean of log q(w) - log p(w) over
+        samples w of Q; None for the closed form.
+      num_samples: The number of samples, at least 1.
 
     Raises:
-      ValueError: A prior without closed form and no key; fewer than one sample.
+      ValueError: The prior has no closed form and there is no key, or there is less
+        than one sample.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -73,7 +75,7 @@ def kl(
 
 
 def estimate(q: MeanField, prior: Any, kappa: PyTree) -> jax.Array:
-    """Log q(w) - log p(w) at w = mu + sigma kappa: a sample of the divergence."""
+    """One sample of the divergence: log q(w) - log p(w) at w = mu + sigma kappa."""
     mean, std = q.mean, posterior.std(q)
     if hasattr(prior, "fit"):
         prior = prior.fit(mean, std)
@@ -86,7 +88,7 @@ def estimate(q: MeanField, prior: Any, kappa: PyTree) -> jax.Array:
 
 
 def at_sample(q: MeanField, prior: Any, kappa: PyTree) -> jax.Array:
-    """The divergence for one step: in closed form if there is one, else a sample."""
+    """The divergence of one step: the closed form if there is one, else a sample."""
     if hasattr(prior, "kl"):
         return prior.kl(q.mean, posterior.std(q))
     return estimate(q, prior, kappa)
@@ -95,15 +97,15 @@ def at_sample(q: MeanField, prior: Any, kappa: PyTree) -> jax.Array:
 def convert_beta(
     beta: float, scale: str, *, num_data: int, batch_size: int | None = None
 ) -> float:
-    """The `kl_weight` that makes our objective another paper's, but for a factor.
+    """The `kl_weight` that makes our objective a multiple of another paper's.
 
     Args:
-      beta: What the KL divergence is multiplied by there.
-      scale: What stands beside it: "data_set", the mean negative log-likelihood times N
-        (Nguyen et al., 2023, whose beta is 5e-6); "batch", its sum over a batch
-        (Blundell et al., whose standard beta is 1 / batches); "example", its mean.
-      num_data: N, examples in the training set.
-      batch_size: B, needed for "batch".
+      beta: The factor of the KL divergence in that paper.
+      scale: The form of the negative log-likelihood that is added to it: "data_set",
+        its mean times N (Nguyen et al., 2023, with a beta of 5e-6); "batch", its sum
+        over a batch (Blundell et al., with a beta of 1 / batches); "example", its mean.
+      num_data: N, the number of examples in the training set.
+      batch_size: B, required for "batch".
 
     Example:
       >>> from otmdr_jax import bnn
@@ -132,11 +134,11 @@ def blundell(num_batches: int, weight: float = 1.0) -> Callable[[Any], jax.Array
     multiplied by M, so that their mean over an epoch is `weight`.
 
     Args:
-      num_batches: M, batches in an epoch.
-      weight: Their mean.
+      num_batches: M, the number of batches in an epoch.
+      weight: The mean weight over an epoch.
 
     Returns:
-      A schedule: step -> kl_weight.
+      A schedule, step -> kl_weight.
 
     Example:
       >>> from otmdr_jax import bnn
@@ -160,11 +162,11 @@ def blundell(num_batches: int, weight: float = 1.0) -> Callable[[Any], jax.Array
 
 
 def warmup(num_steps: int, weight: float = 1.0) -> Callable[[Any], jax.Array]:
-    """A weight that grows from 0 in so many steps, linearly.
+    """A weight that grows linearly from 0.
 
     Args:
-      num_steps: How many.
-      weight: What it grows to.
+      num_steps: The number of steps in which it grows.
+      weight: The final weight.
 
     Example:
       >>> from otmdr_jax import bnn

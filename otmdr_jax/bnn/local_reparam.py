@@ -1,23 +1,22 @@
 r"""Weight noise that differs between examples: local reparameterisation and Flipout.
 
-With one sample of the weights for a whole batch, the noise of all its examples is the
-same and does not average out. Here each example has noise of its own, in any loss
-function: its program is read as JAX traces it, and where a dense layer or a
-convolution meets a stochastic kernel W ~ N(M, S^2), the output is drawn instead,
+If a whole batch shares one sample of the weights, its examples share their noise, which
+does not average out. Here each example has its own noise, in any loss function: the
+program that JAX traces is read, and where a dense layer or a convolution meets a
+stochastic kernel W ~ N(M, S^2), its output is drawn instead,
 
 .. math:: y = x M + \sqrt{x^2 S^2} \odot \zeta, \quad \zeta \sim \mathcal N(0, I)
     \qquad\text{(local)}
 .. math:: y = x M + ((x \odot s)(S \kappa)) \odot r, \quad s, r \in \{-1, 1\}
     \qquad\text{(flipout)}
 
-Each takes two products where one was. Stochastic leaves in any other place (biases,
+Each takes two products in place of one. Stochastic leaves in any other place (biases,
 depthwise kernels on CPUs, kernels that are indexed, masked or used in a loop) are
-sampled as weights: once for all examples of a micro-batch on a device. Where no product
-has noise of its own, there is an error.
+sampled as weights, once for all examples of a micro-batch on a device. If no product
+can get noise for each example, there is an error.
 
-OT-MDR cannot use either: its ascent steps walk from *one* weight vector mu + sigma
-kappa, on several parts of the batch, and a perturbation of fixed length is one of that
-vector. Here there is no weight vector, only outputs.
+OT-MDR can use neither: its ascent steps move *one* weight vector mu + sigma kappa by
+steps of fixed length. Here there is no weight vector, only outputs.
 
 References: Kingma et al., `Variational Dropout and the Local Reparameterization Trick
 <https://arxiv.org/abs/1506.02557>`_, NIPS 2015; Wen et al., `Flipout
@@ -37,13 +36,13 @@ from otmdr_jax.core import shards
 
 PyTree = Any
 
-# sqrt has no gradient at 0, where all inputs of an output are 0.
+# sqrt has no gradient at 0, which occurs if all inputs of an output are 0.
 _TINY = 1e-20
-# Linear in their one operand and the same for every entry: a kernel may pass.
-_TRANSPARENT = (
-    "convert_element_type", "copy", "copy_p", "pcast", "pvary", "reshape", "reshard",
-    "sharding_constraint", "squeeze", "transpose",
-)  # fmt: skip
+# Primitives that a kernel may pass: linear in one operand, the same for every entry.
+_TRANSPARENT = set(
+    "convert_element_type copy copy_p pcast pvary reshape reshard sharding_constraint "
+    "squeeze transpose".split()
+)
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 _REMATS = ("remat", "remat2", "checkpoint")
 
@@ -59,16 +58,17 @@ def call(
     """`function(params, *args, **kwargs)` at params ~ q, with noise for each example.
 
     Args:
-      function: Of the model's parameters; differentiable as itself. Examples are the
-        first axis of what a dense layer or a convolution gets.
+      function: A function of the model's parameters, which stays differentiable. The
+        first axis of the input of dense layers and convolutions is that of the
+        examples.
       q: The posterior.
       estimator: "local" or "flipout".
       key: A PRNG key.
-      *args: Handed on.
-      **kwargs: Handed on.
+      *args: Further arguments of `function`.
+      **kwargs: Keyword arguments of `function`.
 
     Returns:
-      What `function` returns.
+      The result of `function`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,7 +82,7 @@ def call(
     """
     leaves, treedef = jax.tree.flatten(posterior.mean(q))
 
-    # Flags and words stay what they are: the program may depend on them.
+    # Flags and strings are not traced, since the program may depend on them.
     others, others_treedef = jax.tree.flatten((args, kwargs))
     arrays = {i: x for i, x in enumerate(others) if hasattr(x, "dtype")}
 
@@ -104,18 +104,18 @@ def call(
     found = _run(program, inputs, noisy)
     if not noisy.products:
         raise ValueError(
-            f"estimator={estimator!r} found no dense layer or convolution that takes a "
-            "stochastic kernel as it is: nothing would have noise of its own. Use "
+            f"estimator={estimator!r} found no dense layer or convolution that uses a "
+            "stochastic kernel directly, so no example would have its own noise. Use "
             "estimator='weights'."
         )
     return jax.tree.unflatten(jax.tree.structure(shape), map(_value, found))
 
 
 class _Gaussian:
-    """A stochastic array: its mean, its standard deviation and one draw less the mean.
+    """A stochastic array: its mean, its standard deviation and one draw minus the mean.
 
-    The draw is what is used wherever noise of the examples' own has no place, so that
-    all such places see the same weights.
+    The draw is used wherever examples cannot have their own noise, so that all such
+    places see the same weights.
     """
 
     def __init__(self, mean, std, deviation):
@@ -126,7 +126,7 @@ class _Gaussian:
 
 
 class _Noisy:
-    """Draws the noise of outputs; every draw has a key of its own."""
+    """Draws the noise of outputs, each with its own key."""
 
     def __init__(self, estimator, key):
         self.estimator, self._key, self._count = estimator, key, 0
@@ -142,9 +142,9 @@ class _Noisy:
         Args:
           multiply: (x, kernel) -> output, linear in both.
           x: The layer's input.
-          kernel: A _Gaussian.
-          axes: (of x, of the output): those that tell examples and features apart; None
-            where examples cannot be told.
+          kernel: The layer's kernel, a _Gaussian.
+          axes: The axes of x and of the output that tell examples and features apart;
+            None if examples cannot be told apart.
         """
         mean = multiply(x, kernel.mean)
         self.products += 1
@@ -217,7 +217,7 @@ def _value(value):
 
 def _bind(eqn, values):
     params = eqn.primitive.get_bind_params(eqn.params)
-    # JAX versions differ in whether functions are handed apart from the parameters.
+    # In some versions of JAX, functions are passed apart from the parameters.
     functions, params = params if isinstance(params, tuple) else ((), params)
     with eqn.ctx.manager:
         found = eqn.primitive.bind(*functions, *values, **params)
@@ -225,7 +225,7 @@ def _bind(eqn, values):
 
 
 def _rematerialised(eqn, values, noisy):
-    """A block that is computed again in the backward pass stays one."""
+    """Keeps a block that the backward pass computes again as one block."""
     body = ClosedJaxpr(eqn.params["jaxpr"], ())
     arrays = [
         (v.mean, v.std, v.deviation) if isinstance(v, _Gaussian) else v for v in values
@@ -240,9 +240,9 @@ def _rematerialised(eqn, values, noisy):
 
 
 def _dense_axes(eqn, place):
-    """Of a product x W: the axes of x and of the output that have signs.
+    """The axes of x and of the output of a product x W that have signs.
 
-    False where it is no layer: a product with batch axes.
+    False for a product with batch axes, which is not a layer.
     """
     contracted, batch = eqn.params["dimension_numbers"]
     if any(batch):

@@ -19,23 +19,23 @@ from otmdr_jax.core.ascent import resolve_mask
 
 PyTree = Any
 
-# softplus(-5), where the code released with Nguyen et al., 2023 starts.
+# softplus(-5), the initial value in the code released with Nguyen et al., 2023.
 SIGMA = 0.0067
 
-# The logarithm of a float32 softplus is finite from here on.
+# The logarithm of softplus is finite in float32 for a sigma of at least this.
 SMALLEST_SIGMA = 1e-37
 
 
 class MeanField(NamedTuple):
-    """A mean-field Gaussian posterior; a pytree, to be trained by any optimizer.
+    """A mean-field Gaussian posterior: a pytree that any optimizer can train.
 
-    All three have the structure of the parameters, with None where a leaf belongs to
-    the other kind.
+    All three have the structure of the parameters, with None where a leaf is of the
+    other kind.
 
     Attributes:
       mean: The means of the stochastic leaves, float32 or wider.
-      raw_scale: r of their standard deviations softplus(r).
-      point: The other leaves, of which there is a point estimate.
+      raw_scale: The r of the standard deviations softplus(r).
+      point: The other leaves, which are point estimates.
     """
 
     mean: PyTree
@@ -44,23 +44,24 @@ class MeanField(NamedTuple):
 
 
 def init(params: PyTree, sigma: Any = SIGMA, mask: Any = None) -> MeanField:
-    """A posterior around the parameters of a model.
+    """Makes a posterior around the parameters of a model.
 
     Args:
-      params: The model's parameters, any pytree of arrays; the means to start from.
-      sigma: The standard deviation to start from, in the units of the weights: a
-        positive number, or a pytree of the structure of `params`. 0.0067 by default,
-        softplus(-5) of the released code.
-      mask: Which leaves are stochastic: a pytree of bools, a function of the parameters
-        to one, or True for all. Default: :func:`weights_and_biases`, kernels and biases
-        of convolutions and dense layers, but not those of BatchNorm.
+      params: The model's parameters, any pytree of arrays; they become the means.
+      sigma: The initial standard deviation, in the units of the weights: a positive
+        number, or a pytree with the structure of `params`. Default 0.0067, which is
+        softplus(-5) as in the released code.
+      mask: A choice of the stochastic leaves: a pytree of bools, a function from the
+        parameters to one, or True for all. Default: :func:`weights_and_biases`, which
+        takes the kernels and biases of convolutions and dense layers, but not those of
+        BatchNorm.
 
     Returns:
       A :class:`MeanField`.
 
     Raises:
-      ValueError: A sigma that is not positive, a mask that selects nothing or is of
-        another structure; TypeError: a stochastic leaf that is no real floating array.
+      ValueError: A sigma is not positive, or the mask selects nothing or has another
+        structure; TypeError: a stochastic leaf is not a real floating array.
 
     Example:
       >>> import jax.numpy as jnp
@@ -83,8 +84,8 @@ def init(params: PyTree, sigma: Any = SIGMA, mask: Any = None) -> MeanField:
     named = resolve_mask(weights_and_biases if mask is None else mask, params)
     if not any(jax.tree.leaves(named)):
         raise ValueError(
-            "mask selects nothing: no leaf would be stochastic. The default takes "
-            "arrays of two or more axes and what stands beside them; pass mask=True "
+            "mask selects nothing, so no leaf would be stochastic. The default takes "
+            "arrays of two or more axes and the arrays beside them; pass mask=True "
             "for all leaves, or a pytree of bools."
         )
     structures: Any = [jax.tree.structure(x) for x in (sigma, params)]
@@ -120,18 +121,18 @@ def draw(
     raw_std: float = 0.1,
     mask: Any = None,
 ) -> MeanField:
-    """A posterior that is drawn at random, as the released code initialises it.
+    """Draws a random posterior, as the released code initialises it.
 
-    mu ~ N(0, mean_std^2) and r ~ N(raw_mean, raw_std^2), whatever the model's own
-    initialisation. Point estimates stay as they are.
+    It draws mu ~ N(0, mean_std^2) and r ~ N(raw_mean, raw_std^2), whatever the model's
+    own initialisation is. Point estimates stay as they are.
 
     Args:
-      params: The model's parameters: of the stochastic leaves the shapes are read.
+      params: The model's parameters; of stochastic leaves only the shapes matter.
       key: A PRNG key.
       mean_std: Standard deviation of the means; 0.1 in the released code.
-      raw_mean: Mean of the raw scales; -5 there, a sigma of 0.0067.
-      raw_std: Their standard deviation; 0.1 there.
-      mask: See :func:`init`.
+      raw_mean: Mean of the raw scales; -5 in the released code, a sigma of 0.0067.
+      raw_std: Standard deviation of the raw scales; 0.1 in the released code.
+      mask: A choice of the stochastic leaves, as for :func:`init`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -150,11 +151,10 @@ def draw(
 
 
 def weights_and_biases(params: PyTree) -> PyTree:
-    """The default mask: arrays of two or more axes, and what stands beside them.
+    """The default mask: arrays of two or more axes, and arrays beside them.
 
-    A bias is stochastic if a kernel is in the same dict, tuple or module, which leaves
-    the scale and bias of normalisation layers as point estimates. An array that stands
-    alone is stochastic.
+    A bias is stochastic if a kernel is in the same dict, tuple or module. So the scale
+    and bias of normalisation layers are point estimates. A single array is stochastic.
 
     Args:
       params: Any pytree of arrays.
@@ -200,7 +200,7 @@ def sample(q: MeanField, key: jax.Array) -> PyTree:
       key: A PRNG key.
 
     Returns:
-      Parameters of the model's structure: mu + sigma kappa where they are stochastic.
+      Parameters with the model's structure; stochastic ones are mu + sigma kappa.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -232,7 +232,7 @@ def at(q: MeanField, kappa: PyTree) -> PyTree:
 def signal_to_noise(q: MeanField) -> PyTree:
     r"""\|mu\| / sigma of every stochastic weight, with None for point estimates.
 
-    Weights of a low ratio can be pruned: they say nothing (Blundell et al., 2015,
+    Weights with a low ratio hardly matter and can be pruned (Blundell et al., 2015,
     section 5.1, who show its distribution in decibel, 20 log10).
     """
     return jax.tree.map(lambda m, s: jnp.abs(m) / s, check(q).mean, std(q))
@@ -246,10 +246,10 @@ def join(stochastic: PyTree, point: PyTree) -> PyTree:
 
 
 def check(q: Any) -> MeanField:
-    """Returns a posterior as it is.
+    """Returns a posterior unchanged if it is valid.
 
     Raises:
-      TypeError: It is none; ValueError: its parts do not fit each other.
+      TypeError: It is not a posterior; ValueError: its parts do not fit each other.
     """
     if not isinstance(q, MeanField):
         raise TypeError(
@@ -285,10 +285,10 @@ def chosen(q: MeanField) -> PyTree:
 
 
 def map_means(function: Callable[[PyTree], PyTree], q: MeanField) -> PyTree:
-    """A mask over a posterior that names means alone.
+    """Makes a mask over a posterior that selects only means.
 
     Args:
-      function: The model's parameters to a pytree of bools.
+      function: A function from the model's parameters to a pytree of bools.
       q: The posterior.
     """
     named = resolve_mask(function, mean(q))

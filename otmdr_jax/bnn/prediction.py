@@ -19,7 +19,7 @@ from otmdr_jax.ensemble import log_mean_probs
 
 PyTree = Any
 
-# Of the code released with Nguyen et al., 2023.
+# The number in the code released with Nguyen et al., 2023.
 NUM_SAMPLES = 30
 
 
@@ -28,8 +28,8 @@ class Uncertainty(NamedTuple):
 
     Attributes:
       total: Entropy of the mean probability.
-      aleatoric: Mean entropy of the samples: what no more data would remove.
-      epistemic: Their difference, the mutual information between label and weights.
+      aleatoric: Mean entropy of the samples, which more data would not remove.
+      epistemic: The difference, the mutual information between label and weights.
     """
 
     total: jax.Array
@@ -46,26 +46,29 @@ def predict(
     mean_only: bool = False,
     sample_map: str = "scan",
 ) -> PyTree:
-    """What a model gives at S samples of its posterior.
+    """Evaluates a model at S samples of its posterior.
 
     Args:
-      function: `function(params, *args)`: of one model, to logits, log-probabilities or
-        any other pytree of arrays.
+      function: The function of one model, `function(params, *args)` to logits,
+        log-probabilities or any other pytree of arrays.
       q: The posterior.
       *args: Inputs, the same for all samples.
-      key: A PRNG key. The same key gives the same S models: use one for a whole set.
-      num_samples: S; 30 by default (released code).
-      mean_only: Evaluate the model at the mean of the posterior instead: S is 1.
-      sample_map: "scan" (one sample after the other: the memory of one), "vmap" (all at
-        once: fast on accelerators while S times the activations fit), "unroll" (as
-        scan, but S copies of the program; for convolutions of `jax.lax` on CPUs, which
-        are slow in loops) or "auto" (vmap on accelerators, unroll on CPUs).
+      key: A PRNG key. The same key gives the same S models; use one key for a whole
+        set.
+      num_samples: S, the number of samples; 30 by default (released code).
+      mean_only: True to evaluate the model at the mean of the posterior instead. S is
+        then 1.
+      sample_map: The way samples are mapped: "scan" (one after the other, with the
+        memory of one), "vmap" (all at once; fast on accelerators if S times the
+        activations fit), "unroll" (like scan, but with S copies of the program; for
+        convolutions of `jax.lax` on CPUs, which are slow in loops) or "auto" (vmap on
+        accelerators, unroll on CPUs).
 
     Returns:
-      What `function` returns, with a leading axis of S.
+      The results of `function`, with a leading axis of S.
 
     Raises:
-      ValueError: Fewer than one sample, no key.
+      ValueError: There is less than one sample, or no key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -109,8 +112,8 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
       at most log S.
 
     Raises:
-      ValueError: No axis of samples; values that are no log-probabilities (checked
-        outside of `jax.jit` alone).
+      ValueError: There is no axis of samples, or the values are not log-probabilities
+        (checked only outside of `jax.jit`).
 
     Example:
       >>> import jax.numpy as jnp

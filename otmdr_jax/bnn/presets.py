@@ -1,6 +1,6 @@
 """Named versions of OT-MDR for Bayesian networks: the paper's and the released code's.
 
-They part in several places (docs/paper-versus-code.md); a name picks one side of all.
+The two differ in several places (docs/paper-versus-code.md).
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ def preset(name: str, num_particles: int = 1) -> dict[str, Any]:
 
     Args:
       name: "paper" (section 4.2.3 and appendix B) or "released" (the authors' code).
-      num_particles: K. The released code cuts the batch in loader order for K = 1 and
-        at random for more.
+      num_particles: K, the number of particles. The released code cuts the batch in
+        loader order for K = 1 and at random for more.
 
     Returns:
-      A new dictionary of options for :func:`otmdr_jax.bnn.value_and_grad`, but for
-      `num_data`. Prior and weight of the divergence are the released code's in both:
-      the paper does not name them.
+      A new dictionary of all options of :func:`otmdr_jax.bnn.value_and_grad` except
+      `num_data`. Both versions have the released code's prior and weight of the
+      divergence, since the paper does not name them.
 
     Raises:
       ValueError: An unknown name.

@@ -1,8 +1,8 @@
 """Priors over weights: a normal, a scale mixture, and a normal that is fitted.
 
-A prior has `log_prob(weights)`, a scalar in nats, and, where there is one in closed
-form, `kl(mean, std)`. Anything else with these methods serves as well. All take pytrees
-of the stochastic leaves; None stands for a point estimate, which has no prior.
+A prior has a method `log_prob(weights)`, a scalar in nats, and, if there is a closed
+form, `kl(mean, std)`. Any object with these methods works. They take pytrees of the
+stochastic leaves; None stands for a point estimate, which has no prior.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Normal:
     """Independent zero-mean normals.
 
     Attributes:
-      std: Their standard deviation, in the units of the weights: a positive number, or
-        a pytree of one for each stochastic leaf.
+      std: The standard deviation, in the units of the weights: a positive number, or a
+        pytree with one for each stochastic leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -84,13 +84,14 @@ class Normal:
 class ScaleMixture:
     """A mixture of two zero-mean normals, one wide and one narrow, for each weight.
 
-    It has no KL divergence in closed form: it is estimated by Monte Carlo.
+    Its KL divergence has no closed form and is estimated by Monte Carlo.
 
     Attributes:
-      wide_std: Standard deviation of the first; 1 as in Blundell et al., who tried
-        e^0, e^-1, e^-2.
-      narrow_std: That of the second; e^-6 (they tried e^-6, e^-7, e^-8).
-      weight: The first one's share, 0 to 1; 0.5 (they tried 1/4, 1/2, 3/4).
+      wide_std: Standard deviation of the wide normal; 1 as in Blundell et al., who
+        tried e^0, e^-1, e^-2.
+      narrow_std: Standard deviation of the narrow one; e^-6 (they tried e^-6, e^-7,
+        e^-8).
+      weight: The share of the wide normal, 0 to 1; 0.5 (they tried 1/4, 1/2, 3/4).
 
     Example:
       >>> import jax.numpy as jnp
@@ -130,11 +131,12 @@ class ScaleMixture:
 class FittedNormal:
     r"""Zero-mean normals whose variances maximise the ELBO (empirical Bayes).
 
-    s^2 is the mean of mu^2 + sigma^2. It is put in for the variance at every step,
-    whose gradient is that of the ELBO, since the ELBO is stationary in it.
+    The variance s^2 is the mean of mu^2 + sigma^2, computed anew at every step. The
+    gradient is that of the ELBO, since the ELBO is stationary in s^2.
 
     Attributes:
-      per: "leaf" for a variance of each array, or "all" for one of all weights.
+      per: The weights that share a variance: "leaf" for those of one array, "all" for
+        all.
 
     Example:
       >>> import jax.numpy as jnp

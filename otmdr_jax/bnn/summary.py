@@ -1,4 +1,4 @@
-"""What a posterior looks like: mean sigma and signal-to-noise of its layers."""
+"""A summary of a posterior: mean sigma and signal-to-noise ratio of its layers."""
 
 from typing import Any, NamedTuple
 
@@ -10,18 +10,18 @@ from otmdr_jax.bnn.posterior import MeanField
 
 PyTree = Any
 
-# Bins of the histogram, in decibel: what lies beyond is in the first or the last one.
+# Bins of the histogram in decibel; values beyond fall into the first or the last bin.
 LOWEST, HIGHEST, WIDTH = -60.0, 60.0, 2.0
 NUM_BINS = round((HIGHEST - LOWEST) / WIDTH)
 
 
 class Summary(NamedTuple):
-    """What :func:`summarise` gives.
+    """The result of :func:`summarise`.
 
     Attributes:
       sigma: Mean standard deviation of each layer, by its name.
       snr_db: Mean signal-to-noise ratio of each layer, 20 log10(|mu| / sigma), in dB.
-      counts: (60,) how many weights have a ratio in each bin of 2 dB from -60 dB on.
+      counts: (60,) numbers of weights with a ratio in each bin of 2 dB, from -60 dB on.
     """
 
     sigma: dict[str, jax.Array]
@@ -36,7 +36,7 @@ def summarise(q: MeanField) -> Summary:
       q: The posterior.
 
     Returns:
-      A :class:`Summary`; layers are named by their path, as "conv1/kernel".
+      A :class:`Summary`; layers are named by their path, for example "conv1/kernel".
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,7 +1,7 @@
 """TFDS's builder of a name, once it is prepared as array_record.
 
-TFDS resolves names, versions and features. What is missing, in another format or
-without an image and a class is an error that says what to do.
+TFDS resolves names, versions and features. A set that is missing, in another format, or
+without an image and a class gives an error that says what to do.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ def _find(tfds, name: str, data_dir: str | None):
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Holds back what TFDS logs as a warning."""
+    """Suppresses warnings that TFDS logs."""
     log = logging.getLogger("absl")
 
     def serious(record):
@@ -116,7 +116,7 @@ def _check_format(builder, name: str, data_dir: str | None) -> None:
 
 
 def find_keys(tfds, builder, name: str) -> tuple[str, str]:
-    """The features that hold the image and its class."""
+    """Finds the features that hold the image and its class."""
     features = builder.info.features
 
     def fits(pair: Any) -> bool:
@@ -135,6 +135,6 @@ def find_keys(tfds, builder, name: str) -> tuple[str, str]:
     listed = ", ".join(f"{key}: {type(value).__name__}" for key, value in sorted(found))
     raise ValueError(
         f"{name!r} must have an Image and a ClassLabel feature, as its supervised keys "
-        f'or named "image" and "label", and it has {listed}. Save the arrays you want '
+        f'or named "image" and "label", but it has {listed}. Save the arrays you want '
         "as an .npz file and load that."
     )

@@ -1,9 +1,9 @@
-"""One file of decoded arrays for each prepared folder, and never a wrong one.
+"""A cache of decoded arrays, one file for each prepared folder.
 
 The file is an uncompressed .npz that appears under its name only when it is whole, see
-:mod:`otmdr_jax.io.files`. Inside, a manifest says which data it was made from; zip's
-checksums cover every byte of every array. Whatever does not match, for whatever reason,
-counts as absent: the caller decodes again.
+:mod:`otmdr_jax.io.files`. A manifest in it says which data it was made from; zip's
+checksums cover every byte of every array. A file that does not match counts as absent,
+and the caller decodes again.
 """
 
 import contextlib
@@ -40,8 +40,8 @@ def fingerprint(folder: pathlib.Path) -> str:
     """A hash that changes when a prepared folder is made again or swapped.
 
     Args:
-      folder: with JSON metadata, which is read, and record files, of which name, size
-        and modification time count: hashing their contents would take as long as
+      folder: A folder with JSON metadata, which is read, and record files, whose name,
+        size and modification time count: hashing their contents would take as long as
         decoding them.
 
     Returns:
@@ -59,7 +59,7 @@ def fingerprint(folder: pathlib.Path) -> str:
 
 
 def file_path(directory: pathlib.Path, identity: Mapping[str, str]) -> pathlib.Path:
-    """The file for `identity`, which has name, version and fingerprint."""
+    """The file of an `identity`, which has a name, a version and a fingerprint."""
     name = "-".join(identity[key] for key in ("name", "version")).replace("/", "-")
     start = identity["fingerprint"][:16]
     return directory / f"{name}-v{FORMAT_VERSION}-{start}.npz"
@@ -69,11 +69,11 @@ def read(path: pathlib.Path, identity: Mapping[str, str]) -> dict[str, Any] | No
     """Reads the arrays that `write` stored under the same identity.
 
     Args:
-      path: from `file_path`.
-      identity: must equal the one in the file's manifest.
+      path: A path from `file_path`.
+      identity: The identity, which must equal the one in the file's manifest.
 
     Returns:
-      Arrays by name, or None where the file is absent, damaged or of other data; the
+      Arrays by name, or None if the file is absent, damaged or of other data; the
       latter two are logged as warnings.
     """
     if not path.exists():
@@ -97,8 +97,8 @@ def write(
 ) -> None:
     """Stores arrays so that `path` is either whole or not there.
 
-    A cache that cannot be written (a full or read-only disk) is logged as a warning:
-    the data are in memory, so the caller can go on.
+    If the cache cannot be written (a full or read-only disk), a warning is logged: the
+    data are in memory, so the caller can go on.
     """
     manifest = np.array(json.dumps(_manifest(identity, arrays)))
     contents: dict[str, Any] = {"manifest": manifest, **arrays}
@@ -111,13 +111,13 @@ def write(
 
 
 def _manifest(identity: Mapping[str, str], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file must say about itself, in types that JSON gives back unchanged."""
+    """The description that the file must hold, in types that JSON keeps unchanged."""
     described = {k: [list(a.shape), str(a.dtype)] for k, a in arrays.items()}
     return {"format": FORMAT_VERSION, **identity, "arrays": described}
 
 
 def _remove_stale(path: pathlib.Path) -> None:
-    """Removes what a killed process left; a younger file may be a writer at work."""
+    """Removes what a killed process left; a young file may belong to a live writer."""
     for leftover in path.parent.glob(f"{path.name}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:

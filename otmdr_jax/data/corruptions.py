@@ -1,12 +1,11 @@
 """Corruptions of test images, computed on the device: no download, any image size.
 
-Six kinds in five severities, in the spirit of CIFAR-10-C (Hendrycks & Dietterich,
-2019): what a user without those files can measure a shift with. They are not those
-files, and figures of the two do not compare: see :func:`corrupt` for what differs.
+There are six kinds in five severities, in the spirit of CIFAR-10-C (Hendrycks &
+Dietterich, 2019), for users without those files. Numbers on the two cannot be compared;
+:func:`corrupt` says what differs.
 
-Each kind is one compiled program for all severities, its parameters a table that the
-severity picks from. Blur and pixelation are linear maps of rows and of columns, made
-once in float64.
+Each kind is one compiled program for all severities, which picks its parameters from a
+table. Blur and pixelation are linear maps of rows and of columns, made once in float64.
 """
 
 import functools
@@ -21,7 +20,7 @@ from jax.typing import ArrayLike
 
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# One entry a severity; all but the last are make_cifar_c.py's, in
+# One entry a severity; all but the last come from make_cifar_c.py in
 # github.com/hendrycks/robustness.
 NOISE_STD = (0.04, 0.06, 0.08, 0.09, 0.10)  # on the [0, 1] scale
 BLUR_STD = (0.4, 0.6, 0.7, 0.8, 1.0)  # pixels, of images of 32
@@ -43,8 +42,9 @@ def corrupt(
 ) -> jax.Array:
     r"""Corrupts a batch of images.
 
-    With x in [0, 1], m its mean of a channel, s the severity and V the largest channel
-    of a pixel, what is computed and then clipped to [0, 1] and rounded to 256 levels is
+    Let x be the image in [0, 1], m the mean of a channel, s the severity and V the
+    largest channel of a pixel. The result is clipped to [0, 1] and rounded to 256
+    levels:
 
     - "gaussian_noise": x + sigma_s e, e standard normal, its own for each channel;
     - "gaussian_blur": x convolved with a Gaussian of sigma_s pixels, edges repeated;
@@ -54,31 +54,31 @@ def corrupt(
     - "rotation": turned by +d_s or -d_s degrees around the center, bilinear, edges
       repeated; the sign is drawn for each image.
 
-    Where they differ from CIFAR-10-C: levels are rounded and not cut off, which took
-    half a level from every pixel; noise is clipped before it is rounded, as there, and
-    is the same at all severities but for its size, so that severities are ordered image
-    by image; the blur's sigma grows with the shorter side of images larger than 32
-    pixels (smaller ones keep it: a Gaussian below half a pixel does nothing);
-    pixelation leaves at least one pixel fewer with each severity, so that small images
-    have five levels too (a size that divides the side can then lie nearer to the image
-    than the milder one before it); rotation is an addition.
+    Differences from CIFAR-10-C: levels are rounded, not cut off, which took half a
+    level from every pixel. Noise is clipped before it is rounded, as there, and differs
+    between severities only in its size, so that severities are ordered image by image.
+    The blur's sigma grows with the shorter side of images larger than 32 pixels
+    (smaller images keep it, since a Gaussian below half a pixel does nothing).
+    Pixelation leaves at least one pixel fewer with each severity, so that small images
+    have five levels too (a size that divides the side can then be nearer to the image
+    than the milder one before it). Rotation is an addition.
 
     Args:
-      key: a PRNG key. An image's draw depends on it and on the image's position alone,
-        whatever the batch. Kinds without randomness do not look at it.
+      key: A PRNG key. An image's draw depends only on the key and the image's position,
+        whatever the batch. Kinds without randomness ignore it.
       images: (B, H, W, C) of any size and number of channels, uint8 or floats in
         [0, 1].
-      name: one of `CORRUPTIONS`; static under jit.
-      severity: 1..5. A traced one is not checked but clipped to that.
-      first: the position of images[0] in the whole set. Default 0.
+      name: A name in `CORRUPTIONS`; static under jit.
+      severity: The severity, 1..5. A traced one is not checked but clipped.
+      first: The position of images[0] in the whole set. Default 0.
 
     Returns:
-      (B, H, W, C) of the same dtype; floats are multiples of 1 / 255, as of a camera.
+      (B, H, W, C) of the same dtype; floats are multiples of 1 / 255.
 
     Raises:
-      ValueError: for an unknown name, which lists the known ones, and for a severity
-        that is not 1..5.
-      TypeError: for images of another integer type, whose scale is unknown.
+      ValueError: The name is unknown (the message lists the known ones), or the
+        severity is not 1..5.
+      TypeError: The images have another integer type, whose scale is unknown.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -200,7 +200,7 @@ CORRUPTIONS = tuple(_KINDS)
 
 
 def _by_axes(x, level, matrices):
-    """A linear map of rows and one of columns, of those of all severities."""
+    """Applies the severity's linear maps to rows and to columns."""
     rows, columns = (
         jnp.asarray(np.stack(matrices(size)), jnp.float32)[level]  # (5, n, n) -> (n, n)
         for size in x.shape[1:3]
@@ -211,7 +211,7 @@ def _by_axes(x, level, matrices):
 
 
 def blur_matrix(size: int, std: float) -> np.ndarray:
-    """(size, size): a convolution with a Gaussian whose edges repeat, in float64."""
+    """The (size, size) matrix of a Gaussian blur with repeated edges, in float64."""
     radius = int(_TRUNCATE * std + 0.5)
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / std) ** 2)
@@ -223,7 +223,7 @@ def blur_matrix(size: int, std: float) -> np.ndarray:
 
 
 def sizes(size: int) -> list[int]:
-    """The pixels that pixelation leaves of `size`, one number a severity."""
+    """The number of pixels that pixelation leaves of `size`, at each severity."""
     found: list[int] = []
     for fraction in PIXELATE:
         fewer = (found[-1] if found else size) - 1
@@ -232,9 +232,9 @@ def sizes(size: int) -> list[int]:
 
 
 def box_matrix(size: int, fewer: int) -> np.ndarray:
-    """(size, size): to fewer pixels and back by PIL's BOX filter, in float64.
+    """The (size, size) matrix to fewer pixels and back by PIL's BOX filter, in float64.
 
-    A pixel counts fully or not at all, by whether its center lies in the box.
+    A pixel counts fully if its center lies in the box, and not at all otherwise.
     """
 
     def resize(old, new):

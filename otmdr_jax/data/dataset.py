@@ -43,18 +43,18 @@ class Split(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Train, validation and test splits with what a training loop must know of them.
+    """Train, validation and test splits with what a training loop needs to know.
 
     Attributes:
-      name: where the data come from.
-      train: the training split.
-      validation: a stratified part held out of the training data, or None.
-      test: the test split.
+      name: The origin of the data.
+      train: The training split.
+      validation: A stratified part held out of the training data, or None.
+      test: The test split.
       num_classes: C, the number of classes.
       mean: C_in floats, the channel means; on the [0, 1] scale for uint8 images.
       std: C_in floats, the channel standard deviations on the same scale, all > 0.
-      augment: names of the training augmentations that are the field's standard for
-        this set, for `augment`; () where there is none.
+      augment: Names of the training augmentations that are standard for this set, for
+        `augment`; () if there are none.
     """
 
     name: str
@@ -103,29 +103,32 @@ def from_arrays(
       train: (images, labels). Images are (N, H, W, C), or (N, H, W) for one channel,
         of dtype uint8 (0..255) or a float dtype (any finite scale; kept as float32).
         `LazyImages` stay lazy. Labels are integers 0..C-1 of shape (N,) or (N, 1).
-      test: the same, with the image shape and dtype of `train`.
+      test: Images and labels of the test split, with the image shape and dtype of
+        `train`.
       num_classes: C; None takes the largest label of both splits plus one.
-      name: what to call the dataset.
-      validation: examples to hold out of `train`, stratified by class and drawn by
+      name: A name for the dataset.
+      validation: Examples to hold out of `train`, stratified by class and drawn by
         `seed`: an int is a count, a float in (0, 1) a fraction. Default 0: none.
-      label_noise: the fraction of training labels to replace, `round(fraction * N)`
-        of the N that remain after `validation`, each by another class drawn
-        uniformly. Test and validation labels stay as they are. Default 0.
-      seed: of the validation split and the label noise, through separate streams.
-      mean: per channel, on the [0, 1] scale for uint8 images. None computes it in
-        float64 over the training images that remain after `validation`; of lazy
-        images over at most 10,000 or 1 GiB of them, evenly spread.
-      std: likewise; a constant channel gets 1, so that it normalises to 0.
-      augment: names of augmentations for training, of "crop" and "flip". Default
-        none, since whether a flip keeps the label depends on the data.
+      label_noise: The fraction of training labels to replace, `round(fraction * N)` of
+        the N that remain after `validation`, each by another class drawn uniformly.
+        Test and validation labels stay as they are. Default 0.
+      seed: The seed of the validation split and of the label noise, in separate
+        streams.
+      mean: The mean of each channel, on the [0, 1] scale for uint8 images. None
+        computes it in float64 over the training images that remain after `validation`,
+        for lazy images over at most 10,000 or 1 GiB of them, evenly spread.
+      std: The standard deviation of each channel, computed in the same way; a constant
+        channel gets 1, so that it normalises to 0.
+      augment: Names of augmentations for training, "crop" and "flip". Default none,
+        since it depends on the data whether a flip keeps the label.
 
     Returns:
       The `Dataset`; images of the right dtype are not copied.
 
     Raises:
-      ValueError: where an array or an option is not as above; the message says what
-        must hold, what came and what to do.
-      TypeError: where a dtype is not as above.
+      ValueError: An array or an option is not as above; the message says what must
+        hold, what came and what to do.
+      TypeError: A dtype is not as above.
 
     Example:
       >>> import numpy as np
@@ -166,18 +169,18 @@ def from_arrays(
 def check_split(
     pair: tuple[Any, Any], num_classes: int | None, name: str
 ) -> tuple[Split, int]:
-    """One split by itself, checked and in the dtypes of `from_arrays`.
+    """Checks one split by itself and converts it to the dtypes of `from_arrays`.
 
     Args:
       pair: (images, labels) as `from_arrays` takes them.
       num_classes: C; None takes the largest label plus one.
-      name: what the split is called in errors.
+      name: The split's name in errors.
 
     Returns:
       The split and C.
 
     Raises:
-      ValueError, TypeError: see `from_arrays`.
+      ValueError, TypeError: The errors of `from_arrays`.
     """
     split = _checked(pair, name)
     classes = _check_classes({name: split}, num_classes)
@@ -196,16 +199,16 @@ def check_augmentations(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def stratified_choice(labels, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Marks `count` of N examples with each class's share as even as can be.
+    """Marks `count` of N examples, from each class as equal a share as possible.
 
     Args:
       labels: (N,) integers.
-      count: how many to choose, 0..N.
-      rng: draws which examples of a class.
+      count: The number to choose, 0..N.
+      rng: The generator that draws the examples of a class.
 
     Returns:
-      (N,) bool, True where chosen. Class c gives the floor or the ceiling of
-      count * N_c / N; the largest remainders get the ceiling.
+      (N,) bools, True for chosen examples. Class c gives the floor or the ceiling of
+      count * N_c / N; the classes with the largest remainders give the ceiling.
     """
     _, members, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     # Integers throughout, so that equal remainders tie exactly on every machine.
@@ -309,7 +312,7 @@ def _check_agreement(train: Split, test: Split) -> None:
 
 
 def _check_classes(splits: dict[str, Split], num_classes: int | None) -> int:
-    """C, once all labels are known to be in 0..C-1."""
+    """Returns C after checking that all labels are in 0..C-1."""
     highest = max(int(split.labels.max()) for split in splits.values())
     if num_classes is None:
         num_classes = highest + 1

@@ -1,8 +1,8 @@
-"""What a training step does to a batch: gather, augment, normalise; pure and jittable.
+"""The steps from a set to a batch: gather, augment, normalise; pure and jittable.
 
-Shapes are static and randomness comes from keys, so one trace serves every batch. The
-order is that of the usual PyTorch pipeline: crop and flip see raw pixels, the padding
-is black (zero before normalisation), and normalisation comes last.
+Shapes are static and randomness comes from keys, so one trace serves every batch. As in
+the usual PyTorch pipeline, crop and flip see raw pixels, the padding is black (zero
+before normalisation), and normalisation comes last.
 """
 
 import functools
@@ -30,18 +30,18 @@ def normalise(
     """Scales images to zero mean and unit deviation: (x - mean) / std per channel.
 
     Args:
-      images: (..., C), uint8 (then x = images / 255) or floats (x = images).
+      images: Images (..., C), uint8 (then x = images / 255) or floats (x = images).
       mean: (C,), such as `Dataset.mean`.
       std: (C,), such as `Dataset.std`; positive.
-      dtype: of the result. The arithmetic is float32 whatever it is, since bfloat16
-        holds 8 bits and would lose pixel values on the way. Default float32.
+      dtype: The dtype of the result, float32 by default. The arithmetic is always
+        float32, since bfloat16 has 8 bits and would lose pixel values on the way.
 
     Returns:
       (..., C) of `dtype`.
 
     Raises:
-      TypeError: for images of another integer type, whose scale is unknown.
-      ValueError: where mean or std do not have C entries.
+      TypeError: The images have another integer type, whose scale is unknown.
+      ValueError: mean or std does not have C entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,25 +74,25 @@ def normalise(
 def augment(
     key: jax.Array, images: ArrayLike, ops: Sequence[str], first: ArrayLike = 0
 ) -> jax.Array:
-    """Augments each image of a batch by its own random draw.
+    """Augments each image of a batch at random.
 
     "crop" pads 4 black pixels on each side and cuts the original size at a uniformly
     random offset; "flip" mirrors left and right with probability 1/2. Both act on raw
     pixels: call this before `normalise`, so that the padding is black.
 
     Args:
-      key: a PRNG key; it is split into one key per op.
+      key: A PRNG key; it is split into one key per op.
       images: (B, H, W, C) of any dtype.
-      ops: names out of "crop" and "flip", applied in this order; static under jit.
+      ops: Names, "crop" and "flip", applied in this order; static under jit.
         `Dataset.augment` holds the standard ones of a set. () returns the images.
-      first: the position of images[0] in the whole batch, where these images are one
-        device's part of it: an image's draw depends on its position alone.
+      first: The position of images[0] in the whole batch if these images are one
+        device's part of it; an image's draw depends only on its position.
 
     Returns:
       (B, H, W, C), of the same dtype.
 
     Raises:
-      ValueError: for an unknown name, which lists the known ones.
+      ValueError: A name is unknown; the message lists the known ones.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -119,7 +119,7 @@ def _augmented(names, key, images, first):
 
 
 def random_crop(keys: jax.Array, images: jax.Array) -> jax.Array:
-    """Shifts each image by up to `CROP_PADDING` pixels, black where nothing is left."""
+    """Shifts each image by up to `CROP_PADDING` pixels and fills with black."""
     offsets = jax.vmap(
         lambda key: jax.random.randint(key, (2,), 0, 2 * CROP_PADDING + 1)
     )(keys)
@@ -159,7 +159,7 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
     """Draws the order of one epoch: a permutation of all examples.
 
     Args:
-      key: a PRNG key, a new one for each epoch.
+      key: A PRNG key, a new one for each epoch.
       num_examples: N; static under jit.
 
     Returns:
@@ -176,15 +176,15 @@ def epoch_order(key: jax.Array, num_examples: int) -> jax.Array:
 def take(split: Split, order: jax.Array, i: ArrayLike, batch_size: int) -> Split:
     """Gathers batch i of an epoch on the device.
 
-    Batches 0..N // batch_size - 1 hold each example at most once. Where batch_size does
-    not divide N, one batch more visits the remaining examples and is filled up with the
-    first ones of the order, so shapes never change and no example is left out.
+    Batches 0..N // batch_size - 1 hold each example at most once. If batch_size does
+    not divide N, one more batch visits the remaining examples. The first examples of
+    the order fill it up, so shapes never change and no example is left out.
 
     Args:
-      split: images (N, ...) and labels (N,), both on the device (`jax.device_put`): as
+      split: Images (N, ...) and labels (N,), both on the device (`jax.device_put`): as
         NumPy arrays they would become constants of the compiled program.
       order: (N,) from `epoch_order`.
-      i: which batch, a number or a traced integer; beyond the epoch it starts over.
+      i: The number of the batch, which may be traced; beyond the epoch it starts over.
       batch_size: B; static under jit.
 
     Returns:
@@ -212,14 +212,15 @@ def eval_batches(
     sums weighted by the mask count every example exactly once.
 
     Args:
-      split: images (N, H, W, C), lazy ones are decoded batch by batch, and labels (N,).
+      split: Images (N, H, W, C), of which lazy ones are decoded batch by batch, and
+        labels (N,).
       batch_size: B, at least 1; also the size of the last batch.
 
     Yields:
       (images, labels, mask): (B, H, W, C), (B,) int32 and (B,) bool.
 
     Raises:
-      ValueError: where batch_size is below 1.
+      ValueError: batch_size is below 1.
 
     Example:
       >>> import numpy as np

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Images a read: bounds what is held beside the result, and spreads the cost of a call.
+# Images a read: limits the memory beside the result, and spreads the cost of a call.
 _CHUNK = 512
 
 # The rest of a memory is for the model, its activations and other processes.
@@ -17,7 +17,7 @@ _SHARE_OF_MEMORY = 0.25
 class LazyImages:
     """An (N, H, W, C) uint8 array to read from, for sets that do not fit in memory.
 
-    Only the first axis can be indexed. What comes back depends on the kind of index:
+    Only the first axis can be indexed. The result depends on the kind of index:
 
     - an integer: one image, (H, W, C);
     - a slice, or a sequence of integers: a NumPy array, decoded on the spot;
@@ -28,11 +28,11 @@ class LazyImages:
     the object can be pickled if `read` can.
 
     Args:
-      read: a function of (n,) int64 row numbers that returns these images as an
-        (n, H, W, C) uint8 array.
+      read: A function of (n,) int64 row numbers that returns these images as an (n, H,
+        W, C) uint8 array.
       shape: (N, H, W, C).
-      checksums: (N,) integers that change with the images; None has `checksum` read
-        all pixels. Default None.
+      checksums: (N,) integers that change with the images; with None, the default,
+        `checksum` reads all pixels.
 
     Attributes:
       shape: (N, H, W, C).
@@ -41,9 +41,9 @@ class LazyImages:
       nbytes: N * H * W * C, the size once decoded.
 
     Raises:
-      ValueError: where a shape is not as above, also of what `read` returns.
-      IndexError: where an index is out of bounds or a mask has another length.
-      TypeError: for an index of another kind.
+      ValueError: A shape is not as above, or `read` returns another shape.
+      IndexError: An index is out of bounds, or a mask has another length.
+      TypeError: The index is of another kind.
 
     Example:
       >>> import numpy as np
@@ -132,8 +132,7 @@ class LazyImages:
     def checksum(self) -> int:
         """A CRC-32 that changes with the images and with their order.
 
-        It needs no pixel where the images came with checksums, and reads all of them
-        where they did not.
+        It reads no pixels if the images came with checksums, and all of them otherwise.
         """
         if self._checksums is not None:
             return zlib.crc32(self._checksums[self._rows].tobytes())
@@ -164,7 +163,7 @@ class LazyImages:
 
 
 def fits_in_memory(nbytes: int, memory: float | None = None) -> bool:
-    """Whether data take at most a quarter of a memory: None for the host's."""
+    """True if data take at most a quarter of a memory; None stands for the host's."""
     if memory is None:
         try:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

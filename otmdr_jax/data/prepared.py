@@ -1,8 +1,8 @@
 """TFDS image sets from prepared array_record files, without TensorFlow.
 
-The records are read and decoded once, and the decoded arrays are kept by `cache`. Of a
-set that does not fit in memory the labels are read and kept in the same way, and images
-are decoded when they are asked for. `builders` finds the set, `records` its records.
+The records are read and decoded once, and `cache` keeps the decoded arrays. If a set
+does not fit in memory, only its labels are read and kept, and images are decoded on
+demand. `builders` finds the set, `records` its records.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ def read(
     download: bool = False,
     in_memory: bool | None = True,
 ) -> tuple[Split, Split, int]:
-    """Reads a prepared TFDS set, from the cache where it was decoded before.
+    """Reads a prepared TFDS set, from the cache if it was decoded before.
 
     Args:
-      name: as TFDS takes it: "name", "name/config" or "name/config:version".
-      data_dir: the folder of prepared data; None for TFDS's default.
-      cache_dir: the folder of decoded arrays; None for `cache.default_directory()`.
-      download: whether TFDS may download and prepare what is missing.
-      in_memory: whether to decode all images now; False gives `LazyImages`, with all
+      name: A name of TFDS: "name", "name/config" or "name/config:version".
+      data_dir: The folder of prepared data; None for TFDS's default.
+      cache_dir: The folder of decoded arrays; None for `cache.default_directory()`.
+      download: True if TFDS may download and prepare a missing set.
+      in_memory: True to decode all images now; False gives `LazyImages`, with all
         labels in memory; None decodes what takes at most a quarter of the memory.
 
     Returns:
@@ -67,14 +67,14 @@ def read_test(
     download: bool = False,
     in_memory: bool | None = True,
 ) -> tuple[Split, int]:
-    """Reads the test split alone of a prepared TFDS set, which may have no other.
+    """Reads only the test split of a prepared TFDS set, which may have no other.
 
     Args:
-      name: see :func:`read`.
-      data_dir: likewise.
-      cache_dir: likewise.
-      download: likewise.
-      in_memory: likewise.
+      name: A name of TFDS, as for :func:`read`.
+      data_dir: The folder of prepared data.
+      cache_dir: The folder of decoded arrays.
+      download: True if TFDS may download and prepare a missing set.
+      in_memory: True to decode all images now.
 
     Returns:
       (test, num_classes).
@@ -95,15 +95,15 @@ def read_test(
 def describe_test(
     name: str, *, data_dir: str | os.PathLike | None = None
 ) -> tuple[int, tuple[int | None, ...], int, np.dtype]:
-    """What :func:`read_test` would read, from the metadata: no record is opened.
+    """Describes what :func:`read_test` would read, from the metadata alone.
 
     Args:
-      name: see :func:`read`.
-      data_dir: likewise.
+      name: A name of TFDS, as for :func:`read`.
+      data_dir: The folder of prepared data.
 
     Returns:
-      (num_examples, image shape, num_classes, dtype of images as they are stored); None
-      for sizes that the metadata leave open.
+      (num_examples, image shape, num_classes, dtype of the stored images); None for
+      sizes that the metadata do not have.
 
     Raises:
       ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
@@ -165,7 +165,7 @@ def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
 
 
 def _nbytes(builder, splits: Sequence[str], image_key: str) -> int:
-    """Bytes of all images, decoded; 0 where their shape is not known beforehand."""
+    """Bytes of all decoded images; 0 if their shape is not known beforehand."""
     shape = builder.info.features[image_key].shape
     count = sum(builder.info.splits[split].num_examples for split in splits)
     return count * math.prod(size or 0 for size in shape)
@@ -246,7 +246,7 @@ def _lazy(
 
 @dataclasses.dataclass(frozen=True)
 class _ReadImages:
-    """What `LazyImages` reads with; threads may share it, and it can be pickled."""
+    """The function with which `LazyImages` reads; for threads, and to be pickled."""
 
     records: Records
     parse: Callable[[bytes], dict[str, Any]]

@@ -1,6 +1,6 @@
-"""The records of a prepared split, as bytes: all of them, and undamaged.
+"""The records of a prepared split, as bytes, complete and undamaged.
 
-Files are counted against the dataset's own metadata, and array_record verifies a
+Records are counted against the dataset's own metadata, and array_record verifies a
 checksum of every record: a damaged folder gives an error, never fewer or other records.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from otmdr_jax.io.progress import Progress
 
-# Records a read; large enough to spread its cost, small next to the decoded set.
+# Records a read: enough to spread its cost, few next to the decoded set.
 _CHUNK = 512
 
 
@@ -50,7 +50,7 @@ class Records:
             ) from error
 
     def check_shape(self, image: np.ndarray, index: int, shape: tuple) -> None:
-        """Refuses the image of a record that has not the shape of the first."""
+        """Refuses an image whose shape is not that of the first one."""
         if image.shape != shape:
             raise ValueError(
                 f"all images of {self.name!r} must have one shape, and {self.split} "
@@ -61,7 +61,7 @@ class Records:
 
 
 def open_split(tfds, builder, split: str) -> Records:
-    """The records of one split, once their number is known to be right."""
+    """Opens the records of one split after checking their number."""
     _check_records(builder, split)
     source = builder.as_data_source(
         split,
@@ -72,18 +72,18 @@ def open_split(tfds, builder, split: str) -> Records:
         raise ValueError(
             f"{builder.name!r} {split} must not be empty. {_again(builder)}"
         )
-    # The reader below TFDS's, which drags the whole builder along when pickled.
+    # The reader inside TFDS's, which would be pickled together with the whole builder.
     return Records(source.data_source, builder.name, split, _again(builder))
 
 
 def _check_records(builder, split: str) -> None:
-    """Each record file must hold as many records as the metadata promises."""
+    """Checks that each record file holds as many records as the metadata say."""
     info = builder.info.splits[split]
     for path, promised in zip(info.filepaths, info.shard_lengths, strict=True):
         found = _count_records(os.fspath(path))
         if found != promised:
             raise ValueError(
-                f"{os.fspath(path)!r} must hold {promised} records, and what is there "
+                f"{os.fspath(path)!r} must hold {promised} records, but what is there "
                 f"is {found}. {_again(builder)}"
             )
 

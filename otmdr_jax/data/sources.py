@@ -49,47 +49,46 @@ def load(
     """Loads an image classification set.
 
     Args:
-      name: one of
-        "digits": scikit-learn's 1797 handwritten digits, 8 x 8 x 1, scaled from 0..16
-        to 0..255; always the same stratified 1437 / 360 train / test split;
-        "cifar10", "cifar100" or any image classification set of TFDS, also
-        "name/config:version", from its prepared array_record files, with neither
-        TensorFlow nor network; the splits "train" and "test", or "validation" as the
-        test split where there is no "test";
-        a path that ends in .npz, with the arrays train_images, train_labels,
-        test_images, test_labels (or Keras' x_train, y_train, x_test, y_test) as
-        `from_arrays` takes them.
-      data_dir: the folder of prepared TFDS data. None: TFDS's own default, which is
-        the environment's TFDS_DATA_DIR or ~/tensorflow_datasets.
-      cache_dir: where decoded TFDS images are kept, one file for each prepared folder,
-        so that only the first load decodes. None: the environment's OTMDR_CACHE, else
-        $XDG_CACHE_HOME/otmdr_jax, else ~/.cache/otmdr_jax. Safe to delete.
-      download: let TFDS download and prepare a set that is not there. Most sets then
-        need TensorFlow, once. Default False: nothing reaches for the network unasked.
-      in_memory: whether to decode all images now. False leaves those of TFDS sets in
-        their files, as `LazyImages` to train on with `stream_batches`, and reads and
-        caches the labels alone: the splits and labels are the same. "digits" and .npz
-        files are read whatever it says. None: where they take at most a quarter of
-        the host's memory. Default True.
-      validation: training examples to hold out, a count or a fraction, stratified.
+      name: One of three kinds. (1) "digits": scikit-learn's 1797 handwritten digits, 8
+        x 8 x 1, scaled from 0..16 to 0..255, always with the same stratified split into
+        1437 for training and 360 for testing. (2) "cifar10", "cifar100" or any image
+        classification set of TFDS, also "name/config:version", from its prepared
+        array_record files, with neither TensorFlow nor network; its splits "train" and
+        "test", or "validation" if there is no "test". (3) A path that ends in .npz, to
+        a file with the arrays train_images, train_labels, test_images, test_labels (or
+        Keras' x_train, y_train, x_test, y_test) as `from_arrays` takes them.
+      data_dir: The folder of prepared TFDS data. None: TFDS's default, which is the
+        environment's TFDS_DATA_DIR or ~/tensorflow_datasets.
+      cache_dir: The folder where decoded TFDS images are kept, one file for each
+        prepared folder, so that only the first load decodes. None: the environment's
+        OTMDR_CACHE, else $XDG_CACHE_HOME/otmdr_jax, else ~/.cache/otmdr_jax. It is safe
+        to delete.
+      download: True to let TFDS download and prepare a missing set. Most sets then need
+        TensorFlow, once. Default False: nothing uses the network unasked.
+      in_memory: True, the default, to decode all images now. False leaves those of TFDS
+        sets in their files, as `LazyImages` to train on with `stream_batches`, and
+        reads and caches only the labels; splits and labels are the same. None decodes
+        them if they take at most a quarter of the host's memory. "digits" and .npz
+        files are always read.
+      validation: Training examples to hold out, a count or a fraction, stratified.
         Default 0: none.
-      label_noise: the fraction of training labels to replace by other classes.
-        Default 0.
-      seed: of the validation split and the label noise.
+      label_noise: The fraction of training labels to replace by other classes. Default
+        0.
+      seed: The seed of the validation split and of the label noise.
 
     Returns:
       A `Dataset`. CIFAR's mean and std are the released code's; others are computed
-      over the training images in use (a sample of them, see `from_arrays`, where they
-      are not in memory). CIFAR's `augment` is ("crop", "flip"), others' is ().
+      over the training images in use (over a sample, as in `from_arrays`, if they are
+      not in memory). CIFAR's `augment` is ("crop", "flip"), that of others is ().
 
     Raises:
-      ImportError: where a package is missing; says what to install.
-      FileNotFoundError: where the data are not prepared, with the command that
-        prepares them, or where the .npz file does not exist.
-      ValueError: for an unknown name, with close matches, for damaged files, and for
-        data that are not images with one class each.
-      TypeError: for arrays of an unfit dtype, and for images other than uint8 that
-        are not to be in memory.
+      ImportError: A package is missing; the message says what to install.
+      FileNotFoundError: The data are not prepared (the message has the command that
+        prepares them), or the .npz file does not exist.
+      ValueError: The name is unknown (the message has close matches), files are
+        damaged, or the data are not images with one class each.
+      TypeError: An array has an unfit dtype, or images that are to stay in their files
+        are not uint8.
 
     Example:
       >>> load("digits", validation=0.1)
@@ -139,25 +138,25 @@ def load_test(
     download: bool = False,
     in_memory: bool | None = True,
 ) -> tuple[Split, int]:
-    """Loads the test split alone of a set, which needs no training split.
+    """Loads only the test split of a set, which need not have a training split.
 
-    For sets to test on and not to train on: CIFAR-10.1 ("cifar10_1/v6"), CIFAR-10-C
-    ("cifar10_corrupted/fog_3"), and those from outside of the distribution.
+    It is for sets to test on and not to train on: CIFAR-10.1 ("cifar10_1/v6"),
+    CIFAR-10-C ("cifar10_corrupted/fog_3"), and out-of-distribution sets.
 
     Args:
-      name: as for :func:`load`; a path that ends in .npz needs the arrays test_images
-        and test_labels (or Keras' x_test, y_test) alone.
-      data_dir: see :func:`load`.
-      cache_dir: likewise.
-      download: likewise.
-      in_memory: likewise.
+      name: A name as for :func:`load`; a path that ends in .npz needs only the arrays
+        test_images and test_labels (or Keras' x_test, y_test).
+      data_dir: The folder of prepared TFDS data; None for TFDS's default.
+      cache_dir: The folder of decoded images; None for the default of :func:`load`.
+      download: True to let TFDS download and prepare a missing set.
+      in_memory: False to leave images in their files, as in :func:`load`.
 
     Returns:
-      (split, num_classes): a `Split` of checked images and labels, and C. Of an .npz
+      (split, num_classes): a `Split` of checked images and labels, and C. For an .npz
       file C is the largest label plus one.
 
     Raises:
-      ImportError, FileNotFoundError, ValueError, TypeError: see :func:`load`.
+      ImportError, FileNotFoundError, ValueError, TypeError: The errors of :func:`load`.
 
     Example:
       >>> split, num_classes = load_test("digits")
@@ -182,13 +181,13 @@ def load_test(
 
 
 class TestInfo(NamedTuple):
-    """What :func:`describe_test` tells of a set's test split.
+    """The result of :func:`describe_test`.
 
     Attributes:
-      num_examples: N.
-      image_shape: (H, W, C); None where only the images know.
-      num_classes: C, of an .npz file the largest label plus one.
-      dtype: Of the images: uint8, or float32 of any floats.
+      num_examples: N, the number of examples.
+      image_shape: (H, W, C); None for sizes that the metadata do not have.
+      num_classes: C; for an .npz file the largest label plus one.
+      dtype: The dtype of the images: uint8, or float32 for any floats.
     """
 
     num_examples: int
@@ -200,18 +199,18 @@ class TestInfo(NamedTuple):
 def describe_test(
     name: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
 ) -> TestInfo:
-    """Says what :func:`load_test` would load; nothing of a TFDS set is decoded.
+    """Describes what :func:`load_test` would load, without decoding a TFDS set.
 
     Args:
-      name: as for :func:`load_test`.
-      data_dir: likewise.
+      name: A name as for :func:`load_test`.
+      data_dir: The folder of prepared TFDS data; None for TFDS's default.
 
     Returns:
       A :class:`TestInfo`.
 
     Raises:
-      ImportError, FileNotFoundError, ValueError, TypeError: as :func:`load_test`, where
-        the set is not there or cannot be read.
+      ImportError, FileNotFoundError, ValueError, TypeError: The set is not there or
+        cannot be read.
 
     Example:
       >>> describe_test("digits")[:3]
@@ -247,7 +246,7 @@ def _digits() -> tuple[Split, Split]:
 
 
 def _read_npz(path: pathlib.Path, choices: Sequence[Sequence[str]]) -> list[Split]:
-    """Pairs of arrays of a user's file, by their names; nothing in them is checked."""
+    """Reads pairs of arrays from a user's file by name, without checking them."""
     if not path.is_file():
         raise FileNotFoundError(
             f"a name that ends in .npz must be a file, and {str(path)!r} is none "

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each channel, to normalise images with."""
+"""Mean and standard deviation of each channel, with which images are normalised."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from otmdr_jax.data.lazy import LazyImages
 
-# Statistics of images that are not in memory: of so many, and of so many bytes at most.
+# The most images, and the most bytes, for statistics of images that are not in memory.
 _STATISTICS_IMAGES, _STATISTICS_BYTES = 10_000, 2**30
 
 
 def check_statistics(
     images, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The given channel statistics, checked, or those of the images."""
+    """Checks given channel statistics, and computes missing ones from the images."""
     if mean is None or std is None:
         computed = channel_statistics(_sample(images))
         mean = computed[0] if mean is None else mean
@@ -36,7 +36,7 @@ def check_statistics(
 
 
 def _sample(images) -> np.ndarray:
-    """The images; of lazy ones as many as can be read at every start, evenly spread."""
+    """The images, or a sample of lazy ones, small enough to be read at every start."""
     if not isinstance(images, LazyImages):
         return images
     affordable = _STATISTICS_BYTES * len(images) // images.nbytes
@@ -51,8 +51,8 @@ def channel_statistics(images) -> tuple[tuple[float, ...], tuple[float, ...]]:
       images: (N, H, W, C); uint8 counts as value / 255.
 
     Returns:
-      (mean, std), C floats each. The deviation is the population's (divided by
-      N * H * W). It is 1 where the channel is constant up to float32's rounding.
+      (mean, std), C floats each. The deviation is the population's (divided by N * H *
+      W), and 1 for a channel that is constant up to float32's rounding.
     """
     scale = 255.0 if images.dtype == np.uint8 else 1.0
     count = images[..., 0].size

@@ -1,7 +1,7 @@
-"""The batches of a training run, read ahead on the host: for data off the device.
+"""The batches of a training run, read ahead on the host, for data that stay there.
 
-The order is the device's own (`device.epoch_order` of the run's key and the epoch), so
-that a streamed run sees the batches of one whose data are resident, bit for bit.
+The order is the device's (`device.epoch_order` of the run's key and the epoch), so a
+streamed run sees the same batches, bit for bit, as one with its data on the device.
 """
 
 import functools
@@ -38,25 +38,25 @@ def stream_batches(
     `order[b * B : (b + 1) * B]` of `order = epoch_order(fold_in(key, e), N)`. As on the
     device, the N % B examples that an epoch's order leaves over are not visited.
 
-    The iterator is Grain's. `get_state()` gives a small dictionary that JSON can hold,
-    `set_state(state)` goes on with the batch that would have come next, however far
-    reading had run ahead; a state counts steps from 0, whatever `start_step` was and
-    however many hosts there were. `close()` ends its threads. What goes wrong in a
-    thread is raised by `next`; `set_state(get_state())` then tries the batch again.
+    The iterator is Grain's. `get_state()` returns a small dictionary that JSON can
+    hold. `set_state(state)` continues with the batch that would have come next, however
+    far reading had run ahead. A state counts steps from 0, whatever `start_step` and
+    the number of hosts were. `close()` ends its threads. `next` raises the errors of
+    threads; `set_state(get_state())` then tries the batch again.
 
     Args:
-      split: images (N, H, W, C), in memory or `LazyImages`, and labels (N,).
-      batch_size: B, of the global batch, in 1..N.
-      key: the PRNG key of the run's data order. Orders are drawn on the host's CPU,
-        which gives the device's bits for JAX's default generator; the "rbg" ones draw
-        others on each kind of device.
-      total_steps: steps of the run, where the stream ends.
-      start_step: the first step, in 0..total_steps. Default 0.
+      split: Images (N, H, W, C), in memory or `LazyImages`, and labels (N,).
+      batch_size: B, the size of the global batch, in 1..N.
+      key: The PRNG key of the run's data order. Orders are drawn on the host's CPU,
+        which gives the same bits as the device for JAX's default generator; "rbg"
+        generators differ between kinds of devices.
+      total_steps: The number of steps of the run, after which the stream ends.
+      start_step: The first step, in 0..total_steps. Default 0.
       shard_index: h of P hosts, each of which reads the contiguous block
         `[h * B / P, (h + 1) * B / P)` of each batch. None: this JAX process.
       shard_count: P, which must divide B. None: the number of JAX processes.
-      num_threads: threads that read, each a whole batch. Default 4.
-      prefetch: batches to hold ready, at least 1. Default 8.
+      num_threads: The number of threads, each of which reads whole batches. Default 4.
+      prefetch: The number of batches to hold ready, at least 1. Default 8.
 
     Returns:
       An iterator of `Split`s in NumPy arrays: images (B / P, H, W, C) in the dtype of
@@ -64,8 +64,8 @@ def stream_batches(
       (B / P,) int32.
 
     Raises:
-      ImportError: where Grain is missing; says what to install.
-      ValueError: where an argument is not as above.
+      ImportError: Grain is missing; the message says what to install.
+      ValueError: An argument is not as above.
 
     Example:
       >>> import jax, numpy as np
@@ -115,19 +115,18 @@ def stream_batches(
 
 
 def fits_on_device(data: Dataset | int, device: jax.Device | None = None) -> bool:
-    """Says whether a training set should live on the device.
+    """Says whether a training set should be put on the device.
 
-    It should where it takes at most a quarter of the device's memory. For a device that
-    does not tell how much it has (a CPU), the host's memory counts. Lazy images never
-    live on a device.
+    It should if it takes at most a quarter of the device's memory. For a device that
+    does not report its memory (a CPU), the host's memory counts. Lazy images are never
+    put on a device.
 
     Args:
-      data: a dataset, of which the training set counts, or a number of bytes.
-      device: None for JAX's first local one.
+      data: A dataset, whose training set counts, or a number of bytes.
+      device: The device; None for JAX's first local one.
 
     Returns:
-      True where the data should be put on the device, False where they should be
-      streamed.
+      True if the data should be put on the device, False if they should be streamed.
 
     Example:
       >>> fits_on_device(1000), fits_on_device(10**18)
@@ -168,8 +167,8 @@ class _Orders:
     """Each epoch's order as a NumPy array, drawn on the CPU when it is first needed."""
 
     def __init__(self, key: jax.Array, num_examples: int):
-        # A key that is committed to the CPU takes the whole computation there. JAX can
-        # be told to leave the CPU out (JAX_PLATFORMS); then its own device has to do.
+        # A key on the CPU moves the whole computation there. JAX may be told to leave
+        # the CPU out (JAX_PLATFORMS); then its own device is used.
         try:
             key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
         except RuntimeError:

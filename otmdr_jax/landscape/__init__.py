@@ -1,10 +1,10 @@
-"""How the loss behaves around a solution: the sharpness that OT-MDR trades against.
+"""The loss around a solution: sharpness, Hessians and slices, over whole sets.
 
-Everything is a quantity of a whole set. The loss is `loss_sum(params, batch) -> (sum of
-losses, number of examples)`, the set an iterable of batches; sums over batches are
-divided by the number of examples, so that batches may differ in size. Networks with
+Everything is measured over a whole set. The loss is `loss_sum(params, batch) -> (sum of
+losses, number of examples)`, the set an iterable of batches. Sums over batches are
+divided by the number of examples, so batches may differ in size. Networks with
 BatchNorm are measured as they predict: evaluate them with `train=False` in `loss_sum`,
-since with statistics of the batch the loss of a set would depend on how it is cut.
+since with batch statistics the loss of a set would depend on how it is cut.
 """
 
 from otmdr_jax.landscape.hessian import (

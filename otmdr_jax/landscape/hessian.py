@@ -1,7 +1,8 @@
 r"""The Hessian of a whole set's mean loss: its eigenvalues, eigenvectors and trace.
 
-It is never built: all comes from products :math:`H v`, one pass over the set each.
-ReLUs have the Hessian of the smooth piece that the solution lies on.
+The Hessian is never built. Everything comes from products :math:`H v`, each of which is
+one pass over the set. For ReLUs it is the Hessian of the smooth piece that the solution
+lies on.
 """
 
 import math
@@ -17,20 +18,20 @@ from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
 
-# SciPy's names, and up to here the whole matrix is as cheap as ARPACK's subspace.
+# SciPy's names, and the size up to which the whole matrix is as cheap as ARPACK.
 _WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
 _SMALL = 20
 
 
 class Spectrum(NamedTuple):
-    r"""What :func:`hessian_eigenvalues` finds.
+    r"""The result of :func:`hessian_eigenvalues`.
 
     Attributes:
-      values: (k,) eigenvalues in float64, in the order that was asked for.
+      values: (k,) eigenvalues in float64, in the order of `which`.
       vectors: k eigenvectors, pytrees like the parameters of norm 1, zero where a leaf
         does not move. The sign is such that the largest entry is positive.
-      residuals: (k,) :math:`\|H v - \lambda v\|_2`: so far from each value there is an
-        eigenvalue at the most.
+      residuals: (k,) norms :math:`\|H v - \lambda v\|_2`: each value is at most this
+        far from an eigenvalue.
     """
 
     values: np.ndarray
@@ -39,11 +40,11 @@ class Spectrum(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What :func:`hessian_trace` estimates.
+    """The result of :func:`hessian_trace`.
 
     Attributes:
       value: The mean of `samples`.
-      standard_error: Of that mean, by the probes that were drawn.
+      standard_error: The standard error of that mean, estimated from the probes.
       samples: (n,) one estimate for each probe.
     """
 
@@ -102,10 +103,10 @@ def hessian_eigenvalues(
 ) -> Spectrum:
     r"""Eigenvalues and eigenvectors of the Hessian at an end of its spectrum.
 
-    By ARPACK's implicitly restarted Lanczos method, in SciPy: its vectors are kept
-    orthogonal, so that multiple eigenvalues come as often as they occur, and its memory
-    on the host is that of :math:`\max(20, 2 k + 1) + k` vectors. It starts from a fixed
-    random vector. Up to 20 weights the matrix is built.
+    SciPy computes them by ARPACK's implicitly restarted Lanczos method. Its vectors
+    stay orthogonal, so a multiple eigenvalue is found as often as it occurs. It holds
+    :math:`\max(20, 2 k + 1) + k` vectors on the host, and starts from a fixed random
+    vector. The whole matrix is built for up to 20 weights.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
@@ -113,11 +114,12 @@ def hessian_eigenvalues(
       params: The solution.
       batches: The set, in batches of any sizes; iterated over once for each product, at
         least :math:`\max(20, 2 k + 1)` times, and k times for the residuals.
-      k: How many.
-      which: "largest", the most positive first; "smallest", the most negative first;
-        "magnitude", the largest absolute values first.
+      k: The number of eigenvalues.
+      which: The end of the spectrum: "largest", the most positive first; "smallest",
+        the most negative first; "magnitude", the largest absolute values first.
       tol: Relative error of the eigenvalues; 1e-3 as in PyHessian.
-      max_restarts: Restarts before it gives up; 100, PyHessian's number of iterations.
+      max_restarts: The number of restarts before it gives up; 100, as PyHessian's
+        iterations.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves. The Hessian is that of these leaves.
 
@@ -126,7 +128,7 @@ def hessian_eigenvalues(
 
     Raises:
       ValueError: k or `which` is not possible, or the Hessian is not finite.
-      RuntimeError: It has not converged.
+      RuntimeError: The method has not converged.
 
     Example:
       >>> import jax.numpy as jnp
@@ -201,18 +203,18 @@ def hessian_trace(
 
     .. math:: \frac{1}{n} \sum_i z_i^\top H z_i, \quad z_i \in \{-1, 1\}^P
 
-    Without bias; the variance of a probe is :math:`2 \sum_{i \ne j} H_{ij}^2`. The
-    number of probes is fixed; PyHessian stops as soon as two means are alike, which
-    may be by chance.
+    The estimate has no bias; the variance of a probe is
+    :math:`2 \sum_{i \ne j} H_{ij}^2`. The number of probes is fixed, while PyHessian
+    stops as soon as two means are alike, which may happen by chance.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
         once, so pass the same function object each time.
       params: The solution.
       batches: The set, in batches of any sizes; iterated over `num_probes` times.
-      key: A PRNG key: the same one gives the same probes.
-      num_probes: Probes z, at least 2; 100 as in PyHessian. The standard error falls
-        with its root.
+      key: A PRNG key; the same key gives the same probes.
+      num_probes: The number of probes z, at least 2; 100 as in PyHessian. The standard
+        error falls with its root.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves. The Hessian is that of these leaves.
 
@@ -245,7 +247,7 @@ def hessian_trace(
 
 
 def _arpack(times, size, dtype, k, which, tol, max_restarts):
-    # SciPy comes with JAX; its sparse part is read where it is needed.
+    # SciPy comes with JAX; its sparse part is imported only here.
     from scipy.sparse import linalg
 
     start = np.random.default_rng(0).normal(size=size).astype(dtype)

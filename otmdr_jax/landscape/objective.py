@@ -21,13 +21,13 @@ class Objective:
 
     .. math:: L(\theta) = \sum_b \ell_b(\theta) / \sum_b n_b
 
-    with (\ell_b, n_b) what `loss_sum` gives of batch b. Its programs are compiled once
-    for a `loss_sum`, however many solutions and sets are measured with it.
+    with (\ell_b, n_b) the result of `loss_sum` for batch b. Its programs are compiled
+    once for each `loss_sum`, however many solutions and sets are measured with it.
 
     Args:
-      loss_sum: (params, batch) -> (sum of losses, number of examples).
+      loss_sum: A function (params, batch) -> (sum of losses, number of examples).
       params: The solution.
-      batches: The set. An iterator is read into a list, anything else is iterated over
+      batches: The set. An iterator is read into a list; anything else is iterated over
         again in each pass and must give the same batches.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves.
@@ -85,9 +85,9 @@ class Objective:
         """Mean losses at the center plus combinations of directions; one pass.
 
         Args:
-          directions: D lists like the center.
+          directions: D lists of arrays like the center.
           points: (G, D) coefficients.
-          at_once: Points in a call of the compiled function.
+          at_once: The number of points in a call of the compiled function.
 
         Returns:
           (G,) losses in float64.
@@ -111,7 +111,7 @@ class Objective:
         return self._pass(step)[0].reshape(-1)[:count]
 
     def bytes_of_a_point(self, directions: Sequence[Leaves]) -> int:
-        """Memory that a point of :meth:`losses` takes beside weights and batch."""
+        """Bytes that a point of :meth:`losses` takes beside weights and batch."""
         block = np.zeros((1, len(directions)), np.float32)
         for batch in self._batches:
             program = self._programs.losses_at.lower(
@@ -145,7 +145,7 @@ class Objective:
         return _divided(total, count)
 
     def leaves(self, vector: PyTree) -> list[Any]:
-        """The leaves that move, of a pytree of the structure and shapes of params."""
+        """The leaves that move, from a pytree with params' structure and shapes."""
         leaves = jax.tree.leaves(vector)
         got: Any = jax.tree.structure(vector)
         chosen, _ = _divide(leaves, self._moving) if got == self._treedef else ([], [])
@@ -164,10 +164,10 @@ class Objective:
         return _join(self._treedef, self._moving, vector, zeros)
 
     def _pass(self, step, carry=()):
-        """Mean loss, number of examples, carry. Sums are fetched one batch behind.
+        """Returns the mean loss, the number of examples and the carry.
 
-        So the device has work while the host reads the next batch, and few batches
-        are alive.
+        Sums are fetched one batch behind, so that the device has work while the host
+        reads the next batch, and few batches are alive.
         """
         totals = np.float64(0), 0.0
         ahead = None
@@ -188,7 +188,7 @@ class Objective:
 
 
 class _Programs(NamedTuple):
-    """Compiled functions of one batch; two of them add to what came before."""
+    """Compiled functions of one batch; two of them add to earlier sums."""
 
     loss: Callable[..., Any]
     add_gradient: Callable[..., Any]

@@ -1,10 +1,10 @@
-r"""How far the loss rises near a solution: in the worst direction and on average.
+r"""The rise of the loss near a solution, in the worst direction and on average.
 
 Distances are Euclidean over all leaves together, in the units of the weights. Adaptive
-versions take each weight's own size as its unit: they move :math:`v` with
-:math:`\theta' = \theta + T v` and :math:`T = |\theta|` element by element. A network
-that stays the same function when its weights are rescaled keeps its adaptive sharpness.
-Weights that are 0 stay.
+versions measure each weight in units of its own size: they move :math:`v` in
+:math:`\theta' = \theta + T v`, with :math:`T = |\theta|` element by element. So
+rescaling weights in a way that keeps the network's function keeps its adaptive
+sharpness. Weights that are 0 do not move.
 """
 
 import functools
@@ -24,12 +24,12 @@ PyTree = Any
 
 
 class Sharpness(NamedTuple):
-    """What :func:`sam_gap` and :func:`worst_in_ball` measure.
+    """The result of :func:`sam_gap` and :func:`worst_in_ball`.
 
     Attributes:
-      gap: `worst - loss`.
+      gap: The difference `worst - loss`.
       loss: Mean loss at the solution.
-      worst: Mean loss at the place that was found.
+      worst: Mean loss at the point that was found.
     """
 
     gap: float
@@ -38,13 +38,13 @@ class Sharpness(NamedTuple):
 
 
 class AverageSharpness(NamedTuple):
-    """What :func:`average_sharpness` measures.
+    """The result of :func:`average_sharpness`.
 
     Attributes:
       gap: The mean of `gaps`.
-      standard_error: Of that mean, by the directions that were drawn.
+      standard_error: The standard error of that mean, estimated from the directions.
       loss: Mean loss at the solution.
-      gaps: (n,) how far the loss rises in each direction.
+      gaps: (n,) rises of the loss, one for each direction.
     """
 
     gap: float
@@ -62,11 +62,11 @@ def sam_gap(
     adaptive: bool = False,
     mask: PyTree | None = None,
 ) -> Sharpness:
-    r"""Sharpness as SAM sees it, over a whole set.
+    r"""Sharpness in SAM's sense, over a whole set.
 
     .. math:: L(\theta + \rho T^2 g / \|T g\|_2) - L(\theta), \; g = \nabla L(\theta)
 
-    Unlike the gap in a step's diagnostics this is one gradient and one loss of the
+    Unlike the gap in a step's diagnostics, it takes one gradient and one loss of the
     whole set, at fixed weights.
 
     Args:
@@ -74,9 +74,9 @@ def sam_gap(
         once, so pass the same function object each time.
       params: The solution.
       batches: The set, in batches of any sizes; iterated over twice.
-      rho: The radius, in the units of the weights; 0.05 as SAM on CIFAR-10.
-      adaptive: T = abs(params), element by element (ASAM, whose radii are about 10
-        times as large), instead of T = 1.
+      rho: The radius, in the units of the weights; 0.05 as for SAM on CIFAR-10.
+      adaptive: True for T = abs(params), element by element (ASAM, whose radii are
+        about 10 times as large), instead of T = 1.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves.
 
@@ -117,25 +117,26 @@ def worst_in_ball(
 
     .. math:: \max_{\|v\|_2 \le \rho} L(\theta + T v) - L(\theta)
 
-    From the best point so far a step of length :math:`\rho` along the normalised
-    gradient, then a projection onto the ball; a step that does not raise the loss is
-    taken back and the length halved. The center counts as a point, so that the gap is
-    not negative. It is a lower bound of the maximum; one step is :func:`sam_gap` where
-    that is positive.
+    From the best point so far, the ascent takes a step of length :math:`\rho` along the
+    normalised gradient and projects onto the ball. A step that does not raise the loss
+    is taken back, and the length is halved. The center counts as a point, so the gap is
+    never negative. It is a lower bound of the maximum; one step gives :func:`sam_gap`
+    if that is positive.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
         once, so pass the same function object each time.
       params: The solution.
-      batches: The set, in batches of any sizes; iterated over `steps + 1` times, once
-        more with `key`.
-      rho: The radius, in the units of the weights; 0.05 as SAM on CIFAR-10.
-      steps: Ascent steps; 20 as in the code of Andriushchenko et al., 2023.
-      adaptive: T = abs(params), element by element, instead of T = 1.
+      batches: The set, in batches of any sizes; iterated over `steps + 1` times, and
+        once more with `key`.
+      rho: The radius, in the units of the weights; 0.05 as for SAM on CIFAR-10.
+      steps: The number of ascent steps; 20 as in the code of Andriushchenko et al.,
+        2023.
+      adaptive: True for T = abs(params), element by element, instead of T = 1.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves.
-      key: A PRNG key: start at a random point of the sphere. None: start at the
-        center, from which no step leads away where the gradient vanishes.
+      key: A PRNG key, to start at a random point of the sphere. None starts at the
+        center, from which no step leads away if the gradient vanishes there.
 
     Returns:
       A :class:`Sharpness`; NaN if a loss on the way is not finite.
@@ -187,7 +188,7 @@ def average_sharpness(
     adaptive: bool = False,
     mask: PyTree | None = None,
 ) -> AverageSharpness:
-    r"""How far the loss rises on average under Gaussian noise on the weights.
+    r"""The average rise of the loss under Gaussian noise on the weights.
 
     .. math:: E_{e \sim N(0, \sigma^2 I)} L(\theta + T e) - L(\theta)
 
@@ -201,12 +202,12 @@ def average_sharpness(
       batches: The set, in batches of any sizes; iterated over `num_directions + 1`
         times.
       noise_std: The standard deviation :math:`\sigma` of each weight, in the units of
-        the weights; a share of the weight if `adaptive`. A direction is about
-        :math:`\sigma \sqrt P` long, P the number of weights.
-      key: A PRNG key: the same one gives the same directions.
-      num_directions: Directions that are drawn, at least 2; 20 as in the code of
+        the weights; a share of the weight if `adaptive`. The length of a direction is
+        about :math:`\sigma \sqrt P`, with P the number of weights.
+      key: A PRNG key; the same key gives the same directions.
+      num_directions: The number of random directions, at least 2; 20 as in the code of
         Andriushchenko et al., 2023. The standard error falls with its root.
-      adaptive: T = abs(params), element by element, instead of T = 1.
+      adaptive: True for T = abs(params), element by element, instead of T = 1.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves.
 

@@ -2,8 +2,8 @@ r"""Slices through the loss of a whole set: along lines and planes in weight spa
 
 .. math:: f(a, b) = L(\theta + a\, x + b\, y)
 
-with random directions x and y, eigenvectors of the Hessian, or those through several
-solutions. At every point BatchNorm has the running statistics that `loss_sum` uses.
+where x and y are random directions, eigenvectors of the Hessian, or directions between
+solutions. At every point BatchNorm uses the running statistics of `loss_sum`.
 """
 
 import time
@@ -20,10 +20,10 @@ from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
 
-# Between two reports of a grid: short enough that little is lost, long enough that
-# reading the set again costs nothing.
+# The time between two reports of a grid: short, so that little is lost, but long enough
+# that reading the set again costs nothing.
 SECONDS_A_REPORT = 2.0
-# Points that an accelerator evaluates at once, where they fit in half of its memory.
+# The most points that an accelerator evaluates at once; they fit in half of its memory.
 MOST_AT_ONCE = 16
 
 
@@ -35,8 +35,8 @@ class Subspace(NamedTuple):
         :func:`trajectory_plane`.
       directions: One or two pytrees like it, orthogonal and of equal length.
       points: (n, d) coordinates of the n solutions.
-      explained: (d,) shares of the solutions' variance that lie along the directions;
-        None where they hold all of it by construction.
+      explained: (d,) shares of the solutions' variance along the directions; None if
+        they hold all of it by construction.
     """
 
     origin: PyTree
@@ -56,12 +56,12 @@ def random_direction(
 
     .. math:: d_{ij} \leftarrow d_{ij} \|\theta_{ij}\|_2 / \|d_{ij}\|_2
 
-    for filter j of leaf i, so that networks whose weights differ in size are shown at
-    the scale of their weights. Leaves of less than two axes (biases, BatchNorm) get 0.
+    for filter j of leaf i, so that a network is shown at the scale of its weights.
+    Leaves with fewer than two axes (biases, BatchNorm) get 0.
 
     Args:
       params: The solution.
-      key: A PRNG key: the same one gives the same direction before it is normalised, so
+      key: A PRNG key; the same key gives the same direction before normalisation, so
         that two runs of one architecture can be compared along it.
       filter_axis: The axis of the outputs, each of which is a filter: the last as in
         Flax; 0 for Equinox and PyTorch.
@@ -104,19 +104,19 @@ def random_direction(
 def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subspace:
     r"""The line through two solutions, or the plane through three.
 
-    The first lies at 0, the second at 1: the unit of both axes is the distance between
+    The first is at 0, the second at 1, so the unit of both axes is the distance between
     them. The second axis points from the line to the third solution.
 
     Args:
       first: A solution, a pytree.
       second: Another, of the same structure and shapes.
-      third: A third, or None for the line.
+      third: A third one, or None for the line.
 
     Returns:
-      A :class:`Subspace`, to hand to :func:`loss_grid`.
+      A :class:`Subspace` for :func:`loss_grid`.
 
     Raises:
-      ValueError: They differ in structure or shape, or they coincide or lie on a line.
+      ValueError: The solutions differ in structure or shape, coincide or lie on a line.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,7 +134,7 @@ def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subsp
     length = float(tree.norm(x))
     if not length > 0:
         raise ValueError(
-            "the first and the second solution coincide: no line is theirs."
+            "the first and the second solution coincide, so there is no line."
         )
     if third is None:
         return Subspace(first, (x,), np.array([[0.0], [1.0]]))
@@ -166,8 +166,8 @@ def loss_grid(
     r"""The mean loss on a grid of points :math:`\theta + \sum_i c_i d_i`.
 
     One compiled function evaluates `at_once` points on a batch. Points are taken in C
-    order, the last axis fastest. An interrupted grid goes on from what it last
-    reported, to the same bits, if it is given as `known` beside the same arguments.
+    order, the last axis fastest. To continue an interrupted grid, to the same bits,
+    pass what it last reported as `known`, with the same other arguments.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
@@ -177,16 +177,16 @@ def loss_grid(
         about every two seconds.
       directions: D pytrees like `params`: one for a line, two for a plane.
       axes: D vectors of coefficients, in units of the directions.
-      at_once: Points that are evaluated at once, with so many times the activations:
-        the same grid to rounding. None: that of :func:`points_at_once`, 1 on CPUs,
-        where more are slower.
+      at_once: The number of points that are evaluated at once, with as many times the
+        activations. The grid is the same up to rounding. None: the number of
+        :func:`points_at_once`, which is 1 on CPUs, where more are slower.
       known: (n,) losses of the first n points, from an interrupted grid.
-      report: Is called about every two seconds with the losses of the points so far,
-        (n,) in float64, the known ones among them.
+      report: A function that is called about every two seconds with the losses of the
+        points so far, (n,) in float64, known ones included.
 
     Returns:
-      (len(axes[0]), ...) losses in float64, D axes in the order of the directions; not
-      finite where a loss is not.
+      Losses (len(axes[0]), ...) in float64, with D axes in the order of the directions;
+      they are not finite where the loss is not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -250,19 +250,19 @@ def points_at_once(
     batches: Iterable[PyTree],
     directions: Sequence[PyTree],
 ) -> int:
-    """How many points :func:`loss_grid` evaluates at once where it is not told.
+    """The number of points that :func:`loss_grid` evaluates at once by default.
 
-    On accelerators this depends on the memory that is free: a grid that is to go on to
-    the same bits later has to be told the number that it started with.
+    On accelerators it depends on the free memory. To continue a grid to the same bits
+    later, pass the number that it started with.
 
     Args:
-      loss_sum: As in :func:`loss_grid`, like all that follow.
+      loss_sum: A function (params, batch) -> (sum of losses, number of examples).
       params: The solution.
       batches: The set, of which the first batch is read on accelerators.
-      directions: One for a line, two for a plane.
+      directions: One pytree like `params` for a line, two for a plane.
 
     Returns:
-      1 on CPUs; elsewhere as many as fit in half of the free memory, 16 at most.
+      1 on CPUs; elsewhere the number that fits in half of the free memory, at most 16.
     """
     whole = Objective(loss_sum, params, batches)
     moving = [[jnp.asarray(d) for d in whole.leaves(x)] for x in directions]
@@ -278,7 +278,7 @@ def _free_memory() -> int | None:
 
 
 def _fitting(whole: Objective, directions: Sequence[Any], free: int | None) -> int:
-    """How many points are evaluated at once, by the memory that is free."""
+    """The number of points to evaluate at once, given the free memory."""
     if free is None:  # on CPUs vectorised convolutions are slower
         return 1
     each = max(whole.bytes_of_a_point(directions), 1)
@@ -286,7 +286,7 @@ def _fitting(whole: Objective, directions: Sequence[Any], free: int | None) -> i
 
 
 def check_like(first: PyTree, other: PyTree) -> None:
-    """Raises ValueError unless two solutions have one structure and its shapes."""
+    """Raises ValueError unless two solutions have the same structure and shapes."""
     one: Any = jax.tree.structure(first)
     two: Any = jax.tree.structure(other)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(t)] for t in (first, other)]

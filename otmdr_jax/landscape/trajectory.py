@@ -1,9 +1,9 @@
-r"""The plane that holds most of a training run: principal components of its weights.
+r"""The plane along which a run's weights vary most: their principal components.
 
-With :math:`D` the matrix whose rows are :math:`\theta_i - \theta_n`, one for each
-checkpoint, and :math:`C` what subtracts the mean of rows, the components are the right
-singular vectors of :math:`C D`. They come from the small matrix
-:math:`C D D^\top C`, so that no matrix of weights by weights is ever built.
+Let :math:`D` be the matrix with a row :math:`\theta_i - \theta_n` for each checkpoint,
+and :math:`C` the matrix that subtracts the mean of the rows. The components are the
+right singular vectors of :math:`C D`. They come from the small matrix :math:`C D D^\top
+C`, so no matrix of weights by weights is ever built.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from otmdr_jax.landscape.slices import Subspace, check_like
 
 PyTree = Any
 
-# Of the first component's spread: with less, the rest is rounding of float32 weights.
+# The smallest spread relative to the first component's: less is rounding in float32.
 _FLAT = 1e-5
 
 
@@ -27,25 +27,24 @@ def trajectory_plane(solutions: Sequence[PyTree], dimensions: int = 2) -> Subspa
 
     .. math:: \theta_i \approx \theta_n + a_i\, x + b_i\, y
 
-    with x and y the first principal components, of norm 1, so that coordinates are
-    distances in weight space. The plane goes through the last solution; the others are
-    projected onto it.
+    where x and y are the first principal components, with norm 1, so that coordinates
+    are distances in weight space. The plane goes through the last solution; the others
+    are projected onto it.
 
     Args:
-      solutions: n checkpoints in the order of training, pytrees of one structure, in
-        the memory of the host or the device; leaves that are not floating are left
-        out. Beside them it takes the memory of n copies of the largest leaf in
-        float64.
-      dimensions: 1 for a line, 2 for a plane.
+      solutions: n checkpoints in the order of training, pytrees of one structure, on
+        the host or the device; leaves that are not floating are left out. The function
+        takes the memory of n more copies of the largest leaf, in float64.
+      dimensions: The number of components, 1 for a line, 2 for a plane.
 
     Returns:
       A :class:`Subspace`: `origin` is the last solution, `points` are the projections
-      of all, `explained` the components' shares of the variance. Signs are such that
-      the point farthest out on an axis is at a positive coordinate.
+      of all, `explained` are the components' shares of the variance. The point farthest
+      out on an axis has a positive coordinate.
 
     Raises:
-      ValueError: There are too few solutions, they differ in structure or shape, or
-        spread in too few directions.
+      ValueError: There are too few solutions, or they differ in structure or shape, or
+        they spread in too few directions.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,10 +1,10 @@
-"""What a classifier's probabilities are worth, over a whole set and in float64.
+"""The quality of a classifier's probabilities, over a whole set and in float64.
 
 Every function takes probabilities of shape (N, C), or samples (S, N, C), whose mean
 probability counts, and integer labels of shape (N,). :func:`evaluate` takes
 log-probabilities; :func:`nll`, :func:`summary` and :func:`check` do on request.
 
-Averages over batches of these metrics are other numbers (ECE most of all): collect the
+Averages of these metrics over batches are other numbers (ECE most of all). Collect the
 whole set first, or use :mod:`otmdr_jax.metrics.streaming`.
 """
 

@@ -1,7 +1,7 @@
-"""How much the members of an ensemble differ, and what that is worth.
+"""The diversity of the members of an ensemble, and its effect on scores.
 
-All functions take log-probabilities of shape (M, N, C): M members, N examples. They are
-computed in float64 over the whole set.
+All functions take log-probabilities of shape (M, N, C) of M members and N examples.
+They compute in float64 over the whole set.
 """
 
 import itertools
@@ -11,7 +11,7 @@ import numpy as np
 
 Array = Any
 
-# What `evaluate` gives.
+# The names that `evaluate` returns.
 NAMES = ("disagreement", "pairwise_kl", "nll_ambiguity", "brier_ambiguity")
 
 
@@ -26,7 +26,7 @@ def evaluate(log_probs: Array, labels: Array) -> dict[str, float]:
       A dictionary of floats: disagreement, pairwise_kl, nll_ambiguity, brier_ambiguity.
 
     Raises:
-      ValueError: Another shape, or a single member.
+      ValueError: The shape is another, or there is a single member.
 
     Example:
       >>> import numpy as np
@@ -45,9 +45,9 @@ def evaluate(log_probs: Array, labels: Array) -> dict[str, float]:
 
 
 def disagreement(log_probs: Array) -> float:
-    """The fraction of examples on which two members name another class, 0..1.
+    """The fraction of examples on which two members predict different classes, 0..1.
 
-    The mean over all pairs of members.
+    It is the mean over all pairs of members.
 
     Reference: Kuncheva & Whitaker, `Measures of Diversity in Classifier Ensembles
     <https://doi.org/10.1023/A:1022859003006>`_, Machine Learning 2003, of whether
@@ -61,7 +61,8 @@ def disagreement(log_probs: Array) -> float:
 def pairwise_kl(log_probs: Array) -> float:
     """The mean of KL(p_i || p_j) over examples and ordered pairs, in nats.
 
-    From 0 to infinity; infinite where a member excludes what another one allows.
+    It lies between 0 and infinity, and is infinite if a member gives probability 0 to a
+    class that another one allows.
 
     Reference: Kullback & Leibler, 1951; as a measure of an ensemble's diversity Fort et
     al., `Deep Ensembles: A Loss Landscape Perspective
@@ -77,11 +78,11 @@ def pairwise_kl(log_probs: Array) -> float:
 
 
 def nll_ambiguity(log_probs: Array, labels: Array) -> float:
-    """Mean NLL of the members less the NLL of their mean probability, in nats.
+    """Mean NLL of the members minus the NLL of their mean probability, in nats.
 
-    The gap of Jensen's inequality: never negative, and 0 where all members give the
-    label the same probability. It depends on the labels, unlike the ambiguity of the
-    Brier score.
+    It is the gap of Jensen's inequality: never negative, and 0 if all members give the
+    label the same probability. Unlike the ambiguity of the Brier score it depends on
+    the labels.
 
     Reference: Abe et al., `Deep Ensembles Work, But Are They Necessary?
     <https://arxiv.org/abs/2202.06985>`_, NeurIPS 2022.
@@ -94,7 +95,7 @@ def nll_ambiguity(log_probs: Array, labels: Array) -> float:
 
 
 def brier_ambiguity(log_probs: Array) -> float:
-    """Mean Brier score of the members less that of their mean probability.
+    """Mean Brier score of the members minus that of their mean probability.
 
     mean_n 1/M sum_m sum_c (p_m - mean p)^2: the members' variance, whatever the labels.
     From 0 to 1.

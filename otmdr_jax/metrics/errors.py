@@ -1,4 +1,4 @@
-"""Calibration errors: how far probabilities lie from frequencies."""
+"""Calibration errors: the distance of probabilities from frequencies."""
 
 from collections.abc import Sequence
 
@@ -36,17 +36,18 @@ def ece(
 
     .. math:: \sum_b \frac{n_b}{N} \lvert acc_b - conf_b \rvert
 
-    over bins (lo, hi] of equal width of [0, 1]: closed on the right, so that a
-    confidence of 1 counts. Over the whole set: a mean over batches is larger. Chance
-    alone gives a calibrated model about sum_b n_b / N sqrt(2 acc (1 - acc) / (pi n_b)),
-    not 0: see :func:`debiased_ece`. torchmetrics closes its bins on the left.
+    over bins (lo, hi] of equal width of [0, 1], closed on the right, so that a
+    confidence of 1 counts. It is taken over the whole set; a mean over batches is
+    larger. By chance a calibrated model has about sum_b n_b / N sqrt(2 acc (1 - acc) /
+    (pi n_b)), not 0; see :func:`debiased_ece`. torchmetrics closes its bins on the
+    left.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: 15, as in the field; 10 in the first papers.
-      cut: "width", or "mass" for bins of N // num_bins examples in the order of
-        confidence, the last one taking the rest.
+      num_bins: The number of bins: 15, as is usual; 10 in the first papers.
+      cut: The kind of bins: "width", or "mass" for bins of N // num_bins examples in
+        the order of confidence, the last one taking the rest.
 
     Returns:
       The error, not in percent.
@@ -70,14 +71,14 @@ def mce(
 ) -> float:
     """Maximum calibration error: the largest gap of a bin, 0..1.
 
-    max_b |acc_b - conf_b| over the bins of :func:`ece`. A bin of one example can decide
-    it: bins of equal mass are steadier.
+    It is max_b |acc_b - conf_b| over the bins of :func:`ece`. A bin with one example
+    can decide it, so bins of equal mass are steadier.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: How many bins.
-      cut: "width" or "mass", as in :func:`ece`.
+      num_bins: The number of bins.
+      cut: The kind of bins, "width" or "mass", as in :func:`ece`.
 
     Returns:
       The error, not in percent.
@@ -102,16 +103,16 @@ def debiased_ece(
       \sqrt{\max\Bigl(0, \sum_b \frac{n_b}{N} \Bigl[(acc_b - conf_b)^2
       - \frac{acc_b (1 - acc_b)}{n_b - 1}\Bigr]\Bigr)}
 
-    The subtracted term is what the labels' chance adds to the square in expectation, so
-    that the sum under the root is unbiased for the binned error, and 0 is the value of
-    a calibrated model of any N. A bin of one example counts nothing. It is an l2 error:
-    no smaller than the l1 error of the same bins, which is what :func:`ece` estimates.
+    The randomness of the labels adds the subtracted term to the square in expectation.
+    So the sum under the root is unbiased for the binned error, and a calibrated model
+    has 0 for any N. A bin with one example does not count. This is an l2 error, which
+    is no smaller than the l1 error of the same bins that :func:`ece` estimates.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: How many bins.
-      cut: "mass" as in the source, or "width", as in :func:`ece`.
+      num_bins: The number of bins.
+      cut: The kind of bins: "mass" as in the source, or "width", as in :func:`ece`.
 
     Returns:
       The error, not in percent.
@@ -138,10 +139,10 @@ def sce(probs: Array, labels: Array, num_bins: int = NUM_BINS) -> float:
       \lvert \overline{p_c} - f_c \rvert_b
 
     over the bins (lo, hi] of equal width of p[:, c], with f_c the frequency of class c.
-    A probability of exactly 0 lies in no bin, as in pytorch-ensembles. Of many classes
-    most probabilities are near 0, and the value is small: compare sets of the same C
-    alone. Kull et al. (2019) divide by N alone and average over classes: the same
-    number.
+    A probability of exactly 0 lies in no bin, as in pytorch-ensembles. With many
+    classes most probabilities are near 0, and the value is small, so compare only sets
+    with the same C. Kull et al. (2019) divide by N and average over classes, which is
+    the same.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -166,8 +167,8 @@ def sce(probs: Array, labels: Array, num_bins: int = NUM_BINS) -> float:
 def ace(probs: Array, labels: Array, num_bins: int = NUM_BINS) -> float:
     """Adaptive calibration error: :func:`tace` with the threshold 0, 0..1.
 
-    Every class's probabilities above 0, in ascending order, in bins of equal count. Of
-    many classes most bins hold probabilities near 0: hence :func:`tace`.
+    It sorts every class's probabilities above 0 into bins of equal count. With many
+    classes most bins hold probabilities near 0, hence :func:`tace`.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -196,18 +197,18 @@ def tace(
 ) -> float:
     """Thresholded adaptive calibration error, 0..1.
 
-    The sum of :func:`sce`, other bins: of each class, the n probabilities above the
-    threshold, in ascending order, are cut into bins of n // num_bins, the last one
-    taking the rest (all, if n < num_bins). Still divided by N C, so that what the
-    threshold leaves out counts as no error. Equal probabilities keep the order of the
-    examples. The paper's text leaves open whether bins that cannot be equal differ by
-    one or in the last one alone; this is pytorch-ensembles' way.
+    It is the sum of :func:`sce` with other bins: for each class, the n probabilities
+    above the threshold, in ascending order, are cut into bins of n // num_bins, the
+    last one taking the rest (all, if n < num_bins). The sum is still divided by N C, so
+    what the threshold leaves out counts as no error. Equal probabilities keep the order
+    of the examples. The paper does not say whether bins that cannot be equal differ by
+    one or only in the last one; pytorch-ensembles does the latter, as here.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
       num_bins: How many bins a class.
-      threshold: Probabilities up to it, included, are left out.
+      threshold: The probability up to which, inclusive, probabilities are left out.
 
     Returns:
       The error, not in percent.
@@ -226,12 +227,12 @@ def tace(
 
 
 def classwise(p: Predictions, gaps: Sequence[np.ndarray]) -> list[float]:
-    """Classwise calibration errors out of the gaps of classes: their sum over N C."""
+    """Classwise calibration errors from the gaps of classes: their sum over N C."""
     return [float(of_classes.sum() / p.size) for of_classes in gaps]
 
 
 def width_gap(num_bins: int) -> Measure:
-    """What a class adds to :func:`sce`, not yet divided."""
+    """The contribution of a class to :func:`sce`, not yet divided."""
 
     def gap(ranked: Ranked) -> float:
         zeros = np.searchsorted(ranked.ordered, 0.0, side="right")
@@ -242,7 +243,7 @@ def width_gap(num_bins: int) -> Measure:
 
 
 def mass_gap(num_bins: int, threshold: float) -> Measure:
-    """What a class adds to :func:`tace`, not yet divided."""
+    """The contribution of a class to :func:`tace`, not yet divided."""
     if not 0.0 <= threshold < 1.0:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}.")
 
@@ -255,7 +256,7 @@ def mass_gap(num_bins: int, threshold: float) -> Measure:
 
 
 def smooth_ece(probs: Array, labels: Array) -> float:
-    r"""Smooth calibration error of the top class, 0..1: no bins, no parameter.
+    r"""Smooth calibration error of the top class, 0..1, without bins or parameters.
 
     The residuals of the diagram are smoothed by a Gaussian kernel that is reflected at
     0 and 1, and their absolute value is integrated:
@@ -264,10 +265,10 @@ def smooth_ece(probs: Array, labels: Array) -> float:
       smECE_\sigma = \int_0^1 \Bigl\lvert \frac{1}{N} \sum_n
       K_\sigma(t, p_n) (correct_n - p_n) \Bigr\rvert dt.
 
-    The bandwidth is the one that equals the error it gives, smECE_sigma = sigma. Unlike
-    that of binned errors the value is continuous in the predictions. Computed on a grid
-    of 8,192 cells, by the cosine series of the kernel: good to about 1e-4 of its value
-    where that is above 0.002.
+    The bandwidth is the one that equals its error, smECE_sigma = sigma. Unlike binned
+    errors, the value is continuous in the predictions. It is computed on a grid of
+    8,192 cells, by the cosine series of the kernel, to about 1e-4 of its value if that
+    is above 0.002.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.

@@ -1,7 +1,7 @@
-"""What goes into a metric: probabilities and labels, checked once.
+"""The input of a metric: probabilities and labels, checked once.
 
-Nothing here or in the metrics copies the whole set to float64: rows are taken a block
-at a time, columns eight at a time, so that a set may fill a large part of the memory.
+No metric copies the whole set to float64: it takes a block of rows, or eight columns,
+at a time, so that a set may fill a large part of the memory.
 """
 
 import functools
@@ -15,31 +15,31 @@ import numpy as np
 Array = Any
 T = TypeVar("T")
 
-# Softmax in float32 over 1,000 classes is off by 1e-6, in bfloat16 by more: 1e-3 lets
-# the former and what was rounded to three digits pass, and stops what is no
+# Softmax in float32 over 1,000 classes is off by 1e-6, in bfloat16 by more. 1e-3
+# accepts the former and numbers rounded to three digits, and refuses what is not a
 # distribution.
 TOLERANCE = 1e-3
 
 # 2 MiB in float64, so that a block's second pass finds it in a core's cache.
 _BLOCK = 2**18
 _COLUMNS = 8
-# Smaller sets take less time than threads do.
+# Smaller sets take less time than starting threads.
 _THREADED = 2**22
 
 
 class Predictions:
-    """Probabilities and labels that have been checked: what :func:`check` gives.
+    """Checked probabilities and labels, the result of :func:`check`.
 
-    Every metric takes it in the place of `probs`, with its own `labels`, so that many
+    Every metric takes it in place of `probs`, together with its `labels`, so that many
     metrics of one set check it once.
 
     Attributes:
       labels: (N,) integers in 0..C-1.
       shape: (N, C).
-      size: N C.
-      predicted: (N,) the most probable class, the first one of tied ones.
-      confidence: (N,) its probability.
-      log_of_label: (N,) log-probability of the label, -inf at probability 0.
+      size: The number N C.
+      predicted: (N,) most probable classes, the first one among tied ones.
+      confidence: (N,) probabilities of these classes.
+      log_of_label: (N,) log-probabilities of the labels, -inf at probability 0.
     """
 
     def __init__(self, values: np.ndarray, labels: np.ndarray, log_probs: bool):
@@ -58,21 +58,21 @@ class Predictions:
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
-        """(N,) whether the most probable class is the label."""
+        """(N,) bools: whether the most probable class is the label."""
         return self.predicted == self.labels
 
     def rows(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Blocks of rows: which ones, and their probabilities in float64."""
+        """Yields blocks of rows and their probabilities in float64."""
         for rows in self._blocks():
             yield rows, self._probs(self._values[rows].astype(np.float64))
 
     def columns(self) -> Iterator[slice]:
-        """Blocks of classes, for :meth:`of_classes`."""
+        """Yields blocks of classes, for :meth:`of_classes`."""
         for start in range(0, self.shape[1], _COLUMNS):
             yield slice(start, min(start + _COLUMNS, self.shape[1]))
 
     def of_classes(self, classes: slice) -> np.ndarray:
-        """(classes, N) their probabilities in float64, each class contiguous."""
+        """(classes, N) probabilities in float64, each class contiguous."""
         columns = np.array(self._values[:, classes].T, np.float64, order="C")
         return np.minimum(self._probs(columns), 1.0, out=columns)
 
@@ -90,7 +90,7 @@ class Predictions:
         of_label = values[every, self.labels[rows]]
         probs = self._probs(values)
         totals = probs.sum(axis=1)
-        # A sum that is right, of numbers that are not negative, has none above 1.
+        # Numbers that are not negative and sum to 1 are not above 1.
         bad = ~(np.abs(totals - 1.0) <= TOLERANCE) | ~(probs.min(axis=1) >= 0.0)
         if bad.any():
             row = rows.start + int(np.argmax(bad))
@@ -102,22 +102,23 @@ class Predictions:
 
 
 def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Predictions:
-    """Checks predictions and labels, and says what is wrong with them.
+    """Checks predictions and labels.
 
     Args:
       probs: (N, C) probabilities of C >= 2 classes in any floating dtype, or samples
-        (S, N, C), whose mean probability counts. :class:`Predictions` are taken as they
-        are.
+        (S, N, C), whose mean probability counts. :class:`Predictions` are returned
+        unchanged.
       labels: (N,) integers in 0..C-1.
-      log_probs: Whether `probs` are logarithms of probabilities.
+      log_probs: True if `probs` are logarithms of probabilities.
 
     Returns:
-      :class:`Predictions`, to hand to several metrics.
+      :class:`Predictions`, which every metric takes.
 
     Raises:
-      ValueError: Another shape, an empty set, a single class, NaN, negative numbers,
-        rows that do not sum to 1 to within 1e-3 (logits, say), labels out of range.
-      TypeError: Labels that are not integers, predictions that are not numbers.
+      ValueError: The shape is another, the set is empty, there is a single class, NaN
+        or a negative number, rows do not sum to 1 within 1e-3 (logits, for example), or
+        labels are out of range. The message says what is wrong.
+      TypeError: Labels are not integers, or predictions are not numbers.
 
     Example:
       >>> from otmdr_jax import metrics
@@ -128,7 +129,7 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
     if isinstance(probs, Predictions):
         if labels is not probs.labels and not np.array_equal(labels, probs.labels):
             raise ValueError(
-                "checked predictions come with their labels, got others: give "
+                "checked predictions come with their labels, but got others: give "
                 "`p.labels`, or check the predictions with the labels that you mean."
             )
         return probs
@@ -141,7 +142,7 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
 def check_labels(
     labels: Array, values: np.ndarray, shape: tuple[int, ...], name: str
 ) -> np.ndarray:
-    """Checks that labels (N,) are classes of values (N, C); `shape` is what came."""
+    """Checks that labels (N,) are classes of values (N, C); `shape` is the input's."""
     labels = np.asarray(labels)
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ValueError(
@@ -168,7 +169,7 @@ def check_labels(
 
 
 def check_unlabelled(probs: Array) -> Predictions:
-    """The same without labels, for what does not need them."""
+    """Like :func:`check`, for measures that need no labels."""
     if isinstance(probs, Predictions):
         return probs
     count = np.shape(probs)[-2] if np.ndim(probs) >= 2 else 0
@@ -181,9 +182,9 @@ class Ranked(NamedTuple):
     Of equal scores the earlier example comes first: a stable order.
 
     Attributes:
-      scores: (n,) as they came.
-      ordered: (n,) ascending.
-      positive: (n,) whether the example at this place of `scores` is positive.
+      scores: (n,) scores in the order of the examples.
+      ordered: (n,) scores in ascending order.
+      positive: (n,) bools, in the order of `scores`.
       of_positives: Ascending scores of the positives.
     """
 
@@ -193,7 +194,7 @@ class Ranked(NamedTuple):
     of_positives: np.ndarray
 
     def positives_before(self, bounds: np.ndarray) -> np.ndarray:
-        """How many of the first `bound` examples are positive, for each bound."""
+        """The number of positives among the first `bound` examples, for each bound."""
         found = []
         for bound in bounds:
             if bound >= len(self.ordered):
@@ -201,7 +202,7 @@ class Ranked(NamedTuple):
                 continue
             score = self.ordered[bound]
             before = int(np.searchsorted(self.of_positives, score))
-            # Where equal scores stand on both sides of the bound, their order counts.
+            # If equal scores are on both sides of the bound, their order matters.
             ties = int(bound - np.searchsorted(self.ordered, score))
             if ties:
                 first = np.flatnonzero(self.scores == score)[:ties]
@@ -210,7 +211,7 @@ class Ranked(NamedTuple):
         return np.array(found, int)
 
 
-# What is measured of a class.
+# A measure of a class.
 Measure = Callable[[Ranked], Any]
 
 
@@ -220,13 +221,13 @@ def rank(scores: np.ndarray, positive: np.ndarray) -> Ranked:
 
 
 def per_class(p: Predictions, *measures: Measure) -> list[np.ndarray]:
-    """Measures of each class: its probabilities ranked, its examples as positives.
+    """Measures each class, with its probabilities ranked and its examples as positives.
 
     One sort of a class serves all measures.
 
     Args:
       p: Checked predictions.
-      *measures: Functions of a class's :class:`Ranked`, to a number or several.
+      *measures: Functions from a class's :class:`Ranked` to one or several numbers.
 
     Returns:
       For each measure an array with a leading axis of classes.
@@ -246,10 +247,10 @@ def per_class(p: Predictions, *measures: Measure) -> list[np.ndarray]:
 
 
 def parallel(function: Callable[[Any], T], items: Iterable[Any], size: int) -> list[T]:
-    """`map`, over two threads where there is enough to do.
+    """`map`, in two threads if there is enough to do.
 
-    NumPy's loops let go of the GIL. Two threads, not all cores: each holds a block, and
-    memory is what they would wait for.
+    NumPy's loops release the GIL. More threads would wait for memory, since each holds
+    a block.
     """
     if size < _THREADED or (os.cpu_count() or 1) < 2:
         return [function(item) for item in items]

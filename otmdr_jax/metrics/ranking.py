@@ -1,4 +1,4 @@
-"""Ranking by confidence: whether a model knows what it gets wrong."""
+"""Ranking by confidence: does a model know which predictions are wrong?"""
 
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from otmdr_jax.metrics.predictions import (
 )
 from otmdr_jax.metrics.uncertainty import entropy, mutual_information
 
-# The field's figures of AAC are of ten.
+# Published values of AAC use ten.
 NUM_STEPS = 10
 
 Score = Literal["confidence", "entropy", "mutual_information"]
@@ -29,28 +29,28 @@ Score = Literal["confidence", "entropy", "mutual_information"]
 def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
     r"""Area above the accuracy-confidence curve, about 0.1 (all right) to 1.
 
-    Examples in ascending order of top confidence; a_j is the accuracy of those from
-    index i_j on, for i_j = 1, 1 + step, 1 + 2 step, ... < N with step = N // num_steps.
-    Then
+    Examples are in ascending order of top confidence, and a_j is the accuracy of those
+    from index i_j on, for i_j = 1, 1 + step, 1 + 2 step, ... < N with step = N //
+    num_steps. Then
 
     .. math:: AAC = 1 - T / \text{num\_steps},\quad
       T = \sum_j \frac{a_j + a_{j+1}}{2}.
 
-    The definition of the field's `acc_aac`, kept to the letter for comparison: T joins
-    num_steps points, so that it has one interval less, and a model that is always right
-    1 / num_steps, or less where num_steps does not divide N. pytorch-ensembles' own
-    default is 1,000 steps. :func:`aurc` is the same idea without the quirks.
+    This is exactly the definition of the usual `acc_aac`, so that values compare. T
+    joins num_steps points, one interval less, so a model that is always right has 1 /
+    num_steps, or less if num_steps does not divide N. pytorch-ensembles' own default is
+    1,000 steps. :func:`aurc` is the same idea without these quirks.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_steps: Points of the curve.
+      num_steps: The number of points of the curve.
 
     Returns:
       The area.
 
     Raises:
-      ValueError: Fewer than num_steps examples.
+      ValueError: There are fewer than num_steps examples.
 
     Reference: Ashukha et al., `Pitfalls of In-Domain Uncertainty Estimation and
     Ensembling in Deep Learning <https://arxiv.org/abs/2002.06470>`_, ICLR 2020 (code).
@@ -75,11 +75,11 @@ def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
 
 
 class RiskCoverage(NamedTuple):
-    """A risk-coverage curve, one entry for each number of examples that are kept.
+    """A risk-coverage curve, with one entry for each number of examples kept.
 
     Attributes:
-      coverage: (N,) fraction of examples that are kept, the most confident ones first.
-      risk: (N,) fraction of those that are wrong.
+      coverage: (N,) fractions of examples kept, the most confident ones first.
+      risk: (N,) fractions of these that are wrong.
     """
 
     coverage: np.ndarray
@@ -90,7 +90,7 @@ def risk_coverage(probs: Array, labels: Array) -> RiskCoverage:
     """The error of the k most confident examples, for k = 1, ..., N.
 
     Errors among equally confident examples are spread evenly over them, which is the
-    mean over all their orders: the curve does not depend on the order of the set.
+    mean over all their orders. So the curve does not depend on the order of the set.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -118,9 +118,9 @@ def risk_coverage(probs: Array, labels: Array) -> RiskCoverage:
 def aurc(probs: Array, labels: Array) -> float:
     """Area under the risk-coverage curve, 0..1: the mean risk over all coverages.
 
-    1/N sum_k risk_k over :func:`risk_coverage`. It depends on the accuracy too: with
-    error rate e the best order has about e + (1 - e) log(1 - e). Others integrate by
-    trapezoids or over thresholds; some papers multiply by 1,000.
+    It is 1/N sum_k risk_k over :func:`risk_coverage`. It depends on the accuracy too:
+    with error rate e the best order has about e + (1 - e) log(1 - e). Others integrate
+    by trapezoids or over thresholds; some papers multiply by 1,000.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -143,9 +143,9 @@ def aurc(probs: Array, labels: Array) -> float:
 def misclassification_auroc(probs: Array, labels: Array) -> float:
     """AUROC of top confidence in telling right from wrong predictions, 0..1.
 
-    The probability that a right prediction has more confidence than a wrong one, ties
-    counting half; 0.5 is chance. Models of other accuracy have other right and wrong
-    examples: compare AURC too.
+    It is the probability that a right prediction has more confidence than a wrong one,
+    ties counting half; 0.5 is chance. Models of different accuracy have different right
+    and wrong examples, so compare AURC too.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -171,10 +171,10 @@ def misclassification_auroc(probs: Array, labels: Array) -> float:
 def misclassification_aupr(probs: Array, labels: Array) -> float:
     """Average precision of finding wrong predictions by low confidence, 0..1.
 
-    sum_i (R_i - R_{i-1}) P_i over thresholds, wrong predictions being the positives
-    (AUPR-error): chance is the error rate, so that values of models of other accuracy
-    do not compare. Others take right predictions as positives (AUPR-success, near 1),
-    or join the points by trapezoids, which is too high.
+    It is sum_i (R_i - R_{i-1}) P_i over thresholds, with wrong predictions as positives
+    (AUPR-error). Chance is the error rate, so models of different accuracy cannot be
+    compared. Others take right predictions as positives (AUPR-success, near 1), or join
+    the points by trapezoids, which is too high.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -201,12 +201,12 @@ def misclassification_aupr(probs: Array, labels: Array) -> float:
 
 
 def misclassification_fpr95(probs: Array, labels: Array) -> float:
-    """The fraction of errors that pass where 95 % of right predictions do, 0..1.
+    """The fraction of errors that pass if 95 % of right predictions do, 0..1.
 
     The threshold is the highest confidence that at least 95 % of right predictions
-    reach; what is counted are wrong predictions that reach it too. 0.95 is chance.
-    Right ones are the positives, as in most papers; where errors are, the number is
-    another.
+    reach; the result is the share of wrong predictions that reach it too. 0.95 is
+    chance. Right predictions are the positives, as in most papers; with errors as
+    positives the number is another.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -233,9 +233,10 @@ def misclassification_fpr95(probs: Array, labels: Array) -> float:
 def ovr_auroc(probs: Array, labels: Array) -> float:
     """One-vs-rest AUROC: the mean over classes of p[:, c] as a score of class c, 0..1.
 
-    A plain mean (scikit-learn's `multi_class="ovr", average="macro"`) over the classes
-    that have examples; one without has no AUROC. It does not see calibration, nor, for
-    C > 2, whether the classes' scores compare with one another.
+    It is the plain mean (scikit-learn's `multi_class="ovr", average="macro"`) over the
+    classes with examples, since a class without examples has no AUROC. It depends
+    neither on calibration nor, for C > 2, on how the scores of different classes
+    compare.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -265,7 +266,7 @@ def ovr_auroc(probs: Array, labels: Array) -> float:
 
 
 def auroc_of_class(ranked: Ranked) -> float:
-    """The AUROC of a class against the rest, NaN where one of them has no examples."""
+    """The AUROC of a class against the rest; NaN if one of them has no examples."""
     both = 0 < len(ranked.of_positives) < len(ranked.ordered)
     return auroc_of_ranked(ranked) if both else float("nan")
 
@@ -273,14 +274,14 @@ def auroc_of_class(ranked: Ranked) -> float:
 def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> float:
     """AUROC of telling out-of-distribution examples from others, 0..1.
 
-    The probability that an OOD example is more uncertain, ties counting half; 0.5 is
-    chance. It is the same whichever set is called positive.
+    It is the probability that an OOD example is more uncertain, ties counting half; 0.5
+    is chance. It does not matter which set is called positive.
 
     Args:
       probs: (N, C) probabilities on the test set, or samples (S, N, C).
       ood_probs: (M, C) probabilities on the other set, or samples (S, M, C).
-      score: "confidence" (low is uncertain), "entropy", or "mutual_information", which
-        needs samples.
+      score: The measure of uncertainty: "confidence" (low is uncertain), "entropy", or
+        "mutual_information", which needs samples.
 
     Returns:
       The area.
@@ -306,7 +307,7 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
 
 
 def _right_and_wrong(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences, and which predictions are right; there must be both kinds."""
+    """Confidences and which predictions are right; some must be right, some wrong."""
     p = check(probs, labels)
     right = int(np.count_nonzero(p.correct))
     if right in (0, p.shape[0]):

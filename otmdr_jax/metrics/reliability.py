@@ -1,6 +1,6 @@
 """Bins of a reliability diagram: their bounds in sorted order, and their sums.
 
-Every calibration error with bins is a sum over sections of sorted scores: of sum p
+Every binned calibration error is a sum over sections of sorted scores: the sum of p
 minus the number of positives. They differ in what is sorted and where it is cut.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from otmdr_jax.metrics.predictions import Array, Predictions, Ranked, check, rank
 
-# Nguyen et al., 2023, appendix B.2, and the field's usual choice.
+# Nguyen et al., 2023, appendix B.2, and the usual choice.
 NUM_BINS = 15
 
 Cut = Literal["width", "mass"]
@@ -21,9 +21,9 @@ class Reliability(NamedTuple):
 
     Attributes:
       edges: (bins + 1,) the bins' edges on [0, 1]; bin i is (edges[i], edges[i + 1]].
-      counts: (bins,) number of examples.
-      confidence: (bins,) mean top confidence, NaN where a bin is empty.
-      accuracy: (bins,) fraction that is right, NaN where a bin is empty.
+      counts: (bins,) numbers of examples.
+      confidence: (bins,) means of the top confidence, NaN for empty bins.
+      accuracy: (bins,) fractions of right predictions, NaN for empty bins.
     """
 
     edges: np.ndarray
@@ -33,7 +33,7 @@ class Reliability(NamedTuple):
 
 
 class BinSums(NamedTuple):
-    """Sections of sorted scores: how many, their sum, the positives among them."""
+    """Sections of sorted scores: their sizes, sums and numbers of positives."""
 
     counts: np.ndarray
     scores: np.ndarray
@@ -65,16 +65,18 @@ def reliability(
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: How many bins.
-      cut: "width": bins (lo, hi] of equal width on [0, 1]. "mass": bins of N //
-        num_bins examples in the order of confidence, the last one taking the rest.
+      num_bins: The number of bins.
+      cut: The kind of bins. "width": bins (lo, hi] of equal width on [0, 1]. "mass":
+        bins of N // num_bins examples in the order of confidence, the last one taking
+        the rest.
 
     Returns:
       :class:`Reliability`; with "mass" the edges are 0, the highest confidence of each
       bin but the last, and 1.
 
     Raises:
-      ValueError: Bad input (see :func:`check`), fewer than one bin, an unknown cut.
+      ValueError: The input is bad (see :func:`check`), there is less than one bin, or
+        the cut is unknown.
 
     Reference: DeGroot & Fienberg, `The Comparison and Evaluation of Forecasters
     <https://doi.org/10.2307/2987588>`_, 1983.
@@ -95,14 +97,14 @@ def reliability(
 
 
 def diagram(edges: np.ndarray, bins: BinSums) -> Reliability:
-    """A reliability diagram of the sums of its bins."""
+    """Makes a reliability diagram from the sums of its bins."""
     with np.errstate(invalid="ignore"):
         confidence, accuracy = bins.scores / bins.counts, bins.positives / bins.counts
     return Reliability(edges, bins.counts, confidence, accuracy)
 
 
 def top_bins(p: Predictions, num_bins: int, cut: str) -> tuple[Ranked, np.ndarray]:
-    """The top class's confidence in order, and where its bins begin and end."""
+    """The sorted confidence of the top class, and the bounds of its bins."""
     cuts = {"width": width_bounds, "mass": mass_bounds}
     if cut not in cuts:
         raise ValueError(f"cut must be one of {', '.join(cuts)}, got {cut!r}.")
@@ -128,7 +130,7 @@ def mass_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
 
 
 def bin_sums(ranked: Ranked, bounds: np.ndarray) -> BinSums:
-    """What lies between neighbouring bounds."""
+    """Sums up the scores between neighbouring bounds."""
     pairs = zip(bounds[:-1], bounds[1:], strict=True)
     sums = np.array([ranked.ordered[a:b].sum() for a, b in pairs])
     return BinSums(np.diff(bounds), sums, np.diff(ranked.positives_before(bounds)))

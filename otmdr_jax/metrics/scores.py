@@ -1,4 +1,4 @@
-"""Accuracy and proper scores: how right, and how well the probabilities foretell it."""
+"""Accuracy and proper scores of probabilities."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, bin_sums, width_bou
 def accuracy(probs: Array, labels: Array) -> float:
     """The fraction of examples whose most probable class is the label, 0..1.
 
-    Of tied classes the first one counts.
+    Among tied classes the first one counts.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -32,13 +32,14 @@ def top_k_accuracy(probs: Array, labels: Array, k: int = 5) -> float:
     """The fraction of examples whose label is among the k most probable classes, 0..1.
 
     A label counts if fewer than k classes come before it: more probable ones, and tied
-    ones of a lower number. With k = 1 this is :func:`accuracy`, and with C = k it is 1.
-    (scikit-learn's `top_k_accuracy_score` prefers the higher number of tied classes.)
+    ones with a lower number. With k = 1 this is :func:`accuracy`, with k = C it is 1.
+    (scikit-learn's `top_k_accuracy_score` prefers the higher number among tied
+    classes.)
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      k: How many classes count; ImageNet's five.
+      k: The number of classes that count; 5 as for ImageNet.
 
     Returns:
       The accuracy, not in percent.
@@ -70,18 +71,18 @@ def top_k_accuracy(probs: Array, labels: Array, k: int = 5) -> float:
 def nll(probs: Array, labels: Array, *, log_probs: bool = False) -> float:
     """Negative log-likelihood in nats: -mean log p[y], from 0 to infinity.
 
-    Infinite if a label has probability 0. A probability that underflowed is such a 0:
-    with `log_probs` the logarithms of a model are taken as they are, which is exact.
-    Others add 1e-12 inside the logarithm (pytorch-ensembles) or clip probabilities
-    (scikit-learn), so that one impossible label costs at most 28 or 36 nats.
+    It is infinite if a label has probability 0, even by underflow. With `log_probs` the
+    logarithms of a model are used as they are, which is exact. Others add 1e-12 inside
+    the logarithm (pytorch-ensembles) or clip probabilities (scikit-learn), so that one
+    impossible label costs at most 28 or 36 nats.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      log_probs: Whether `probs` are logarithms of probabilities.
+      log_probs: True if `probs` are logarithms of probabilities.
 
     Returns:
-      The mean over examples, in nats: divide by log 2 for bits.
+      The mean over examples, in nats; divide by log 2 for bits.
 
     Example:
       >>> import numpy as np
@@ -91,14 +92,14 @@ def nll(probs: Array, labels: Array, *, log_probs: bool = False) -> float:
       >>> metrics.nll([[0.0, -2000.0]], [1], log_probs=True)
       2000.0
     """
-    # Zero less the mean: a sure and right model has 0.0, not -0.0.
+    # Zero minus the mean, so that a sure and right model has 0.0, not -0.0.
     return float(0.0 - np.mean(check(probs, labels, log_probs=log_probs).log_of_label))
 
 
 def brier(probs: Array, labels: Array) -> float:
-    """The Brier score as its author gave it: mean_n sum_c (p - onehot)^2, 0..2.
+    """The Brier score in its author's form: mean_n sum_c (p - onehot)^2, 0..2.
 
-    Others divide by the number of classes or by 2, or keep the top class alone.
+    Others divide by the number of classes or by 2, or take only the top class.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
@@ -127,10 +128,11 @@ class BrierParts(NamedTuple):
     """brier = reliability - resolution + uncertainty + within_bins, exactly.
 
     Attributes:
-      reliability: Squared gap of mean probability to frequency, 0..2: less is better.
-      resolution: How far the bins' frequencies lie from the base rate: more is better.
-      uncertainty: sum_c base_c (1 - base_c), of the labels alone.
-      within_bins: What forecasts that differ within a bin add; 0 if they do not.
+      reliability: Squared gap of mean probability and frequency, 0..2; less is better.
+      resolution: Squared distance of the bins' frequencies from the base rate; more is
+        better.
+      uncertainty: sum_c base_c (1 - base_c), which depends only on the labels.
+      within_bins: The contribution of forecasts that differ within a bin.
     """
 
     reliability: float
@@ -150,14 +152,15 @@ def brier_parts(probs: Array, labels: Array, num_bins: int = NUM_BINS) -> BrierP
       RES = \sum_{c,b} \frac{n_{cb}}{N} (f_{cb} - \bar f_c)^2,\quad
       UNC = \sum_c \bar f_c (1 - \bar f_c).
 
-    Murphy's three parts make up the score where all forecasts of a bin are equal. The
-    rest, the variance of forecasts in their bins less twice their covariance with the
-    labels, is the fourth; most implementations leave it out and do not add up.
+    Murphy's three parts add up to the score if all forecasts of a bin are equal. The
+    rest, the variance of forecasts in their bins minus twice their covariance with the
+    labels, is the fourth part; most implementations leave it out and do not add up.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: Bins of equal width a class; those of the calibration error.
+      num_bins: The number of bins of equal width for each class, as in the calibration
+        error.
 
     Returns:
       :class:`BrierParts`.
@@ -177,7 +180,7 @@ def brier_parts(probs: Array, labels: Array, num_bins: int = NUM_BINS) -> BrierP
 
 
 def parts_of_class(num_bins: int) -> Measure:
-    """What a class adds to reliability, resolution and uncertainty."""
+    """The contribution of a class to reliability, resolution and uncertainty."""
 
     def parts(ranked: Ranked) -> tuple[float, float, float]:
         return parts_of_bins(bin_sums(ranked, width_bounds(ranked.ordered, num_bins)))
@@ -186,7 +189,7 @@ def parts_of_class(num_bins: int) -> Measure:
 
 
 def parts_of_bins(bins: BinSums) -> tuple[float, float, float]:
-    """The same of the bins of a class, in which every example lies."""
+    """The same from the bins of a class, which hold every example."""
     count = bins.counts.sum()
     n = np.maximum(bins.counts, 1)
     mean, frequency = bins.scores / n, bins.positives / n
@@ -198,7 +201,7 @@ def parts_of_bins(bins: BinSums) -> tuple[float, float, float]:
 
 
 def join_parts(parts: np.ndarray, score: float) -> BrierParts:
-    """(C, 3) parts of classes and the Brier score that they are parts of."""
+    """Joins (C, 3) parts of classes with the Brier score that they are parts of."""
     reliability, resolution, uncertainty = map(float, parts.sum(axis=0))
     within = score - (reliability - resolution + uncertainty)
     return BrierParts(reliability, resolution, uncertainty, within)

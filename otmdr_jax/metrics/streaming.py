@@ -1,6 +1,6 @@
-"""Metrics accumulated batch by batch on the device, whatever the batches.
+"""Metrics accumulated batch by batch on the device, the same for any batches.
 
-A state of counts and sums that is updated in a compiled step, merged between devices or
+A state of counts and sums is updated in a compiled step, merged between devices or
 hosts, and turned into metrics at the end:
 
     state = streaming.init(num_classes=10)
@@ -9,16 +9,16 @@ hosts, and turned into metrics at the end:
     streaming.compute(state)
 
 Counts are integers and exact up to 2^31. Sums are pairs of numbers, of which the second
-holds what the first has lost to rounding, so that 48 bits are kept in float32: how a
-set is cut into batches changes a metric by less than 1e-12 of its value. Errors with
-bins, of float32 probabilities, are then those of :mod:`otmdr_jax.metrics` to as much;
-NLL, Brier score and entropy are sums of terms that have float32's own rounding, about
-1e-7 each. Probabilities below 1.2e-38 count as 0, since XLA flushes subnormal numbers;
-`log_probs=True` knows no such limit.
+holds what the first lost to rounding, so that float32 keeps 48 bits. The cut into
+batches changes a metric by less than 1e-12 of its value. Binned errors of float32
+probabilities agree with :mod:`otmdr_jax.metrics` to the same precision; the terms of
+NLL, Brier score and entropy have float32's own rounding, about 1e-7 each. Probabilities
+below 1.2e-38 count as 0, since XLA flushes subnormal numbers; `log_probs=True` has no
+such limit.
 
-What depends on ranks among the whole set has no such state: AUROC and average
-precision, AAC and AURC, bins of equal mass, the smooth error. For those keep the
-predictions, as training runs do: 40 MB for 1,000,000 examples of 10 classes.
+Metrics that depend on ranks in the whole set have no such state: AUROC and average
+precision, AAC and AURC, bins of equal mass, the smooth error. Keep the predictions for
+those, as training runs do: 40 MB for 1,000,000 examples of 10 classes.
 """
 
 import functools
@@ -44,23 +44,24 @@ class Sum(NamedTuple):
 
 
 class State(NamedTuple):
-    """What has been seen: see :func:`init`.
+    """The counts and sums of the examples so far, from :func:`init`.
 
     Attributes:
-      seen: Examples.
-      invalid: Examples that are no distribution or whose label is no class.
-      correct: Those whose most probable class is the label.
-      top5: Those whose label is among the five most probable classes.
-      impossible: Those whose label has probability 0.
+      seen: The number of examples.
+      invalid: The number that are not distributions or have no valid label.
+      correct: The number whose most probable class is the label.
+      top5: The number whose label is among the five most probable classes.
+      impossible: The number whose label has probability 0.
       nll: Sum of -log p[y] over the others.
       brier: Sum of Brier scores.
       entropy: Sum of entropies.
       within: Sum of the mean entropies of samples.
-      bin_counts: (bins, C + 1) examples by the probability of each class, and by the
-        top one.
+      bin_counts: (bins, C + 1) numbers of examples by the probability of each class,
+        and by the top one.
       bin_scores: (bins, C + 1) sums of those probabilities.
-      bin_positives: (bins, C + 1) how many of them are of the class, or right.
-      at_zero: (C + 1,) how many of those have a probability of exactly 0.
+      bin_positives: (bins, C + 1) numbers of these examples that are of the class, or
+        right.
+      at_zero: (C + 1,) numbers of the latter with a probability of exactly 0.
     """
 
     seen: jax.Array
@@ -79,17 +80,17 @@ class State(NamedTuple):
 
 
 def init(num_classes: int, num_bins: int = NUM_BINS) -> State:
-    """A state of nothing seen.
+    """Makes an empty state.
 
     Args:
-      num_classes: C.
-      num_bins: Bins of all calibration errors.
+      num_classes: C, the number of classes.
+      num_bins: The number of bins of all calibration errors.
 
     Returns:
-      A pytree of arrays, to be carried, donated, sharded or saved.
+      A pytree of arrays, which can be carried, donated, sharded or saved.
 
     Raises:
-      ValueError: Fewer than two classes or one bin.
+      ValueError: There are fewer than two classes or one bin.
 
     Example:
       >>> from otmdr_jax.metrics import streaming
@@ -141,16 +142,16 @@ def update(
     """Adds a batch.
 
     Args:
-      state: What has been seen before.
+      state: The state so far.
       probs: (B, C) probabilities in any floating dtype, or samples (S, B, C), whose
         mean counts.
       labels: (B,) integers in 0..C-1.
-      mask: (B,) bools: which rows count. Others may hold anything.
-      log_probs: Whether `probs` are logarithms of probabilities.
+      mask: (B,) bools, True for rows that count. Others may hold anything.
+      log_probs: True if `probs` are logarithms of probabilities.
 
     Returns:
-      The state with the batch in it. Rows that are no distribution, and labels that are
-      no class, are counted, and :func:`compute` raises an error.
+      The state with the batch in it. Rows that are not distributions and labels that
+      are not classes are counted, and :func:`compute` raises an error.
     """
     columns = state.bin_counts.shape[1]
     values, labels = jnp.asarray(probs), jnp.asarray(labels)
@@ -214,7 +215,7 @@ def _update(log_probs, state, values, labels, mask):
 
 
 def merge(one: State, other: State) -> State:
-    """The state of both: of several devices, hosts or parts of a set, in any order."""
+    """Joins the states of devices, hosts or parts of a set, in any order."""
 
     def add(a, b):
         return _add(a, b) if isinstance(a, Sum) else a + b
@@ -223,19 +224,19 @@ def merge(one: State, other: State) -> State:
 
 
 def compute(state: State) -> dict[str, float]:
-    """The metrics, in float64 on the host, by the names of `metrics.summary`.
+    """Computes the metrics in float64 on the host, by the names of `metrics.summary`.
 
     Args:
-      state: What has been seen.
+      state: The state.
 
     Returns:
       accuracy, top5_accuracy, nll, brier and its three parts, ece, mce, sce, entropy,
-      mutual_information (0 of predictions that are no samples); debiased_ece_width, as
-      `metrics.debiased_ece(cut="width")`, since bins of equal mass need ranks.
+      mutual_information (0 unless predictions are samples); debiased_ece_width, which
+      is `metrics.debiased_ece(cut="width")`, since bins of equal mass need ranks.
 
     Raises:
-      ValueError: Nothing has been seen, or rows that are no distributions, or labels
-        that are no classes.
+      ValueError: The state is empty, or some rows are not distributions, or some labels
+        are not classes.
     """
     seen = jax.tree.map(np.asarray, state)
     count = int(seen.seen)
@@ -276,13 +277,13 @@ def compute(state: State) -> dict[str, float]:
 
 
 def reliability(state: State) -> Reliability:
-    """The reliability diagram of the top class: see `metrics.reliability`."""
+    """The reliability diagram of the top class, as `metrics.reliability`."""
     top = _bins(jax.tree.map(np.asarray, state))[-1]
     return diagram(np.linspace(0.0, 1.0, len(top.counts) + 1), top)
 
 
 def _bins(seen: State) -> list[BinSums]:
-    """Of each class, and of the top one at last."""
+    """The bins of each class, and last those of the top one."""
     scores = np.asarray(_pair(seen.bin_scores))
     columns = zip(seen.bin_counts.T, scores.T, seen.bin_positives.T, strict=True)
     return [BinSums(*column) for column in columns]
@@ -311,7 +312,7 @@ def _entropy(p: jax.Array) -> jax.Array:
 
 
 def _valid(p: jax.Array, labels: jax.Array) -> jax.Array:
-    """(B,) which rows are distributions whose label is a class."""
+    """(B,) bools, True for rows that are distributions with a valid label."""
     sums_to_one = jnp.abs(jnp.sum(p, axis=1) - 1.0) <= TOLERANCE  # not of NaN
     distributions = sums_to_one & (jnp.min(p, axis=1) >= 0.0)
     return distributions & (labels >= 0) & (labels < p.shape[1])
@@ -320,7 +321,7 @@ def _valid(p: jax.Array, labels: jax.Array) -> jax.Array:
 def _binned(
     scores: jax.Array, hits: jax.Array, counts: jax.Array, num_bins: int
 ) -> tuple[jax.Array, Sum, jax.Array]:
-    """(bins, C + 1) numbers, sums and hits of the scores of rows that count."""
+    """(bins, C + 1) numbers, sums and hits of the scores in rows that count."""
     edges = _edges(num_bins, scores.dtype)
     index = jnp.maximum(jnp.searchsorted(edges, scores, side="left") - 1, 0)
     index = jnp.where(counts[:, None], index, -1)
@@ -337,7 +338,7 @@ def _binned(
 
 
 def _edges(num_bins: int, dtype: Any) -> jax.Array:
-    """The bins' edges, so that p > edge in this dtype exactly if it is in float64."""
+    """The bins' edges: p > edge holds in this dtype exactly if it does in float64."""
     exact = np.linspace(0.0, 1.0, num_bins + 1)
     edges = exact.astype(dtype)
     above = edges.astype(np.float64) > exact
@@ -355,7 +356,7 @@ def _add(a: Sum, b: Sum) -> Sum:
 
 
 def _total(terms: jax.Array) -> Sum:
-    """The compensated sum over the first axis, by halves."""
+    """The compensated sum over the first axis, adding halves."""
     found = Sum(terms, jnp.zeros_like(terms))
     while (size := len(found.high)) > 1:
         half = size // 2

@@ -33,21 +33,21 @@ from otmdr_jax.metrics.scores import (
 )
 from otmdr_jax.metrics.uncertainty import entropy, mutual_information
 
-# What `evaluate` gives.
+# The names that `evaluate` returns.
 NAMES = ("accuracy", "nll", "brier", "ece")
 
 
 def evaluate(log_probs: Array, labels: Array, num_bins: int = NUM_BINS) -> dict:
-    """The metrics that a training run logs, of log-probabilities.
+    """The metrics that a training run logs, from log-probabilities.
 
-    It takes logarithms, unlike the functions of single metrics, since a model has them
+    Unlike the functions of single metrics it takes logarithms, since a model has them
     and a probability that underflows makes the NLL infinite.
 
     Args:
       log_probs: (N, C) log-probabilities, or samples (S, N, C), whose mean probability
         counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: Bins of the calibration error.
+      num_bins: The number of bins of the calibration error.
 
     Returns:
       A dictionary of floats: accuracy, nll, brier, ece.
@@ -71,21 +71,21 @@ def evaluate(log_probs: Array, labels: Array, num_bins: int = NUM_BINS) -> dict:
 def summary(
     probs: Array, labels: Array, num_bins: int = NUM_BINS, *, log_probs: bool = False
 ) -> dict[str, float]:
-    """Every metric of one set that is a number, by name.
+    """All metrics of one set that are numbers, by name.
 
-    What is not defined is NaN: the three of misclassification where all predictions are
-    right or all wrong, the one-vs-rest AUROC of labels of one class, AAC of fewer than
-    ten examples. The functions themselves raise an error there.
+    A metric that is not defined is NaN: those of misclassification if all predictions
+    are right or all wrong, the one-vs-rest AUROC if all labels are one class, AAC of
+    fewer than ten examples. The functions themselves raise an error there.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.
       labels: (N,) integers in 0..C-1.
-      num_bins: Bins of all calibration errors.
-      log_probs: Whether `probs` are logarithms of probabilities.
+      num_bins: The number of bins of all calibration errors.
+      log_probs: True if `probs` are logarithms of probabilities.
 
     Returns:
-      A dictionary of floats in a fixed order. `top5_accuracy` is 1 with five classes or
-      fewer; `mutual_information` is there with samples alone.
+      A dictionary of floats in a fixed order. `top5_accuracy` is 1 for up to five
+      classes; `mutual_information` is there only for samples.
 
     Example:
       >>> from otmdr_jax import metrics

@@ -1,4 +1,4 @@
-"""Uncertainty of each prediction: its entropy, and what samples disagree about."""
+"""The uncertainty of each prediction: entropy and mutual information."""
 
 import numpy as np
 
@@ -8,14 +8,14 @@ from otmdr_jax.metrics.predictions import Array, check_unlabelled
 def entropy(probs: Array) -> np.ndarray:
     """Entropy of each prediction in nats: -sum_c p log p, 0..log C.
 
-    With 0 log 0 = 0. Of samples it is that of their mean probability: the total
-    uncertainty. Some divide by log C.
+    0 log 0 counts as 0. For samples it is the entropy of their mean probability, the
+    total uncertainty. Some divide by log C.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C).
 
     Returns:
-      (N,) entropies; their mean is what tables show.
+      (N,) entropies; tables show their mean.
 
     Reference: Shannon, 1948.
 
@@ -35,14 +35,14 @@ def entropy(probs: Array) -> np.ndarray:
 
 
 def mutual_information(samples: Array) -> np.ndarray:
-    r"""What each example's samples disagree about, in nats, 0..log min(S, C).
+    r"""The disagreement of each example's samples, in nats, 0..log min(S, C).
 
     .. math:: I = H\Bigl[\frac{1}{S} \sum_s p_s\Bigr] - \frac{1}{S} \sum_s H[p_s]
 
-    of members of an ensemble, or of particles or weights drawn from a posterior: the
-    part of the entropy that is due to not knowing the model (epistemic; BALD). The
-    rest, the mean entropy, is due to the data. With M members it is the Jensen-Shannon
-    divergence.
+    for members of an ensemble, or for particles or weights drawn from a posterior. It
+    is the part of the entropy that comes from not knowing the model (epistemic; BALD).
+    The rest, the mean entropy, comes from the data. With M members it is the
+    Jensen-Shannon divergence.
 
     Args:
       samples: (S, N, C) probabilities.
@@ -51,7 +51,7 @@ def mutual_information(samples: Array) -> np.ndarray:
       (N,) mutual informations.
 
     Raises:
-      ValueError: No axis of samples.
+      ValueError: There is no axis of samples.
 
     Reference: Houlsby et al., `Bayesian Active Learning for Classification and
     Preference Learning <https://arxiv.org/abs/1112.5745>`_, 2011; Depeweg et al., ICML

@@ -98,45 +98,46 @@ def create(
     """Creates a model by name; allocates nothing until `Model.init`.
 
     Args:
-      name: one of `names()`, `wide_resnet_<depth>_<width>` with depth = 6n + 4, or
-        `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2.
-      num_classes: the number of logits, at least 2.
-      dtype: of convolutions and activations. `jnp.bfloat16` halves their memory and
-        uses the matrix units of GPUs and TPUs; BatchNorm, the pooled features and the
-        logits stay in float32, where rounding would cost accuracy and calibration.
-      param_dtype: of the parameters. Keep float32 for training: an update of a
-        thousandth of a weight is lost in bfloat16.
-      batchnorm_axis_name: a mapped axis (of `pmap`, `shard_map` or `vmap`) to share
-        BatchNorm's batch statistics over; None keeps them per device.
-      remat: recompute each block's activations in the backward pass instead of keeping
-        them: each block, each layer of a dense network, or each convolution with its
-        BatchNorm and ReLU in `cnn_small`. Parameters, outputs, gradients and statistics
-        are the same (to rounding); a gradient takes about a third more operations and,
-        in a deep network, a fraction of the memory. XLA undoes it on CPUs, which have
-        memory to spare, unless `XLA_FLAGS` has
-        `--xla_disable_hlo_passes=cse_barrier_expander`: that pass removes the barriers
-        that keep the second computation from being merged with the first.
-      dropout: the share of activations that are set to 0 at random, in [0, 1); those
-        left are divided by 1 - dropout. Parameters and initial weights are the same at
-        any rate. 0.3 for CIFAR in the WideResNet paper, 0.2 in DenseNet's and in
-        EfficientNet-B0. Where: before the second convolution of a block (wide and other
-        residual networks; each but the first in a pyramidal one and in `cnn_small`),
-        after each convolution but the stem (densely connected), before the classifier
-        (MobileNet, EfficientNet). To train, `apply` then needs keys.
-      **options: of the family. `stem` is "cifar" (3x3, stride 1) or "imagenet" (stride
-        2; 7x7 and a max-pool, but in `efficientnet_b0` 3x3 and 1280 features before
-        the classifier). `resnet_10`, `resnet_18` and `efficientnet_b0` default to
-        "cifar", `densenet_121` to "imagenet", which is what the paper's table has.
-        `activation` of `resnet_10` and `resnet_18` is "relu" or "softplus" (the
-        released code's Bayesian networks).
+      name: A name in `names()`, or `wide_resnet_<depth>_<width>` with depth = 6n + 4,
+        or `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2.
+      num_classes: The number of logits, at least 2.
+      dtype: The dtype of convolutions and activations. `jnp.bfloat16` halves their
+        memory and uses the matrix units of GPUs and TPUs. BatchNorm, the pooled
+        features and the logits stay in float32, since rounding them would cost accuracy
+        and calibration.
+      param_dtype: The dtype of the parameters. Keep float32 for training: bfloat16
+        loses an update of a thousandth of a weight.
+      batchnorm_axis_name: Name of a mapped axis (of `pmap`, `shard_map` or `vmap`) over
+        which BatchNorm shares its batch statistics; None keeps them per device.
+      remat: True to recompute activations in the backward pass instead of keeping them:
+        those of each block, of each layer of a dense network, or of each convolution
+        with its BatchNorm and ReLU in `cnn_small`. Parameters, outputs, gradients and
+        statistics are the same up to rounding. A gradient takes about a third more
+        operations and, in a deep network, a fraction of the memory. On CPUs XLA undoes
+        it, unless `XLA_FLAGS` has `--xla_disable_hlo_passes=cse_barrier_expander`: that
+        pass removes the barriers that keep the second computation from being merged
+        with the first.
+      dropout: The share of activations that are set to 0 at random, in [0, 1); the
+        others are divided by 1 - dropout. Parameters and initial weights do not depend
+        on it. The WideResNet paper has 0.3 for CIFAR, DenseNet's and EfficientNet-B0
+        0.2. Activations are dropped before the second convolution of a block (wide and
+        other residual networks; before each but the first in a pyramidal one and in
+        `cnn_small`), after each convolution but the stem (densely connected), or before
+        the classifier (MobileNet, EfficientNet). To train, `apply` then needs keys.
+      **options: Options of the family. `stem` is "cifar" (3x3, stride 1) or "imagenet"
+        (stride 2; 7x7 and a max-pool, but in `efficientnet_b0` 3x3 and 1280 features
+        before the classifier). `resnet_10`, `resnet_18` and `efficientnet_b0` default
+        to "cifar"; `densenet_121` to "imagenet", as in the paper's table. `activation`
+        of `resnet_10` and `resnet_18` is "relu" or "softplus" (the released code's
+        Bayesian networks).
 
     Returns:
       A frozen, hashable `Model`.
 
     Raises:
-      ValueError: the name, `num_classes` or an option's value is not legal.
-      TypeError: the family has no such option, a dtype is not floating, `remat` is no
-        bool, or `dropout` no number.
+      ValueError: The name, `num_classes` or an option's value is not valid.
+      TypeError: The family has no such option, a dtype is not floating, `remat` is not
+        a bool, or `dropout` not a number.
 
     Example:
       >>> import jax, jax.numpy as jnp

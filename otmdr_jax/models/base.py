@@ -1,11 +1,10 @@
-"""What all families share: the functional face and the layers.
+"""What all families share: the functional interface and the layers.
 
 A family is an NNX module `family(layers, in_channels, num_classes, **options)` called
 as `module(images, train=..., keys=...)`. `Model` hides how NNX splits such a module
 into a static graph and two trees of arrays: it builds the graph abstractly (no array is
-allocated), and merges it with the arrays inside `apply`. Nothing is held between calls,
-so `init` and `apply` may be transformed by `jit`, `grad`, `vmap`, `scan` and
-`shard_map` alike.
+allocated), and merges it with the arrays inside `apply`. Nothing is kept between calls,
+so `jit`, `grad`, `vmap`, `scan` and `shard_map` can all transform `init` and `apply`.
 """
 
 import dataclasses
@@ -29,7 +28,8 @@ from otmdr_jax.models.dropout import Dropout, checked_keys
 Params = dict[str, Any]
 State = dict[str, Any]
 
-# PyTorch's default, whose momentum of 0.1 weighs the new batch; also Torch7's.
+# PyTorch's default, whose momentum of 0.1 is the weight of the new batch; also
+# Torch7's.
 BATCHNORM_MOMENTUM = 0.9
 
 # He et al. 2015, "Delving deep into rectifiers", eq. 14: std = sqrt(2 / fan_out), not
@@ -42,7 +42,7 @@ _dense_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class BatchNorm(nnx.BatchNorm):
-    """BatchNorm that takes `train` per call and returns the dtype that it was given.
+    """BatchNorm that takes `train` at each call and keeps the dtype of its input.
 
     Statistics and normalisation are in (at least) float32; only the result is rounded
     to the compute dtype, so that bfloat16 activations take half the memory. The
@@ -60,13 +60,13 @@ class Layers:
     """Makes the layers of one network, all with its dtypes and random stream.
 
     Attributes:
-      rngs: where the initial weights come from.
-      dtype: of convolutions and activations.
-      param_dtype: of the parameters.
-      batchnorm_axis_name: the axis to share batch statistics over, or None.
-      remat: whether blocks are recomputed in the backward pass.
-      rate: of dropout.
-      sites: numbers the places where activations are dropped.
+      rngs: The random stream of the initial weights.
+      dtype: The dtype of convolutions and activations.
+      param_dtype: The dtype of the parameters.
+      batchnorm_axis_name: Name of the axis that shares batch statistics, or None.
+      remat: True if blocks are recomputed in the backward pass.
+      rate: The rate of dropout.
+      sites: The numbers of the places where activations are dropped.
     """
 
     rngs: nnx.Rngs
@@ -101,7 +101,7 @@ class Layers:
     def depthwise_conv(
         self, channels: int, kernel_size: int, stride: int = 1
     ) -> nnx.Conv:
-        """A square convolution of each channel with a kernel of its own, no bias."""
+        """A square convolution of each channel with its own kernel, without bias."""
         pad = (kernel_size - 1) // 2
         return nnx.Conv(
             channels,
@@ -122,7 +122,7 @@ class Layers:
         )
 
     def linear(self, in_features: int, out_features: int) -> nnx.Linear:
-        """A linear layer of pooled features, in float32: a 1x1 convolution of one."""
+        """A linear layer of pooled features, in float32, like a 1x1 convolution."""
         return nnx.Linear(
             in_features,
             out_features,
@@ -146,11 +146,11 @@ class Layers:
         )
 
     def dropout(self) -> Dropout:
-        """A place where activations are dropped, with random bits of its own."""
+        """A place where activations are dropped, with its own random bits."""
         return Dropout(self.rate, next(self.sites))
 
     def dense(self, in_features: int, num_classes: int) -> nnx.Linear:
-        """The classifier, in float32: it costs nothing beside the convolutions."""
+        """The classifier, in float32, which costs little beside the convolutions."""
         return nnx.Linear(
             in_features,
             num_classes,
@@ -180,19 +180,19 @@ def _at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 class Model:
     """A network as two pure functions, `init` and `apply`; made by `models.create`.
 
-    Two models created alike are equal and hash alike, so a model may be a static
-    argument of `jax.jit`.
+    Two models with the same settings are equal and have the same hash, so a model can
+    be a static argument of `jax.jit`.
 
     Attributes:
-      name: what it was created by.
-      num_classes: the number of logits.
-      family: the NNX module's class.
-      options: the family's options, as sorted pairs.
-      dtype: of convolutions and activations.
-      param_dtype: of the parameters.
-      batchnorm_axis_name: the axis to share batch statistics over, or None.
-      remat: whether blocks are recomputed in the backward pass.
-      dropout: the rate at which activations are dropped, in [0, 1).
+      name: The name given to `models.create`.
+      num_classes: The number of logits.
+      family: The NNX module's class.
+      options: The family's options, as sorted pairs.
+      dtype: The dtype of convolutions and activations.
+      param_dtype: The dtype of the parameters.
+      batchnorm_axis_name: Name of the axis that shares batch statistics, or None.
+      remat: True if blocks are recomputed in the backward pass.
+      dropout: The rate at which activations are dropped, in [0, 1).
     """
 
     name: str
@@ -214,8 +214,9 @@ class Model:
         """Builds the NNX module itself, for users of Flax.
 
         Args:
-          in_channels: the channels of the images, 1 for grey and 3 for colour.
-          rngs: with the stream `params`.
+          in_channels: The number of channels of the images, 1 for grey and 3 for
+            colour.
+          rngs: Random streams, of which `params` is used.
 
         Returns:
           The module; call it as `module(images, train=..., keys=None)`. Without keys
@@ -246,7 +247,7 @@ class Model:
         """Draws initial parameters and fresh BatchNorm statistics.
 
         Args:
-          key: a PRNG key; the same key gives the same parameters.
+          key: A PRNG key; the same key gives the same parameters.
           example_images: (B, H, W, C); only the shape is read, so a
             `jax.ShapeDtypeStruct` will do. C fixes the network's input channels.
 
@@ -255,7 +256,7 @@ class Model:
             `dtype` or `param_dtype` is narrower.
 
         Raises:
-          ValueError: the images are not of rank 4.
+          ValueError: The images are not of rank 4.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -279,25 +280,25 @@ class Model:
         """Computes logits, and the BatchNorm statistics after this batch.
 
         Args:
-          params: as `init` returns them.
-          state: as `init` or the previous call returned it.
+          params: The parameters, as `init` returns them.
+          state: The BatchNorm statistics, as `init` or the previous call returned them.
           images: (B, H, W, C), normalised; cast to the model's `dtype`.
           train: True normalises by the batch and moves the running statistics to
             0.9 * old + 0.1 * batch; False normalises by the running statistics.
-          keys: of a network with dropout, what it drops: a PRNG key for each example,
-            (B,), typed or raw, as `jax.random.split(key, B)`, or one, which gives all
-            examples one mask. An example's mask depends on its key alone: cut them
-            along with the batch. Needed to train; None with `train=False` drops
-            nothing. Without dropout they are not looked at.
+          keys: PRNG keys of dropout, typed or raw: one for each example, (B,), such as
+            `jax.random.split(key, B)`, or a single one, which gives all examples one
+            mask. An example's mask depends only on its key, so cut the keys along with
+            the batch. Training needs them; with `train=False`, None drops nothing. A
+            network without dropout ignores them.
 
         Returns:
           `(logits, state)`: logits (B, num_classes) in float32. No gradient flows
           through the new state; with `train=False` it is the one that came in.
 
         Raises:
-          ValueError: the images are not of rank 4, `params` or `state` are not of
-            this network, or keys are missing or of another shape.
-          TypeError: `train` is traced, or `keys` are no keys.
+          ValueError: The images are not of rank 4, `params` or `state` are not of this
+            network, or keys are missing or have another shape.
+          TypeError: `train` is traced, or `keys` are not PRNG keys.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -342,7 +343,7 @@ def parameter_count(model: Model, image_shape: tuple[int, ...]) -> int:
     """Counts the trainable parameters without allocating any.
 
     Args:
-      model: from `models.create`.
+      model: A model from `models.create`.
       image_shape: (H, W, C), or (B, H, W, C).
 
     Returns:
@@ -350,7 +351,7 @@ def parameter_count(model: Model, image_shape: tuple[int, ...]) -> int:
       are not among them.
 
     Raises:
-      ValueError: the shape is of another rank.
+      ValueError: The shape has another rank.
 
     Example:
       >>> from otmdr_jax import models
@@ -369,11 +370,11 @@ def parameter_count(model: Model, image_shape: tuple[int, ...]) -> int:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(model: Model, channels: int, key: jax.Array) -> tuple[Params, State]:
-    # One compiled function: layer by layer, NNX would dispatch thousands of kernels.
+    # Compiled, since NNX would dispatch thousands of kernels layer by layer.
     module = model.module_fn(channels, nnx.Rngs(params=key))
     _, *trees = nnx.split(module, nnx.Param, nnx.BatchStat)
     params, state = map(nnx.to_pure_dict, trees)
-    # As wide as BatchNorm computes: an update keeps the dtype, as a scan's carry must.
+    # As wide as BatchNorm computes, so that an update keeps the dtype, as in a scan.
     return params, optax.tree.cast(state, _at_least_float32(model.dtype))
 
 

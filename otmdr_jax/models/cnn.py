@@ -29,7 +29,7 @@ class SmallCNN(nnx.Module):
 
     @staticmethod
     def check() -> None:
-        """Has no options to check."""
+        """Does nothing: there are no options."""
 
     def __call__(
         self, images: jax.Array, *, train: bool, keys: jax.Array | None = None

@@ -1,8 +1,8 @@
 """A convolution whose gradients are fast on CPUs, and XLA's own everywhere else.
 
 On CPUs XLA lowers the gradient of a kernel to a convolution with a window as large as
-the image, which is slow, and any gradient inside a loop or batched over kernels to
-code slower by one or two orders of magnitude (figures in docs/performance.md). So:
+the image, which is slow. Gradients inside a loop or batched over kernels are slower
+still, by one or two orders of magnitude (figures in docs/performance.md). So:
 
 - The gradient of the kernel is a loop of matrix products: `convolution_programs`.
 - The gradient of the images is a convolution of the same form as the forward one.
@@ -43,20 +43,21 @@ def convolve(
     feature_group_count: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """What `jax.lax.conv_general_dilated` computes, with gradients fast on CPUs.
+    """Computes `jax.lax.conv_general_dilated`, with gradients that are fast on CPUs.
 
     Args:
       images: (B, H, W, C).
       kernel: (height, width, C, features), of the same dtype.
-      window_strides: two.
-      padding: ((low, high), (low, high)); a name such as "SAME" is left to `jax.lax`.
-      lhs_dilation: as in `jax.lax`, as are all that follow. Dilated or grouped
-        convolutions, other layouts, precisions and shardings, and operands sharded
-        over an explicit mesh are left to `jax.lax`.
-      rhs_dilation: see above.
-      dimension_numbers: see above.
-      feature_group_count: see above.
-      **options: see above.
+      window_strides: Two strides.
+      padding: Zeros ((low, high), (low, high)); a name such as "SAME" is left to
+        `jax.lax`.
+      lhs_dilation: Dilation of the images, as in `jax.lax`. Dilated or grouped
+        convolutions, other layouts, precisions and shardings, and operands sharded over
+        an explicit mesh are left to `jax.lax`.
+      rhs_dilation: Dilation of the kernel.
+      dimension_numbers: The layout.
+      feature_group_count: The number of groups.
+      **options: Further options of `jax.lax.conv_general_dilated`.
 
     Returns:
       (B, H', W', features).
@@ -107,7 +108,7 @@ def convolve(
 
 
 def _explicit(x: jax.Array) -> bool:
-    """Whether an operand's type says how it is sharded, which `jax.lax` propagates."""
+    """True if an operand's type says how it is sharded, which `jax.lax` propagates."""
     mesh = jax.typeof(x).sharding.mesh
     return jax.sharding.AxisType.Explicit in mesh.axis_types
 
@@ -137,11 +138,11 @@ def _primitive(
     """A bilinear map of two (..., N, N, N, N) arrays, mapped over leading axes.
 
     Args:
-      name: of the primitive.
-      cpu: the map of arrays of rank 4, on CPUs.
-      other: the same, on all other platforms.
-      shape: the result's shape from the operands' and the parameters.
-      fold: "first" if a batch of first operands may join their axis 0.
+      name: The primitive's name.
+      cpu: The map of arrays of rank 4, on CPUs.
+      other: The same map on all other platforms.
+      shape: A function from the operands' shapes and the parameters to the result's.
+      fold: The word "first" if a batch of first operands may join their axis 0.
     """
     primitive = Primitive(name)
 

@@ -1,4 +1,4 @@
-"""What a prediction costs: multiply-adds of each kernel, by tracing the network."""
+"""The cost of a prediction: multiply-adds of each kernel, by tracing the network."""
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,20 @@ from otmdr_jax.models.base import Model
 
 
 def output_positions(model: Model, image_shape: tuple[int, ...]) -> dict[str, int]:
-    """How often each kernel is applied to one image: its output's pixels, 1 if dense.
+    """Counts how often each kernel is applied to one image.
 
-    A weight takes part in as many multiply-adds. Nothing is computed or allocated.
+    That is the number of its output's pixels, or 1 for a dense layer. Each weight takes
+    part in as many multiply-adds. Nothing is computed or allocated.
 
     Args:
-      model: From `models.create`.
+      model: A model from `models.create`.
       image_shape: (H, W, C).
 
     Returns:
-      The kernel's path in the parameters, as "conv1/kernel", -> positions.
+      The path of each kernel in the parameters, such as "conv1/kernel", -> positions.
 
     Raises:
-      ValueError: The shape is of another rank.
+      ValueError: The shape has another rank.
 
     Example:
       >>> from otmdr_jax import models

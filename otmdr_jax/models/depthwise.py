@@ -1,8 +1,8 @@
 """A depthwise convolution that is fast on CPUs, and XLA's own everywhere else.
 
-Each channel has a kernel of its own. On CPUs XLA has no fast code for that: its
-gradients are slower than those of a dense convolution, and in a loop slower by one or
-two orders of magnitude (figures in docs/performance.md). Written out it is
+Each channel has its own kernel. XLA has no fast code for that on CPUs: its gradients
+are slower than those of a dense convolution, and in a loop slower by one or two orders
+of magnitude (figures in docs/performance.md). Written out, the convolution is
 
     out[b, h, w, c] = sum_ij images[b, s h + i, s w + j, c] kernel[i, j, c]
 
@@ -35,21 +35,21 @@ def convolve_depthwise(
     feature_group_count: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """What `jax.lax.conv_general_dilated` computes, fast on CPUs if it is depthwise.
+    """Computes `jax.lax.conv_general_dilated`, fast on CPUs if it is depthwise.
 
     Args:
       images: (B, H, W, C).
-      kernel: (height, width, 1, C), of the same dtype. In less than float32 products
+      kernel: (height, width, 1, C), of the same dtype. Products of dtypes below float32
         are summed in float32 and rounded once.
-      window_strides: two.
-      padding: ((low, high), (low, high)), not negative; a name such as "SAME" is left
-        to `jax.lax`.
-      lhs_dilation: as in `jax.lax`, as are all that follow. Dilated convolutions, other
+      window_strides: Two strides.
+      padding: Zeros ((low, high), (low, high)), not negative; a name such as "SAME" is
+        left to `jax.lax`.
+      lhs_dilation: Dilation of the images, as in `jax.lax`. Dilated convolutions, other
         layouts and precisions are left to `jax.lax`.
-      rhs_dilation: see above.
-      dimension_numbers: see above.
-      feature_group_count: C; anything else is left to `jax.lax`.
-      **options: see above.
+      rhs_dilation: Dilation of the kernel.
+      dimension_numbers: The layout.
+      feature_group_count: C; any other number is left to `jax.lax`.
+      **options: Further options of `jax.lax.conv_general_dilated`.
 
     Returns:
       (B, H', W', C).

@@ -2,11 +2,10 @@ r"""Dropout whose masks belong to examples, not to batches.
 
 .. math:: y = \frac{m \odot x}{1 - p}, \qquad m_i \sim \mathrm{Bernoulli}(1 - p)
 
-Each example has a PRNG key, which travels with it: a mask is the same whatever batch
-the example is in, and on whatever device. So the passes of a robust gradient, each on
-its own part of the batch and at other weights, see one function of the weights, and so
-does a block that is computed again in the backward pass. One key for all examples gives
-all of them one mask.
+Each example has its own PRNG key, so its mask does not depend on the batch or the
+device that it is in. All passes of a robust gradient, each on its own part of the batch
+and at other weights, therefore see one function of the weights, and so does a block
+that the backward pass computes again. A single key gives all examples one mask.
 
 Masks are drawn with 16 bits an entry, two entries a word: a rate is rounded to a
 multiple of 1 / 65536, and what is kept is divided by the share that is kept after that,
@@ -29,13 +28,13 @@ _LEVELS = 2**16
 
 
 class Dropout(nnx.Module):
-    """A place of a network where activations are dropped, with bits of its own."""
+    """A place of a network where activations are dropped, with its own random bits."""
 
     def __init__(self, rate: float, site: int):
         """Builds the layer, which has no parameters.
 
         Args:
-          rate: p in [0, 1), the share that is dropped.
+          rate: p, the share that is dropped, in [0, 1).
           site: The number of the place in the network.
         """
         self.rate, self.site = rate, site
@@ -65,24 +64,24 @@ class Dropout(nnx.Module):
 
 
 def kept_levels(rate: float) -> int:
-    """Of 65536 values of an entry's bits, those for which it is kept."""
+    """The number of the 65536 values of an entry's bits for which it is kept."""
     return min(max(round((1 - rate) * _LEVELS), 1), _LEVELS - 1)
 
 
 def checked_keys(keys: Any, examples: int) -> jax.Array:
-    """PRNG keys of examples as Threefry keys, (B,) or ().
+    """Turns PRNG keys of examples into Threefry keys, (B,) or ().
 
     Args:
       keys: (B,) typed keys or one, or their raw data, (B, words) or (words,) unsigned
         integers.
-      examples: B.
+      examples: B, the number of examples.
 
     Returns:
-      Typed keys. Of another implementation than Threefry their data are used as one:
-      the "rbg" generator is not the same in a batch as alone.
+      Typed Threefry keys. The data of keys of other implementations are used as
+      Threefry's, since the "rbg" generator gives other bits in a batch than alone.
 
     Raises:
-      ValueError: Another shape; TypeError: no keys.
+      ValueError: The shape is another; TypeError: they are not keys.
     """
     if not hasattr(keys, "dtype"):
         raise TypeError(

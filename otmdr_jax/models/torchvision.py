@@ -1,4 +1,4 @@
-"""Weights of checkpoints in torchvision's layout, for the families that it has too.
+"""Weights from checkpoints in torchvision's layout.
 
 A parameter here and its tensor there have the same numbers in another order: kernels
 are (height, width, in, out) and (out, in, height, width). Each family maps its modules'
@@ -41,22 +41,21 @@ def from_torchvision(
     """Converts a checkpoint in torchvision's layout into parameters and statistics.
 
     Args:
-      model: a `resnet_10` or `resnet_18`, a `densenet_121`, or an `efficientnet_b0`
+      model: A `resnet_10` or `resnet_18`, a `densenet_121`, or an `efficientnet_b0`
         with `stem="imagenet"`. Torchvision's own networks have the ImageNet stem and
-        1000 classes. Images are normalised as they were for the checkpoint; for
-        torchvision's, RGB in [0, 1] less (0.485, 0.456, 0.406), over (0.229, 0.224,
-        0.225).
-      state_dict: names -> tensors or arrays, such as `module.state_dict()` or a loaded
-        `.npz`. BatchNorm's `num_batches_tracked` is ignored: running averages here
-        have a fixed momentum, as torchvision's have.
+        1000 classes. Normalise images as for the checkpoint; for torchvision's, RGB in
+        [0, 1] with mean (0.485, 0.456, 0.406) and std (0.229, 0.224, 0.225).
+      state_dict: A mapping of names to tensors or arrays, such as `module.state_dict()`
+        or a loaded `.npz`. BatchNorm's `num_batches_tracked` is ignored, since running
+        averages have a fixed momentum here, as in torchvision.
 
     Returns:
       `(params, state)` as `model.init` returns them, for images with the channels of
       the checkpoint's first convolution.
 
     Raises:
-      ValueError: the family has no such layout, or a tensor is missing, is left over
-        or is of another shape.
+      ValueError: The family has no such layout, or a tensor is missing, is left over or
+        has another shape.
 
     Example:
       >>> import jax, numpy as np

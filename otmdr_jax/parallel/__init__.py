@@ -1,8 +1,8 @@
-"""The same step on one device, on many, on many hosts.
+"""The same step on one device, on many devices, and on many hosts.
 
 A mesh arranges devices along named axes: "data" (each device has its part of the
-batch), "particle" (its part of the K particles) and "member" (its part of an
-ensemble). A step written for one device and told the names of the axes,
+batch), "particle" (its part of the K particles) and "member" (its part of an ensemble).
+A step that is written for one device and knows the names of the axes,
 
     grad_fn = otmdr_jax.value_and_grad(
         loss_fn, axis_name="data", particle_axis_name="particle", num_particles=4

@@ -1,7 +1,8 @@
 """Runs on many hosts: joining one, and deciding together.
 
-What one host knows alone (a signal, its clock, a failure) it must tell the others
-before any acts on it: a host that waits for one that went another way waits for ever.
+If only one host knows something (a signal, its clock, a failure), it must tell the
+others before any of them acts on it. Otherwise the hosts take different ways, and one
+waits for another for ever.
 """
 
 import signal
@@ -21,17 +22,18 @@ def initialize(
 ) -> None:
     """Joins this process to a run on many hosts, by `jax.distributed`.
 
-    Call it before anything touches a device. On SLURM, Open MPI, Kubernetes and Cloud
-    TPU all arguments are found in the environment.
+    Call it before anything uses a device. On SLURM, Open MPI, Kubernetes and Cloud TPU
+    the environment provides all arguments.
 
     Args:
-      coordinator: "host:port" of process 0, reachable from all hosts.
-      num_processes: How many processes there are.
-      process_id: Which one this is, from 0.
+      coordinator: The address "host:port" of process 0, reachable from all hosts.
+      num_processes: The number of processes.
+      process_id: The number of this process, from 0.
 
     Raises:
-      ValueError: Some of the three are missing, and the environment does not tell.
-      RuntimeError: The others were not reached, or a device is in use already.
+      ValueError: Some of the three are missing and not in the environment.
+      RuntimeError: The other processes cannot be reached, or a device is in use
+        already.
     """
     given = coordinator, num_processes, process_id
     if any(x is not None for x in given) and None in given:
@@ -41,13 +43,13 @@ def initialize(
         )
     jax.distributed.initialize(coordinator, num_processes, process_id)
     if threading.current_thread() is threading.main_thread():
-        # JAX's notice of preemption takes SIGTERM and nobody here asks for it: until a
-        # training loop listens, the signal must end the process as ever.
+        # JAX catches SIGTERM as a notice of preemption, which nothing here asks for:
+        # until a training loop listens, the signal must end the process as usual.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes logs and reports."""
+    """True for the process that writes logs and reports."""
     return jax.process_index() == 0
 
 
@@ -62,14 +64,14 @@ def agree(*numbers: float) -> tuple[float, ...]:
 
 
 def check_agreement(text: str, what: str) -> None:
-    """Refuses hosts that were started differently: they would wait for each other.
+    """Refuses hosts that were started differently and would wait for each other.
 
     Args:
-      text: What must be the same on all hosts.
-      what: How to call it in the error.
+      text: The text that must be the same on all hosts.
+      what: Its name in the error.
 
     Raises:
-      ValueError: On every host, where the hosts' texts differ.
+      ValueError: The texts differ; raised on every host.
     """
     high, low = divmod(zlib.crc32(text.encode()), 2**16)  # a float32 holds 24 bits
     found = agree(high, low, -high, -low)
@@ -81,14 +83,14 @@ def check_agreement(text: str, what: str) -> None:
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """Calls a function on the main process alone; every host must call this.
+    """Calls a function on the main process only; every host must call this.
 
     Returns:
-      What it returns there, None elsewhere.
+      The function's result on the main process, None elsewhere.
 
     Raises:
-      RuntimeError: On the other hosts, where it fails on the main one, which raises
-        its own error: none waits for one that is gone.
+      RuntimeError: The function failed on the main process, which raises its own error;
+        raised on the other hosts, so that they do not wait.
     """
     result, error = None, None
     if is_main():

@@ -18,24 +18,25 @@ def make_mesh(
     """Arranges devices along named axes.
 
     Args:
-      shape: Devices along each axis, as "data=4,particle=2" or a mapping; -1 for one
-        axis takes what is left. None puts all devices on "data".
-      devices: Which devices; None for the first of all, on all hosts.
+      shape: The number of devices along each axis, for example "data=4,particle=2" or a
+        mapping; -1 for one axis takes all devices that are left. None puts all devices
+        on "data".
+      devices: The devices to use; None for the first ones of all hosts.
 
     Returns:
       A mesh with the axes that were named, outermost first.
 
     Raises:
-      ValueError: An unknown axis, a size that is no positive integer, or more devices
-        than there are. On many hosts every device must be used.
+      ValueError: An axis is unknown, a size is not a positive integer, or there are too
+        few devices; on many hosts also if a device is left over.
 
     Example:
       >>> from otmdr_jax import parallel
       >>> parallel.make_mesh("data=1,particle=1").axis_names
       ('data', 'particle')
     """
-    # By host: on TPU pods the devices of one are not consecutive, and parts of a batch
-    # must be.
+    # Sorted by host: on TPU pods a host's devices are not consecutive, but its parts of
+    # a batch must be.
     by_host = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     found = by_host if devices is None else list(devices)
     sizes = {"data": -1} if shape is None else _sizes(shape)
@@ -45,13 +46,13 @@ def make_mesh(
         given *= sizes[axis]
     if given > len(found) or not given:
         raise ValueError(
-            f"mesh {shape!r} needs {given or 'more'} devices, and there are "
+            f"mesh {shape!r} needs {given or 'more'} devices, but there are "
             f"{len(found)}: {found[0].device_kind}. Use fewer, or -1 for what is left."
         )
     if given < len(found) and jax.process_count() > 1:
         raise ValueError(
-            f"mesh {shape!r} has {given} devices, and the hosts have {len(found)}: "
-            "on many hosts each device must have its place. Use -1 for what is left."
+            f"mesh {shape!r} has {given} devices, but the hosts have {len(found)}: "
+            "on many hosts every device must be used. Use -1 for what is left."
         )
     grid = np.asarray(found[:given], dtype=object).reshape(tuple(sizes.values()))
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
@@ -90,5 +91,5 @@ def _sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
 
 
 def axis_size(mesh: Mesh | None, axis: str) -> int:
-    """Devices along an axis; 1 where the mesh has no such axis."""
+    """The number of devices along an axis; 1 if the mesh has no such axis."""
     return 1 if mesh is None else mesh.shape.get(axis, 1)

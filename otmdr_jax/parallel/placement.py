@@ -1,6 +1,6 @@
-"""Where arrays lie on a mesh: batches in parts, everything else whole.
+"""The place of arrays on a mesh: batches in parts, everything else whole.
 
-On many hosts an array is put together of what each host has: all of it
+On many hosts an array is joined from what each host holds: the whole array
 (:func:`place`), or the rows of its own devices (:func:`host_rows`,
 :func:`place_local`).
 """
@@ -24,25 +24,26 @@ EVERYWHERE = P()
 
 
 def data_spec(mesh: Mesh | None) -> P:
-    """How a batch lies on a mesh: divided over "data", where there is that axis."""
+    """The division of a batch: over the axis "data" if the mesh has it, else none."""
     return P("data") if mesh is not None and "data" in mesh.shape else P()
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """The sharding of what every device has whole; None without a mesh."""
+    """The sharding of arrays that every device holds whole; None without a mesh."""
     return None if mesh is None else NamedSharding(mesh, P())
 
 
 def place(values: PyTree, mesh: Mesh | None, spec: Any = EVERYWHERE) -> PyTree:
-    """Puts arrays on the devices of a mesh, each device its part.
+    """Puts arrays on the devices of a mesh.
 
     Args:
-      values: A pytree of host arrays or keys, each whole, the same on every host.
-      mesh: From :func:`make_mesh`; None for the default device.
-      spec: P() for a copy on every device, P("data") to divide the leading axis.
+      values: A pytree of whole host arrays or keys, the same on every host.
+      mesh: A mesh from :func:`make_mesh`; None for the default device.
+      spec: The division: P() for a copy on every device, P("data") to divide the
+        leading axis.
 
     Raises:
-      ValueError: The devices do not divide a leading axis.
+      ValueError: A leading axis cannot be divided evenly over the devices.
     """
     if mesh is None:
         return jax.device_put(values)
@@ -63,8 +64,8 @@ def place_local(values: PyTree, mesh: Mesh | None) -> PyTree:
     """Joins the parts of a batch that each host has read into one array on the mesh.
 
     Args:
-      values: A pytree of host arrays: the rows that :func:`host_rows` names.
-      mesh: From :func:`make_mesh`; None for the default device.
+      values: A pytree of host arrays with the rows that :func:`host_rows` names.
+      mesh: A mesh from :func:`make_mesh`; None for the default device.
     """
     if mesh is None:
         return jax.device_put(values)
@@ -76,15 +77,15 @@ def place_local(values: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def host_rows(mesh: Mesh | None, size: int) -> tuple[int, int]:
-    """The rows of a global batch that this host's devices need: from, to.
+    """The first row of a global batch that this host's devices need, and the last + 1.
 
     Args:
-      mesh: From :func:`make_mesh`; None for one device.
+      mesh: A mesh from :func:`make_mesh`; None for one device.
       size: B, the number of rows of the global batch.
 
     Raises:
-      ValueError: The devices do not divide B, or hosts do not hold consecutive parts of
-        one size.
+      ValueError: B cannot be divided evenly over the devices, or hosts do not hold
+        consecutive parts of equal size.
     """
     if mesh is None or "data" not in mesh.shape:
         return 0, size
@@ -97,14 +98,14 @@ def host_rows(mesh: Mesh | None, size: int) -> tuple[int, int]:
     if sum(b - a for a, b in rows) != count or size % count or first % count:
         raise ValueError(
             f"on mesh {dict(mesh.shape)} this host's devices hold rows {sorted(rows)} "
-            f"of {size}, which are no part of their own: name data first, and let the "
+            f"of {size}, which is not a consecutive part: name data first, and let the "
             "devices of a host hold whole parts."
         )
     return first, last
 
 
 def settle(values: PyTree, home: NamedSharding) -> PyTree:
-    """Moves arrays that are elsewhere; a check of every leaf, some microseconds."""
+    """Moves arrays that are elsewhere. The check of all leaves takes microseconds."""
 
     def is_elsewhere(x):
         known = isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
@@ -114,18 +115,18 @@ def settle(values: PyTree, home: NamedSharding) -> PyTree:
         return values
     if home.is_fully_addressable:
         return jax.device_put(values, home)
-    # On many hosts: from the whole arrays, which every host has.
+    # On many hosts every host holds the whole arrays.
     return _mover(home)(values)
 
 
 @functools.lru_cache(maxsize=64)
 def _mover(home: NamedSharding) -> Callable[[PyTree], PyTree]:
-    """One function object for a place: what it compiles is kept."""
+    """One function object for each place, so that what it compiles is kept."""
     return jax.jit(lambda values: values, out_shardings=home)
 
 
 def check_parts(values: PyTree, mesh: Mesh, spec: Any) -> None:
-    """Refuses arrays whose leading axis the devices of a spec do not divide."""
+    """Refuses arrays whose leading axis cannot be divided evenly over the devices."""
     axes = spec[0] if isinstance(spec, P) and spec else None
     if axes is not None:
         names = axes if isinstance(axes, tuple) else (axes,)
@@ -133,7 +134,7 @@ def check_parts(values: PyTree, mesh: Mesh, spec: Any) -> None:
 
 
 def check_divides(size: int, devices: int) -> None:
-    """Refuses a batch that so many devices do not divide; names one that they do."""
+    """Refuses a batch that cannot be divided evenly, and names a size that can."""
     if size % devices:
         fit = max(size // devices, 1) * devices
         raise ValueError(

@@ -31,24 +31,25 @@ def shard_map_step(
     """Compiles a training step for a mesh, by `jax.shard_map`.
 
     Args:
-      step: (state, batch, *args) -> (state, metrics), which sees its device's part of
-        the batch and whose gradient function knows the axes (`axis_name="data"`).
-      mesh: From :func:`make_mesh`.
-      batch_spec: How the batch is divided; by default its leading axis over "data",
-        where the mesh has that axis.
-      state_spec: How the state is: on every device by default. P("member") for an
-        ensemble whose members are stacked on a leading axis.
-      metrics_spec: How the metrics are; None for as the state.
-      donate: Whether the state's memory is reused for the new state.
-      check_vma: Let JAX prove that what should be the same on all devices is. It
-        finds a gradient that was not averaged, at compile time.
+      step: A function (state, batch, *args) -> (state, metrics). It sees its device's
+        part of the batch, and its gradient function knows the axes
+        (`axis_name="data"`).
+      mesh: A mesh from :func:`make_mesh`.
+      batch_spec: The division of the batch; by default its leading axis is divided over
+        "data" if the mesh has that axis.
+      state_spec: The division of the state; by default every device holds all of it.
+        P("member") for an ensemble whose members are stacked on a leading axis.
+      metrics_spec: The division of the metrics; None for that of the state.
+      donate: True to reuse the state's memory for the new state.
+      check_vma: True to let JAX prove that what should be equal on all devices is
+        equal. It finds a gradient that was not averaged, at compile time.
 
     Returns:
-      (state, batch, *args) -> (state, metrics) on whole arrays: hand it the joined
-      batch. Further arguments are the same on every device.
+      A function (state, batch, *args) -> (state, metrics) on whole arrays: pass it the
+      whole batch. Further arguments are the same on every device.
 
     Raises:
-      ValueError: At the call, a batch that the devices do not divide.
+      ValueError: At the call, the batch cannot be divided evenly over the devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, otmdr_jax
@@ -72,8 +73,8 @@ def shard_map_step(
         named = collectives.axes_of(*spec)
         if unknown := [axis for axis in named if axis not in mesh.shape]:
             raise ValueError(
-                f"{spec} names the axes {unknown}, which mesh {dict(mesh.shape)} has "
-                "not."
+                f"{spec} names the axes {unknown}, but mesh {dict(mesh.shape)} has "
+                "none of that name."
             )
 
     def call(state, batch, *args):
@@ -91,8 +92,8 @@ def shard_map_step(
     @functools.wraps(step)
     def run(state, batch, *args):
         placement.check_parts(batch, mesh, spec_of_batch)
-        # The state where the result will be: a second call must not compile again. The
-        # batch in parts: not the whole of it to every device.
+        # Put the state where the result will be, so that a second call does not compile
+        # again, and the batch in parts, so that no device gets the whole of it.
         state = placement.settle(state, NamedSharding(mesh, state_spec))
         batch = placement.settle(batch, NamedSharding(mesh, spec_of_batch))
         return compiled(state, batch, *args)
@@ -108,23 +109,24 @@ def pmap_step(
 ) -> Step:
     """Compiles a training step for all local devices, by `jax.pmap`.
 
-    For programs that use pmap already, which JAX keeps but no longer develops: new ones
-    are better off with :func:`shard_map_step`, which also proves that gradients were
-    averaged. Here a forgotten `axis_name` trains another model on each device.
+    It is for programs that use pmap already, which JAX keeps but no longer develops.
+    Use :func:`shard_map_step` in new programs: it also proves that gradients were
+    averaged, while here a forgotten `axis_name` trains another model on each device.
 
     Args:
-      step: (state, batch, *args) -> (state, metrics), which sees its device's part of
-        the batch and whose gradient function has `axis_name=axis_name`.
+      step: A function (state, batch, *args) -> (state, metrics). It sees its device's
+        part of the batch, and its gradient function has `axis_name=axis_name`.
       axis_name: The name of the device axis.
-      devices: Which devices; None for all local ones.
+      devices: The devices to use; None for all local ones.
 
     Returns:
-      (state, batch, *args) -> (state, metrics) on whole arrays: the state is copied to
-      the devices at the first call and stays there; the batch is cut into consecutive
-      parts. Further arguments are the same on every device.
+      A function (state, batch, *args) -> (state, metrics) on whole arrays. The state is
+      copied to the devices at the first call and stays there; the batch is cut into
+      consecutive parts. Further arguments are the same on every device.
 
     Raises:
-      ValueError: Several hosts; at the call, a batch that the devices do not divide.
+      ValueError: There are several hosts; at the call, the batch cannot be divided
+        evenly over the devices.
 
     Example:
       >>> import jax, jax.numpy as jnp, otmdr_jax
@@ -142,8 +144,8 @@ def pmap_step(
     """
     if jax.process_count() > 1:
         raise ValueError(
-            "pmap_step is for the devices of one host: each would train a model of "
-            "its own. Use shard_map_step, whose mesh spans all hosts."
+            "pmap_step is for the devices of one host: each host would train its own "
+            "model. Use shard_map_step, whose mesh spans all hosts."
         )
     devices = jax.local_devices() if devices is None else list(devices)
     count = len(devices)

@@ -1,9 +1,8 @@
 """Calibration after training: maps of logits, and sets of classes.
 
 A calibrator is fitted on held-out logits and labels and maps logits to
-log-probabilities. :func:`cross_calibrate` says what it is worth without having seen the
-labels that it is measured on. Conformal prediction needs no calibrated probabilities:
-it gives sets.
+log-probabilities. :func:`cross_calibrate` measures it on labels that it has not seen.
+Conformal prediction gives sets and needs no calibrated probabilities.
 """
 
 from otmdr_jax.metrics.calibration.conformal import Conformal, coverage, fit_conformal

@@ -1,11 +1,10 @@
 """Conformal prediction: sets of classes that hold the label with a given probability.
 
-Split conformal prediction takes a score of how strange a class would be, and as
-threshold the quantile of the labels' scores on a calibration set. If calibration and
-test examples are exchangeable, the sets of new examples hold their labels with
-probability at least 1 - alpha, whatever the model, and at most 1 - alpha + 1 / (n + 1)
-if no scores tie. That is over examples as a whole, not given any one of them or its
-class.
+Split conformal prediction scores how strange each class would be; the threshold is a
+quantile of the labels' scores on a calibration set. If calibration and test examples
+are exchangeable, the sets of new examples hold their labels with probability at least 1
+- alpha, whatever the model, and at most 1 - alpha + 1 / (n + 1) if no scores tie. This
+probability is over all examples, not for a given example or class.
 """
 
 import math
@@ -29,15 +28,15 @@ FREE_RANKS = 5
 
 
 class Conformal(NamedTuple):
-    """A fitted conformal predictor: what :func:`fit_conformal` gives.
+    """A fitted conformal predictor, the result of :func:`fit_conformal`.
 
     Attributes:
-      threshold: Classes of a score up to it are in the set; infinite if there are too
-        few calibration examples for the level.
-      score: "lac", "aps" or "raps".
-      penalty: RAPS' lambda; 0 of the others.
-      free_ranks: RAPS' k_reg: classes that cost no penalty.
-      randomised: Whether APS and RAPS draw a part of the class's own probability.
+      threshold: The highest score of a class in the set; infinite if there are too few
+        calibration examples for the level.
+      score: The kind of score, "lac", "aps" or "raps".
+      penalty: RAPS' lambda; 0 for the others.
+      free_ranks: RAPS' k_reg, the number of classes without a penalty.
+      randomised: True if APS and RAPS draw a part of the class's own probability.
     """
 
     threshold: float
@@ -47,11 +46,11 @@ class Conformal(NamedTuple):
     randomised: bool
 
     def sets(self, probs: Array, *, seed: int = 1) -> np.ndarray:
-        """Which classes are in the set of each example.
+        """The set of classes of each example.
 
         Args:
           probs: (N, C) probabilities, or samples (S, N, C).
-          seed: Of the random scores: another one than that of the fit.
+          seed: The seed of random scores; use another one than for the fit.
 
         Returns:
           (N, C) bools.
@@ -64,7 +63,7 @@ class Conformal(NamedTuple):
         return found
 
     def _scores(self, probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(n, C) scores of every class as the label."""
+        """(n, C) scores, of every class as the label."""
         if self.score == "lac":
             return 1.0 - probs
         order = np.argsort(-probs, axis=1, kind="stable")
@@ -89,9 +88,10 @@ def fit_conformal(
     randomised: bool = True,
     seed: int = 0,
 ) -> Conformal:
-    r"""Split conformal prediction: the threshold of a calibration set.
+    r"""Fits split conformal prediction: finds the threshold on a calibration set.
 
-    With the classes in descending order of probability, rank r(c), U uniform on [0, 1]:
+    Let r(c) be the rank of class c in descending order of probability, and U uniform on
+    [0, 1]:
 
     .. math::
       s_{LAC}(c) = 1 - p_c,\quad
@@ -99,27 +99,28 @@ def fit_conformal(
       s_{RAPS}(c) = s_{APS}(c) + \lambda \max(0, r(c) - k).
 
     The threshold is the k-th smallest score of the n labels, k = ceil((n + 1)(1 -
-    alpha)). LAC's sets are the smallest on average, and may be empty; APS' adapt to how
-    hard an example is; RAPS' have a short tail. Without U (`randomised=False`) sets are
-    larger and cover more than asked for. (The released code of RAPS never leaves a set
-    empty unless asked to; the theorem is of the sets here.)
+    alpha)). LAC's sets are the smallest on average, and may be empty; those of APS
+    adapt to how hard an example is; those of RAPS have a short tail. Without U
+    (`randomised=False`) sets are larger and cover more than required. (The released
+    code of RAPS leaves no set empty by default; the theorem holds for the sets here.)
 
     Args:
       probs: (n, C) probabilities of examples that neither training nor temperature
         scaling have seen, or samples (S, n, C).
       labels: (n,) integers in 0..C-1.
       alpha: The fraction of labels that may be missed, in (0, 1).
-      score: "lac", "aps" or "raps".
+      score: The kind of score, "lac", "aps" or "raps".
       penalty: RAPS' lambda.
       free_ranks: RAPS' k.
-      randomised: Whether to draw U; 1 otherwise.
-      seed: Of U.
+      randomised: True to draw U; False for U = 1.
+      seed: The seed of U.
 
     Returns:
-      :class:`Conformal`: its `sets` gives the sets of new examples.
+      :class:`Conformal`, whose `sets` gives the sets of new examples.
 
     Raises:
-      ValueError: Bad input, an unknown score, alpha out of range, a negative penalty.
+      ValueError: The input is bad, the score is unknown, alpha is out of range, or the
+        penalty is negative.
 
     Reference: Vovk et al., 2005; LAC: Sadinle, Lei & Wasserman, `Least Ambiguous
     Set-Valued Classifiers with Bounded Error Levels
@@ -157,7 +158,7 @@ def coverage(sets: Array, labels: Array) -> float:
     """The fraction of examples whose set holds their label, 0..1.
 
     Args:
-      sets: (N, C) bools, of :meth:`Conformal.sets`.
+      sets: (N, C) bools from :meth:`Conformal.sets`.
       labels: (N,) integers in 0..C-1.
 
     Returns:
@@ -174,7 +175,7 @@ def coverage(sets: Array, labels: Array) -> float:
 
 
 def check_alpha(alpha: float) -> None:
-    """Raises ValueError unless such a share of labels may be missed."""
+    """Raises ValueError unless alpha is in (0, 1)."""
     if not 0.0 < alpha < 1.0:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}.")
 
@@ -187,6 +188,6 @@ def _threshold(predictor: Conformal, p: Predictions, alpha: float, seed: int) ->
             for rows, block in p.rows()
         ]
     )
-    # (n + 1)(1 - alpha) that should be whole may be a rounding error above.
+    # If (n + 1)(1 - alpha) should be whole, rounding may put it just above.
     k = math.ceil((len(of_labels) + 1) * (1.0 - alpha) - 1e-9)
     return float(np.sort(of_labels)[k - 1]) if k <= len(of_labels) else math.inf

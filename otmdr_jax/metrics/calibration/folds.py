@@ -1,8 +1,8 @@
-"""What calibration is worth: fitted on one fold, measured on the others.
+"""The effect of calibration, fitted on some folds and measured on another.
 
-A calibrator that is fitted on the examples it is measured on has seen their labels. The
-field's protocol cuts the test set into two halves, fits on one and measures on the
-other, both ways, five times over.
+A calibrator that is measured on the examples it was fitted on has seen their labels.
+The usual protocol cuts the test set into two halves, fits on one and measures on the
+other, both ways, five times.
 """
 
 import math
@@ -57,12 +57,12 @@ class Pair(NamedTuple):
 
 
 class CrossCalibration(NamedTuple):
-    """What :func:`cross_calibrate` gives.
+    """The result of :func:`cross_calibrate`.
 
     Attributes:
       metrics: Name -> :class:`Pair`.
-      calibrators: One for each fold and repeat; of temperature scaling
-        `1 / calibrator.weight` is the temperature.
+      calibrators: One calibrator for each fold and repeat; for temperature scaling `1 /
+        calibrator.weight` is the temperature.
     """
 
     metrics: dict[str, Pair]
@@ -79,32 +79,32 @@ def cross_calibrate(
     num_repeats: int = 5,
     seed: int = 0,
 ) -> CrossCalibration:
-    """Metrics before and after calibration, without a look at the labels they are of.
+    """Metrics before and after calibration, on labels that the fit has not seen.
 
     In each of the repeats the examples are shuffled and cut into folds whose sizes
     differ by at most one. For each fold the calibrator is fitted on the others; then
     both the raw and the calibrated predictions are measured on it. Raw values are those
-    of folds too, so that the two compare: an ECE of half the examples is larger than
-    that of all.
+    of folds too, so that the two can be compared: an ECE of half the examples is larger
+    than that of all.
 
     Args:
-      logits: (N, C) logits or log-probabilities; of an ensemble the logarithm of its
+      logits: (N, C) logits or log-probabilities; for an ensemble the logarithm of its
         mean probability.
       labels: (N,) integers in 0..C-1.
-      method: One of temperature, vector, matrix, isotonic, or a function of logits and
-        labels that gives a function from logits to log-probabilities.
-      measure: (log-probabilities, labels) -> name -> value; for all metrics
+      method: A name, "temperature", "vector", "matrix" or "isotonic", or a function of
+        logits and labels that returns a function from logits to log-probabilities.
+      measure: A function (log-probabilities, labels) -> name -> value; for all metrics
         `functools.partial(metrics.summary, log_probs=True)`.
-      num_folds: 2, as in the field.
-      num_repeats: 5, as in the field.
-      seed: Of the shuffles.
+      num_folds: The number of folds, usually 2.
+      num_repeats: The number of repeats, usually 5.
+      seed: The seed of the shuffles.
 
     Returns:
       :class:`CrossCalibration`.
 
     Raises:
-      ValueError: Bad input, an unknown method, fewer than two folds or one repeat,
-        fewer examples than folds.
+      ValueError: The input is bad, the method is unknown, or there are fewer than two
+        folds, one repeat, or as many examples as folds.
 
     Reference: Ashukha et al., `Pitfalls of In-Domain Uncertainty Estimation and
     Ensembling in Deep Learning <https://arxiv.org/abs/2002.06470>`_, ICLR 2020.

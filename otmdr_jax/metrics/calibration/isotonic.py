@@ -20,7 +20,7 @@ class Isotonic:
     of_classes: list[Any]
 
     def __call__(self, logits: Array) -> np.ndarray:
-        """The calibrated log-probabilities: each class's, divided by their sum."""
+        """The calibrated log-probabilities, of probabilities divided by their sum."""
         probs = np.exp(log_softmax(check_logits(logits)))
         columns = zip(self.of_classes, probs.T, strict=True)
         mapped = np.stack([fit.predict(column) for fit, column in columns], axis=1)
@@ -30,11 +30,11 @@ class Isotonic:
 def fit_isotonic(logits: Array, labels: Array) -> Isotonic:
     """Isotonic regression of each class against the rest, then division by the sum.
 
-    Steps, not curves: it fits any shape of miscalibration, but needs some thousand
-    examples, and it changes accuracy. A block of examples without the class would give
-    probability 0 and an infinite NLL: values are kept within 1 / (n + 2) of 0 and 1,
-    which is Laplace's rule of succession for a block of all n examples (scikit-learn's
-    `CalibratedClassifierCV` keeps the zeros).
+    It fits step functions, so it can correct any shape of miscalibration, but it needs
+    some thousand examples and changes accuracy. A block of examples without the class
+    would give probability 0 and an infinite NLL, so values stay 1 / (n + 2) away from 0
+    and 1, which is Laplace's rule of succession for a block of all n examples
+    (scikit-learn's `CalibratedClassifierCV` keeps the zeros).
 
     Args:
       logits: (N, C) logits or log-probabilities, held out from training.

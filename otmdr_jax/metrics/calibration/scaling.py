@@ -1,7 +1,6 @@
 """Temperature, vector and matrix scaling: log_softmax(W z + b), fitted by NLL.
 
-The NLL is convex in W and b. L-BFGS of Optax minimises it in float64, whatever the
-precision of the caller's program.
+The NLL is convex in W and b. Optax's L-BFGS minimises it, always in float64.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import optax
 
 from otmdr_jax.metrics.predictions import Array, check_labels
 
-# Beyond them probabilities are 0 and 1, or equal, in all but name.
+# Beyond these, probabilities are practically 0 and 1, or equal.
 TEMPERATURES = (0.01, 100.0)
 
 # A gradient of 1e-9 leaves the NLL within about 1e-18 of its minimum, and parameters
@@ -28,8 +27,8 @@ class Scaling:
     """A calibrator: logits (N, C) to log-probabilities (N, C), in float64.
 
     Attributes:
-      weight: Of the logits: a number (1 / T), (C,) or (C, C).
-      bias: 0.0, or (C,).
+      weight: The weight of the logits: a number (1 / T), (C,) or (C, C).
+      bias: The bias, 0.0 or (C,).
     """
 
     weight: np.ndarray
@@ -48,9 +47,9 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 
     .. math:: T^* = \arg\min_T -\frac{1}{N} \sum_n \log \mathrm{softmax}(z_n / T)_{y_n}
 
-    One number, so that it changes neither the ranking of classes nor accuracy. Unique,
-    since the NLL is convex in 1 / T. Fit it on held-out data: on the training set it
-    says how sure the model became of what it saw.
+    It is one number, so it changes neither the ranking of classes nor accuracy. It is
+    unique, since the NLL is convex in 1 / T. Fit it on held-out data: on the training
+    set it reflects how sure the model became of what it saw.
 
     Args:
       logits: (N, C) logits or log-probabilities; of an ensemble the logarithm of its
@@ -58,14 +57,14 @@ def fit_temperature(logits: Array, labels: Array) -> float:
       labels: (N,) integers in 0..C-1.
 
     Returns:
-      T: above 1 if the model is too sure. Within 0.01..100; the nearest of the two
-      where no temperature between is best (all predictions right: 0.01; worse than
-      guessing: 100).
+      T, in 0.01..100, above 1 if the model is too sure. If no temperature inside is
+      best, it is the nearer end (all predictions right: 0.01; worse than guessing:
+      100).
 
     Raises:
-      ValueError: Another shape, an empty set, numbers that are not finite, labels out
-        of range.
-      TypeError: Labels that are not integers.
+      ValueError: The shape is another, the set is empty, numbers are not finite, or
+        labels are out of range.
+      TypeError: Labels are not integers.
 
     Reference: Guo et al., `On Calibration of Modern Neural Networks
     <https://arxiv.org/abs/1706.04599>`_, ICML 2017.
@@ -93,16 +92,16 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 
 
 def fit_vector(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
-    """Vector scaling: softmax(w * z + b) with a weight and a bias of each class.
+    """Vector scaling: softmax(w * z + b) with a weight and a bias for each class.
 
-    It changes the ranking of classes, and with it accuracy. The optimum is unique up to
-    a number added to all biases; where classes can be told apart without error there is
-    none, and `l2` is needed.
+    It changes the ranking of classes, and so accuracy. The optimum is unique up to a
+    number added to all biases. If classes can be told apart without error there is no
+    optimum, and `l2` is needed.
 
     Args:
       logits: (N, C) logits or log-probabilities, held out from training.
       labels: (N,) integers in 0..C-1.
-      l2: Adds l2 / 2 (|w - 1|^2 + |b|^2) to the mean NLL.
+      l2: The factor of a penalty l2 / 2 (|w - 1|^2 + |b|^2) beside the mean NLL.
 
     Returns:
       :class:`Scaling`.
@@ -131,13 +130,13 @@ def fit_vector(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
 def fit_matrix(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
     """Matrix scaling: softmax(W z + b), a logistic regression on the logits.
 
-    C (C + 1) numbers: of many classes it needs many examples, or `l2`, which pulls W to
-    the identity. (Kull et al., 2019, penalise its off-diagonal and the bias alone.)
+    It fits C (C + 1) numbers, so many classes need many examples, or `l2`, which pulls
+    W to the identity. (Kull et al., 2019, penalise only its off-diagonal and the bias.)
 
     Args:
       logits: (N, C) logits or log-probabilities, held out from training.
       labels: (N,) integers in 0..C-1.
-      l2: Adds l2 / 2 (|W - I|^2 + |b|^2) to the mean NLL.
+      l2: The factor of a penalty l2 / 2 (|W - I|^2 + |b|^2) beside the mean NLL.
 
     Returns:
       :class:`Scaling`.
@@ -175,13 +174,13 @@ def check_logits(logits: Array) -> np.ndarray:
     logits = np.asarray(logits).astype(np.float64)
     if logits.ndim != 2:
         raise ValueError(
-            f"calibration needs logits of shape (N, C), got {logits.shape}. Of samples "
-            "give the logarithm of the mean probability."
+            f"calibration needs logits of shape (N, C), got {logits.shape}. For "
+            "samples give the logarithm of the mean probability."
         )
     if not np.isfinite(logits).all():
         row = int(np.argmin(np.isfinite(logits).all(axis=1)))
         raise ValueError(
-            f"logits must be finite, but row {row} is {logits[row]}. Of probabilities "
+            f"logits must be finite, but row {row} is {logits[row]}. For probabilities "
             "that may be 0 give np.log(np.maximum(probs, 1e-30))."
         )
     return logits
@@ -204,7 +203,7 @@ def _fit(logits, labels, start, l2: float, name: str) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         found, norm = _minimise(logits, labels, start, l2)
         found, norm = jax.tree.map(np.asarray, found), float(norm)
-    # Line searches end where the NLL no longer tells points apart, at about 1e-8.
+    # Line searches end when the NLL no longer tells points apart, at about 1e-8.
     if not norm <= 1e-6:
         warnings.warn(
             f"{name} scaling has not converged: its gradient is {norm:.1e} after "
@@ -217,7 +216,7 @@ def _fit(logits, labels, start, l2: float, name: str) -> dict[str, np.ndarray]:
 
 @jax.jit
 def _minimise(logits, labels, start, l2):
-    """L-BFGS from `start`; also the norm of the gradient where it ended."""
+    """L-BFGS from `start`; returns the norm of the final gradient too."""
 
     def loss(params):
         if "log_weight" in params:
