@@ -40,16 +40,22 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def alone(small):
-    config = dataclasses.replace(SAME, mesh="data=1", num_particles=2)
+def same(one_layer):
+    """On a network that compiles in no time."""
+    return dataclasses.replace(SAME, model=one_layer)
+
+
+@pytest.fixture(scope="module")
+def alone(small, same):
+    config = dataclasses.replace(same, mesh="data=1", num_particles=2)
     return training.train(config, small, show_progress=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,particle=2"])
-def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, small, alone):
+def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, small, same, alone):
     """Augmentation, order, particles and BatchNorm do not depend on the devices."""
-    config = dataclasses.replace(SAME, mesh=mesh, num_particles=2)
+    config = dataclasses.replace(same, mesh=mesh, num_particles=2)
     got = training.train(config, small, show_progress=False)
     assert got.metrics["mesh"] == mesh
     np.testing.assert_allclose(got.log_probs, alone.log_probs, atol=2e-3)
@@ -86,10 +92,10 @@ def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_devices(small, tmp_path, capsys):
+def test_a_run_goes_on_on_other_devices(small, same, tmp_path, capsys):
     """And says that the rest will not be the same bits."""
     run = tmp_path / "run"
-    short = dataclasses.replace(SAME, mesh="data=4", steps=8, checkpoint_every=4)
+    short = dataclasses.replace(same, mesh="data=4", steps=8, checkpoint_every=4)
     training.train(short, small, run, show_progress=False)
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "8")  # as if it had been killed after step 4
