@@ -72,6 +72,17 @@ def key():
     return jax.random.key(0)
 
 
+@pytest.fixture(scope="module")
+def one_layer():
+    """A name by which a module's tests may create a network of one layer."""
+    from otmdr_jax import models
+    from tests.zoo import OneLayer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models._REGISTRY, "one_layer", (OneLayer, {}))
+        yield "one_layer"
+
+
 @pytest.fixture
 def users_fusions():
     """Options of `jax.jit`: fusions as users have them, for equality to the bit."""

@@ -27,7 +27,7 @@ from tests.sets import small_digits
 from tests.test_training import assert_same_bits
 
 TINY = TrainConfig(
-    mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=32,
+    mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=64,
     log_every=2, seed=3, optimizer="adam", learning_rate=0.01, schedule="plateau",
     num_samples=5, posterior_std=0.02,
 )  # fmt: skip
@@ -37,7 +37,7 @@ METHODS = tuple(n for n, kind in methods.METHODS.items() if kind.is_posterior)
 
 @pytest.fixture(scope="module")
 def small():
-    return small_digits(200, validation=40)
+    return small_digits(400, validation=80)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,14 @@ def straight(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(small):
-    return training.train(ONE, small, show_progress=False)
+def one(one_layer):
+    """A short run of a network that compiles in no time."""
+    return ONE.replace(model=one_layer)
+
+
+@pytest.fixture(scope="module")
+def plain(small, one):
+    return training.train(one, small, show_progress=False)
 
 
 def of_method(chosen, method, **options):
@@ -245,12 +251,12 @@ class TestRuns:
             dict(posterior_init="released", posterior_norm="joint", merge="sum",
                  sigma_gradient="particle", weight_noise="each_step",
                  posterior_std=TrainConfig.posterior_std),
-            dict(microbatch_size=16, input="host", optimizer="adamw", decay_all=False),
+            dict(microbatch_size=32, input="host", optimizer="adamw", decay_all=False),
         ],
         ids=lambda options: ",".join(options),
     )  # fmt: skip
-    def test_options_reach_the_step(self, options, small, plain):
-        chosen = ONE.replace(**options)
+    def test_options_reach_the_step(self, options, small, one, plain):
+        chosen = one.replace(**options)
         result = training.train(chosen, small, show_progress=False)
         assert np.isfinite(result.metrics["nll"])
         kinds = {x.dtype for x in jax.tree.leaves(result.state.params)}
@@ -258,8 +264,8 @@ class TestRuns:
         assert not np.array_equal(result.log_probs, plain.log_probs)
 
     @pytest.mark.slow
-    def test_members_have_a_posterior_each(self, small, tmp_path):
-        chosen = TINY.replace(members="2", epochs=1)
+    def test_members_have_a_posterior_each(self, small, one_layer, tmp_path):
+        chosen = TINY.replace(model=one_layer, members="2", epochs=1)
         result = training.train(chosen, small, tmp_path / "run", show_progress=False)
         rows = result.metrics["members"]
         assert len(rows) == 2 and all(row["epistemic"] > 0 for row in rows)
@@ -269,8 +275,8 @@ class TestRuns:
         assert each.shape == (2, 100, 10)
         assert_allclose(np.exp(result.log_probs), each.mean(0), rtol=1e-3, atol=1e-5)
         key = jax.random.split(programs.run_keys(TINY.run.seed)[0], 2)[1]
-        one = chosen.replace(members=None)
-        compiled = programs.compile_programs(one, small)
+        alone = chosen.replace(members=None)
+        compiled = programs.compile_programs(alone, small)
         order = compiled.epoch_order(
             jax.random.fold_in(programs.run_keys(TINY.run.seed)[1], 0)
         )
@@ -285,9 +291,10 @@ class TestRuns:
         )
 
     @pytest.mark.slow
-    def test_many_devices_are_one(self, small):
+    def test_many_devices_are_one(self, small, one_layer):
         mesh = "data=2,particle=2"
-        chosen = TINY.replace(mesh=mesh, split="shared", epochs=1, num_particles=2,
+        chosen = TINY.replace(
+            model=one_layer, mesh=mesh, split="shared", epochs=1, num_particles=2,
             sync_batchnorm=True, prediction="mean", num_samples=30, log_every=1,
         )  # fmt: skip
         got = training.train(chosen, small, show_progress=False)
@@ -525,9 +532,9 @@ def test_bad_numbers_and_words(options, message):
 
 
 @pytest.mark.slow
-def test_devices_of_a_data_axis_hold_the_same_posterior(small):
+def test_devices_of_a_data_axis_hold_the_same_posterior(small, one):
     """After a run on four devices every device's copy has the same bits."""
-    chosen = ONE.replace(mesh="data=4")
+    chosen = one.replace(mesh="data=4")
     state = training.train(chosen, small, show_progress=False).state
     for leaf in jax.tree.leaves(state.params):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
@@ -563,12 +570,12 @@ def first_steps(small, **options):
 def test_options_of_the_objective_are_those_of_the_configuration(
     small, schedule, weights
 ):
-    """From the numbers of steps: loss - likelihood = weight KL / N, N = 160."""
+    """From the numbers of steps: loss - likelihood = weight KL / N, N = 320."""
     states, numbers = first_steps(
         small, kl_weight=0.3, prior_std=0.25, posterior_std=0.05, **schedule
     )
     assert_allclose(bnn.std(states[0].params)["conv1"]["kernel"], 0.05, rtol=1e-4)
-    assert small.train.num_examples == 160
+    assert small.train.num_examples == 320
     for state, found, weight in zip(states, numbers, weights, strict=False):
         kl = 0.0
         for mean, std in zip(
@@ -579,7 +586,7 @@ def test_options_of_the_objective_are_those_of_the_configuration(
             kl += np.sum(np.log(0.25 / s) + (s**2 + m**2) / (2 * 0.25**2) - 0.5)
         assert_allclose(found["kl"], kl, rtol=1e-4)
         beside = float(found["loss"] - found["likelihood_term"])
-        assert_allclose(beside, weight * kl / 160, rtol=1e-3, atol=1e-4)
+        assert_allclose(beside, weight * kl / 320, rtol=1e-3, atol=1e-4)
 
 
 def test_the_presets_steps_are_those_of_a_summed_objective():

@@ -39,16 +39,22 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def alone(small):
-    config = SAME.replace(mesh="data=1", num_particles=2)
+def same(one_layer):
+    """On a network that compiles in no time."""
+    return SAME.replace(model=one_layer)
+
+
+@pytest.fixture(scope="module")
+def alone(small, same):
+    config = same.replace(mesh="data=1", num_particles=2)
     return training.train(config, small, show_progress=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=8", "data=2,particle=2"])
-def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, small, alone):
+def test_a_run_on_a_mesh_is_the_run_on_one_device(mesh, small, same, alone):
     """Augmentation, order, particles and BatchNorm do not depend on the devices."""
-    config = SAME.replace(mesh=mesh, num_particles=2)
+    config = same.replace(mesh=mesh, num_particles=2)
     got = training.train(config, small, show_progress=False)
     assert got.metrics["mesh"] == mesh
     np.testing.assert_allclose(got.log_probs, alone.log_probs, atol=2e-3)
@@ -85,10 +91,10 @@ def test_what_cannot_be_spread_is_refused_before_the_data_are_read(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_devices(small, tmp_path, capsys):
+def test_a_run_goes_on_on_other_devices(small, same, tmp_path, capsys):
     """And says that the rest will not be the same bits."""
     run = tmp_path / "run"
-    short = SAME.replace(mesh="data=4", steps=8, checkpoint_every=4)
+    short = same.replace(mesh="data=4", steps=8, checkpoint_every=4)
     training.train(short, small, run, show_progress=False)
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "8")  # as if it had been killed after step 4

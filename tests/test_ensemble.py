@@ -404,9 +404,11 @@ class TestLift:
         ("name", "how"),
         [*(("otmdr", how) for how in MAPS), ("sgd", "scan"), ("sam", "scan")],
     )
-    def test_independent_training_is_single_runs(self, name, how, data, users_fusions):
+    def test_independent_training_is_single_runs(
+        self, name, how, data, one_layer, users_fusions
+    ):
         """Scanned: to the bit, network and optimizer; unrolled or vmap: to rounding."""
-        model = models.create("cnn_small", 10)
+        model = models.create("cnn_small" if how == "scan" else one_layer, 10)
         optimizer = optax.chain(
             optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9)
         )

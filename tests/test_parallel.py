@@ -406,9 +406,11 @@ class TestMicrobatches:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("shape", ["data=2", "data=2,particle=2"])
-    def test_scanned_on_a_mesh_as_on_accelerators(self, shape, key, monkeypatch):
+    def test_scanned_on_a_mesh_as_on_accelerators(
+        self, shape, key, one_layer, monkeypatch
+    ):
         """With a network, whose statistics are aux; the last micro-batch is smaller."""
-        model = models.create("cnn_small", num_classes=10)
+        model = models.create(one_layer, num_classes=10)
         images = jax.random.normal(jax.random.key(1), (20, 8, 8, 1))
         params, state = model.init(jax.random.key(2), images)
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 
 from otmdr_jax import models
@@ -55,7 +54,7 @@ def np_head(x, params):
 
 
 class OneLayer(nnx.Module):
-    """What all of the zoo have, once: for runs in which the network is not the point."""
+    """What all of them have, once: for runs in which the network is not the point."""
 
     def __init__(self, layers, in_channels, num_classes):
         self.conv1 = layers.conv(in_channels, 8, 3, stride=2)
@@ -70,14 +69,6 @@ class OneLayer(nnx.Module):
     def __call__(self, images, *, train, keys=None):
         x = nnx.relu(self.norm1(self.conv1(images), train=train))
         return self.head(global_average_pool(self.dropout(x, keys)))
-
-
-@pytest.fixture(scope="module")
-def one_layer():
-    """The name by which a module's tests may create the network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models._REGISTRY, "one_layer", (OneLayer, {}))
-        yield "one_layer"
 
 
 # --- helpers ------------------------------------------------------------------------
