@@ -244,7 +244,7 @@ class TestRuns:
             dict(method="sgvb", estimator="flipout", noise_std=0.0, dtype="bfloat16"),
             dict(posterior_init="released", posterior_norm="joint", merge="sum",
                  sigma_gradient="particle", weight_noise="each_step",
-                 posterior_std=TrainConfig.posterior_std),
+                 posterior_std=None),
             dict(microbatch_size=16, input="host", optimizer="adamw", decay_all=False),
         ],
         ids=lambda options: ",".join(options),
