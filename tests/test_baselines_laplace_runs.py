@@ -172,7 +172,7 @@ def test_options():
         with pytest.raises(ValueError, match=next(iter(options))):
             TrainConfig(**options)
     sam = TrainConfig(method="laplace", base_method="sam", rho=(0.1,))
-    assert sam.method.base.method.rho == (0.1,)
+    assert sam.method.base.rho == (0.1,)
     assert cost.gradient_evaluations(sam) == 2.0
     assert report.label_of(sam.flat()) == "Laplace of SAM"
     mode = sam.replace(prediction="mean")

@@ -356,7 +356,7 @@ class TestOptions:
         )  # fmt: skip
         assert (made.data.name, made.model.name) == ("cifar10", "resnet_18")
         assert (made.method.name, made.method.cycles) == ("snapshot", 3)
-        assert (made.method.base.name, made.method.base.method.rho) == ("sam", (0.2,))
+        assert (made.method.base.name, made.method.base.rho) == ("sam", (0.2,))
         assert (made.run.epochs, made.schedule.learning_rate) == (7, 0.3)
         assert made.optimizer.momentum == 0.5
         assert config.TrainConfig(**made.flat()) == made == made.replace()
