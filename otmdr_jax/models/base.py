@@ -162,6 +162,36 @@ class Layers:
         )
 
 
+class Chain(nnx.Module):
+    """A network with blocks in a row, each recomputed in the backward pass on request.
+
+    Attributes:
+      remat: True if only the input of each block is kept for the backward pass.
+      blocks: The names of the blocks, in the order of the calls. Names, not an
+        `nnx.List`: integer keys would come back from a checkpoint as strings.
+    """
+
+    remat: bool = False
+    blocks: tuple[str, ...] = ()
+
+    def add(self, name: str, block: nnx.Module) -> None:
+        """Adds a block at the end."""
+        setattr(self, name, block)
+        self.blocks = (*self.blocks, name)
+
+    def through_blocks(self, x: jax.Array, *, train: bool, **keys: Any) -> jax.Array:
+        """Calls all blocks, with `keys=` if they have dropout."""
+
+        def call(block, x, keys):
+            return block(x, train=train, **keys)
+
+        if self.remat:
+            call = nnx.remat(call)
+        for name in self.blocks:
+            x = call(getattr(self, name), x, keys)
+        return x
+
+
 def global_average_pool(x: jax.Array) -> jax.Array:
     """Averages x: (B, H, W, C) over its pixels in float32: (B, C)."""
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":

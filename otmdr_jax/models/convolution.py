@@ -71,18 +71,10 @@ def convolve(
       >>> convolve(images, kernel, (2, 2), pad, dimension_numbers=layout).shape
       (2, 4, 4, 4)
     """
+    layout = padding, lhs_dilation, rhs_dilation, dimension_numbers, options
     ours = (
-        jax.default_backend() == "cpu"
-        and images.ndim == kernel.ndim == 4
-        and dimension_numbers is not None
-        and lax.conv_dimension_numbers(images.shape, kernel.shape, dimension_numbers)
-        == lax.conv_dimension_numbers(images.shape, kernel.shape, programs.LAYOUT)
-        and not isinstance(padding, str)
-        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        programs.is_plain(images, kernel, *layout)
         and feature_group_count == 1
-        and all(option is None for option in options.values())
-        and images.dtype == kernel.dtype
-        and jnp.issubdtype(images.dtype, jnp.floating)
         and images.shape[3] == kernel.shape[2]
         and not any(_explicit(x) for x in (images, kernel))
     )

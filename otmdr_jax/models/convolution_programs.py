@@ -9,6 +9,7 @@ Reference: Lavin and Gray, 2015, "Fast algorithms for convolutional neural netwo
 section 4.1 and, for the gradient of the kernel, section 4.2.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -25,6 +26,24 @@ _FROM_PRODUCTS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 
 
 # With fewer channels than this the transforms cost more than the products they save.
 _NARROW = 16
+
+
+def is_plain(
+    images, kernel, padding, lhs_dilation, rhs_dilation, dimension_numbers, options
+):
+    """True on CPUs for floats of one dtype in our layout, with no other option."""
+    return (
+        jax.default_backend() == "cpu"
+        and images.ndim == kernel.ndim == 4
+        and dimension_numbers is not None
+        and lax.conv_dimension_numbers(images.shape, kernel.shape, dimension_numbers)
+        == lax.conv_dimension_numbers(images.shape, kernel.shape, LAYOUT)
+        and not isinstance(padding, str)
+        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        and all(option is None for option in options.values())
+        and images.dtype == kernel.dtype
+        and jnp.issubdtype(images.dtype, jnp.floating)
+    )
 
 
 # --- shapes -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
+from otmdr_jax.models import convolution_programs as programs
 
 
 def convolve_depthwise(
@@ -68,32 +68,17 @@ def convolve_depthwise(
       ... ).shape
       (2, 4, 4, 3)
     """
+    layout = padding, lhs_dilation, rhs_dilation, dimension_numbers, options
     ours = (
-        jax.default_backend() == "cpu"
-        and images.ndim == kernel.ndim == 4
-        and dimension_numbers is not None
-        and lax.conv_dimension_numbers(images.shape, kernel.shape, dimension_numbers)
-        == lax.conv_dimension_numbers(images.shape, kernel.shape, _LAYOUT)
-        and not isinstance(padding, str)
-        and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+        programs.is_plain(images, kernel, *layout)
         and kernel.shape[2:] == (1, images.shape[3])
         and feature_group_count == images.shape[3]
-        and all(option is None for option in options.values())
-        and images.dtype == kernel.dtype
-        and jnp.issubdtype(images.dtype, jnp.floating)
         and all(pad >= 0 for pads in padding for pad in pads)
     )
     if ours:
-        sizes = [
-            (side + low + high - size) // stride + 1
-            for side, size, stride, (low, high) in zip(
-                images.shape[1:3],
-                kernel.shape[:2],
-                window_strides,
-                padding,
-                strict=True,
-            )
-        ]
+        sizes = programs.output_sizes(
+            images.shape, kernel.shape, window_strides, padding
+        )
         ours = min(sizes) > 0
     if not ours:
         return lax.conv_general_dilated(

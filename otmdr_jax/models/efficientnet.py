@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 _STEMS = ("cifar", "imagenet")
 
@@ -94,7 +94,7 @@ class InvertedBottleneck(nnx.Module):
         return x + y if self.adds else y
 
 
-class EfficientNet(nnx.Module):
+class EfficientNet(Chain):
     """The network: 3x3 stem of 32, seven stages, (1x1 to 1280,) pool, dense."""
 
     def __init__(
@@ -111,7 +111,6 @@ class EfficientNet(nnx.Module):
         channels = 32
         self.stem = layers.conv(in_channels, channels, 3, stride=2 if standard else 1)
         self.stem_norm = layers.batch_norm(channels)
-        blocks = []
         for number, (stage, size) in enumerate(
             zip(_STAGES, stage_sizes, strict=True), start=1
         ):
@@ -125,11 +124,8 @@ class EfficientNet(nnx.Module):
                     stage.kernel_size,
                     stage.stride if index == 0 else 1,
                 )
-                setattr(self, name, block)
-                blocks.append(name)
+                self.add(name, block)
                 channels = stage.channels
-        # The order of the calls; string keys survive a checkpoint.
-        self.blocks = tuple(blocks)
         self.remat = layers.remat
         self.widens = standard
         if standard:
@@ -151,14 +147,7 @@ class EfficientNet(nnx.Module):
     ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = nnx.swish(self.stem_norm(self.stem(images), train=train))
-
-        def call(block, x):
-            return block(x, train=train)
-
-        if self.remat:  # only the input of each block is kept for the backward pass
-            call = nnx.remat(call)
-        for name in self.blocks:
-            x = call(getattr(self, name), x)
+        x = self.through_blocks(x, train=train)
         if self.widens:
             x = nnx.swish(self.last_norm(self.last(x), train=train))
         return self.head(self.dropout(global_average_pool(x), keys))

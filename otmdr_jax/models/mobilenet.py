@@ -12,7 +12,7 @@ Dropout, 0 unless asked for, is before the classifier, as in TF-Slim's `mobilene
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 # Channels and stride of each block.
 _BLOCKS = (
@@ -44,7 +44,7 @@ class SeparableBlock(nnx.Module):
         return nnx.relu(self.norm2(self.conv2(x), train=train))
 
 
-class MobileNet(nnx.Module):
+class MobileNet(Chain):
     """The network: 3x3 stem of 32 - BN - ReLU, 13 blocks, pool, dense."""
 
     def __init__(self, layers: Layers, in_channels: int, num_classes: int):
@@ -52,15 +52,11 @@ class MobileNet(nnx.Module):
         channels = 32
         self.stem = layers.conv(in_channels, channels, 3)
         self.stem_norm = layers.batch_norm(channels)
-        blocks = []
         for index, (out_channels, stride) in enumerate(_BLOCKS):
             name = f"block{index + 1}"
             block = SeparableBlock(layers, channels, out_channels, stride)
-            setattr(self, name, block)
-            blocks.append(name)
+            self.add(name, block)
             channels = out_channels
-        # The order of the calls; string keys survive a checkpoint.
-        self.blocks = tuple(blocks)
         self.remat = layers.remat
         self.dropout = layers.dropout()
         self.head = layers.dense(channels, num_classes)
@@ -74,12 +70,5 @@ class MobileNet(nnx.Module):
     ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = nnx.relu(self.stem_norm(self.stem(images), train=train))
-
-        def call(block, x):
-            return block(x, train=train)
-
-        if self.remat:  # only the input of each block is kept for the backward pass
-            call = nnx.remat(call)
-        for name in self.blocks:
-            x = call(getattr(self, name), x)
+        x = self.through_blocks(x, train=train)
         return self.head(self.dropout(global_average_pool(x), keys))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 _EXPANSION = 4
 
@@ -59,7 +59,7 @@ def _average_pool(x: jax.Array, size: int) -> jax.Array:
     )
 
 
-class PyramidNet(nnx.Module):
+class PyramidNet(Chain):
     """The network: 3x3 stem of 16 - BN, three stages, BN - ReLU - pool - dense."""
 
     def __init__(
@@ -76,7 +76,6 @@ class PyramidNet(nnx.Module):
         self.stem_norm = layers.batch_norm(16)
         size = (depth - 2) // 9
         channels = 16
-        blocks = []
         for stage, stride in enumerate((1, 2, 2)):
             for index in range(size):
                 name = f"stage{stage + 1}_block{index + 1}"
@@ -84,11 +83,8 @@ class PyramidNet(nnx.Module):
                 width = round(16 + alpha * grown / (3 * size))
                 block_stride = stride if index == 0 else 1
                 block = PyramidBottleneck(layers, channels, width, block_stride)
-                setattr(self, name, block)
-                blocks.append(name)
+                self.add(name, block)
                 channels = _EXPANSION * width
-        # The order of the calls; string keys survive a checkpoint.
-        self.blocks = tuple(blocks)
         self.remat = layers.remat
         self.norm = layers.batch_norm(channels)
         self.head = layers.dense(channels, num_classes)
@@ -114,13 +110,6 @@ class PyramidNet(nnx.Module):
     ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = self.stem_norm(self.stem(images), train=train)
-
-        def call(block, x, keys):
-            return block(x, train=train, keys=keys)
-
-        if self.remat:  # only the input of each block is kept for the backward pass
-            call = nnx.remat(call)
-        for name in self.blocks:
-            x = call(getattr(self, name), x, keys)
+        x = self.through_blocks(x, train=train, keys=keys)
         x = nnx.relu(self.norm(x, train=train))
         return self.head(global_average_pool(x))

@@ -11,7 +11,7 @@ convolution of a block.
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 _STEMS = ("cifar", "imagenet")
 # softplus is what the code released with Nguyen et al., 2023 has in Bayesian networks.
@@ -53,7 +53,7 @@ class BasicBlock(nnx.Module):
         return activate(y + x)
 
 
-class ResNet(nnx.Module):
+class ResNet(Chain):
     """The network: a stem of 64 channels, stages of 64, 128, ..., pool, dense."""
 
     def __init__(
@@ -76,18 +76,14 @@ class ResNet(nnx.Module):
         )
         self.stem_norm = layers.batch_norm(64)
         channels = 64
-        blocks = []
         for stage, size in enumerate(stage_sizes):
             for index in range(size):
                 name = f"stage{stage + 1}_block{index + 1}"
                 out_channels = 64 * 2**stage
                 stride = 2 if stage > 0 and index == 0 else 1
                 block = BasicBlock(layers, channels, out_channels, stride, activation)
-                setattr(self, name, block)
-                blocks.append(name)
+                self.add(name, block)
                 channels = out_channels
-        # The order of the calls; string keys survive a checkpoint.
-        self.blocks = tuple(blocks)
         self.remat = layers.remat
         self.head = layers.dense(channels, num_classes)
 
@@ -111,12 +107,5 @@ class ResNet(nnx.Module):
         x = activate(self.stem_norm(self.stem(images), train=train))
         if self.downsamples:
             x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-
-        def call(block, x, keys):
-            return block(x, train=train, keys=keys)
-
-        if self.remat:  # only the input of each block is kept for the backward pass
-            call = nnx.remat(call)
-        for name in self.blocks:
-            x = call(getattr(self, name), x, keys)
+        x = self.through_blocks(x, train=train, keys=keys)
         return self.head(global_average_pool(x))

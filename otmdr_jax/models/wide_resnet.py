@@ -11,7 +11,7 @@ asked for, is where both have it: before the second convolution of a block.
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 
 class WideBlock(nnx.Module):
@@ -43,7 +43,7 @@ class WideBlock(nnx.Module):
         return y + (x if self.shortcut is None else self.shortcut(activated))
 
 
-class WideResNet(nnx.Module):
+class WideResNet(Chain):
     """The network: 3x3 stem of 16 channels, three stages, BN - ReLU - pool - dense."""
 
     def __init__(
@@ -58,19 +58,14 @@ class WideResNet(nnx.Module):
         """Builds the network of `depth` layers, `width` times as wide as ResNet's."""
         self.stem = layers.conv(in_channels, 16, 3)
         channels = 16
-        blocks = []
         for stage, stride in enumerate((1, 2, 2)):
             for index in range((depth - 4) // 6):
                 name = f"stage{stage + 1}_block{index + 1}"
                 out_channels = 16 * width * 2**stage
                 block_stride = stride if index == 0 else 1
                 block = WideBlock(layers, channels, out_channels, block_stride)
-                setattr(self, name, block)
-                blocks.append(name)
+                self.add(name, block)
                 channels = out_channels
-        # The order of the calls. Names, not an nnx.List: integer keys in `params`
-        # would come back from a checkpoint as strings.
-        self.blocks = tuple(blocks)
         self.remat = layers.remat
         self.norm = layers.batch_norm(channels)
         self.head = layers.dense(channels, num_classes)
@@ -96,13 +91,6 @@ class WideResNet(nnx.Module):
     ) -> jax.Array:
         """Maps images (B, H, W, C) to logits (B, num_classes)."""
         x = self.stem(images)
-
-        def call(block, x, keys):
-            return block(x, train=train, keys=keys)
-
-        if self.remat:  # only the input of each block is kept for the backward pass
-            call = nnx.remat(call)
-        for name in self.blocks:
-            x = call(getattr(self, name), x, keys)
+        x = self.through_blocks(x, train=train, keys=keys)
         x = nnx.relu(self.norm(x, train=train))
         return self.head(global_average_pool(x))
