@@ -145,11 +145,15 @@ def pytest_runtest_call(item):
 # The files that take longest, by processor time. Sent first, they leave short ones for
 # the end, and no worker waits for the other.
 LONG = (
-    "distributed parallel ensemble examples training bnn_training baselines_collected "
-    "docs bnn_gradients cli models baselines_sharpness"
+    "models/test_families parallel/test_distributed experiments/test_bnn_training "
+    "experiments/test_members test_benchmarks experiments/test_methods "
+    "parallel/test_parallel experiments/test_training test_examples "
+    "ensemble/test_ensemble core/test_parameters core/test_options test_docs "
+    "models/test_dropout baselines/test_collected bnn/test_gradients "
+    "experiments/test_cli bnn/test_local_reparam"
 ).split()
 
 
 def pytest_collection_modifyitems(items):
-    place = {f"test_{name}": i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    place = {str(ROOT / "tests" / f"{name}.py"): i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(str(item.path), len(LONG)))

@@ -8,7 +8,7 @@ import pytest
 from otmdr_jax.experiments import report
 from otmdr_jax.experiments.report import page
 from otmdr_jax.experiments.report.landscape import comparable
-from tests.test_report_page import make
+from tests.experiments.test_report_page import make
 
 pytest.importorskip("matplotlib")
 

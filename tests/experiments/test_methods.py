@@ -23,8 +23,8 @@ from otmdr_jax.experiments import (
 )
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.models.dropout import Dropout
+from tests.experiments.test_training import assert_same_bits, stop_after
 from tests.sets import small_digits
-from tests.test_training import assert_same_bits, stop_after
 
 SIZE, CLASSES = 8, 3
 IMAGES = jax.random.normal(jax.random.key(7), (SIZE, 1, 1, 5))

@@ -23,9 +23,9 @@ from otmdr_jax.experiments import (
     training,
 )
 from otmdr_jax.experiments.config import TrainConfig
+from tests.baselines.test_collected import Linear
+from tests.experiments.test_training import assert_same_bits
 from tests.sets import small_digits
-from tests.test_baselines_collected import Linear
-from tests.test_training import assert_same_bits
 
 TINY = TrainConfig(
     mesh="data=1", method="edst", epochs=6, batch_size=64, log_every=2, seed=3,

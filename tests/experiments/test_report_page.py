@@ -19,7 +19,7 @@ from otmdr_jax.experiments.report import (
     records,
     significance,
 )
-from tests.test_report import history
+from tests.experiments.test_report import history
 
 CONFIG = {"method": "sam", "num_particles": 1, "data": "digits", "epochs": 2}
 LABELS = np.asarray(data.load("digits").test.labels)

@@ -28,8 +28,8 @@ from otmdr_jax.experiments import (
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import cost, evaluation
 from otmdr_jax.models.dropout import Dropout, checked_keys, kept_levels
+from tests.experiments.test_training import assert_same_bits
 from tests.sets import small_digits
-from tests.test_training import assert_same_bits
 from tests.zoo import (
     as_float32,
     draw,

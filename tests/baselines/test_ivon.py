@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 from otmdr_jax import baselines, bnn, parallel
 from otmdr_jax.experiments import cli, methods, report
 from otmdr_jax.experiments.config import TrainConfig
-from tests.test_baselines_bsam import Linear, gradient, loss, problem, run
+from tests.baselines.test_bsam import Linear, gradient, loss, problem, run
 
 ALPHA, B1, B2, DELTA, H0, N = 0.2, 0.8, 0.9, 0.05, 0.5, 40.0
 OPTIONS = dict(

@@ -13,7 +13,7 @@ from otmdr_jax.experiments.measure import cost
 from otmdr_jax.experiments.methods import METHODS
 from otmdr_jax.experiments.report import cost as tables
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 FILE = """
 seeds = [0, 3]
 [options]

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from otmdr_jax import metrics
-from tests.test_metrics import predictions
+from tests.metrics.test_metrics import predictions
 
 
 def test_the_bootstrap_of_a_mean_is_the_central_limit_theorems():

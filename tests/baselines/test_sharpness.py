@@ -16,8 +16,8 @@ from otmdr_jax.core import ascent
 from otmdr_jax.experiments import methods, optimizers, training
 from otmdr_jax.experiments.config import TrainConfig
 from tests import toy
-from tests.test_baselines_bsam import Linear, small  # noqa: F401
-from tests.test_training import assert_same_bits, stop_after
+from tests.baselines.test_bsam import Linear, small  # noqa: F401
+from tests.experiments.test_training import assert_same_bits, stop_after
 
 RHO = 0.3
 

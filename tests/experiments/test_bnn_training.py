@@ -23,8 +23,8 @@ from otmdr_jax.experiments import (
 )
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation, sharpness
+from tests.experiments.test_training import assert_same_bits
 from tests.sets import small_digits
-from tests.test_training import assert_same_bits
 
 TINY = TrainConfig(
     mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=64,

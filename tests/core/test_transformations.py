@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 import otmdr_jax
 from otmdr_jax import baselines, ensemble, parallel
 from tests import toy
-from tests.test_training import assert_same_bits
+from tests.experiments.test_training import assert_same_bits
 
 KEY = jax.random.key(3)
 OWN = dict(learning_rate=0.1, weight_decay=0.01, num_data=50.0)

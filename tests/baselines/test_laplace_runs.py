@@ -23,8 +23,8 @@ from otmdr_jax.experiments import (
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import cost
 from otmdr_jax.io import files
+from tests.experiments.test_training import assert_same_bits
 from tests.sets import small_digits
-from tests.test_training import assert_same_bits
 
 STRUCTURES = curvature.STRUCTURES
 TINY = TrainConfig(

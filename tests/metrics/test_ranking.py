@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from otmdr_jax import metrics
-from tests.test_metrics import predictions, settings
+from tests.metrics.test_metrics import predictions, settings
 
 
 def with_ties(probs):

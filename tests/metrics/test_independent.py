@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from otmdr_jax import metrics
-from tests.test_metrics import predictions
+from tests.metrics.test_metrics import predictions
 
 PROBS, LABELS = predictions(0, 3000, 10)
 CONFIDENCE, RIGHT = PROBS.max(axis=1), PROBS.argmax(axis=1) == LABELS

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from otmdr_jax import metrics
 from otmdr_jax.metrics import streaming
-from tests.test_metrics import predictions, settings
+from tests.metrics.test_metrics import predictions, settings
 
 CLASSES, SIZE = 7, 16
 # Sums whose terms are computed in float32; all others are exact.
