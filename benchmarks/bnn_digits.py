@@ -19,6 +19,7 @@ from otmdr_jax.experiments import report, training
 from otmdr_jax.experiments.config import TrainConfig
 
 BASE = TrainConfig(
+    method="otmdr-bnn",
     label_noise=0.2,
     epochs=28,
     eval_every=28,

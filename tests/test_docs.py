@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 import otmdr_jax
-from otmdr_jax.experiments import cli
+from otmdr_jax.experiments import cli, methods
 from tests.test_layout import FLOORS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -245,8 +245,6 @@ def command_flags():
     def flags(kind):
         found = {"--help"}
         for field in dataclasses.fields(kind):
-            if field.name == "config":
-                continue
             word = {"config_file": "config"}.get(field.name, field.name)
             word = word.replace("_", "-")
             found.add(f"--{word}")
@@ -255,7 +253,11 @@ def command_flags():
         return found
 
     commands = {name: flags(kind) for name, (kind, _) in cli.COMMANDS.items()}
-    commands["train"] |= flags(config.TrainConfig)
+    for option, kind in config.known_options().items():
+        word = option.replace("_", "-")
+        commands["train"] |= {f"--{word}"} | (
+            {f"--no-{word}"} if kind is bool else set()
+        )
     (positional,) = tyro.conf.Positional[str].__metadata__
     for name, (kind, _) in cli.COMMANDS.items():
         hints = typing.get_type_hints(kind, include_extras=True)
@@ -307,8 +309,11 @@ def test_every_flag_that_is_named_exists():
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_flags_are_those_that_help_prints(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+    # That of train shows the options of one method at a time.
+    kinds = methods.METHODS if command == "train" else ()
+    for chosen in [["--method", name] for name in kinds] or [[]]:
+        with pytest.raises(SystemExit):
+            cli.main([command, *chosen, "--help"])
     assert set(FLAG.findall(capsys.readouterr().out)) == command_flags()[command]
 
 
