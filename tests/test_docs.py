@@ -186,15 +186,16 @@ def test_templates_and_hooks_are_yaml_with_what_their_readers_require():
 
 
 def known_tests():
-    """{"test_a.py::test_b", "test_a.py::TestC", "test_a.py::TestC::test_d", ...}."""
+    """{"tests/a/test_b.py::test_c", "tests/a/test_b.py::TestD", ...}."""
     known = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        name = path.relative_to(ROOT).as_posix()
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                known.add(f"{path.name}::{node.name}")
+                known.add(f"{name}::{node.name}")
             if isinstance(node, ast.ClassDef):
                 known |= {
-                    f"{path.name}::{node.name}::{child.name}"
+                    f"{name}::{node.name}::{child.name}"
                     for child in node.body
                     if isinstance(child, ast.FunctionDef)
                 }
@@ -204,9 +205,9 @@ def known_tests():
 def test_every_test_that_is_named_exists():
     known = known_tests()
     for page, text in page_texts():
-        for name in re.findall(r"\btest_\w+\.py(?:::\w+)+", text):
+        for name in re.findall(r"[\w/]*\btest_\w+\.py(?:::\w+)+", text):
             assert name in known, f"{page.name} names {name}"
-        for name in re.findall(r"\btests/(\w+\.py)", text):
+        for name in re.findall(r"\btests/([\w/]+\.py)", text):
             assert (ROOT / "tests" / name).exists(), f"{page.name} names {name}"
 
 
