@@ -41,7 +41,6 @@ EXPERIMENTS = [
     {"optimizers", "members"},
     {"building"},
     {"programs", "checkpoint", "run_folder"},
-    {"predictors"},
     {"restore"},
     {"measure"},
     {"training"},

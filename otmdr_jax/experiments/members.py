@@ -19,6 +19,7 @@ from otmdr_jax import baselines, ensemble
 from otmdr_jax.core import collectives, loops, tree
 from otmdr_jax.ensemble.joint import member_log_probs
 from otmdr_jax.experiments.methods import Method, TrainState
+from otmdr_jax.experiments.methods.collected import number
 
 PyTree = Any
 Step = Callable[..., tuple[PyTree, dict[str, jax.Array]]]
@@ -167,6 +168,30 @@ def separate(state: PyTree) -> list[TrainState]:
         return [state]
     count = state.step.shape[0]
     return [jax.tree.map(lambda x, i=i: x[i], state) for i in range(count)]
+
+
+def trained(config: Any, state: PyTree) -> list[TrainState]:
+    """The weights of each trained member as a state of its own: of averages the mean.
+
+    Args:
+      config: The run's configuration.
+      state: Its state, finalized where it needs to be.
+    """
+    return [config.method.trained(member) for member in separate(state)]
+
+
+def predicting(config: Any, state: PyTree) -> list[TrainState]:
+    """The same, but of a run that collects members those that it has collected."""
+    if num_collected(config, state):
+        return config.method.collected(state)
+    return trained(config, state)
+
+
+def num_collected(config: Any, state: PyTree) -> int:
+    """How many members a run of one model has collected; 0 for other runs."""
+    if config.model.members is not None or not config.method.collects:
+        return 0
+    return number(state.method_state.number)
 
 
 def join(states: Sequence[TrainState], stacked: bool) -> PyTree:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from otmdr_jax.data import Dataset
-from otmdr_jax.experiments import checkpoint, predictors, programs, run_folder
+from otmdr_jax.experiments import checkpoint, programs, run_folder
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods.collected import Laplace
 
@@ -79,8 +79,8 @@ def open_run(
     programs.check_same_data(restored.meta["data"], data, folder)
     diverged = tuple(restored.meta.get("diverged", ()))
     state = restored.state
-    if predicts or not predictors.is_fitted(config):
-        state = predictors.finalize(config, state, dataset, compiled)
+    if predicts or not config.method.is_fitted:
+        state = config.method.finalize(config, state, dataset, compiled)
     return Restored(folder, config, dataset, compiled, state, restored.meta, diverged)
 
 

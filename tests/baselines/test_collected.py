@@ -23,7 +23,6 @@ from otmdr_jax.experiments import (
     members,
     methods,
     optimizers,
-    predictors,
     programs,
     report,
     training,
@@ -409,7 +408,7 @@ class TestStatistics:
 
     def settled(self, result, small, chosen):
         compiled = programs.compile_programs(chosen, small)
-        return predictors.finalize(chosen, result.state, small, compiled)
+        return chosen.method.finalize(chosen, result.state, small, compiled)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("examples", [None, 130])
@@ -470,7 +469,7 @@ class TestStatistics:
         alone = self.settled(straight["swag"], small, chosen)
         mesh = programs.make_mesh(chosen.replace(mesh="data=4"))
         spread = programs.compile_programs(chosen, small, mesh)
-        state = predictors.finalize(chosen, straight["swag"].state, small, spread)
+        state = chosen.method.finalize(chosen, straight["swag"].state, small, spread)
         jax.tree.map(
             lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-4),
             state.method_state.statistics,
@@ -481,9 +480,9 @@ class TestStatistics:
         chosen = of_method("swag")
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
-        assert predictors.finalize(chosen, state, small, compiled) is state
+        assert chosen.method.finalize(chosen, state, small, compiled) is state
         state = self.settled(straight["swag"], small, chosen)
-        assert predictors.finalize(chosen, state, small, compiled) is state
+        assert chosen.method.finalize(chosen, state, small, compiled) is state
 
 
 class TestRuns:

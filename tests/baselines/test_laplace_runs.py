@@ -14,7 +14,6 @@ from otmdr_jax.experiments import (
     cli,
     config,
     members,
-    predictors,
     programs,
     report,
     restore,
@@ -86,7 +85,7 @@ class TestRuns:
             if mesh:
                 mesh = programs.make_mesh(own.replace(mesh="data=2"))
             compiled = programs.compile_programs(own, small, mesh)
-            found[name] = predictors.finalize(own, state, small, compiled).method_state
+            found[name] = own.method.finalize(own, state, small, compiled).method_state
         for name in ("b", "c"):
             assert_allclose(
                 found[name].prior_precision, found["a"].prior_precision, rtol=1e-3
@@ -105,9 +104,9 @@ class TestRuns:
             laplace="diagonal", laplace_examples=100, prior_precision=2.0
         )
         compiled = programs.compile_programs(chosen, small)
-        state = predictors.finalize(chosen, straight["sgd"].state, small, compiled)
+        state = chosen.method.finalize(chosen, straight["sgd"].state, small, compiled)
         kept = state.method_state
-        assert predictors.finalize(chosen, state, small, compiled) is state
+        assert chosen.method.finalize(chosen, state, small, compiled) is state
         # The sum over those hundred, by hand, and scaled up.
         count = small.train.num_examples
         rows = np.sort(np.random.default_rng(chosen.run.seed).permutation(count)[:100])
@@ -130,13 +129,13 @@ class TestRuns:
         chosen = TINY.replace(members="2", laplace=structure, epochs=1)
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
-        state = predictors.finalize(chosen, state, small, compiled)
+        state = chosen.method.finalize(chosen, state, small, compiled)
         kept = [member.method_state for member in members.separate(state)]
         assert len(kept) == 2
         assert float(kept[0].prior_precision) != float(kept[1].prior_precision)
         rows = compiled.predict(state, jnp.asarray(small.test.images[:4]))
         assert rows.shape == (12, 4, 10)
-        assert set(predictors.fitted_record(chosen, state)) == {
+        assert set(chosen.method.fitted(state)) == {
             "prior_precision",
             "effective_parameters",
         }
@@ -152,7 +151,7 @@ class TestRuns:
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
         assert compiled.finish is None
-        assert predictors.finalize(chosen, state, small, compiled) is state
+        assert chosen.method.finalize(chosen, state, small, compiled) is state
         assert compiled.predict(state, small.test.images[:4]).shape == (1, 4, 10)
 
 

@@ -43,7 +43,7 @@ class Evaluate:
 
 def run(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
-    from otmdr_jax.experiments import predictors, programs, report, restore, run_folder
+    from otmdr_jax.experiments import programs, report, restore, run_folder
     from otmdr_jax.experiments.measure import evaluation, sharpness
     from otmdr_jax.experiments.members import steps_taken
     from otmdr_jax.experiments.methods.bayes import Sampled
@@ -94,7 +94,7 @@ def run(options: Evaluate) -> None:
         run_folder.check_record(
             folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
         )
-        state = predictors.finalize(config, state, dataset, compiled)
+        state = config.method.finalize(config, state, dataset, compiled)
     found = evaluation.evaluate(
         config,
         state,

@@ -15,7 +15,7 @@ import numpy as np
 from otmdr_jax import data as data_lib
 from otmdr_jax import metrics, parallel
 from otmdr_jax.data import Dataset, Split
-from otmdr_jax.experiments import predictors
+from otmdr_jax.experiments import members as members_lib
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs import Programs, compile_programs
 from otmdr_jax.io.progress import Progress
@@ -99,7 +99,7 @@ def evaluate(
       programs: Compiled functions, where they exist already.
       without: Members that do not count in the ensemble's prediction, as they diverged.
       finalize: Whether a state that needs it is finalized before it predicts; see
-        :func:`otmdr_jax.experiments.predictors.finalize`.
+        :meth:`otmdr_jax.experiments.methods.MethodOptions.finalize`.
       show_progress: Whether to show progress.
 
     Returns:
@@ -107,7 +107,7 @@ def evaluate(
     """
     programs = compile_programs(config, dataset) if programs is None else programs
     if finalize:
-        state = predictors.finalize(config, state, dataset, programs)
+        state = config.method.finalize(config, state, dataset, programs)
     examples = getattr(dataset, split)
     title = f"evaluating the {split} set"
     with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
@@ -120,7 +120,7 @@ def evaluate(
             report=lambda done: bar.update(done, {}),
         )
     measured = measure(config, found, examples.labels)
-    measured.metrics.update(predictors.fitted_record(config, state))
+    measured.metrics.update(config.method.fitted(state))
     return measured
 
 
@@ -160,8 +160,8 @@ def evaluate_run(
         that is fitted predicts, whose curvature may cost as much as epochs.
       show_progress: Whether to show progress.
     """
-    if final or not predictors.is_fitted(config):
-        state = predictors.finalize(config, state, dataset, programs)
+    if final or not config.method.is_fitted:
+        state = config.method.finalize(config, state, dataset, programs)
     found = {
         split: evaluate(
             config,
@@ -194,7 +194,7 @@ def predict(
     Args:
       config: The run's configuration.
       state: Its state, finalized where it needs to be
-        (:func:`otmdr_jax.experiments.predictors.finalize`).
+        (:meth:`otmdr_jax.experiments.methods.MethodOptions.finalize`).
       examples: Images of the shape that the programs are for.
       programs: Compiled functions.
       without: Members that do not count in the ensemble's prediction, as they diverged.
@@ -206,7 +206,7 @@ def predict(
     Returns:
       A :class:`Predicted`.
     """
-    collected = predictors.collected(config, state)
+    collected = members_lib.num_collected(config, state)
     count = len(config.model.member_names) if config.model.members is not None else 1
     count = max(collected, count)
     chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
@@ -320,7 +320,7 @@ def member_rows(
         for i, (name, values) in enumerate(zip(names, found.members or (), strict=True))
     ]
     gaps = sharp.get("member_sharpness", ())
-    states = predictors.every(config, state) if gaps else ()
+    states = members_lib.predicting(config, state) if gaps else ()
     for row, gap, member in zip(rows, gaps, states, strict=False):
         row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
     return rows

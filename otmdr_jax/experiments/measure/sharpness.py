@@ -12,7 +12,7 @@ import numpy as np
 
 from otmdr_jax import landscape, parallel
 from otmdr_jax.data import Dataset, Split
-from otmdr_jax.experiments import predictors
+from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure.evaluation import eval_batches
 from otmdr_jax.experiments.members import steps_taken
@@ -246,9 +246,9 @@ def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
         parallel.place(batch, mesh, parallel.data_spec(mesh))
         for batch in eval_batches(config, part, mesh)
     ]
-    if not predictors.is_fitted(config):  # whose weights are those that were trained
-        state = predictors.finalize(config, state, dataset, programs)
-    for i, member in enumerate(predictors.every(config, state)):
+    if not config.method.is_fitted:  # whose weights are those that were trained
+        state = config.method.finalize(config, state, dataset, programs)
+    for i, member in enumerate(members.predicting(config, state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]
         with_state = [(*batch, member.model_state) for batch in batches]
         yield loss_sum, weights_of(member.params), with_state

@@ -64,6 +64,8 @@ class MethodOptions:
       is_sparse: Whether most of the weights that it trains are zero.
       needs_dropout: Whether it predicts with the masks of dropout.
       collects: Whether it predicts with copies of its weights.
+      is_fitted: Whether predictions are of a Gaussian that a pass over the training set
+        fits to weights, which it does not change.
       only_with: Options that do nothing but with some values of another one.
     """
 
@@ -74,6 +76,7 @@ class MethodOptions:
     is_sparse: ClassVar[bool] = False
     needs_dropout: ClassVar[bool] = False
     collects: ClassVar[bool] = False
+    is_fitted: ClassVar[bool] = False
 
     only_with: ClassVar[tuple[OnlyWith, ...]] = ()
 
@@ -170,6 +173,11 @@ class MethodOptions:
         """
         del config, dataset, programs
         return state
+
+    def fitted(self, state: PyTree) -> dict[str, float]:
+        """What is logged of what :meth:`finalize` fitted, of members a mean."""
+        del state
+        return {}
 
     def trained(self, state: PyTree) -> PyTree:
         """The state of the one weight vector that a member's training gives."""

@@ -365,6 +365,7 @@ class Laplace(Sampled, Riding):
     """A Laplace approximation: a Gaussian fitted to what was trained."""
 
     name = "laplace"
+    is_fitted = True
     own = ("structure", "num_samples", "prior_precision")
 
     laplace: Literal["last-layer", "last-layer-kron", "diagonal"] = "last-layer"
@@ -430,6 +431,17 @@ class Laplace(Sampled, Riding):
         return programs.finish(
             state, jax.tree.map(lambda x: x * (count / wanted), total)
         )
+
+    def fitted(self, state: PyTree) -> dict[str, float]:
+        """The prior's precision and the effective number of parameters."""
+        found = self.posteriors(state)
+        names = ("prior_precision", "effective_parameters") if found else ()
+        return {
+            name: float(
+                np.mean(np.hstack([np.asarray(getattr(one, name)) for one in found]))
+            )
+            for name in names
+        }
 
     def posteriors(self, state: PyTree) -> list[baselines.LaplacePosterior]:
         """The members' Gaussians, stacked as they are; none before it is finalized."""

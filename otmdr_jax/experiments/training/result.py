@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from otmdr_jax.experiments import members, predictors
+from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure.evaluation import (
     Evaluation,
@@ -70,7 +70,7 @@ def final_result(
         "skipped_steps": sum(int(member.skipped) for member in each),
         "parameters": sum(
             x.size
-            for one in predictors.every(config, state)
+            for one in members.predicting(config, state)
             for x in jax.tree.leaves(one.params)
         ),
         "best": meta["best"],

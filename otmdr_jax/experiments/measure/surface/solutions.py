@@ -18,7 +18,6 @@ from otmdr_jax.experiments import (
     checkpoint,
     members,
     methods,
-    predictors,
     restore,
 )
 from otmdr_jax.experiments.measure.surface.plan import Plan
@@ -107,7 +106,7 @@ def weights_of(
     if config.model.members is None or config.model.ensemble == "independent":
         every = [
             (methods.weights_of(one.params), one.model_state)
-            for one in predictors.trained(config, state)
+            for one in members.trained(config, state)
         ]
     else:
         both = state.params, state.model_state
