@@ -122,7 +122,6 @@ class Model(Group):
         return self.members is not None and self.ensemble == "joint"
 
     def check(self, config: Any) -> None:
-        """See :class:`Group`."""
         if self.members is None:
             for name in ("ensemble", "member_data", "member_map"):
                 if (value := getattr(self, name)) != getattr(type(self), name):

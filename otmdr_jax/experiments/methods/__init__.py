@@ -9,6 +9,8 @@ collected.py   that ride on another one: snapshot, fge, swa, swag, dst, edst,
                mc-dropout, laplace
 table.py       METHODS, the only list of them, and create()
 
+What a method overrides is explained once, in :class:`MethodOptions`.
+
 A new method is a dataclass with its options, the transformation that it stands for, and
 what a step of it costs; and an entry in the table:
 

@@ -60,7 +60,6 @@ class Sampled(MethodOptions):
         return {"num_samples": self.num_samples, "mean_only": mean_only}
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         if self.prediction == "mean" and self.num_samples != bnn.NUM_SAMPLES:
             raise ValueError(
@@ -193,7 +192,6 @@ class Posterior(Sampled):
         return training.build(model, loss, rule, options.get("axis_name"))
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         priors = {
             "normal": bnn.Normal(self.prior_std),
             "mixture": bnn.ScaleMixture(),
@@ -223,7 +221,6 @@ class Posterior(Sampled):
         return bnn.warmup(steps, self.kl_weight)
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         no_joint_loss(self, config, "members with a posterior each are trained with")
         if self.prior != "normal" and self.prior_std != bnn.PRIOR_STD:
@@ -253,11 +250,9 @@ class Sgvb(Posterior, Point):
     (local reparameterisation, Flipout)."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {**super().options(run), "estimator": self.estimator}
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         if config.model.dtype == "float16" and self.estimator != "weights":
             raise ValueError(
@@ -285,7 +280,6 @@ class OtmdrBnn(Posterior, Particles):
     each ascent step (released code)."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {
             **super().options(run),
             "norm": self.posterior_norm,
@@ -401,7 +395,6 @@ class Gaussian(Sampled, Point):
         return training.build(model, loss, rule, options.get("axis_name"))
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {
             **super().options(run),
             **self.of_samples,
@@ -413,7 +406,6 @@ class Gaussian(Sampled, Point):
         }
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         no_joint_loss(self, config, "members with a posterior each are trained with")
         for name, default in (
@@ -451,12 +443,10 @@ class Bsam(Gaussian, Climbing):
 
     @classmethod
     def precision(cls, memory, weight_decay):
-        """See :class:`Gaussian`."""
         del weight_decay
         return memory
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {
             **super().options(run),
             "b2": self.b2,
@@ -466,7 +456,6 @@ class Bsam(Gaussian, Climbing):
         }
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         one_radius(self)
 
@@ -492,11 +481,9 @@ class Ivon(Gaussian):
 
     @classmethod
     def precision(cls, memory, weight_decay):
-        """See :class:`Gaussian`."""
         return baselines.ivon_precision(memory, weight_decay)
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {
             **super().options(run),
             "b2": self.b2,
@@ -511,7 +498,6 @@ class Ivon(Gaussian):
         return float(self.mc_samples)
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         if not config.optimizer.weight_decay:
             raise ValueError(

@@ -79,14 +79,12 @@ class Riding(MethodOptions):
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Self:
-        """See :class:`MethodOptions`."""
         own, rest = options_of(cls), dict(options)
         base = cls.bases[rest.pop("base_method", "sgd")]
         mine = {name: rest.pop(name) for name in options if name in own}
         return cls(base=base.of(rest), **mine)
 
     def flat(self) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         found = super().flat()
         found.pop("base")
         named = {"base_method": self.base.name} if len(self.bases) > 1 else {}
@@ -131,7 +129,6 @@ class Riding(MethodOptions):
         return method
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         found = {**self.base.options(run), "base": self.base.name}
         if (course := self._course(run)) is not None:
             found["ends"] = course.ends
@@ -152,7 +149,6 @@ class Riding(MethodOptions):
         return self.base
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         self.base.check(config)
         no_joint_loss(
@@ -170,11 +166,9 @@ class Scheduled(Riding):
     own: ClassVar[tuple[str, ...]] = ("ends",)
 
     def course(self, peak: float, total_steps: int, steps_per_epoch: int) -> Course:
-        """See :class:`MethodOptions`."""
         raise NotImplementedError
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         for name, default in (("schedule", "cosine"), ("warmup_epochs", 0.0)):
             if (value := config.flat()[name]) != default:
@@ -192,12 +186,10 @@ class Collecting(Scheduled):
 
     @classmethod
     def wrapped(cls, method, model, *, ends=(), **own):
-        """See :class:`Riding`."""
         del model, own
         return baselines.collect(method, ends)
 
     def collected(self, state: PyTree) -> list[PyTree]:
-        """See :class:`MethodOptions`."""
         return baselines.members(state)
 
 
@@ -211,7 +203,6 @@ class Snapshot(Collecting):
     """Cycles of snapshot, each of which gives a member (the authors' command)."""
 
     def course(self, peak, total_steps, steps_per_epoch):
-        """See :class:`MethodOptions`."""
         return Course(
             schedules.cyclic_cosine(peak, total_steps, self.cycles),
             schedules.snapshot_ends(total_steps, self.cycles),
@@ -234,7 +225,6 @@ class Fge(Collecting):
     WideResNet-28-10)."""
 
     def course(self, peak, total_steps, steps_per_epoch):
-        """See :class:`MethodOptions`."""
         start = max(round(self.collect_start * total_steps), 1)
         period = 2 * max(round(self.cycle_epochs * steps_per_epoch / 2), 1)
         return Course(
@@ -262,11 +252,9 @@ class Swa(Scheduled):
 
     @classmethod
     def wrapped(cls, method, model, *, ends=(), **own):
-        """See :class:`Riding`."""
         return baselines.average(method, model, ends, **own)
 
     def course(self, peak, total_steps, steps_per_epoch):
-        """See :class:`MethodOptions`."""
         start = max(round(self.collect_start * total_steps), 1)
         every = max(round(self.collect_every * steps_per_epoch), 1)
         return Course(
@@ -275,7 +263,6 @@ class Swa(Scheduled):
         )
 
     def trained(self, state: PyTree) -> PyTree:
-        """See :class:`MethodOptions`."""
         return baselines.moments_of(state)
 
     def finalize(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
@@ -322,12 +309,10 @@ class Swag(Sampled, Swa):
 
     @classmethod
     def wrapped(cls, method, model, **own):
-        """See :class:`Riding`."""
         defaults = {"rank": baselines.RANK, "num_samples": baselines.NUM_SAMPLES}
         return super().wrapped(method, model, **(defaults | own))
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         samples = 0 if self.prediction == "mean" else self.num_samples
         own = {"rank": self.swag_rank, "num_samples": samples}
         return {**super().options(run), **own}
@@ -343,15 +328,12 @@ class McDropout(Sampled, Riding):
 
     @classmethod
     def wrapped(cls, method, model, **own):
-        """See :class:`Riding`."""
         return baselines.mc_dropout(method, model, **own)
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {**super().options(run), **self.of_samples}
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         if config.model.dropout == 0:
             raise ValueError(
@@ -380,14 +362,12 @@ class Laplace(Sampled, Riding):
 
     @classmethod
     def wrapped(cls, method, model, **own):
-        """See :class:`Riding`."""
         # Without samples it predicts with the mode, as its base does.
         if own.get("num_samples") == 0:
             return method
         return baselines.laplace(method, model, **own)
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {
             **super().options(run),
             "structure": self.laplace,
@@ -396,7 +376,6 @@ class Laplace(Sampled, Riding):
         }
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         super().check(config)
         if self.prediction != "mean":
             return
@@ -485,18 +464,15 @@ class Sparse(Riding):
 
     @classmethod
     def wrapped_optimizer(cls, optimizer, own):
-        """See :class:`Riding`."""
         sparse = {name: own.pop(name) for name in Sparse.own if name in own}
         # Its key is replaced by one of the method's.
         return baselines.dynamic(optimizer, jax.random.key(0), **sparse)
 
     @classmethod
     def wrapped(cls, method, model, **own):
-        """See :class:`Riding`."""
         return super().wrapped(baselines.masked_from_the_start(method), model, **own)
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         found, total = super().options(run), run.total_steps
         every = self.mask_every
         if every is None:
@@ -542,13 +518,11 @@ class Edst(Sparse, Collecting):
     tickets (the authors' command)."""
 
     def course(self, peak, total_steps, steps_per_epoch):
-        """See :class:`MethodOptions`."""
         start = round(self.exploration * total_steps)
         ends = schedules.edst_ends(total_steps, start, self.tickets)
         return Course(schedules.edst(peak, ends, start), ends)
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         found = super().options(run)
         # One step into the next phase: the ticket is kept as it was trained.
         escapes = tuple(end + 1 for end in found["ends"][:-1])

@@ -118,7 +118,6 @@ class Point(MethodOptions):
 
     @classmethod
     def make(cls, model, optimizer, loss, **options):
-        """See :class:`MethodOptions`."""
 
         def transformation(loss_fn, key, **aux):
             del key  # nothing is random
@@ -130,7 +129,6 @@ class Point(MethodOptions):
         return training.build(model, loss, made, options.get("axis_name"))
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         data = {"axis_name": "data"} if "data" in run.axes else {}
         return {"microbatch_size": self.microbatch_size, **data}
 
@@ -164,7 +162,6 @@ class Climbing(Point):
     exchanged once a step instead of once a pass."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         found = {
             **super().options(run),
             "rho": self.rho,
@@ -189,7 +186,6 @@ class Normed(Climbing):
     as the gradient makes them. That of otmdr-bnn is posterior_norm."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {**super().options(run), "norm": self.norm}
 
 
@@ -227,7 +223,6 @@ class Gsam(Sam):
     follows the learning rate, as its paper has it. Default: --rho throughout."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         found = {**super().options(run), "alpha": self.gsam_alpha}
         if self.rho_min is not None:
             found["rho"] = baselines.follow(
@@ -239,7 +234,6 @@ class Gsam(Sam):
         return found
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         one_radius(self)
         if self.rho_min is not None and config.schedule.name == "plateau":
             raise ValueError(
@@ -263,7 +257,6 @@ class LookSam(Sam):
     (reimplementations)."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         own = {"every": self.look_every, "alpha": self.look_alpha}
         return {**super().options(run), **own}
 
@@ -273,7 +266,6 @@ class LookSam(Sam):
         return 1.0 + 1.0 / self.look_every
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         one_radius(self)
 
 
@@ -290,7 +282,6 @@ class FisherSam(Sam):
     (reimplementations)."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         return {**super().options(run), "eta": self.fisher_eta}
 
 
@@ -316,7 +307,6 @@ class Particles(Climbing):
     """How particles are computed: a matter of speed and memory alone."""
 
     def options(self, run: Run) -> dict[str, Any]:
-        """See :class:`MethodOptions`."""
         spread = {"particle_axis_name": "particle"} if "particle" in run.axes else {}
         return {
             **super().options(run),
@@ -341,7 +331,6 @@ class Particles(Climbing):
         return self.num_particles * (1.0 + climb)
 
     def check(self, config: Any) -> None:
-        """See :class:`MethodOptions`."""
         alike = self.split in ("ordered", "shared") and not self.noise_std
         if self.num_particles > 1 and alike:
             raise ValueError(
@@ -359,7 +348,6 @@ class Otmdr(Particles, Normed):
 
     @classmethod
     def make(cls, model, optimizer, loss, *, sum_particles=False, **options):
-        """See :class:`MethodOptions`."""
 
         def transformation(loss_fn, key, **aux):
             return otmdr_jax.otmdr(loss_fn, key, **options, **aux)
