@@ -198,12 +198,12 @@ def bsam_gradient(
     """The perturbed gradient of bSAM and the precision's next value.
 
     Args:
-      loss_fn: See :func:`bsam`, as all below.
-      rho: The radius where a call names none.
-      num_data: N.
-      weight_decay: delta.
-      b2: beta_2.
-      damping: gamma.
+      loss_fn: The loss, as for :func:`bsam`.
+      rho: The radius of a call that names none.
+      num_data: N, the number of training examples.
+      weight_decay: delta, the prior's precision per example.
+      b2: beta_2, the decay rate of the precision.
+      damping: gamma, which is added to the precision's target.
       **options: Those of :class:`otmdr_jax.core.options.PartedOptions`.
 
     Returns:

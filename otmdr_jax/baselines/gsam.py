@@ -1,4 +1,4 @@
-r"""GSAM: SAM's gradient, less what of the plain gradient does not serve it.
+r"""GSAM: SAM's gradient, without a part of the plain gradient that is orthogonal to it.
 
 .. math::
     g' = \nabla L(w + \rho\, g / \|g\|), \qquad
@@ -97,9 +97,9 @@ def gsam_gradient(
     """GSAM's gradient, to be called as that of :func:`otmdr_jax.robust_gradient`.
 
     Args:
-      loss_fn: See :func:`gsam`, as all below.
-      rho: Radii where a call names none.
-      alpha: Weight of the orthogonal part.
+      loss_fn: The loss, as for :func:`gsam`.
+      rho: The radii of a call that names none.
+      alpha: The weight of the orthogonal part.
       **options: Those of :class:`otmdr_jax.core.options.SamOptions`.
     """
     check_number("alpha", alpha)

@@ -188,11 +188,11 @@ def ivon_gradient(
     """The mean gradient at samples of the posterior, and the Hessian's next value.
 
     Args:
-      loss_fn: See :func:`ivon`, as all below.
-      num_data: lambda.
-      weight_decay: delta.
-      b2: beta_2.
-      mc_samples: Samples.
+      loss_fn: The loss, as for :func:`ivon`.
+      num_data: lambda, the number of training examples.
+      weight_decay: delta, the prior's precision per example.
+      b2: beta_2, the decay rate of the Hessian.
+      mc_samples: The number of samples, each of which takes a gradient.
       **options: Those of :class:`otmdr_jax.core.options.PassOptions`.
 
     Returns:
@@ -257,13 +257,13 @@ def ivon_rule(
     """What IVON does with its gradient: momentum, decay, division by `precision=`.
 
     Args:
-      learning_rate: See :func:`ivon`, as all below.
-      b1: beta_1.
-      weight_decay: delta.
-      hess_init: h_0.
-      clip_radius: Bound on each coordinate.
-      clip_norm: Bound on the global norm of the gradient.
-      debias: Whether the momentum is corrected for its start.
+      learning_rate: alpha, a number or a schedule.
+      b1: beta_1, the decay rate of the momentum.
+      weight_decay: delta, the prior's precision per example.
+      hess_init: h_0, the Hessian at the start.
+      clip_radius: The bound on each coordinate; None for none.
+      clip_norm: The bound on the global norm of the gradient; None for none.
+      debias: Whether the momentum is corrected for its start at 0.
       rescale: Whether alpha is multiplied by h_0 + delta.
     """
     preconditioned.check_decay("b1", b1)

@@ -133,10 +133,10 @@ def looksam_gradient(
     """LookSAM's gradient and what it remembers.
 
     Args:
-      loss_fn: See :func:`looksam`, as all below.
-      rho: Radii where a call names none.
-      alpha: Length of the remembered direction in lengths of the gradient.
-      every: k: how often it climbs.
+      loss_fn: The loss, as for :func:`looksam`.
+      rho: The radii of a call that names none.
+      alpha: The length of the remembered direction in lengths of the gradient.
+      every: k, the number of steps from one climb to the next.
       **options: Those of :class:`otmdr_jax.core.options.SamOptions`.
 
     Returns:

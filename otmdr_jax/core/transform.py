@@ -51,12 +51,12 @@ class MemoryState(NamedTuple):
     """State of a transformation whose gradient remembers something.
 
     Attributes:
-      count: See :class:`OtmdrState`, as the next three.
-      key: The next update's key.
-      aux: The last auxiliary output.
-      diagnostics: The last update's.
-      memory: What the gradient remembers: as it was before an update whose gradient was
-        not finite.
+      count: Number of updates so far.
+      key: The PRNG key of the next update, or None where nothing is random.
+      aux: The auxiliary output of the last update whose gradient was finite.
+      diagnostics: The last update's :class:`otmdr_jax.Diagnostics`.
+      memory: What the gradient remembers. An update whose gradient is not finite leaves
+        it as it was.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -262,11 +262,12 @@ def from_gradient(
       compute: (params, batch, *args, key=, rho=, **kwargs) ->
         :class:`otmdr_jax.RobustGradient`; with `start` (memory, params, batch, ...) ->
         (RobustGradient, memory).
-      key: See :func:`otmdr_jax.otmdr`, as the next.
-      rho: None where `compute` takes none and climbs not.
-      num_particles: K.
-      has_aux: See :func:`otmdr_jax.otmdr`.
-      aux_init: See :func:`otmdr_jax.otmdr`.
+      key: A PRNG key, or None where nothing is random.
+      rho: The radii, as for :func:`otmdr_jax.otmdr`; None for a gradient that takes no
+        ascent steps.
+      num_particles: K, the number of particles.
+      has_aux: Whether the loss returns (loss, aux).
+      aux_init: The first aux, as for :func:`otmdr_jax.otmdr`.
       start: What the gradient remembers from step to step, made of the parameters. The
         state is then a :class:`MemoryState`.
 

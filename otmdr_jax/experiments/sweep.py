@@ -146,7 +146,7 @@ def run(
         title = (
             f"run {i + 1} of {len(planned)}: {one.label}, seed {one.config.run.seed}"
         )
-        # Of a folder that is gone nothing is known.
+        # A row whose folder was deleted says nothing about the next run there.
         old = known.get(str(one.folder), {}) if run_folder.is_run(one.folder) else {}
         status = "finished"
         if _has_diverged(one, old):

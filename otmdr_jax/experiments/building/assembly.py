@@ -19,9 +19,9 @@ def methods_of(
 
     Args:
       config: The configuration.
-      num_classes: Of the data, as the next.
+      num_classes: Classes of the data.
       num_train: Examples in the training set.
-      total_steps: Of the run, for schedules, as the next.
+      total_steps: Steps of the run, for schedules.
       steps_per_epoch: Whole batches in an epoch.
       mesh: The devices, for the names of their axes.
     """

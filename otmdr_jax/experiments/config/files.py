@@ -12,11 +12,21 @@ from otmdr_jax.io import files
 # mesh: none but by rounding, by which examples share a split and BatchNorm's batch).
 RESUMABLE = frozenset(
     {
-        "data_dir", "cache_dir", "download", "eval_batch_size", "eval_every",
-        "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped", "mesh",
-        "input", "remat", "member_map",
+        "data_dir",
+        "cache_dir",
+        "download",
+        "eval_batch_size",
+        "eval_every",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_skipped",
+        "mesh",
+        "input",
+        "remat",
+        "member_map",
     }
-)  # fmt: skip
+)
 
 
 def save(config: TrainConfig, path: str | os.PathLike) -> None:

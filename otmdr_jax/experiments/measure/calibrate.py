@@ -120,9 +120,14 @@ def _validation_predictions(folder, data_dir, show_progress):
     given = {} if data_dir is None else {"data_dir": data_dir}
     run = restore.open_run(folder, split="validation", **given)
     found = evaluation.evaluate(
-        run.config, run.state, run.dataset, "validation", run.programs,
-        without=run.diverged, show_progress=show_progress,
-    )  # fmt: skip
+        run.config,
+        run.state,
+        run.dataset,
+        "validation",
+        run.programs,
+        without=run.diverged,
+        show_progress=show_progress,
+    )
     assert run.dataset.validation is not None
     return found.log_probs, np.asarray(run.dataset.validation.labels)
 
@@ -135,9 +140,13 @@ def _on_folds(name, log_probs, labels, num_repeats, seed):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = calibration.cross_calibrate(
-                log_probs, labels, name,
-                measure=_measure, num_repeats=num_repeats, seed=seed,
-            )  # fmt: skip
+                log_probs,
+                labels,
+                name,
+                measure=_measure,
+                num_repeats=num_repeats,
+                seed=seed,
+            )
     except (ValueError, RuntimeError) as error:
         return {"name": name, "why": str(error)}
     row: dict[str, Any] = {
@@ -166,11 +175,15 @@ def _held_out(name, held_out, test):
         "name": name,
         **_note(name, caught),
         "metrics": {
-            metric: {"raw": raw[metric], "calibrated": calibrated[metric],
-                     "raw_std": None, "calibrated_std": None}
+            metric: {
+                "raw": raw[metric],
+                "calibrated": calibrated[metric],
+                "raw_std": None,
+                "calibrated_std": None,
+            }
             for metric in SHOWN
         },
-    }  # fmt: skip
+    }
     if name == "temperature":
         row["temperature"] = float(1 / calibrator.weight)
     return row

@@ -202,9 +202,14 @@ def _measures(num_eigenvalues, num_probes, key):
 
         def of(loss_sum, weights, batches):
             found = landscape.average_sharpness(
-                loss_sum, weights, batches, std,
-                key=key, num_directions=num_probes, adaptive=adaptive,
-            )  # fmt: skip
+                loss_sum,
+                weights,
+                batches,
+                std,
+                key=key,
+                num_directions=num_probes,
+                adaptive=adaptive,
+            )
             return [(found.gap, found.standard_error)]
 
         return of

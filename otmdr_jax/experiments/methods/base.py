@@ -111,7 +111,7 @@ class MethodOptions:
         """The method around a model; options are those of its functions.
 
         Args:
-          model: See :func:`otmdr_jax.experiments.methods.create`, as the next.
+          model: The network, as for :func:`otmdr_jax.experiments.methods.create`.
           optimizer: What turns the gradient into an update.
           loss: The loss.
           **options: Those of the transformation, or of what it stands for.

@@ -125,7 +125,7 @@ class Posterior(Sampled):
         """See :class:`MethodOptions`.
 
         Args:
-          model: See there, as the next two.
+          model: The network.
           optimizer: Of the gradient of means and scales.
           loss: The mean negative log-likelihood.
           sigma: Standard deviation to start from.
@@ -337,7 +337,7 @@ class Gaussian(Sampled, Point):
         """See :class:`MethodOptions`.
 
         Args:
-          model: See there, as the next two.
+          model: The network.
           optimizer: What follows the method's own update, an `optax.chain`, or
             `optax.identity()` for nothing.
           loss: The mean negative log-likelihood.

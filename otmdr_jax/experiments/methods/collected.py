@@ -95,8 +95,8 @@ class Riding(MethodOptions):
         """See :class:`MethodOptions`.
 
         Args:
-          model: See there, as the next two.
-          optimizer: Of the base.
+          model: The network.
+          optimizer: The optimizer of the base.
           loss: The loss.
           base: The name of the method that it rides on.
           **options: Those of the base, and its own.

@@ -43,7 +43,7 @@ def rule(
 
     def of_loss(loss_fn):
         def init(params):
-            aux = jnp.zeros(())  # of no account: what remembers is behind it
+            aux = jnp.zeros(())  # not used: only the memory is read
             state: Any = transformation(
                 loss_fn, jax.random.key(0), has_aux=True, aux_init=aux
             ).init(params)

@@ -123,8 +123,8 @@ class Loss(NamedTuple):
     """The loss that a method minimises.
 
     Attributes:
-      label_smoothing: See :func:`cross_entropy`, as the next.
-      smoothing: Where the probability goes.
+      label_smoothing: The probability that is taken from the label's class.
+      smoothing: Where it goes, "all" or "others": see :func:`cross_entropy`.
       scaling: Scale losses dynamically, as float16 needs: see
         :mod:`otmdr_jax.experiments.precision`.
     """

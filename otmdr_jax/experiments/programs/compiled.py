@@ -46,7 +46,7 @@ class Programs(NamedTuple):
         :class:`otmdr_jax.baselines.Finalize`: images are augmented here where it wants
         that, and normalised.
       finish: (state, the mean or the sum of these) -> a state to predict with; None
-        likewise.
+        where there is no such pass.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
         None where there is none.
       sparsity: state -> what results hold of a sparse network; None of dense ones.
@@ -262,8 +262,8 @@ def loss_sum(
 
     Args:
       model: The network.
-      mean: What normalises the images, as the next.
-      std: Of the data set.
+      mean: The mean of each channel over the training set.
+      std: The standard deviation of each channel.
       train: Normalise by the statistics of the batch instead of the running ones.
 
     Returns:

@@ -51,8 +51,8 @@ def evaluate(
       other_sets: Other test sets of the same classes, as
         :func:`otmdr_jax.data.load_test` takes them. Default ("auto",): of CIFAR-10
         CIFAR-10.1 and CIFAR-10-C, as far as they are prepared; of other data none.
-      ood: Sets of other classes, likewise. "auto": uniform noise and, of images of
-        CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100, but for the run's own.
+      ood: Sets of other classes, by the same names. "auto": uniform noise and, for
+        images of CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100, except the run's own.
       max_examples: Of each set at most so many, evenly spread. Default: all.
       seed: Of noise, and of the side to which an image is turned.
       without: Members that do not count in the ensemble's prediction, as they diverged.

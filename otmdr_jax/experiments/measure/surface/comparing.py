@@ -35,9 +35,9 @@ def check_comparison(
       overwrite: Whether landscapes of other settings may be replaced.
 
     Raises:
-      FileNotFoundError, FileExistsError: As of
+      FileNotFoundError, FileExistsError: See
         :func:`otmdr_jax.experiments.measure.surface.measure`.
-      ValueError: Likewise; or examples or weights of two runs differ.
+      ValueError: See there; or examples or weights of two runs differ.
     """
     for target in targets:
         check_folder(pathlib.Path(target))
