@@ -201,7 +201,7 @@ def sgvb(
     """SGVB: the gradient of the objective at one sample of the posterior.
 
     Args:
-      loss_fn: As for :func:`value_and_grad`.
+      loss_fn: The loss, as for :func:`value_and_grad`.
       **options: Those of :class:`SgvbOptions`.
 
     Returns:

@@ -45,7 +45,7 @@ def check_known(size: Any, num_parts: int, what: str) -> None:
     depends on the size.
 
     Args:
-      size: Of the batch, an integer or what `jax.export.symbolic_shape` makes.
+      size: The batch's size, an integer or what `jax.export.symbolic_shape` makes.
       num_parts: Parts to cut it into; 0 where it has to be a number.
       what: What needs the size.
     """

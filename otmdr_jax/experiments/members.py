@@ -92,7 +92,7 @@ def lift_step(steps: Sequence[Step], how: str = "auto", axis_name: Any = None) -
       steps: One for members of one architecture, or one for each. Each is (state, own,
         token, *shared) -> (state, metrics), all of whose work depends on the token (a
         batch, an index), which is what unrolled members wait for each other with.
-      how: As in :func:`lift`.
+      how: The map over members, as in :func:`lift`.
       axis_name: Device axis that stacked members are spread over.
 
     Returns:
@@ -140,7 +140,7 @@ def finalize(
 
     Args:
       functions: That of members of one architecture, or one for each.
-      how: As in :func:`lift`.
+      how: The map over members, as in :func:`lift`.
     """
     if not functions:
         return None
@@ -225,7 +225,7 @@ class JointModel:
     Attributes:
       models: One for members of one architecture, or one for each.
       count: M.
-      how: As in :func:`lift`.
+      how: The map over members, as in :func:`lift`.
     """
 
     models: tuple[Any, ...]

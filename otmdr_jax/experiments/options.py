@@ -38,7 +38,7 @@ class OnlyWith(NamedTuple):
     Attributes:
       name: The option.
       other: The other one.
-      values: Of the other one.
+      values: The values that the other one may have.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Option(NamedTuple):
     """An option as it is given.
 
     Attributes:
-      name: By which it is given.
-      field: By which its group has it.
+      name: The name that it is given by.
+      field: The name of its field in its group.
       kind: Its type, with what it must be.
       default: Its default.
       group: The dataclass that has it.

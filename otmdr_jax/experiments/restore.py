@@ -94,8 +94,9 @@ def with_laplace(
 
     Args:
       folder: The folder of a run of one of the methods that it can ride on.
-      structure: Of what: see :func:`otmdr_jax.baselines.laplace`.
-      prior_precision: Of its prior; None for that of highest marginal likelihood.
+      structure: The weights that it is of: see :func:`otmdr_jax.baselines.laplace`.
+      prior_precision: The precision of its prior; None for that of highest marginal
+        likelihood.
       examples: Training images that it is fitted to; None for all.
 
     Raises:

@@ -21,7 +21,7 @@ def networks(
 
     Args:
       config: The configuration.
-      num_classes: Of the data.
+      num_classes: Classes of the data.
       batchnorm_axis_name: Axis that BatchNorm's statistics are shared over.
       drops: Whether they have dropout where the configuration says so. Parameters are
         the same without, and so is a prediction that takes no keys.

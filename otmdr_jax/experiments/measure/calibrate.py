@@ -41,7 +41,7 @@ def calibrate(
         test set measures.
       num_repeats: 5, the protocol of the field.
       alpha: Share of labels that conformal sets may miss.
-      seed: Of the halves, and of the randomised conformal scores.
+      seed: The seed of the halves, and of the randomised conformal scores.
       data_dir: Folder of prepared TFDS data, where "validation" reads them.
       show_progress: Whether to show the progress of an evaluation.
 

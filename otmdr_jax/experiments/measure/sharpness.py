@@ -95,9 +95,9 @@ def measure(
       programs: Compiled functions.
       without: Members that do not count in the means, as they diverged.
       num_examples: Training images, at most, evenly spread over the set.
-      num_eigenvalues: Of the Hessian, the largest.
-      num_probes: Of the Hessian's trace, and directions of average sharpness.
-      seed: Of what is random.
+      num_eigenvalues: Number of eigenvalues of the Hessian, the largest ones.
+      num_probes: Probes of the Hessian's trace, and directions of average sharpness.
+      seed: The seed of all that is random.
       show_progress: Whether to show progress.
 
     Returns:

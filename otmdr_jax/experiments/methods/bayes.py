@@ -126,7 +126,7 @@ class Posterior(Sampled):
 
         Args:
           model: The network.
-          optimizer: Of the gradient of means and scales.
+          optimizer: The optimizer of means and scales.
           loss: The mean negative log-likelihood.
           sigma: Standard deviation to start from.
           init: "model" (means are the model's own initial weights) or "released" (means

@@ -46,15 +46,15 @@ def evaluate(
       state: Its state, of one model, an ensemble or a posterior.
       dataset: Its data.
       programs: Compiled functions, where they exist already.
-      corruptions: Of :data:`otmdr_jax.data.CORRUPTIONS`; all by default.
-      severities: Of 1..5; all by default.
+      corruptions: Names of :data:`otmdr_jax.data.CORRUPTIONS`; all by default.
+      severities: Numbers of 1..5; all by default.
       other_sets: Other test sets of the same classes, as
         :func:`otmdr_jax.data.load_test` takes them. Default ("auto",): of CIFAR-10
         CIFAR-10.1 and CIFAR-10-C, as far as they are prepared; of other data none.
       ood: Sets of other classes, by the same names. "auto": uniform noise and, for
         images of CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100, except the run's own.
-      max_examples: Of each set at most so many, evenly spread. Default: all.
-      seed: Of noise, and of the side to which an image is turned.
+      max_examples: The most examples of each set, evenly spread. Default: all.
+      seed: The seed of noise, and of the side to which an image is turned.
       without: Members that do not count in the ensemble's prediction, as they diverged.
       show_progress: Whether to show progress.
 

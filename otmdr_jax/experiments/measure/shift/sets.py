@@ -65,7 +65,7 @@ def find_sets(
       names: Names for :func:`otmdr_jax.data.load_test`; "auto" for what suits the
         dataset: of "cifar10" both versions of CIFAR-10.1, and CIFAR-10-C. Of the latter
         "cifar10_corrupted" means all 15 kinds.
-      severities: Of CIFAR-10-C, where no single set of it is named.
+      severities: Severities of CIFAR-10-C, where no single set of it is named.
       dataset: What the model was trained on.
       data_dir: Folder of prepared TFDS data.
 
@@ -92,7 +92,7 @@ def find_ood(
     """Sets of other classes, of images of the dataset's shape.
 
     Args:
-      names: As of :func:`find_sets`. "auto" is uniform noise and, of images 32x32x3,
+      names: Names as for :func:`find_sets`. "auto" is uniform noise and, of images 32x32x3,
         SVHN and those of CIFAR-10 and CIFAR-100 that the dataset is not.
       dataset: What the model was trained on.
       data_dir: Folder of prepared TFDS data.
@@ -177,12 +177,12 @@ def read(
     """A set's examples, at most so many, evenly spread.
 
     Args:
-      name: Of :class:`Found`.
+      name: The name of a :class:`Found`.
       dataset: What the model was trained on.
       data_dir: Folder of prepared TFDS data.
       cache_dir: Folder of decoded images.
       max_examples: None for all.
-      seed: Of uniform noise.
+      seed: The seed of uniform noise.
 
     Raises:
       ValueError: Its images are of another shape after all, which the metadata left

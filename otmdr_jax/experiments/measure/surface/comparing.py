@@ -30,7 +30,7 @@ def check_comparison(
     Args:
       folders: The runs.
       targets: For each the folder of its landscape.
-      plan: Of each landscape, of kind "random" or "hessian".
+      plan: The plan of each landscape, of kind "random" or "hessian".
       data_dir: Folder of prepared TFDS data, if no longer where the runs found it.
       overwrite: Whether landscapes of other settings may be replaced.
 

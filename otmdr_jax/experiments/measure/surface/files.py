@@ -125,7 +125,7 @@ def mark_pictures(folder: pathlib.Path, comparison: dict[str, Any] | None) -> No
 
     Args:
       folder: Where they will be.
-      comparison: As of :func:`check_pictures`.
+      comparison: The settings of a comparison, as for :func:`check_pictures`.
     """
     if comparison is None:
         (folder / COMPARISON).unlink(missing_ok=True)

@@ -42,7 +42,7 @@ class Opened(NamedTuple):
     Attributes:
       found: The runs.
       dimensions: Axes of the slice.
-      steps: Of the checkpoints of a trajectory, else empty.
+      steps: The steps of a trajectory's checkpoints, else empty.
       path: Their weights.
       statistics: BatchNorm's; None for a network that has none.
       loss: The loss as a function of weights, and its batches.

@@ -25,7 +25,7 @@ class Plan:
       dimensions: 1 for a line, 2 for a plane. None: 2; of "runs" one less than runs.
       split: "train", "validation" or "test".
       num_examples: So many examples of the split, evenly spread; all where it has less.
-      seed: Of the random directions: equal seeds give equal directions before they are
+      seed: The seed of random directions: equal seeds give equal ones before they are
         normalised.
       checkpoint: "latest", "best" on the validation set, or a step.
       member: One member of an ensemble, from 0. None: the loss of the mean probability

@@ -126,7 +126,7 @@ def random_directions(solution: Solution, seed: int, count: int) -> list[PyTree]
     """Filter-normalised random directions, each member's at the scale of its filters.
 
     Args:
-      solution: Of one member or several, each of which has a direction of its own.
+      solution: One member or several, each of which has a direction of its own.
       seed: The same for solutions that are to be compared.
       count: How many.
     """
