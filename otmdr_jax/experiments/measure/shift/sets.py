@@ -92,8 +92,8 @@ def find_ood(
     """Sets of other classes, of images of the dataset's shape.
 
     Args:
-      names: Names as for :func:`find_sets`. "auto" is uniform noise and, of images 32x32x3,
-        SVHN and those of CIFAR-10 and CIFAR-100 that the dataset is not.
+      names: Names as for :func:`find_sets`. "auto" is uniform noise and, for images
+        32x32x3, SVHN and those of CIFAR-10 and CIFAR-100 that the dataset is not.
       dataset: What the model was trained on.
       data_dir: Folder of prepared TFDS data.
 
