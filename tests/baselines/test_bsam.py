@@ -353,6 +353,6 @@ def test_presets_are_the_released_commands():
             found.optimizer.weight_decay == 10 / (4 * 50_000)
             and found.method.num_samples == 32
         )
-        assert found.method.name == type(found.method.name)(
-            data_factor=4.0, num_samples=32
+        assert found.method == type(found.method)(
+            data_factor=4.0, num_samples=32, num_subbatches=8
         )

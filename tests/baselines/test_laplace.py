@@ -316,7 +316,7 @@ class TestPosterior:
             method.finalize.finish(state, found)
         # Of members, one of which diverged, as well.
         two = {"mismatch": jnp.array([jnp.nan, 9.0]), "scale": jnp.ones(2)}
-        with pytest.raises(ValueError, match="they differ by 3 of"):
+        with pytest.raises(ValueError, match="they differ from these by 3 of"):
             _check_last_layer(two)
         with pytest.raises(ValueError, match="needs that layer as"):
             state_of(Net(last="top"), images)

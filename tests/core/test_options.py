@@ -328,6 +328,7 @@ WHOLE = {
     "b1": Seen(0.2),
     "b2": Seen(0.1),
     "rho": Seen(0.9),
+    "clip_norm": Seen(1e-3),
 }
 BSAM = WHOLE | {
     "precision_init": Seen(4.0),

@@ -374,7 +374,7 @@ class TestCombine:
             (["one"], [], "at least two members"),
             (["three", "nowhere"], [], "no run folder"),
             (["three", "three"], [], "named once"),
-            (["three", "other"], [], "rho: None and .0.1,."),
+            (["three", "other"], [], "rho: .0.05,. and .0.1,."),
         ],
     )
     def test_refusals(self, names, options, message, folders, capsys):

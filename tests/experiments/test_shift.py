@@ -337,7 +337,8 @@ TINY = TrainConfig(
 @pytest.fixture(scope="module")
 def small():
     digits = data.load("digits")
-    return digits.replace(
+    return dataclasses.replace(
+        digits,
         train=data.Split(*(x[:300] for x in digits.train)),
         test=data.Split(*(x[:90] for x in digits.test)),
     )
