@@ -50,4 +50,4 @@ bench: setup  ## time a step of each method (about 10 minutes)
 	$(BIN)/python benchmarks/step_time.py
 
 clean:  ## remove the environment, caches and the demo's report
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report
+	rm -rf $(VENV) .venv-newest .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report

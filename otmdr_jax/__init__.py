@@ -8,7 +8,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from otmdr_jax._version import __version__
 from otmdr_jax.core.gradient import (
@@ -19,6 +19,28 @@ from otmdr_jax.core.gradient import (
 )
 from otmdr_jax.core.presets import PRESETS, preset
 from otmdr_jax.core.transform import OtmdrState, asam, otmdr, sam
+
+if TYPE_CHECKING:  # who reads types follows the parts to where they stand
+    from otmdr_jax import baselines as baselines
+    from otmdr_jax import bnn as bnn
+    from otmdr_jax import data as data
+    from otmdr_jax import ensemble as ensemble
+    from otmdr_jax import landscape as landscape
+    from otmdr_jax import metrics as metrics
+    from otmdr_jax import models as models
+    from otmdr_jax import parallel as parallel
+    from otmdr_jax.experiments import config as config
+    from otmdr_jax.experiments import demo as demo
+    from otmdr_jax.experiments import members as members
+    from otmdr_jax.experiments import methods as methods
+    from otmdr_jax.experiments import precision as precision
+    from otmdr_jax.experiments import programs as programs
+    from otmdr_jax.experiments import report as report
+    from otmdr_jax.experiments import sweep as sweep
+    from otmdr_jax.experiments import training as training
+    from otmdr_jax.experiments.measure import shift as shift
+    from otmdr_jax.metrics import calibration as calibration
+    from otmdr_jax.metrics import diversity as diversity
 
 __all__ = [
     "PRESETS",
@@ -88,9 +110,15 @@ class _Parts(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         return importlib.machinery.ModuleSpec(fullname, self)
 
+    def create_module(self, spec):
+        # Whole from the start: another thread may take it before exec_module is done.
+        module = importlib.import_module(self._home(spec.name))
+        spec.loader_state = module.__spec__
+        return module
+
     def exec_module(self, module):
-        name = module.__name__
-        sys.modules[name] = importlib.import_module(self._home(name))
+        # The import has put the alias's specification in the place of the module's own.
+        module.__spec__ = module.__spec__.loader_state
 
     @staticmethod
     def _home(name):

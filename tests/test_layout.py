@@ -172,3 +172,26 @@ assert not heavy, heavy
 assert seconds < 0.5, seconds
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_may_import_parts_at_once():
+    """None of them sees a part that is half there, and specifications stay whole."""
+    code = """
+import sys, threading, otmdr_jax
+failures, go = [], threading.Barrier(8)
+def work():
+    go.wait()
+    try:
+        from otmdr_jax.diversity import evaluate
+        from otmdr_jax.calibration import cross_calibrate
+    except ImportError as error:
+        failures.append(error)
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not failures, failures
+real = sys.modules["otmdr_jax.metrics.diversity"]
+assert sys.modules["otmdr_jax.diversity"] is real
+assert real.__spec__.name == real.__name__ == "otmdr_jax.metrics.diversity"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

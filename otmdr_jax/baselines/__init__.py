@@ -1,4 +1,4 @@
-"""What the method is compared with, built as its authors would, on the one engine.
+"""What the method is compared with, built as its authors would, on the core.
 
 Optax transformations, and methods by name in :mod:`otmdr_jax.experiments.methods`:
 

@@ -5,8 +5,8 @@ r"""Fisher SAM: the ball of SAM is an ellipsoid of the Fisher information.
     F^{-1} = \mathrm{diag}\left(\frac{1}{1 + \eta g^2}\right)
 
 The diagonal of the Fisher information is approximated by the squared gradient of the
-batch, plus one. It is an option of the engine (`fisher=`), so everything that the
-engine has works with it.
+batch, plus one. It is an option of the robust gradient (`fisher=`), so that all its
+other options work with it.
 
 Reference: Kim et al., `Fisher SAM: Information Geometry and Sharpness Aware
 Minimisation <https://arxiv.org/abs/2206.04920>`_, ICML 2022, section 3.

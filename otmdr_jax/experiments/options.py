@@ -79,10 +79,10 @@ Rate = Annotated[float, Must("in [0, 1)", lambda x: 0 <= x < 1)]
 
 def _are_radii(value: Any) -> bool:
     check_rho(value)  # says itself what it must be
-    return True
+    return isinstance(value, tuple)
 
 
-Radii = Annotated[tuple[float, ...], Must("radii", _are_radii)]
+Radii = Annotated[tuple[float, ...], Must("a tuple of radii", _are_radii)]
 
 
 def check(name: str, value: Any, kind: Any) -> None:

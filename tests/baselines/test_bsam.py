@@ -332,8 +332,8 @@ class TestTraining:
         "options", [dict(b2=1.0), dict(data_factor=0.0), dict(damping=-1.0)]
     )
     def test_numbers_are_checked(self, options):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            TrainConfig(**options)
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            TrainConfig(method="bsam", **options)
 
 
 def test_presets_are_the_released_commands():

@@ -230,5 +230,5 @@ class TestMethod:
         assert (more["clip_radius"], more["b2"], more["hess_init"]) == (1.0, 0.5, 2.0)
         assert more["num_data"] == 200.0 and more["weight_decay"] == 5e-4
         for bad in (dict(hess_init=0.0), dict(clip_radius=-1.0), dict(mc_samples=0)):
-            with pytest.raises(ValueError, match=next(iter(bad))):
-                TrainConfig(**bad)
+            with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+                TrainConfig(method="ivon", **bad)

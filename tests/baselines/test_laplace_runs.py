@@ -168,8 +168,8 @@ def test_options():
         dict(laplace_examples=0),
         dict(laplace="full"),
     ):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            TrainConfig(**options)
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            TrainConfig(method="laplace", **options)
     sam = TrainConfig(method="laplace", base_method="sam", rho=(0.1,))
     assert sam.method.base.rho == (0.1,)
     assert cost.gradient_evaluations(sam) == 2.0

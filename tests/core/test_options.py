@@ -824,9 +824,24 @@ class TestRuns:
         cli.main(["train", "--resume", str(run), "--quiet"])
         assert "Accuracy" in capsys.readouterr().out
 
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (dict(method="sam", rho=0.05), "rho must be a tuple of radii"),
+            (dict(method=["sgd"]), "method must be a name"),
+            (dict(method="snapshot", base_method=["sgd"]), "base_method must be a"),
+            (dict(method="fge", cycle_rates=0.05), "cycle_rates must be two rates"),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else None,
+    )
+    def test_values_of_another_type_are_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            config.TrainConfig(**options)
+
     def test_a_posterior_has_subbatches(self):
         found = config.TrainConfig(method="otmdr-bnn", num_subbatches=4)
-        assert found.method.num_subbatches == 4
+        run = methods.Run(found, 100, 5, 10, optax.constant_schedule(0.1), None)
+        assert found.method.options(run)["num_subbatches"] == 4
 
     @pytest.mark.parametrize("method", ["otmdr", "sam", "sgd", "sgvb"])
     def test_axes_are_handed_to_methods_that_have_a_use_for_them(self, method):

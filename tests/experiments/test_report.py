@@ -2,13 +2,15 @@
 
 import io
 import json
+import pathlib
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
 from otmdr_jax import metrics
-from otmdr_jax.experiments import report
+from otmdr_jax.experiments import config, report
 
 CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
 
@@ -51,6 +53,21 @@ def folder(tmp_path):
     (path / "metrics.jsonl").write_text(lines)
     np.savez(path / "predictions.npz", log_probs=log_probs, labels=labels)
     return path
+
+
+def test_seeds_of_older_versions_are_averaged_with_todays(folder, tmp_path):
+    """Older files hold the options of all methods, null where they have a default."""
+    old = pathlib.Path(__file__).parent / "config_of_older_versions.json"
+    options = {**json.loads(old.read_text()), "seed": 0}
+    (folder / "config.json").write_text(json.dumps(options))
+    other = shutil.copytree(folder, tmp_path / "other")
+    config.save(
+        config.load(folder / "config.json").replace(seed=1), other / "config.json"
+    )
+    runs = [report.read_run(path) for path in (folder, other)]
+    assert [run.config["seed"] for run in runs] == [0, 1]
+    (row,) = report.summarise(runs, report.known_columns(runs))
+    assert row.label == runs[0].label == runs[1].label
 
 
 # -- reading --

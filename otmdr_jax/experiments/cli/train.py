@@ -164,9 +164,11 @@ def _start_of(argv: Sequence[str]) -> TrainConfig:
     """The options that --preset, --config or --resume stand for, of --method."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags = ("preset", "config", "resume")
-    for flag in (*flags, "method", "base-method"):
+    for flag in (*flags, "method"):
         parser.add_argument(f"--{flag}")
-    parser.add_argument("--num-particles", type=int, default=1)
+    # Tyro takes both spellings.
+    parser.add_argument("--base-method", "--base_method")
+    parser.add_argument("--num-particles", "--num_particles", type=int, default=1)
     known, _ = parser.parse_known_args(argv)
     sources = [flag for flag in flags if getattr(known, flag) is not None]
     if len(sources) > 1:

@@ -43,7 +43,7 @@ class TrainConfig:
         have, or options that do not go together.
 
     Example:
-      >>> from otmdr_jax.config import TrainConfig
+      >>> from otmdr_jax.experiments.config import TrainConfig
       >>> config = TrainConfig(method="sam", epochs=3)
       >>> config.method.rho, config.run.epochs, config.schedule.learning_rate
       ((0.05,), 3, 0.1)
@@ -73,6 +73,9 @@ class TrainConfig:
             names = {field.name for field in dataclasses.fields(self)}
             new = ", ".join(f"{n}={x!r}" for n, x in options.items() if n not in names)
             raise TypeError(f"options are changed by config.replace({new}).")
+        for word in ("method", "base_method"):
+            if not isinstance(given := options.get(word), str | None):
+                raise ValueError(f"{word} must be a name, got {given!r}.")
         name = options.pop("method", None) or "otmdr"
         if name in baselines.ENSEMBLES:
             if options.get("members") is None:
@@ -117,7 +120,8 @@ class TrainConfig:
 
         Args:
           **options: By their names; None resets one to its default. With another
-            `method` the new one must have all options that differ from their defaults.
+            `method` the new one must have all options that differ from their defaults;
+            those at the old method's defaults get the new one's.
         """
         return type(self)(**{**self.changed(), **options})
 

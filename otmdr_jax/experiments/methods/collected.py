@@ -42,7 +42,9 @@ TwoRates = Annotated[
     tuple[float, float],
     Must(
         "two rates, the higher one first",
-        lambda rates: len(rates) == 2 and rates[0] >= rates[1] >= 0,
+        lambda rates: (
+            isinstance(rates, tuple) and len(rates) == 2 and rates[0] >= rates[1] >= 0
+        ),
     ),
 ]
 

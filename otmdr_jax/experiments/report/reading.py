@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.report.labels import label_of
 from otmdr_jax.io import files
 
@@ -65,7 +66,7 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
             f"{folder} is an unfinished run: it lacks {missing}. Finish it, or let "
             f"`otmdr evaluate {folder}` write what is missing from its last checkpoint."
         )
-    config = _read_object(folder / "config.json")
+    config = _read_config(folder / "config.json")
     log_probs, labels = _read_predictions(folder / "predictions.npz")
     return Run(
         folder=folder,
@@ -80,6 +81,16 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
 
 def _missing(folder: pathlib.Path, *names: str) -> str:
     return " and ".join(name for name in names if not (folder / name).is_file())
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    """The options of a run, also of an older version, whose files hold all methods'."""
+    config = _read_object(path)
+    try:
+        own = json.loads(files.dumps(config_lib.load(path).flat()))
+    except (TypeError, ValueError):
+        return config  # of another program: it is shown as it is
+    return own if set(own) <= set(config) else config
 
 
 def _read_object(path: pathlib.Path) -> dict[str, Any]:
