@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import otmdr_jax
 from otmdr_jax import baselines
 from otmdr_jax.baselines.fisher_sam import ETA
 from otmdr_jax.baselines.fisher_sam import RHO as FISHER_RHO
@@ -18,7 +17,7 @@ from otmdr_jax.baselines.looksam import ALPHA as LOOK_ALPHA
 from otmdr_jax.baselines.looksam import EVERY
 from otmdr_jax.baselines.looksam import RHO as LOOK_RHO
 from otmdr_jax.core.gradient import PAPER_RHO
-from otmdr_jax.core.transform import plain
+from otmdr_jax.core.transform import asam, otmdr, plain, sam
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import MethodOptions, Run
 from otmdr_jax.experiments.options import Count, NotNegative, Radii
@@ -194,7 +193,7 @@ class Sam(Normed):
     """SAM: the loss at the worst point of a ball."""
 
     name = "sam"
-    transformation: ClassVar[Any] = staticmethod(otmdr_jax.sam)
+    transformation: ClassVar[Any] = staticmethod(sam)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +201,7 @@ class Asam(Sam):
     """ASAM: a ball in units of each weight."""
 
     name = "asam"
-    transformation = staticmethod(otmdr_jax.asam)
+    transformation = staticmethod(asam)
 
     rho: Radii = (0.5,)
 
@@ -350,7 +349,7 @@ class Otmdr(Particles, Normed):
     def make(cls, model, optimizer, loss, *, sum_particles=False, **options):
 
         def transformation(loss_fn, key, **aux):
-            return otmdr_jax.otmdr(loss_fn, key, **options, **aux)
+            return otmdr(loss_fn, key, **options, **aux)
 
         transformation(lambda *args: None, jax.random.key(0))
         times = options.get("num_particles", 1) if sum_particles else 1

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from otmdr_jax.experiments import config as config_lib
 
-if TYPE_CHECKING:
-    from otmdr_jax.experiments.report.reading import Run
-
+Run = Any  # of `reading`, which asks for labels itself
 T = TypeVar("T")
 
 _NAMES = {
