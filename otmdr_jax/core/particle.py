@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.core import collectives, loops, tree
 from otmdr_jax.core.ascent import Metric, absolute_weights, ascend, fisher, sphere
-from otmdr_jax.core.batches import accumulate, batch_size, split_batch
+from otmdr_jax.core.batches import accumulate, split_batch
 from otmdr_jax.core.options import Options
 
 PyTree = Any
@@ -108,7 +108,6 @@ class Step(NamedTuple):
     def split(self, keys: Any) -> Sequence[PyTree]:
         """The S parts of the batch for the particle with these keys."""
         if self.options.split == "shared":
-            batch_size(self.batch)
             return [self.batch] * len(self.radii)
         key = keys[0] if self.options.split == "random" else None
         return split_batch(self.batch, len(self.radii), key)
@@ -150,7 +149,10 @@ def all_particles(step: Step) -> Particle:
 
 
 def from_one_gradient(step: Step) -> tuple[Particle, PyTree]:
-    """The same where all particles leave from one gradient, and that gradient."""
+    """The mean where all particles leave from one gradient, and that gradient.
+
+    None for a step without radii, which takes no ascent step.
+    """
     parts = step.split(step.keys)
     first = step.ascent_gradient(step.center, parts[0]) if parts else None
     found = step.average(lambda keys: particle(step, keys, parts, first))
