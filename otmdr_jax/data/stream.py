@@ -105,7 +105,10 @@ def stream_batches(
             f"each of {shard_count} hosts reads the same part of a batch, so "
             f"batch_size must be a multiple of {shard_count}, got {batch_size=}."
         )
-    batches = _Batches(split, batch_size, key, total_steps, shard_index, shard_count)
+    # Threads are at most `prefetch` batches apart, so in epochs at most so far apart.
+    spread = 1 + (prefetch - 1) // (split.num_examples // batch_size)
+    orders = _Orders(key, split.num_examples, spread)
+    batches = _Batches(split, orders, batch_size, total_steps, shard_index, shard_count)
     # More threads than batches to hold would have nothing to do.
     options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
@@ -143,15 +146,15 @@ def fits_on_device(data: Dataset | int, device: jax.Device | None = None) -> boo
 class _Batches:
     """Random access to the batches of a run: item i is this host's part of step i's."""
 
-    def __init__(self, split, batch_size, key, total_steps, shard_index, shard_count):
+    def __init__(self, split, orders, batch_size, total_steps, index, count):
         images, labels = split
         if not isinstance(images, LazyImages):
             images = np.asarray(images)  # threads gather on the host
         self._images, self._labels = images, np.asarray(labels, np.int32)
         self._batch_size, self._total_steps = batch_size, total_steps
-        self._part = batch_size // shard_count
-        self._offset = shard_index * self._part
-        self._order = _Orders(key, len(labels))
+        self._part = batch_size // count
+        self._offset = index * self._part
+        self._order = orders
 
     def __len__(self) -> int:
         return self._total_steps
@@ -166,22 +169,27 @@ class _Batches:
 class _Orders:
     """Each epoch's order as a NumPy array, drawn on the CPU when it is first needed."""
 
-    def __init__(self, key: jax.Array, num_examples: int):
+    def __init__(self, key: jax.Array, num_examples: int, spread: int = 1):
         # A key on the CPU moves the whole computation there. JAX may be told to leave
         # the CPU out (JAX_PLATFORMS); then its own device is used.
         try:
             key = jax.device_put(key, jax.local_devices(backend="cpu")[0])
         except RuntimeError:
             pass
-        # Threads read ahead across the end of an epoch: two orders are in use.
-        self._draw = functools.lru_cache(maxsize=2)(
-            lambda epoch: np.asarray(_epoch_order(key, epoch, num_examples))
-        )
+        self._draw = lambda epoch: np.asarray(_epoch_order(key, epoch, num_examples))
+        self._spread = spread
+        self._kept: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
 
     def __call__(self, epoch: int) -> np.ndarray:
         with self._lock:  # or all threads would draw the new epoch's at once
-            return self._draw(epoch)
+            if epoch not in self._kept:
+                # Not the least recently used: a thread that falls behind would make
+                # the others draw again.
+                for other in [e for e in self._kept if abs(e - epoch) > self._spread]:
+                    del self._kept[other]
+                self._kept[epoch] = self._draw(epoch)
+            return self._kept[epoch]
 
 
 @functools.partial(jax.jit, static_argnums=2)
