@@ -14,8 +14,7 @@ from otmdr_jax.experiments import (
     training,
 )
 from otmdr_jax.experiments.config import differences
-from otmdr_jax.experiments.measure import sharpness
-from otmdr_jax.experiments.measure.evaluation import evaluate
+from otmdr_jax.experiments.measure.evaluation import evaluate_run
 from otmdr_jax.experiments.methods import TrainState
 
 PyTree = Any
@@ -78,7 +77,16 @@ def combine(
     run_folder.check_free(output)
     state, meta = _load(paths, configs, dataset, kept, new.model.stacked)
     compiled = programs.compile_programs(new, dataset)
-    found, result = _evaluate(new, state, dataset, compiled, meta, show_progress)
+    of_run = evaluate_run(
+        new,
+        state,
+        dataset,
+        compiled,
+        splits=("test",),
+        without=tuple(meta["diverged"]),
+        show_progress=show_progress,
+    )
+    result = training.final_result(new, of_run, dataset, compiled, meta)
     # Only now, and the result last: what fails before leaves nothing behind.
     folder = run_folder.create(output, new)
     try:
@@ -86,11 +94,11 @@ def combine(
             folder.path / "checkpoints", scored=dataset.validation is not None
         ) as saved:
             saved.save(state, meta)
-        epoch = result["steps"] / compiled.steps_per_epoch
-        record = {"step": result["steps"], "epoch": epoch, "split": "test"}
-        folder.log({**record, **found.metrics})
+        tested = of_run.splits["test"]
+        record = {"step": result["steps"], "epoch": result["epochs"], "split": "test"}
+        folder.log({**record, **tested.metrics})
         labels = dataset.test.labels
-        folder.finish(result, found.log_probs, labels, found.member_log_probs)
+        folder.finish(result, tested.log_probs, labels, tested.member_log_probs)
     finally:
         folder.close()
     return result
@@ -145,23 +153,3 @@ def _load(paths, configs, dataset, kept, stacked):
     mine = sorted(place[i] for i in diverged if i in place)
     meta |= {"best": None, "speeds": [], "diverged": mine, "mesh": "one device"}
     return state, meta
-
-
-def _evaluate(new, state, dataset, compiled, meta, show_progress):
-    found = evaluate(
-        new,
-        state,
-        dataset,
-        "test",
-        compiled,
-        without=tuple(meta["diverged"]),
-        show_progress=show_progress,
-    )
-    sharp = sharpness.gap(
-        new, state, dataset, compiled, without=tuple(meta["diverged"])
-    )
-    result = training.final_result(
-        new, state, members.steps_taken(state), compiled, found, sharp, meta
-    )
-    result["seconds_per_step"] = float("nan")
-    return found, result

@@ -64,16 +64,16 @@ def lift(
         [lambda state, own, batch, m=m: m.step(state, batch) for m in each], how
     )
     return Method(
-        init=lambda key, images: init([m.init for m in each], count, key, images),
+        init=lambda key, images: lift_init([m.init for m in each], count, key, images),
         step=lambda state, batch: step(state, None, batch),
-        predict=lambda state, images: predict(
+        predict=lambda state, images: lift_predict(
             [m.predict for m in each], state, images, how
         ),
-        finalize=finalize([m.finalize for m in each if m.finalize], how),
+        finalize=lift_finalize([m.finalize for m in each if m.finalize], how),
     )
 
 
-def init(
+def lift_init(
     inits: Sequence[Callable], count: int | None, key: jax.Array, images: Any
 ) -> PyTree:
     """Initial states of all members; see :func:`lift`."""
@@ -119,7 +119,7 @@ def lift_step(steps: Sequence[Step], how: str = "auto", axis_name: Any = None) -
     return step
 
 
-def predict(
+def lift_predict(
     predicts: Sequence[Callable], states: PyTree, images: jax.Array, how: str = "auto"
 ) -> jax.Array:
     """(M S, B, C) log-probabilities of M members with S samples each."""
@@ -133,7 +133,7 @@ def predict(
     return found.reshape(-1, *found.shape[2:])  # (M, S, B, C) -> (M S, B, C)
 
 
-def finalize(
+def lift_finalize(
     functions: Sequence[baselines.Finalize], how: str = "auto"
 ) -> baselines.Finalize | None:
     """The pass over the training set of all members; None where none needs one.
@@ -185,6 +185,11 @@ def predicting(config: Any, state: PyTree) -> list[TrainState]:
     if num_collected(config, state):
         return config.method.collected(state)
     return trained(config, state)
+
+
+def num_parameters(member: TrainState) -> int:
+    """How many parameters a member has."""
+    return sum(x.size for x in jax.tree.leaves(member.params))
 
 
 def num_collected(config: Any, state: PyTree) -> int:

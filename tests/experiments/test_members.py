@@ -217,14 +217,14 @@ class TestRun:
     def test_a_member_that_diverges_is_named_and_does_not_stop_the_rest(
         self, small, capsys, monkeypatch, tmp_path
     ):
-        init = members.init
+        init = members.lift_init
 
         def poisoned(*args):
             state = init(*args)
             bad = jax.tree.map(lambda x: x.at[1].set(np.nan), state.params)
             return state._replace(params=bad)
 
-        monkeypatch.setattr(members, "init", poisoned)
+        monkeypatch.setattr(members, "lift_init", poisoned)
         config = TINY.replace(max_skipped=4, clip_norm=1.0, epochs=3)
         result = training.train(config, small, tmp_path / "run")
         said = capsys.readouterr().err
@@ -246,14 +246,14 @@ class TestRun:
     @pytest.mark.slow
     def test_an_evaluation_that_is_nan_is_never_the_best(self, small, monkeypatch):
         """It comes before the member has skipped steps enough to count as diverged."""
-        init = members.init
+        init = members.lift_init
 
         def poisoned(*args):
             state = init(*args)
             bad = jax.tree.map(lambda x: x.at[1].set(np.nan), state.params)
             return state._replace(params=bad)
 
-        monkeypatch.setattr(members, "init", poisoned)
+        monkeypatch.setattr(members, "lift_init", poisoned)
         train = small.train.images, small.train.labels
         test = small.test.images, small.test.labels
         held = data.from_arrays(train, test, num_classes=10, name="held", validation=32)
@@ -391,7 +391,7 @@ class TestCombine:
         def full(*args, **kwargs):
             raise OSError("no space left")
 
-        monkeypatch.setattr(combine, "evaluate", full)
+        monkeypatch.setattr(combine, "evaluate_run", full)
         with pytest.raises(OSError, match="no space"):
             combine.combine([folders / "three"], folders / "late")
         assert not (folders / "late").exists()

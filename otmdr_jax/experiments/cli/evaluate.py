@@ -43,8 +43,9 @@ class Evaluate:
 
 def run(options: Evaluate) -> None:
     """`otmdr evaluate RUN`."""
-    from otmdr_jax.experiments import programs, report, restore, run_folder
-    from otmdr_jax.experiments.measure import evaluation, sharpness
+    from otmdr_jax.experiments import report, restore, run_folder
+    from otmdr_jax.experiments.measure import evaluation
+    from otmdr_jax.experiments.measure.record import record_of
     from otmdr_jax.experiments.members import steps_taken
     from otmdr_jax.experiments.methods.bayes import Sampled
     from otmdr_jax.io import files
@@ -74,7 +75,7 @@ def run(options: Evaluate) -> None:
         raise ValueError(
             "--prior-precision and --laplace-examples are of --laplace: name one."
         )
-    folder, config, dataset, compiled, state, meta, diverged = restore.open_run(
+    folder, config, dataset, compiled, state, _, diverged = restore.open_run(
         options.run,
         options.checkpoint,
         split=options.split,
@@ -95,32 +96,24 @@ def run(options: Evaluate) -> None:
             folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
         )
         state = config.method.finalize(config, state, dataset, compiled)
-    found = evaluation.evaluate(
+    of_run = evaluation.evaluate_run(
         config,
         state,
         dataset,
-        options.split,
         compiled,
+        splits=(options.split,),
         without=diverged,
         show_progress=True,
     )
-    sharp = sharpness.gap(config, state, dataset, compiled, without=diverged)
+    found = of_run.splits[options.split]
     result = {
         "split": options.split,
         "checkpoint": options.checkpoint,
-        "steps": steps_taken(state),
-        **found.metrics,
-        "sharpness": sharp["sharpness"],
-        "train_nll": sharp["train_nll"],
+        **record_of(config, of_run, dataset, compiled, options.split),
         "seconds_per_step": None,
-        **programs.environment(),
         **settings,
     }
-    if found.members is not None:
-        result["members"] = evaluation.member_rows(config, state, found, sharp, meta)
     how = ""
-    if posterior := evaluation.posterior_record(compiled, state, diverged):
-        result["posterior"] = posterior
     if isinstance(method := config.method, Sampled):
         samples = method.prediction == "samples"
         how = f", {method.num_samples} samples" if samples else ", mean"
@@ -151,7 +144,7 @@ def run(options: Evaluate) -> None:
     print_tables(run, title)
     written = [record, picture]
     report.plot_reliability([run], picture)
-    if posterior:
+    if of_run.posterior:
         written.append(folder / "signal_to_noise.png")
         report.plot_signal_to_noise([run], written[-1])
     print(f"Written: {', '.join(map(str, written))}")

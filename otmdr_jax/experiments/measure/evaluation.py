@@ -86,42 +86,33 @@ def evaluate(
     programs: Programs | None = None,
     *,
     without: tuple[int, ...] = (),
-    finalize: bool = True,
     show_progress: bool = False,
 ) -> Evaluation:
-    """Evaluates a state on a split, each example once.
+    """Evaluates a trained state on a split, each example once.
 
     Args:
       config: The run's configuration.
-      state: Its state.
+      state: Its state, which is finalized where it needs to be; see
+        :meth:`otmdr_jax.experiments.methods.MethodOptions.finalize`.
       dataset: The data.
       split: "train", "validation" or "test".
       programs: Compiled functions, where they exist already.
       without: Members that do not count in the ensemble's prediction, as they diverged.
-      finalize: Whether a state that needs it is finalized before it predicts; see
-        :meth:`otmdr_jax.experiments.methods.MethodOptions.finalize`.
       show_progress: Whether to show progress.
 
     Returns:
       An :class:`Evaluation`.
     """
     programs = compile_programs(config, dataset) if programs is None else programs
-    if finalize:
-        state = config.method.finalize(config, state, dataset, programs)
-    examples = getattr(dataset, split)
-    title = f"evaluating the {split} set"
-    with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
-        found = predict(
-            config,
-            state,
-            examples,
-            programs,
-            without=without,
-            report=lambda done: bar.update(done, {}),
-        )
-    measured = measure(config, found, examples.labels)
-    measured.metrics.update(config.method.fitted(state))
-    return measured
+    return evaluate_run(
+        config,
+        state,
+        dataset,
+        programs,
+        splits=(split,),
+        without=without,
+        show_progress=show_progress,
+    ).splits[split]
 
 
 class OfRun(NamedTuple):
@@ -129,13 +120,15 @@ class OfRun(NamedTuple):
 
     Attributes:
       state: The state that predicted: finalized, where it was to be.
-      splits: The :class:`Evaluation` of "validation", where there is one, and "test".
-      posterior: See :func:`posterior_record`.
+      splits: The :class:`Evaluation` of each split.
+      posterior: What is logged of a posterior, see :func:`posterior_record`.
+      diverged: Members that did not count.
     """
 
     state: PyTree
     splits: dict[str, Evaluation]
     posterior: dict[str, Any]
+    diverged: tuple[int, ...]
 
 
 def evaluate_run(
@@ -144,17 +137,19 @@ def evaluate_run(
     dataset: Dataset,
     programs: Programs,
     *,
+    splits: tuple[str, ...],
     without: tuple[int, ...] = (),
-    final: bool = False,
+    final: bool = True,
     show_progress: bool = False,
 ) -> OfRun:
-    """Evaluates a state on the validation and the test set, while it trains or after.
+    """Evaluates a state on several splits, while it trains or after.
 
     Args:
       config: The run's configuration.
       state: Its state.
       dataset: The data.
       programs: Compiled functions.
+      splits: Any of "train", "validation" and "test".
       without: Members that do not count, as they diverged.
       final: Whether it has been trained to the end. Until then the mode of a Gaussian
         that is fitted predicts, whose curvature may cost as much as epochs.
@@ -162,21 +157,17 @@ def evaluate_run(
     """
     if final or not config.method.is_fitted:
         state = config.method.finalize(config, state, dataset, programs)
-    found = {
-        split: evaluate(
-            config,
-            state,
-            dataset,
-            split,
-            programs,
-            without=without,
-            finalize=False,
-            show_progress=show_progress,
-        )
-        for split in ("validation", "test")
-        if getattr(dataset, split) is not None
-    }
-    return OfRun(state, found, posterior_record(programs, state, without))
+    found = {}
+    for split in splits:
+        examples = getattr(dataset, split)
+        title = f"evaluating the {split} set"
+        with Progress(examples.num_examples, 0, title, show_progress, "images") as bar:
+            predicted = predict(
+                config, state, examples, programs, without=without, report=bar.update
+            )
+        found[split] = measure(config, predicted, examples.labels)
+        found[split].metrics.update(config.method.fitted(state))
+    return OfRun(state, found, posterior_record(programs, state, without), without)
 
 
 def predict(
@@ -293,37 +284,6 @@ def posterior_record(
         record[name] = {layer: float(np.mean(x)) for layer, x in values.items()}
     counts = np.sum([found[m].counts for m in kept], axis=0)
     return record | {"snr_counts": counts.tolist()}
-
-
-def member_rows(
-    config: TrainConfig,
-    state: PyTree,
-    found: Evaluation,
-    sharp: dict[str, Any],
-    meta: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """What results hold of each member of an ensemble: model, metrics, divergence.
-
-    Args:
-      config: The run's configuration.
-      state: Its state.
-      found: Its evaluation.
-      sharp: What :func:`otmdr_jax.experiments.measure.sharpness.gap` gave; members with
-        a joint loss have none.
-      meta: What is saved beside the state.
-    """
-    names = config.model.member_names
-    if config.model.members is None:  # collected in one run
-        names *= len(found.members or ())
-    rows = [
-        {"model": name, **values, "diverged": i in meta.get("diverged", ())}
-        for i, (name, values) in enumerate(zip(names, found.members or (), strict=True))
-    ]
-    gaps = sharp.get("member_sharpness", ())
-    states = members_lib.predicting(config, state) if gaps else ()
-    for row, gap, member in zip(rows, gaps, states, strict=False):
-        row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
-    return rows
 
 
 def _metrics(log_probs, labels):

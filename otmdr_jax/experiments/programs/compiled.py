@@ -40,7 +40,7 @@ class Programs(NamedTuple):
       epoch_order: key -> (N,) order of an epoch, (M, N) where members have their own.
       loss_sums: (params, (images, labels, mask, model_state)) -> (sum, count): one, or
         one for each member of another architecture.
-      rate: (step, opt_state) -> the learning rate.
+      rate: (step, state) -> the learning rate of that step.
       of_batch: (state, batch, key) -> what a batch has to do with the pass before a
         prediction; None where there is no such pass. See
         :class:`otmdr_jax.baselines.Finalize`: images are augmented here where it wants
@@ -166,20 +166,22 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
 
     def init(key):
         if lifted:
-            return members.init([m.init for m in methods_], count, key, example)
+            return members.lift_init([m.init for m in methods_], count, key, example)
         return methods_[0].init(key, example)
 
     def predict(state, images):
         images = data_lib.normalise(images, mean, std)
         if lifted:
             predicts = [m.predict for m in methods_]
-            return members.predict(predicts, state, images, config.model.member_map)
+            return members.lift_predict(
+                predicts, state, images, config.model.member_map
+            )
         return methods_[0].predict(state, images)
 
     finalize = methods_[0].finalize
     if lifted:
         each = [m.finalize for m in methods_ if m.finalize]
-        finalize = members.finalize(each, config.model.member_map)
+        finalize = members.lift_finalize(each, config.model.member_map)
 
     def of_batch(state, batch, key):
         assert finalize is not None
@@ -204,6 +206,12 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             for i, member in enumerate(members.separate(state))
         ]
 
+    schedule = optimizers.schedule(config, total_steps, steps_per_epoch)
+    read_rate = jax.jit(functools.partial(optimizers.learning_rate, schedule))
+
+    def rate(step, state):  # compiled for what it reads, not for the whole state
+        return read_rate(step, members.opt_states(state))
+
     example = jnp.zeros((1, *image_shape))
     everywhere = parallel.replicated(mesh)
     home = NamedSharding(mesh, state_spec) if mesh is not None else None
@@ -217,12 +225,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             loss_sum(network, mean, std)
             for network in building.networks(config, num_classes, drops=False)
         ),
-        rate=jax.jit(
-            functools.partial(
-                optimizers.learning_rate,
-                optimizers.schedule(config, total_steps, steps_per_epoch),
-            )
-        ),
+        rate=rate,
         of_batch=jax.jit(of_batch, out_shardings=everywhere) if finalize else None,
         finish=finalize.finish if finalize else None,
         posterior=jax.jit(posterior) if methods_[0].posterior else None,

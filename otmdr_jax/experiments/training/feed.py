@@ -19,11 +19,16 @@ PyTree = Any
 
 
 class Feed:
-    """Steps of a run, each with its batch."""
+    """Steps of a run, each with its batch. A context: it stops to read at its end."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, programs: Programs):
-        """Puts the training set on the devices, unless it is to be streamed."""
-        self.config, self.dataset, self.programs = config, dataset, programs
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, programs: Programs, step: int
+    ):
+        """Puts the training set on the devices, or starts to stream it from `step` on.
+
+        Of a stream this host reads its own rows of each batch.
+        """
+        self.programs = programs
         _, self.key = run_keys(config.run.seed)
         streamed = config.run.input in ("host", "disk") or (
             config.run.input == "auto" and not data_lib.fits_on_device(dataset)
@@ -38,24 +43,24 @@ class Feed:
             )
         if not streamed:
             self.examples = parallel.place(tuple(dataset.train), programs.mesh)
-
-    def open(self, step: int) -> None:
-        """Starts to read this host's rows of the batches from `step` on."""
-        if self.examples is not None:
             return
-        size = self.config.run.batch_size
-        first, last = parallel.host_rows(self.programs.mesh, size)
+        size = config.run.batch_size
+        first, last = parallel.host_rows(programs.mesh, size)
         self.stream = data_lib.stream_batches(
-            self.dataset.train,
+            dataset.train,
             size,
             self.key,
-            self.programs.total_steps,
+            programs.total_steps,
             start_step=step,
             shard_index=first // (last - first),
             shard_count=size // (last - first),
         )
 
-    def close(self) -> None:
+    def __enter__(self) -> "Feed":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
         """Stops to read."""
         if self.stream is not None:
             self.stream.close()

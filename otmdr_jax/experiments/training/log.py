@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from otmdr_jax.experiments.measure.evaluation import Evaluation
+from otmdr_jax.experiments.measure.evaluation import Evaluation, OfRun
 from otmdr_jax.experiments.run_folder import RunFolder
 from otmdr_jax.experiments.training.windows import Window
 
@@ -31,21 +31,16 @@ class Log:
         if self.folder is not None:
             self.folder.log(record)
 
-    def write_once(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Adds a record of an evaluation; a finished run that is resumed has it."""
+    def write_evaluation(self, step: int, of_run: OfRun) -> None:
+        """Adds an evaluation, once: a finished run that is resumed has it."""
+        records = {split: _with_members(x) for split, x in of_run.splits.items()}
+        if of_run.posterior:
+            records["posterior"] = of_run.posterior
         recent = self.history[-6:]  # no more than that can be of one evaluation
-        if not any((old["split"], old["step"]) == (split, step) for old in recent):
-            self.write(step, split, values)
-
-    def write_evaluation(self, step: int, split: str, found: Evaluation) -> None:
-        """Adds the metrics of a split, once, with those of each member."""
-        values: dict[str, Any] = {**found.metrics}
-        if found.members is not None:
-            values["members"] = {
-                name: [member[name] for member in found.members]
-                for name in found.members[0]
-            }
-        self.write_once(step, split, values)
+        known = {old["split"] for old in recent if old["step"] == step}
+        for split, values in records.items():
+            if split not in known:
+                self.write(step, split, values)
 
     def write_window(
         self, step: int, window: Window, rate: float, speeds: list[float]
@@ -61,3 +56,11 @@ class Log:
         if speeds:  # known from the end of the first epoch on
             values["seconds_per_step"] = speeds[-1]
         self.write(step, "train", values)
+
+
+def _with_members(found: Evaluation) -> dict[str, Any]:
+    """The metrics of a split, and of each member (M,)."""
+    if found.members is None:
+        return found.metrics
+    each = {x: [member[x] for member in found.members] for x in found.members[0]}
+    return {**found.metrics, "members": each}

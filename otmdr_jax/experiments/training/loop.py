@@ -9,7 +9,6 @@ bits as one that is not. On many hosts each runs this same loop, and one of them
 
 import math
 import os
-import statistics
 import time
 from typing import Any
 
@@ -17,9 +16,7 @@ import jax
 import numpy as np
 
 from otmdr_jax import parallel
-from otmdr_jax.experiments import members
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
-from otmdr_jax.experiments.measure import sharpness
 from otmdr_jax.experiments.measure.evaluation import OfRun, evaluate_run
 from otmdr_jax.experiments.programs import few_images
 from otmdr_jax.experiments.training import divergence
@@ -49,11 +46,10 @@ class Loop:
     def __init__(
         self, config, dataset, programs, data, show_progress, folder=None, saved=None
     ):
-        """Puts the training set on the devices, unless it is to be streamed."""
+        """Starts nothing yet."""
         self.config, self.dataset, self.programs = config, dataset, programs
         self.data = data  # its checksums
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
-        self.feed = Feed(config, dataset, programs)
         self.windows = Windows()
         self.warm = False  # whether the step has been compiled in this process
         self.step, self.signum = 0, 0
@@ -66,14 +62,11 @@ class Loop:
         self.progress = Progress(total, step, self._title(), self.show_progress)
         with Requests(self._stop), self.progress:
             self._say_where(meta)
-            self.feed.open(step)
-            try:
+            with Feed(self.config, self.dataset, self.programs, step) as feed:
                 while self.step < total:
-                    state = self._epoch(state)
+                    state = self._epoch(state, feed)
                     if self.step < total:
                         self._between_epochs(state)
-            finally:
-                self.feed.close()
             return self._finish(state)
 
     # --- It begins ---
@@ -114,16 +107,16 @@ class Loop:
 
     # --- It takes steps ---
 
-    def _epoch(self, state: PyTree) -> PyTree:
+    def _epoch(self, state: PyTree, feed: Feed) -> PyTree:
         """Trains to the end of the epoch, or of the run."""
         epoch, first = divmod(self.step, self.programs.steps_per_epoch)
         end = min(
             (epoch + 1) * self.programs.steps_per_epoch, self.programs.total_steps
         )
-        order = self.feed.order(epoch)
+        order = feed.order(epoch)
         began, timed_from = time.perf_counter(), self.step
         for i in range(first, first + end - self.step):
-            state, numbers = self.feed.step(state, order, i)
+            state, numbers = feed.step(state, order, i)
             self.step += 1
             self.windows.add(numbers)
             if not self.warm:
@@ -172,7 +165,7 @@ class Loop:
     def _close_window(self, state: PyTree) -> None:
         """Leaves the window that ends with this step to be logged."""
         # Dispatched before the next step takes the optimizer's state.
-        rate = self.programs.rate(np.int32(self.step - 1), members.opt_states(state))
+        rate = self.programs.rate(np.int32(self.step - 1), state)
         self.windows.close(self.step, rate)
 
     def _log_windows(self, step: int) -> None:
@@ -205,29 +198,26 @@ class Loop:
         self, state: PyTree, final: bool = False
     ) -> tuple[float | None, OfRun]:
         """Logs metrics; the score on the validation set, None without one, and all."""
-        found = evaluate_run(
+        validation = self.dataset.validation is not None
+        of_run = evaluate_run(
             self.config,
             state,
             self.dataset,
             self.programs,
+            splits=("validation", "test") if validation else ("test",),
             without=tuple(self.meta["diverged"]),
             final=final,
             show_progress=final and self.show_progress,
         )
-        for split, one in found.splits.items():
-            self.log.write_evaluation(self.step, split, one)
-        if found.posterior:
-            self.log.write_once(self.step, "posterior", found.posterior)
-        values = (
-            found.splits["validation"].metrics if "validation" in found.splits else {}
-        )
+        self.log.write_evaluation(self.step, of_run)
+        values = of_run.splits["validation"].metrics if validation else {}
         # NaN, before a member counts as diverged, would never be beaten.
         if math.isnan(values.get("nll", math.nan)):
-            return None, found
+            return None, of_run
         score, best = -values["nll"], self.meta["best"]
         if best is None or score > best["score"]:
             self.meta["best"] = {"step": self.step, "score": score, **values}
-        return score, found
+        return score, of_run
 
     # --- It saves, or stops ---
 
@@ -266,32 +256,16 @@ class Loop:
         if self.saved is not None and self.dataset.validation is None:
             self._save(state)  # no score to wait for: evaluation may take long
         score, of_run = self._evaluate(state, final=True)
-        found = of_run.splits["test"]
         if self.saved is not None:
             self._save(state, score)
         stop, _ = self._decide(SECONDS_BETWEEN_EPOCHS)
         if stop:
             self._interrupted(state, stop)
         self.progress.say("measuring sharpness")
-        speeds = self.meta["speeds"]
         result = final_result(
-            self.config,
-            state,
-            self.step,
-            self.programs,
-            found,
-            sharpness.gap(
-                self.config,
-                of_run.state,
-                self.dataset,
-                self.programs,
-                without=tuple(self.meta["diverged"]),
-            ),
-            self.meta,
+            self.config, of_run, self.dataset, self.programs, self.meta
         )
-        result["seconds_per_step"] = (
-            statistics.median(speeds) if speeds else float("nan")
-        )
+        found = of_run.splits["test"]
         labels = np.asarray(self.dataset.test.labels)
         if self.folder is not None:
             self.folder.finish(result, found.log_probs, labels, found.member_log_probs)

@@ -1,19 +1,17 @@
 """What a finished run gives: to the caller, and as result.json."""
 
+import math
 import pathlib
+import statistics
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from otmdr_jax.experiments import members
+from otmdr_jax.data import Dataset
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.measure.evaluation import (
-    Evaluation,
-    member_rows,
-    posterior_record,
-)
-from otmdr_jax.experiments.programs import environment
+from otmdr_jax.experiments.measure.evaluation import OfRun
+from otmdr_jax.experiments.measure.record import record_of
+from otmdr_jax.experiments.programs import Programs
 
 PyTree = Any
 
@@ -41,46 +39,24 @@ class Result(NamedTuple):
 
 def final_result(
     config: TrainConfig,
-    state: PyTree,
-    step: int,
-    programs: Any,
-    found: Evaluation,
-    sharp: dict[str, Any],
+    of_run: OfRun,
+    dataset: Dataset,
+    programs: Programs,
     meta: dict[str, Any],
 ) -> dict[str, Any]:
-    """What result.json holds of a finished run, but for its speed.
+    """What result.json holds of a finished run.
 
     Args:
       config: The run's configuration.
-      state: Its final state.
-      step: Steps that it took.
+      of_run: Its evaluation after the last step.
+      dataset: Its data.
       programs: Its compiled functions.
-      found: Its evaluation on the test set.
-      sharp: What :func:`otmdr_jax.experiments.measure.sharpness.gap` gave.
       meta: What is saved beside the state.
     """
-    each = members.separate(state)
-    result = {
-        "finished": True,
-        **found.metrics,
-        "sharpness": sharp["sharpness"],
-        "train_nll": sharp["train_nll"],
-        "steps": step,
-        "epochs": step / programs.steps_per_epoch,
-        "skipped_steps": sum(int(member.skipped) for member in each),
-        "parameters": sum(
-            x.size
-            for one in members.predicting(config, state)
-            for x in jax.tree.leaves(one.params)
-        ),
-        "best": meta["best"],
-        "mesh": meta["mesh"],
-        **environment(),
-    }
-    if found.members is not None:
-        result["members"] = member_rows(config, state, found, sharp, meta)
+    result = {"finished": True, **record_of(config, of_run, dataset, programs)}
+    result["epochs"] = result["steps"] / programs.steps_per_epoch
+    speeds = meta["speeds"]
+    result["seconds_per_step"] = statistics.median(speeds) if speeds else math.nan
     if programs.sparsity is not None:
-        result["sparsity"] = programs.sparsity(state)
-    if record := posterior_record(programs, state, tuple(meta.get("diverged", ()))):
-        result["posterior"] = record
-    return result
+        result["sparsity"] = programs.sparsity(of_run.state)
+    return result | {"best": meta["best"], "mesh": meta["mesh"]}

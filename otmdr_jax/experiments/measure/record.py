@@ -1,0 +1,61 @@
+"""The numbers that are written down of a run: in result.json and evaluation.json."""
+
+from typing import Any
+
+from otmdr_jax.data import Dataset
+from otmdr_jax.experiments import members
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import sharpness
+from otmdr_jax.experiments.measure.evaluation import OfRun
+from otmdr_jax.experiments.programs import Programs, environment
+
+
+def record_of(
+    config: TrainConfig,
+    of_run: OfRun,
+    dataset: Dataset,
+    programs: Programs,
+    split: str = "test",
+) -> dict[str, Any]:
+    """The metrics on a split, the sharpness, the posterior, and each member's own.
+
+    Args:
+      config: The run's configuration.
+      of_run: The run's evaluation, on that split among others.
+      dataset: The data: sharpness is of the training set.
+      programs: Compiled functions.
+      split: Whose metrics.
+
+    Returns:
+      A record for JSON. Losses and sharpness are in nats.
+    """
+    state, _, posterior, diverged = of_run
+    found = of_run.splits[split]
+    sharp = sharpness.gap(config, state, dataset, programs, without=diverged)
+    solutions = members.predicting(config, state)
+    trained = members.separate(state)
+    record = {
+        **found.metrics,
+        "sharpness": sharp["sharpness"],
+        "train_nll": sharp["train_nll"],
+        "steps": members.steps_taken(state),
+        "skipped_steps": sum(int(member.skipped) for member in trained),
+        "parameters": sum(members.num_parameters(one) for one in solutions),
+        **environment(),
+    }
+    if posterior:
+        record["posterior"] = posterior
+    if found.members is None:
+        return record
+    names = config.model.member_names
+    if config.model.members is None:  # collected in one run
+        names *= len(found.members)
+    rows: list[dict[str, Any]] = [
+        {"model": name, **values, "diverged": i in diverged}
+        for i, (name, values) in enumerate(zip(names, found.members, strict=True))
+    ]
+    # Members with a joint loss have no sharpness of their own.
+    gaps = sharp.get("member_sharpness", ())
+    for row, gap, member in zip(rows, gaps, solutions, strict=False):
+        row |= {"sharpness": gap, "skipped_steps": int(member.skipped)}
+    return record | {"members": rows}
