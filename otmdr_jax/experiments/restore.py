@@ -9,7 +9,7 @@ import jax
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import checkpoint, programs, run_folder
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods.collected import Laplace
+from otmdr_jax.experiments.methods.post_hoc import Laplace
 
 PyTree = Any
 

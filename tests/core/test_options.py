@@ -22,7 +22,7 @@ import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble, parallel
 from otmdr_jax.core.options import RobustOptions, fields_of
 from otmdr_jax.experiments import building, cli, config, methods, training
-from otmdr_jax.experiments.methods.collected import Riding
+from otmdr_jax.experiments.methods.riding import Riding
 from tests import toy
 
 KEY = jax.random.key(0)

@@ -47,7 +47,7 @@ def run(options: Evaluate) -> None:
     from otmdr_jax.experiments.measure import evaluation
     from otmdr_jax.experiments.measure.record import record_of
     from otmdr_jax.experiments.members import steps_taken
-    from otmdr_jax.experiments.methods.bayes import Sampled
+    from otmdr_jax.experiments.methods.sampled import Sampled
     from otmdr_jax.io import files
 
     given = {

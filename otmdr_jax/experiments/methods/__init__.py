@@ -4,9 +4,13 @@ training.py    the state, the loss and the step, which all methods share
 base.py        what a method says of itself
 point.py       of one weight vector: sgd, sam, asam, gsam, looksam, fisher-sam,
                otmdr
-bayes.py       of a Gaussian: sgvb, otmdr-bnn, bsam, ivon
-collected.py   that ride on another one: snapshot, fge, swa, swag, dst, edst,
-               mc-dropout, laplace
+sampled.py     what those share that predict with samples
+posterior.py   of means and scales: sgvb, otmdr-bnn
+gaussian.py    of one weight vector and a precision: bsam, ivon
+riding.py      what those share that ride on a method of one weight vector:
+collected.py   snapshot, fge, swa, swag
+sparse.py      dst, edst
+post_hoc.py    mc-dropout, laplace
 table.py       METHODS, the only list of them, and create()
 
 What a method overrides is explained once, in :class:`MethodOptions`.

@@ -199,3 +199,12 @@ class MethodOptions:
         Raises:
           ValueError: Options that do not go together.
         """
+
+
+def no_joint_loss(method: MethodOptions, config: Any, why: str) -> None:
+    """Refuses members with one loss."""
+    if config.model.joint:
+        raise ValueError(
+            f"{method.name} with a joint ensemble is not defined: {why} "
+            "--ensemble independent."
+        )

@@ -4,7 +4,14 @@ from typing import Any
 
 import optax
 
-from otmdr_jax.experiments.methods import bayes, collected, point
+from otmdr_jax.experiments.methods import (
+    collected,
+    gaussian,
+    point,
+    post_hoc,
+    posterior,
+    sparse,
+)
 from otmdr_jax.experiments.methods.base import MethodOptions
 from otmdr_jax.experiments.methods.training import Loss, Method
 
@@ -17,21 +24,21 @@ METHODS: dict[str, type[MethodOptions]] = {
         point.Sam,
         point.Asam,
         point.Otmdr,
-        bayes.Sgvb,
-        bayes.OtmdrBnn,
+        posterior.Sgvb,
+        posterior.OtmdrBnn,
         point.Gsam,
         point.LookSam,
         point.FisherSam,
-        bayes.Bsam,
-        bayes.Ivon,
+        gaussian.Bsam,
+        gaussian.Ivon,
         collected.Snapshot,
         collected.Fge,
         collected.Swa,
         collected.Swag,
-        collected.Dst,
-        collected.Edst,
-        collected.McDropout,
-        collected.Laplace,
+        sparse.Dst,
+        sparse.Edst,
+        post_hoc.McDropout,
+        post_hoc.Laplace,
     )
 }
 
@@ -84,9 +91,9 @@ def create(
         `axis_name` and `microbatch_size`. With `axis_name` (and for particles
         `particle_axis_name`) the step runs inside `jax.shard_map` or `jax.pmap`: see
         :mod:`otmdr_jax.parallel`. "sgvb" and "otmdr-bnn" have those of
-        :meth:`otmdr_jax.experiments.methods.bayes.Posterior.make`, "bsam" and "ivon"
-        also `num_samples` and `mean_only`; `num_data` is required. The others have
-        `base`, the method that they ride on, its options, and those of
+        :meth:`otmdr_jax.experiments.methods.posterior.Posterior.make`, "bsam" and
+        "ivon" also `num_samples` and `mean_only`; `num_data` is required. The others
+        have `base`, the method that they ride on, its options, and those of
         :func:`otmdr_jax.baselines.collect` ("snapshot", "fge"), `average` ("swa",
         "swag"), `dynamic` ("dst", and "edst" with `ends`), `mc_dropout` and `laplace`.
         Their learning rates are the optimizer's.
