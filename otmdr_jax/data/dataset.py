@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from otmdr_jax.data.lazy import LazyImages
+from otmdr_jax.data.checks import (
+    check_agreement,
+    check_classes,
+    check_pair,
+    check_trained,
+)
 from otmdr_jax.data.statistics import check_statistics
 
 AUGMENTATIONS = ("crop", "flip")
@@ -90,7 +95,7 @@ def from_arrays(
     test: tuple[Any, Any],
     num_classes: int | None = None,
     name: str = "arrays",
-    validation: int | float = 0,
+    validation: int | float | tuple[Any, Any] = 0,
     label_noise: float = 0.0,
     seed: int = 0,
     mean: Sequence[float] | None = None,
@@ -105,10 +110,12 @@ def from_arrays(
         `LazyImages` stay lazy. Labels are integers 0..C-1 of shape (N,) or (N, 1).
       test: Images and labels of the test split, with the image shape and dtype of
         `train`.
-      num_classes: C; None takes the largest label of both splits plus one.
+      num_classes: C; None takes the largest label plus one, and refuses labels that
+        skip a class in training.
       name: A name for the dataset.
       validation: Examples to hold out of `train`, stratified by class and drawn by
-        `seed`: an int is a count, a float in (0, 1) a fraction. Default 0: none.
+        `seed`: an int is a count, a float in (0, 1) a fraction. Or the images and
+        labels of a validation split of their own. Default 0: none.
       label_noise: The fraction of training labels to replace, `round(fraction * N)` of
         the N that remain after `validation`, each by another class drawn uniformly.
         Test and validation labels stay as they are. Default 0.
@@ -126,9 +133,13 @@ def from_arrays(
       The `Dataset`; images of the right dtype are not copied.
 
     Raises:
-      ValueError: An array or an option is not as above; the message says what must
-        hold, what came and what to do.
+      ValueError: An array or an option is not as above, or images look like (N, C, H,
+        W); the message says what must hold, what came and what to do.
       TypeError: A dtype is not as above.
+
+    Warns:
+      UserWarning: A split has examples of a class that training has none of, where
+        `num_classes` is given.
 
     Example:
       >>> import numpy as np
@@ -137,15 +148,20 @@ def from_arrays(
       >>> from_arrays((images, labels), (images, labels), validation=4)
       Dataset('arrays': 16 train, 4 validation, 20 test, 4x4x1 uint8, 2 classes)
     """
-    train_split, test_split = _checked(train, "train"), _checked(test, "test")
-    _check_agreement(train_split, test_split)
-    both = {"train": train_split, "test": test_split}
-    num_classes = _check_classes(both, num_classes)
+    given = {"train": train, "test": test}
+    if isinstance(validation, tuple | list):
+        given["validation"], validation = tuple(validation), 0
+    channels = None if mean is None or std is None else len(mean)
+    pairs = {split: check_pair(x, split, channels) for split, x in given.items()}
+    for split in list(pairs)[1:]:
+        check_agreement(pairs["train"][0], pairs[split][0], split)
+    labels = {split: labels for split, (_, labels) in pairs.items()}
+    counted = num_classes is None
+    num_classes = check_classes(labels, num_classes)
+    check_trained(labels, counted)
     # After the range check: a cast may wrap, and copies keep the caller's labels clean.
-    train_split, test_split = (
-        Split(s.images, s.labels.astype(np.int32)) for s in (train_split, test_split)
-    )
-    held_out = None
+    splits = {k: Split(x, y.astype(np.int32)) for k, (x, y) in pairs.items()}
+    train_split, held_out = splits["train"], splits.get("validation")
     if count := _validation_count(validation, train_split.num_examples):
         rng = np.random.default_rng([_VALIDATION_STREAM, _seed(seed)])
         chosen = stratified_choice(train_split.labels, count, rng)
@@ -158,7 +174,7 @@ def from_arrays(
         name=name,
         train=Split(train_split.images, noisy),
         validation=held_out,
-        test=test_split,
+        test=splits["test"],
         num_classes=num_classes,
         mean=mean,
         std=std,
@@ -182,9 +198,9 @@ def check_split(
     Raises:
       ValueError, TypeError: The errors of `from_arrays`.
     """
-    split = _checked(pair, name)
-    classes = _check_classes({name: split}, num_classes)
-    return Split(split.images, split.labels.astype(np.int32)), classes
+    images, labels = check_pair(pair, name)
+    classes = check_classes({name: labels}, num_classes)
+    return Split(images, labels.astype(np.int32)), classes
 
 
 def check_augmentations(names: Sequence[str]) -> tuple[str, ...]:
@@ -221,115 +237,6 @@ def stratified_choice(labels, count: int, rng: np.random.Generator) -> np.ndarra
         own = np.flatnonzero(members == index)
         chosen[rng.choice(own, share, replace=False)] = True
     return chosen
-
-
-def _checked(pair: tuple[Any, Any], split: str) -> Split:
-    """One split's arrays in their final dtypes and ranks."""
-    try:
-        images, labels = pair
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{split} must be a pair (images, labels), got {type(pair).__name__}. "
-            f"Pass {split}=(images, labels)."
-        ) from error
-    images, labels = _check_images(images, split), _check_labels(labels, split)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{split} needs one label for each image, got {len(images)} images and "
-            f"{len(labels)} labels. Check that both arrays come from the same split."
-        )
-    return Split(images, labels)
-
-
-def _check_images(images: Any, split: str) -> np.ndarray | LazyImages:
-    if not isinstance(images, LazyImages):
-        images = np.asarray(images)
-    if images.ndim == 3:
-        images = images[..., None]  # (N, H, W) -> (N, H, W, 1)
-    if images.ndim != 4:
-        raise ValueError(
-            f"{split} images must have shape (N, H, W, C) or (N, H, W), got "
-            f"{images.shape}. Reshape them."
-        )
-    if 0 in images.shape:
-        raise ValueError(
-            f"{split} images must not be empty, got shape {images.shape}. Check what "
-            "was written."
-        )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise TypeError(
-            f"{split} images must be uint8 (0..255) or floats, got {images.dtype}. "
-            "Convert them: images.astype(np.uint8) if the values are 0..255, else "
-            "images.astype(np.float32)."
-        )
-    with np.errstate(over="ignore"):  # what overflows is reported below, as inf
-        images = images.astype(np.float32, copy=False)
-    bad = ~np.isfinite(images).all(axis=(1, 2, 3))
-    if bad.any():
-        raise ValueError(
-            f"{split} images must be finite in float32, got NaN or inf in "
-            f"{bad.sum()} of {len(images)} images, the first at index "
-            f"{bad.argmax()}. Repair or drop them."
-        )
-    return images
-
-
-def _check_labels(labels: Any, split: str) -> np.ndarray:
-    labels = np.asarray(labels)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        raise ValueError(
-            f"{split} labels must have shape (N,) or (N, 1), got {labels.shape}. "
-            "Turn one-hot rows into classes: labels.argmax(axis=1)."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(
-            f"{split} labels must be integers 0..C-1, got dtype {labels.dtype}. "
-            "Convert them: labels.astype(np.int32), or for other labels "
-            "np.unique(labels, return_inverse=True)[1]."
-        )
-    return labels
-
-
-def _check_agreement(train: Split, test: Split) -> None:
-    """Both splits must be fit for one model and one normalisation."""
-    shapes = train.images.shape[1:], test.images.shape[1:]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            "train and test images must have one shape (H, W, C), got train "
-            f"{shapes[0]} and test {shapes[1]}. Resize or crop one of them."
-        )
-    dtypes = train.images.dtype, test.images.dtype
-    if dtypes[0] != dtypes[1]:
-        raise TypeError(
-            "train and test images must both be uint8 or both floats, got train "
-            f"{dtypes[0]} and test {dtypes[1]}. Convert one of them to the other's "
-            "dtype and scale."
-        )
-
-
-def _check_classes(splits: dict[str, Split], num_classes: int | None) -> int:
-    """Returns C after checking that all labels are in 0..C-1."""
-    highest = max(int(split.labels.max()) for split in splits.values())
-    if num_classes is None:
-        num_classes = highest + 1
-    if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
-        raise ValueError(
-            f"num_classes must be an int of at least 1, got {num_classes=}. Leave it "
-            "out to take the largest label plus one."
-        )
-    for name, split in splits.items():
-        low, high = int(split.labels.min()), int(split.labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"{name} labels must be 0..{num_classes - 1} for {num_classes=}, got "
-                f"{low}..{high}. Shift labels that start at 1, drop unlabelled "
-                "examples (often -1), or correct num_classes."
-            )
-    return int(num_classes)
 
 
 def _validation_count(validation: int | float, num_train: int) -> int:

@@ -2,8 +2,8 @@
 
 import os
 import pathlib
+import warnings
 import zipfile
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,11 +28,29 @@ _STATISTICS = {
 # changes what a digit or a letter means.
 _AUGMENT = {"cifar10": ("crop", "flip"), "cifar100": ("crop", "flip")}
 
-_NPZ_KEYS = (
-    ("train_images", "train_labels", "test_images", "test_labels"),
-    ("x_train", "y_train", "x_test", "y_test"),  # Keras
-)
-_NPZ_TEST_KEYS = tuple(keys[2:] for keys in _NPZ_KEYS)
+# The arrays of a split in an .npz file. The first names are the documented ones; the
+# second Keras', the third those of MedMNIST.
+_NPZ_KEYS = {
+    "train": (
+        ("train_images", "train_labels"),
+        ("x_train", "y_train"),
+    ),
+    "test": (
+        ("test_images", "test_labels"),
+        ("x_test", "y_test"),
+    ),
+    "validation": (
+        ("validation_images", "validation_labels"),
+        ("val_images", "val_labels"),
+        ("x_val", "y_val"),
+        ("x_valid", "y_valid"),
+        ("x_validation", "y_validation"),
+    ),
+}
+
+# A training set alone leaves this part of it to test on, drawn by a stream of the seed
+# of its own: dataset.py has the first two, measure/shift the third.
+_TEST_SHARE, _TEST_STREAM = 0.2, 3
 
 
 def load(
@@ -56,7 +74,10 @@ def load(
         array_record files, with neither TensorFlow nor network; its splits "train" and
         "test", or "validation" if there is no "test". (3) A path that ends in .npz, to
         a file with the arrays train_images, train_labels, test_images, test_labels (or
-        Keras' x_train, y_train, x_test, y_test) as `from_arrays` takes them.
+        Keras' x_train, y_train, x_test, y_test) as `from_arrays` takes them. It may
+        hold a validation set too (validation_images, val_images or x_val, and labels).
+        Without a test set a fifth of the training set, stratified and drawn by `seed`,
+        is left to test on, with a warning.
       data_dir: The folder of prepared TFDS data. None: TFDS's default, which is the
         environment's TFDS_DATA_DIR or ~/tensorflow_datasets.
       cache_dir: The folder where decoded TFDS images are kept, one file for each
@@ -104,8 +125,8 @@ def load(
     }
     text = os.fspath(name)
     if text.endswith(".npz"):
-        train, test = _read_npz(pathlib.Path(text).expanduser(), _NPZ_KEYS)
-        return from_arrays(train, test, name=pathlib.Path(text).stem, **options)
+        path = pathlib.Path(text).expanduser()
+        return from_arrays(name=path.stem, **_npz_splits(path, **options))
     if text == "digits":
         train, test = _digits()
         return from_arrays(train, test, num_classes=10, name="digits", **options)
@@ -166,7 +187,7 @@ def load_test(
     text = os.fspath(name)
     if text.endswith(".npz"):
         path = pathlib.Path(text).expanduser()
-        test, num_classes = _read_npz(path, _NPZ_TEST_KEYS)[0], None
+        test, num_classes = _read_npz(path, "test")["test"], None
     elif text == "digits":
         test, num_classes = _digits()[1], 10
     else:
@@ -245,30 +266,74 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
-def _read_npz(path: pathlib.Path, choices: Sequence[Sequence[str]]) -> list[Split]:
-    """Reads pairs of arrays from a user's file by name, without checking them."""
+def _npz_splits(path, validation, label_noise, seed) -> dict[str, Any]:
+    """The arguments of `from_arrays` for an .npz file."""
+    splits = _read_npz(path, "train")
+    options = {"label_noise": label_noise, "seed": seed, "validation": validation}
+    if "validation" in splits:
+        if validation:
+            raise ValueError(
+                f"{str(path)!r} has a validation set of its own: leave "
+                f"validation={validation!r} out."
+            )
+        options["validation"] = splits["validation"]
+    train, test = splits["train"], splits.get("test")
+    if test is None:
+        train, test = _without_test(path, train, seed)
+    return {"train": train, "test": test, **options}
+
+
+def _without_test(path, train, seed) -> tuple[Split, Split]:
+    """Leaves a stratified part of a training set to test on, and says so."""
+    train, _ = check_split(train, None, "train")
+    count = max(round(_TEST_SHARE * train.num_examples), 1)
+    rng = np.random.default_rng([_TEST_STREAM, seed])
+    chosen = stratified_choice(train.labels, count, rng)
+    warnings.warn(
+        f"{str(path)!r} has no test set: {count} of its {train.num_examples} examples, "
+        f"stratified by class and drawn by seed={seed}, are left to test on.",
+        stacklevel=4,
+    )
+    return Split(*(a[~chosen] for a in train)), Split(*(a[chosen] for a in train))
+
+
+def _read_npz(path: pathlib.Path, needed: str) -> dict[str, Split]:
+    """Reads the splits of a user's file, without checking them.
+
+    Args:
+      path: The file.
+      needed: The split that must be there.
+    """
     if not path.is_file():
         raise FileNotFoundError(
             f"a name that ends in .npz must be a file, and {str(path)!r} is none "
             f"(looked in {str(path.absolute().parent)!r}). Correct the path."
         )
+    splits, used = {}, set()
     try:
         # np.load of a path leaves the file open where it is no zip; this does not.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            for keys in choices:
-                if set(keys) <= set(file.files):
-                    arrays = [file[key] for key in keys]
-                    pairs = zip(arrays[::2], arrays[1::2], strict=True)
-                    return [Split(*pair) for pair in pairs]
             found = sorted(file.files)
+            for split, choices in _NPZ_KEYS.items():
+                keys = next((k for k in choices if set(k) <= set(found)), ())
+                used |= {key for pair in choices for key in pair} & set(keys)
+                if keys and (split == needed or needed == "train"):
+                    splits[split] = Split(*(file[key] for key in keys))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} must be an .npz file of plain arrays, and reading it "
             f"failed with: {error}. Write it again with np.savez; arrays of Python "
             "objects cannot be read."
         ) from error
-    names = " or ".join(", ".join(keys) for keys in choices)
-    raise ValueError(
-        f"{str(path)!r} must hold the arrays {names}, and it holds {found}. Rename "
-        "them where you save the file."
-    )
+    if needed not in splits:
+        names = " or ".join(", ".join(keys) for keys in _NPZ_KEYS[needed])
+        raise ValueError(
+            f"{str(path)!r} must hold the arrays {names}, and it holds {found}. Rename "
+            "them where you save the file."
+        )
+    if unused := sorted(set(found) - used):
+        warnings.warn(
+            f"{str(path)!r} also holds {', '.join(unused)}, which are not used.",
+            stacklevel=4,
+        )
+    return splits

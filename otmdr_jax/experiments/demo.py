@@ -42,16 +42,18 @@ def run(
       FileExistsError: `output` holds something that is no report.
     """
     report.check_folder(pathlib.Path(output))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ from each other, got {seeds}.")
+    epochs = epochs or BASE.run.epochs
+    configs = [one.replace(seed=s, epochs=epochs) for one in METHODS for s in seeds]
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
-        for base in METHODS:
-            for seed in seeds:
-                config = base.replace(seed=seed, epochs=epochs or base.run.epochs)
-                many = f"-m{config.model.members}" if config.model.members else ""
-                name = f"{report.label_of(config.flat())}{many}-s{seed}"
-                folder = pathlib.Path(scratch) / name
-                training.train(config, output=folder, show_progress=show_progress)
-                runs.append(report.read_run(folder))
+        for config in configs:
+            many = f"-m{config.model.members}" if config.model.members else ""
+            name = f"{report.label_of(config.flat())}{many}-s{config.run.seed}"
+            folder = pathlib.Path(scratch) / name
+            training.train(config, output=folder, show_progress=show_progress)
+            runs.append(report.read_run(folder))
     title = f"Digits with {BASE.data.label_noise:.0%} wrong training labels"
     report.print_summary(runs, title)
     path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")

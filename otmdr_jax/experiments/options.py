@@ -75,6 +75,9 @@ Positive = Annotated[float, Must("positive", lambda x: 0 < x < math.inf)]
 Bound = Annotated[float, Must("positive", lambda x: x > 0)]
 Share = Annotated[float, Must("in (0, 1)", lambda x: 0 < x < 1)]
 Rate = Annotated[float, Must("in [0, 1)", lambda x: 0 <= x < 1)]
+# What JAX keeps of a seed: a larger one would be another one's run. NumPy has no
+# negative ones.
+Seed = Annotated[int, Must("in 0..2**32 - 1", lambda n: 0 <= n < 2**32)]
 
 
 def _are_radii(value: Any) -> bool:

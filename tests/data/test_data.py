@@ -68,7 +68,7 @@ def test_float_images_become_float32(dtype):
 @pytest.mark.parametrize("num", [1, 700, 2500])  # within one block and over several
 def test_statistics_are_numpys_float64_ones(num):
     images, labels = random_split(num=num)
-    made = data.from_arrays((images, labels), random_split(1))
+    made = data.from_arrays((images, labels), (images, labels))
     unit = images.astype(np.float64) / 255
     np.testing.assert_allclose(made.mean, unit.mean(axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(made.std, unit.std(axis=(0, 1, 2)), rtol=1e-12)
@@ -292,13 +292,120 @@ def test_npz_with_either_set_of_names(tmp_path, keras):
     )
     path = tmp_path / "mine.npz"
     arrays = dict(zip(names, (*train, *test), strict=True))
-    np.savez_compressed(path, **arrays, unrelated=np.zeros(3))
+    np.savez_compressed(path, **arrays)
     for given in (path, str(path)):
         made = data.load(given, validation=12, seed=2)
         assert made.name == "mine"
         assert made.validation.num_examples == 12
         np.testing.assert_array_equal(made.test.images, test[0])
         np.testing.assert_array_equal(made.test.labels, test[1])
+
+
+@pytest.mark.parametrize("name", ["validation_{}s", "val_{}s", "{}_val", "{}_valid"])
+def test_npz_with_a_validation_set_of_its_own(tmp_path, name):
+    parts = [random_split(seed, num=20 + seed) for seed in range(3)]
+    images, labels = ("x", "y") if name.startswith("{}") else ("image", "label")
+    held_out = name.format(images), name.format(labels)
+    names = "x_train", "y_train", "x_test", "y_test", *held_out
+    arrays = zip(names, (x for part in parts for x in part), strict=True)
+    np.savez(path := tmp_path / "mine.npz", **dict(arrays))
+    made = data.load(path, label_noise=0.5)
+    for split, part in zip((made.test, made.validation), parts[1:], strict=True):
+        np.testing.assert_array_equal(split.images, part[0])
+        np.testing.assert_array_equal(split.labels, part[1])
+    assert made.train.num_examples == 20
+    with pytest.raises(ValueError, match="validation set of its own.*validation=0.1"):
+        data.load(path, validation=0.1)
+
+
+def test_npz_without_a_test_set_leaves_a_fifth_of_training(tmp_path):
+    images, labels = random_split(0, num=100)
+    np.savez(path := tmp_path / "mine.npz", x_train=images, y_train=labels)
+    with pytest.warns(UserWarning, match="20 of its 100 .*seed=3"):
+        made = data.load(path, seed=3, label_noise=0.5, validation=8)
+    sizes = made.train.num_examples, made.validation.num_examples
+    assert (*sizes, made.test.num_examples) == (72, 8, 20)
+    parts = made.train, made.validation, made.test
+    # Each example is in one part, those of test with their own labels.
+    found = sorted(image.tobytes() for part in parts for image in part.images)
+    assert found == sorted(image.tobytes() for image in images)
+    own = dict(zip((image.tobytes() for image in images), labels, strict=True))
+    for image, label in zip(made.test.images, made.test.labels, strict=True):
+        assert own[image.tobytes()] == label
+    share = np.bincount(labels) / 5
+    assert np.abs(np.bincount(made.test.labels, minlength=4) - share).max() < 1
+    with pytest.warns(UserWarning):
+        again = data.load(path, seed=3)
+    np.testing.assert_array_equal(again.test.images, made.test.images)
+
+
+def test_npz_arrays_that_are_not_used_are_named(tmp_path):
+    names = "x_train", "y_train", "x_test", "y_test"
+    arrays = dict(zip(names, 2 * GOOD, strict=True))
+    np.savez(path := tmp_path / "mine.npz", **arrays, extra=np.zeros(3))
+    with pytest.warns(UserWarning, match="also holds extra, which"):
+        data.load(path)
+    with pytest.warns(UserWarning, match="also holds extra, which"):
+        data.load_test(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "refused"),
+    [
+        ((60, 3, 32, 32), "like .N, C, H, W"),
+        ((60, 1, 28, 28), "like .N, C, H, W"),
+        ((60, 3, 5, 7), "like .N, C, H, W"),
+        ((3, 32, 32), "one image .C, H, W"),
+        ((1, 28, 28), "one image .C, H, W"),
+        ((60, 3, 32, 4), None),
+        ((60, 3, 4, 32), None),
+        ((60, 4, 32, 32), None),
+        ((60, 32, 32, 3), None),
+        ((60, 28, 28), None),
+    ],
+)
+def test_channels_are_the_last_axis(shape, refused):
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    pair = images, np.arange(len(images)) % 3
+    if refused is None:
+        data.from_arrays(pair, pair)
+        return
+    with pytest.raises(ValueError, match=refused):
+        data.from_arrays(pair, pair, num_classes=3)
+    if len(shape) == 4:
+        # Statistics for each of the last axis' numbers say that they are channels.
+        each = np.full(shape[-1], 0.5)
+        made = data.from_arrays(pair, pair, mean=each, std=each)
+        assert made.image_shape == shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ([1, 2, 3, 4, 5], [1, 2], r"from 0 to 5.* 0 have no .*num_classes=6"),
+        ([0, 10, 20], [0], r"from 0 to 20.* 1, 2, 3, 4, 5, \.\.\. \(18 classes\)"),
+        ([0, 1, 2], [0, 3], r"from 0 to 3, .* 3 have no .*num_classes=4"),
+        ([0, 2], [0, 1], "1 have no example"),
+        ([0, 1, 2], [0, 0], None),
+    ],
+)
+def test_labels_show_every_class(train, test, message):
+    def split(labels):
+        labels = np.repeat(labels, 3)
+        return np.zeros((len(labels), 5, 5, 1), np.uint8), labels
+
+    if message is None:
+        assert data.from_arrays(split(train), split(test)).num_classes == 3
+        return
+    with pytest.raises(ValueError, match=message):
+        data.from_arrays(split(train), split(test))
+    never = sorted(set(test) - set(train))
+    if never:
+        with pytest.warns(UserWarning, match=f"3 of {3 * len(test)} test .*{never[0]}"):
+            made = data.from_arrays(split(train), split(test), num_classes=30)
+    else:
+        made = data.from_arrays(split(train), split(test), num_classes=30)
+    assert made.num_classes == 30
 
 
 def test_npz_errors_say_what_to_do(tmp_path):

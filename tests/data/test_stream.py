@@ -493,7 +493,7 @@ def test_devices_that_tell_nothing_have_the_hosts_memory(stats, monkeypatch):
 
 def test_the_training_set_decides_and_lazy_ones_never_fit():
     split = numbered(100)
-    made = data.from_arrays(split, numbered(10**4))
+    made = data.from_arrays(split, split)
     limit = 4 * (100 * 2 + 100 * 4)
     for size, fits in ((limit, True), (limit - 1, False)):
         stats = {"bytes_limit": size}

@@ -27,6 +27,7 @@ from otmdr_jax.experiments.cli import (
     train,
 )
 from otmdr_jax.experiments.cli.common import EXPECTED
+from otmdr_jax.experiments.options import Seed, check
 
 # A command -> its options and what it does, in the order of a first session.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -79,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             description=inspect.getdoc(kind),
             args=argv[1:],
         )
+        if (seed := getattr(options, "seed", None)) is not None:
+            check("seed", seed, Seed)  # before a run is read
         function(options)
     except EXPECTED as error:
         _fail(str(error))

@@ -15,6 +15,7 @@ from otmdr_jax.experiments.options import (
     OnlyWith,
     Positive,
     Rate,
+    Seed,
     Share,
 )
 
@@ -60,7 +61,7 @@ class Data(Group):
     """Fraction of the training labels replaced by another class."""
     augment: tuple[str, ...] | None = None
     """Augmentations out of crop and flip. Default: the data set's own."""
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Seed of the validation split and the label noise: the same for all runs that are
     compared."""
 
@@ -212,7 +213,7 @@ class Run(Group):
     """Number of steps, instead of epochs."""
     batch_size: Count = 128
     """Examples a step (released code)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, data order, augmentation, splits and noise."""
     mesh: str | None = None
     """How devices are arranged: data=4,particle=2 divides the batch by 4 and the

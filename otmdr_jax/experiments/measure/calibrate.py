@@ -12,6 +12,7 @@ import numpy as np
 from otmdr_jax import metrics
 from otmdr_jax.experiments import restore, run_folder
 from otmdr_jax.experiments.measure import evaluation
+from otmdr_jax.experiments.options import Seed, check
 from otmdr_jax.metrics import calibration
 from otmdr_jax.metrics.calibration import conformal
 
@@ -58,6 +59,7 @@ def calibrate(
       ValueError: Unknown words, num_repeats below 1, alpha out of (0, 1), predictions
         that are not finite, a run without a validation set.
     """
+    check("seed", seed, Seed)
     if fit not in ("folds", "validation"):
         raise ValueError(f"fit must be 'folds' or 'validation', got {fit!r}.")
     if unknown := [name for name in methods if name not in calibration.METHODS]:

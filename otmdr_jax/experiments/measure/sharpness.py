@@ -17,6 +17,7 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure.evaluation import eval_batches
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.methods import weights_of
+from otmdr_jax.experiments.options import Seed, check
 from otmdr_jax.experiments.programs import Programs
 from otmdr_jax.io.progress import Progress
 
@@ -109,6 +110,7 @@ def measure(
     Raises:
       ValueError: Numbers below 1, or below 2 probes.
     """
+    check("seed", seed, Seed)
     if num_examples < 1 or num_eigenvalues < 1 or num_probes < 2:
         raise ValueError(
             "num_examples and num_eigenvalues must be at least 1, num_probes 2; got "

@@ -11,6 +11,7 @@ import numpy as np
 
 from otmdr_jax import data as data_lib
 from otmdr_jax.data import CORRUPTIONS, SEVERITIES, Dataset, LazyImages, Split
+from otmdr_jax.experiments import options
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.measure.shift import detection, sets
@@ -74,6 +75,7 @@ def evaluate(
         corrupted.
       TypeError: A set's images have another dtype.
     """
+    options.check("seed", seed, options.Seed)
     names, levels = check(corruptions, severities, max_examples)
     if names:
         _check_range(dataset.test)

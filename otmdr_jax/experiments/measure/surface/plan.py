@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from otmdr_jax.experiments.options import Seed, check
+
 KINDS = ("random", "hessian", "runs", "trajectory")
 STATISTICS = ("auto", "running", "point")
 # Beyond the runs or checkpoints that are shown, on each side, of their extent.
@@ -62,7 +64,8 @@ class Plan:
                     f"{name} must be one of {', '.join(map(str, known))}, got "
                     f"{getattr(self, name)!r}."
                 )
-        for name, least in (("points", 2), ("num_examples", 1), ("seed", 0)):
+        check("seed", self.seed, Seed)
+        for name, least in (("points", 2), ("num_examples", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name} must be at least {least}, got {getattr(self, name)}."
