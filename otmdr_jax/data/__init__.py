@@ -31,7 +31,7 @@ from otmdr_jax.data.corruptions import (
 from otmdr_jax.data.dataset import Dataset, Split, from_arrays
 from otmdr_jax.data.device import augment, epoch_order, eval_batches, normalise, take
 from otmdr_jax.data.lazy import LazyImages
-from otmdr_jax.data.sources import TestInfo, describe_test, load, load_test
+from otmdr_jax.data.sources import TestInfo, describe_test, load, load_test, save
 from otmdr_jax.data.stream import fits_on_device, stream_batches
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "load",
     "load_test",
     "normalise",
+    "save",
     "stream_batches",
     "take",
 ]

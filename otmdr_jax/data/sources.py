@@ -16,6 +16,8 @@ from otmdr_jax.data.dataset import (
     from_arrays,
     stratified_choice,
 )
+from otmdr_jax.data.lazy import LazyImages
+from otmdr_jax.io import files
 
 # Channel mean and std of the training sets, as in the paper's released code; other
 # sets get theirs computed.
@@ -48,6 +50,9 @@ _NPZ_KEYS = {
     ),
 }
 
+# What `save` writes beside the arrays.
+_NPZ_OPTIONS = ("num_classes", "mean", "std", "augment")
+
 # A training set alone leaves this part of it to test on, drawn by a stream of the seed
 # of its own: dataset.py has the first two, measure/shift the third.
 _TEST_SHARE, _TEST_STREAM = 0.2, 3
@@ -79,7 +84,9 @@ def load(
         Without a test set a fifth of the training set, stratified and drawn by `seed`,
         is left to test on, with a warning.
       data_dir: The folder of prepared TFDS data. None: TFDS's default, which is the
-        environment's TFDS_DATA_DIR or ~/tensorflow_datasets.
+        environment's TFDS_DATA_DIR or ~/tensorflow_datasets. Where an .npz file is
+        not at its path: the folder that it is in now. An .npz file itself takes the
+        place of the one that is named.
       cache_dir: The folder where decoded TFDS images are kept, one file for each
         prepared folder, so that only the first load decodes. None: the environment's
         OTMDR_CACHE, else $XDG_CACHE_HOME/otmdr_jax, else ~/.cache/otmdr_jax. It is safe
@@ -125,7 +132,7 @@ def load(
     }
     text = os.fspath(name)
     if text.endswith(".npz"):
-        path = pathlib.Path(text).expanduser()
+        path = _npz_path(text, data_dir)
         return from_arrays(name=path.stem, **_npz_splits(path, **options))
     if text == "digits":
         train, test = _digits()
@@ -149,6 +156,45 @@ def load(
         augment=_AUGMENT.get(family, ()),
         **options,
     )
+
+
+def save(dataset: Dataset, path: str | os.PathLike) -> None:
+    """Writes a dataset to an .npz file that :func:`load` reads as the same dataset.
+
+    A run that was trained on arrays can then be opened from other processes.
+
+    Args:
+      dataset: The data; images must be in memory.
+      path: The file, which ends in .npz and must not be there yet.
+
+    Raises:
+      FileExistsError: The file is there.
+      ValueError: Another ending, or images that are left in their files.
+
+    Example:
+      >>> import os, tempfile
+      >>> digits = load("digits", validation=0.1, label_noise=0.2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(digits, os.path.join(folder, "digits.npz"))
+      ...     load(os.path.join(folder, "digits.npz"))
+      Dataset('digits': 1293 train, 144 validation, 360 test, 8x8x1 uint8, 10 classes)
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.suffix != ".npz":
+        raise ValueError(f"path must end in .npz, got {str(path)!r}.")
+    if path.exists():
+        raise FileExistsError(f"{path} is there already: name another file.")
+    if isinstance(dataset.train.images, LazyImages):
+        raise ValueError(
+            "the images are left in their files: open the set with in_memory=True."
+        )
+    arrays: dict[str, Any] = {}
+    for name in ("train", "validation", "test"):
+        if (split := getattr(dataset, name)) is not None:
+            arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
+    for name in _NPZ_OPTIONS:
+        arrays[name] = np.asarray(getattr(dataset, name))
+    files.write_arrays(path, arrays)
 
 
 def load_test(
@@ -186,8 +232,8 @@ def load_test(
     """
     text = os.fspath(name)
     if text.endswith(".npz"):
-        path = pathlib.Path(text).expanduser()
-        test, num_classes = _read_npz(path, "test")["test"], None
+        path = _npz_path(text, data_dir)
+        test, num_classes = _read_npz(path, "test")[0]["test"], None
     elif text == "digits":
         test, num_classes = _digits()[1], 10
     else:
@@ -239,7 +285,7 @@ def describe_test(
     """
     text = os.fspath(name)
     if text.endswith(".npz") or text == "digits":
-        split, num_classes = load_test(text)
+        split, num_classes = load_test(text, data_dir=data_dir)
         images = split.images
         return TestInfo(len(images), images.shape[1:], num_classes, images.dtype)
     count, shape, classes, dtype = prepared.describe_test(text, data_dir=data_dir)
@@ -266,10 +312,26 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
+def _npz_path(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
+    """Where the file is: at its path, or where it has been moved."""
+    path = pathlib.Path(name).expanduser()
+    if data_dir is None:
+        return path
+    moved = pathlib.Path(data_dir).expanduser()
+    if moved.suffix == ".npz":
+        return moved
+    return path if path.is_file() else moved / path.name
+
+
 def _npz_splits(path, validation, label_noise, seed) -> dict[str, Any]:
     """The arguments of `from_arrays` for an .npz file."""
-    splits = _read_npz(path, "train")
-    options = {"label_noise": label_noise, "seed": seed, "validation": validation}
+    splits, saved = _read_npz(path, "train")
+    options = {
+        **saved,
+        "label_noise": label_noise,
+        "seed": seed,
+        "validation": validation,
+    }
     if "validation" in splits:
         if validation:
             raise ValueError(
@@ -297,12 +359,15 @@ def _without_test(path, train, seed) -> tuple[Split, Split]:
     return Split(*(a[~chosen] for a in train)), Split(*(a[chosen] for a in train))
 
 
-def _read_npz(path: pathlib.Path, needed: str) -> dict[str, Split]:
+def _read_npz(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:
     """Reads the splits of a user's file, without checking them.
 
     Args:
       path: The file.
       needed: The split that must be there.
+
+    Returns:
+      The splits by name, and the options of `from_arrays` that :func:`save` wrote.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -319,6 +384,7 @@ def _read_npz(path: pathlib.Path, needed: str) -> dict[str, Split]:
                 used |= {key for pair in choices for key in pair} & set(keys)
                 if keys and (split == needed or needed == "train"):
                     splits[split] = Split(*(file[key] for key in keys))
+            options = {x: file[x].tolist() for x in _NPZ_OPTIONS if x in found}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} must be an .npz file of plain arrays, and reading it "
@@ -331,9 +397,9 @@ def _read_npz(path: pathlib.Path, needed: str) -> dict[str, Split]:
             f"{str(path)!r} must hold the arrays {names}, and it holds {found}. Rename "
             "them where you save the file."
         )
-    if unused := sorted(set(found) - used):
+    if unused := sorted(set(found) - used - set(_NPZ_OPTIONS)):
         warnings.warn(
             f"{str(path)!r} also holds {', '.join(unused)}, which are not used.",
             stacklevel=4,
         )
-    return splits
+    return splits, options

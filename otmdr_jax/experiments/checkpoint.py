@@ -121,6 +121,18 @@ class Checkpoints:
                 scores[step] = metrics["score"]
         return max(scores, key=lambda step: scores[step]) if scores else None
 
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside a state, without the state.
+
+        Args:
+          step: Which checkpoint; None for the latest.
+
+        Raises:
+          FileNotFoundError: There is none, or none of that step.
+        """
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self._known(step), args=args)["meta"]
+
     def restore(self, template: PyTree, step: int | None = None) -> Restored:
         """Reads a checkpoint.
 
@@ -131,14 +143,8 @@ class Checkpoints:
         Raises:
           FileNotFoundError: There is none, or none of that step.
         """
-        known = self.steps()
-        if not known or (step is not None and step not in known):
-            raise FileNotFoundError(
-                f"{self.folder} holds no checkpoint"
-                + (f" of step {step}: there are {known}." if known else ".")
-            )
         items = self._manager.restore(
-            known[-1] if step is None else step,
+            self._known(step),
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(_stored(template)),
                 meta=ocp.args.JsonRestore(),
@@ -150,6 +156,15 @@ class Checkpoints:
         else:
             state = tuple(TrainState(**member) for member in state)
         return Restored(state, items["meta"])
+
+    def _known(self, step: int | None) -> int:
+        known = self.steps()
+        if not known or (step is not None and step not in known):
+            raise FileNotFoundError(
+                f"{self.folder} holds no checkpoint"
+                + (f" of step {step}: there are {known}." if known else ".")
+            )
+        return known[-1] if step is None else step
 
     def __enter__(self) -> "Checkpoints":
         """Returns itself."""

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import (
     checkpoint,
     members,
@@ -20,7 +21,7 @@ from otmdr_jax.experiments.methods import TrainState
 PyTree = Any
 
 # What members of one ensemble may differ in.
-_FREE = ("model", "members", "seed", "member_data")
+_FREE = ("model", "members", "seed", "member_data", "data")  # data: by its checksums
 
 
 def combine(
@@ -28,6 +29,7 @@ def combine(
     output: str | os.PathLike,
     keep: Sequence[int] | None = None,
     *,
+    dataset: Dataset | None = None,
     data_dir: str | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def combine(
         are.
       output: The new run's folder: evaluated, and to be used like any other.
       keep: Which members, counted from 0 over all runs in their order; None for all.
+      dataset: The runs' data; None to load them as the first run's options say.
       data_dir: Folder of prepared TFDS data, if no longer where the first run found it.
       show_progress: Whether to show progress.
 
@@ -73,7 +76,7 @@ def combine(
             f"{', '.join(map(str, paths))}."
         )
     new = _config_of(configs[0], [names[i] for i in kept], data_dir)
-    dataset = programs.load_data(new)
+    dataset = programs.load_data(new) if dataset is None else dataset
     run_folder.check_free(output)
     state, meta = _load(paths, configs, dataset, kept, new.model.stacked)
     compiled = programs.compile_programs(new, dataset)
@@ -88,7 +91,7 @@ def combine(
     )
     result = training.final_result(new, of_run, dataset, compiled, meta)
     # Only now, and the result last: what fails before leaves nothing behind.
-    folder = run_folder.create(output, new)
+    folder = run_folder.create(output, new, programs.describe(dataset))
     try:
         with checkpoint.Checkpoints(
             folder.path / "checkpoints", scored=dataset.validation is not None
@@ -143,8 +146,9 @@ def _load(paths, configs, dataset, kept, stacked):
     data = programs.fingerprint(dataset)
     for path, found in zip(paths, configs, strict=True):
         compiled = programs.compile_programs(found, dataset)
+        with checkpoint.Checkpoints(path / "checkpoints", read_only=True) as saved:
+            programs.check_same_data(saved.meta()["data"], data, path)
         state, own_meta = restore.restore(found, compiled, path)
-        programs.check_same_data(own_meta["data"], data, path)
         diverged += [len(states) + i for i in own_meta.get("diverged", [])]
         states += members.separate(state)
         meta = meta or own_meta

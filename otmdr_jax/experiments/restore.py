@@ -41,6 +41,7 @@ def open_run(
     folder: str | os.PathLike,
     which: str = "latest",
     *,
+    dataset: Dataset | None = None,
     split: str = "test",
     predicts: bool = True,
     **given: Any,
@@ -50,6 +51,9 @@ def open_run(
     Args:
       folder: The run's folder.
       which: "latest", "best" on the validation set, or a step.
+      dataset: Its data; None to load them as its options say. A run that was given
+        its dataset in Python needs it again, or the file of
+        :func:`otmdr_jax.data.save` as `data_dir`.
       split: The part of the data that will be looked at: it must be there.
       predicts: Whether the state will predict: without it a Laplace approximation,
         which changes no weight, is not fitted.
@@ -65,18 +69,19 @@ def open_run(
     """
     folder = pathlib.Path(folder)
     config = run_folder.read_config(folder).replace(**given)
-    dataset = programs.load_data(config)
+    dataset = programs.load_data(config) if dataset is None else dataset
     if getattr(dataset, split) is None:
         raise ValueError(
             f"{folder} was trained without a {split} set (--validation): use the test "
             "set."
         )
-    compiled = programs.compile_programs(config, dataset)
+    data = programs.fingerprint(dataset)
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         step = step_of(which, saved)
+        # Before the state is read: other data may mean other shapes.
+        programs.check_same_data(saved.meta(step)["data"], data, folder)
+    compiled = programs.compile_programs(config, dataset)
     restored = restore(config, compiled, folder, step)
-    data = programs.fingerprint(dataset)
-    programs.check_same_data(restored.meta["data"], data, folder)
     diverged = tuple(restored.meta.get("diverged", ()))
     state = restored.state
     if predicts or not config.method.is_fitted:

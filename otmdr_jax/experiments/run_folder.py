@@ -1,6 +1,7 @@
 """The folder of a run: what a user finds there, and that nothing in it gets lost.
 
 config.json       every option
+data.json         the data: name, sizes, checksums
 metrics.jsonl     one line an event: {"step", "epoch", "split", ...}
 events.out...     the same for TensorBoard, where tensorboardX is installed
 checkpoints/      see otmdr_jax.experiments.checkpoint
@@ -55,8 +56,15 @@ class RunFolder:
             self._board.close()
 
 
-def create(path: str | os.PathLike, config: TrainConfig) -> RunFolder:
+def create(
+    path: str | os.PathLike, config: TrainConfig, data: dict[str, Any]
+) -> RunFolder:
     """Makes the folder of a new run.
+
+    Args:
+      path: The folder.
+      config: The run's options.
+      data: What :func:`otmdr_jax.experiments.programs.describe` says of its data.
 
     Raises:
       FileExistsError: The folder holds something already.
@@ -64,7 +72,8 @@ def create(path: str | os.PathLike, config: TrainConfig) -> RunFolder:
     path = pathlib.Path(path)
     check_free(path)
     path.mkdir(parents=True, exist_ok=True)
-    config_lib.save(config, path / "config.json")
+    files.write_json(path / "data.json", data)
+    config_lib.save(config, path / "config.json")  # the last: it makes it a run
     return RunFolder(path)
 
 

@@ -293,7 +293,7 @@ def test_a_test_split_is_read_alone(prepare):
 
 
 def test_a_test_split_alone_leaves_the_cache_of_both_alone(prepare, caplog):
-    given = {"train": gray_examples(5), "test": gray_examples(4)}
+    given = {"train": gray_examples(11), "test": gray_examples(4)}
     where = prepare("BothSplits", gray_features, given, KEYS)
     whole = data.load("both_splits", **where)
     for _ in range(2):
@@ -301,7 +301,7 @@ def test_a_test_split_alone_leaves_the_cache_of_both_alone(prepare, caplog):
         np.testing.assert_array_equal(split.images, whole.test.images)
         data.load("both_splits", **where)
     assert len(list(where["cache_dir"].iterdir())) == 2
-    assert not caplog.records
+    assert not [x for x in caplog.records if x.name.startswith("otmdr_jax")]
 
 
 def test_a_set_without_a_test_split_says_so(prepare):

@@ -48,7 +48,8 @@ def trained(tmp_path_factory):
             dataset = programs.load_data(config)
             compiled = programs.compile_programs(config, dataset)
             state = compiled.init(programs.run_keys(config.run.seed)[0])
-            run_folder.create(root / name, config).close()
+            described = programs.describe(dataset)
+            run_folder.create(root / name, config, described).close()
             meta = {
                 "data": programs.fingerprint(dataset),
                 "diverged": [1] if name == "diverged" else [],

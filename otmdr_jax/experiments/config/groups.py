@@ -5,6 +5,7 @@ group that it is about.
 """
 
 import dataclasses
+import pathlib
 from typing import Annotated, Any, ClassVar, Literal
 
 from otmdr_jax.experiments.options import (
@@ -50,7 +51,8 @@ class Data(Group):
     """Data set: digits, cifar10, cifar100, any TFDS image set, or a path to an .npz
     with train_images, train_labels, test_images, test_labels."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data. Default: TFDS's own (~/tensorflow_datasets)."""
+    """Folder of prepared TFDS data; of a run on an .npz that has moved, its new folder
+    or the file. Default: TFDS's own (~/tensorflow_datasets)."""
     cache_dir: str | None = None
     """Folder of decoded pixels. Default: ~/.cache/otmdr_jax."""
     download: bool = False
@@ -64,6 +66,12 @@ class Data(Group):
     data_seed: Seed = 0
     """Seed of the validation split and the label noise: the same for all runs that are
     compared."""
+
+    def __post_init__(self) -> None:
+        """Makes the path of a file absolute: a run is opened from other folders too."""
+        if self.name.endswith(".npz"):
+            path = str(pathlib.Path(self.name).expanduser().absolute())
+            object.__setattr__(self, "name", path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

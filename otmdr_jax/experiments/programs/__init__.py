@@ -12,9 +12,15 @@ from otmdr_jax.experiments.programs.compiled import (
     run_keys,
     step_memory_mib,
 )
-from otmdr_jax.experiments.programs.inputs import few_images, load_data, make_mesh
+from otmdr_jax.experiments.programs.inputs import (
+    few_images,
+    load_data,
+    make_mesh,
+    named,
+)
 from otmdr_jax.experiments.programs.provenance import (
     check_same_data,
+    describe,
     environment,
     fingerprint,
 )
@@ -23,12 +29,14 @@ __all__ = [
     "Programs",
     "check_same_data",
     "compile_programs",
+    "describe",
     "environment",
     "few_images",
     "fingerprint",
     "load_data",
     "loss_sum",
     "make_mesh",
+    "named",
     "run_keys",
     "step_memory_mib",
 ]

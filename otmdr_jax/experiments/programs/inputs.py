@@ -1,5 +1,7 @@
 """What a configuration names of its surroundings: data and devices, checked."""
 
+import pathlib
+
 from jax.sharding import Mesh
 
 from otmdr_jax import data as data_lib
@@ -12,11 +14,55 @@ from otmdr_jax.experiments.config import TrainConfig
 FEW_IMAGES = 16
 
 
+# What a run on a dataset of the caller's own is recorded by: "arrays:" and its name.
+ARRAYS = "arrays:"
+# Options that are applied where a set is loaded.
+_OF_LOADING = ("validation", "label_noise", "data_seed")
+
+
+def named(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """The options of a run on a dataset that the caller has given.
+
+    Args:
+      config: The options.
+      dataset: The data, which the options may name or not.
+
+    Raises:
+      ValueError: Options that are applied where a set is loaded, for another dataset
+        than the one that they name.
+    """
+    name = config.data.name
+    own = pathlib.Path(name).stem if name.endswith(".npz") else name
+    if own.removeprefix(ARRAYS) == dataset.name:
+        return config
+    changed = [x for x in config.changed() if x in _OF_LOADING]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} would do nothing to the dataset {dataset.name!r} "
+            "that was given: leave them out, and give them to data.from_arrays."
+        )
+    return config.replace(data=ARRAYS + dataset.name)
+
+
 def load_data(config: TrainConfig) -> Dataset:
-    """Loads the data that a configuration names."""
-    count = config.data.validation
+    """Loads the data that a configuration names.
+
+    Raises:
+      ValueError: It names arrays that were given in Python, and `data_dir` is no file
+        that :func:`otmdr_jax.data.save` wrote of them.
+    """
+    count, name = config.data.validation, config.data.name
+    if name.startswith(ARRAYS):
+        name = f"{name.removeprefix(ARRAYS).replace('/', '_')}.npz"
+        if not str(config.data.data_dir).endswith(".npz"):
+            raise ValueError(
+                "the run was trained on arrays that were given to it in Python "
+                f"({config.data.name}). Write them to a file, otmdr_jax.data.save("
+                f"dataset, {name!r}), and say --data-dir {name}; or give the dataset "
+                "itself: open_run(folder, dataset=dataset)."
+            )
     return data_lib.load(
-        config.data.name,
+        name,
         data_dir=config.data.data_dir,
         cache_dir=config.data.cache_dir,
         download=config.data.download,

@@ -49,6 +49,27 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{dataset.name}-{count}-{sampled:08x}-{kind}{whole:08x}"
 
 
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What data.json says of a run's data: name, sizes and checksums.
+
+    Args:
+      dataset: The data.
+
+    Returns:
+      A record: name, fingerprint (see :func:`fingerprint`), num_classes, image_shape,
+      dtype, and the numbers of examples of train, validation (None without one), test.
+    """
+    splits = {x: getattr(dataset, x) for x in ("train", "validation", "test")}
+    return {
+        "name": dataset.name,
+        "fingerprint": fingerprint(dataset),
+        "num_classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+        "dtype": str(dataset.train.images.dtype),
+        **{name: split and split.num_examples for name, split in splits.items()},
+    }
+
+
 def check_same_data(was: str, now: str, output: Any) -> None:
     """Refuses data other than those that a run was trained on.
 
@@ -58,12 +79,15 @@ def check_same_data(was: str, now: str, output: Any) -> None:
       output: The run's folder, for the error.
 
     Raises:
-      ValueError: The checksums are others. Those of all images are compared where both
-        are of pixels, or both of records.
+      ValueError: The checksums are others, whatever the names. Those of all images are
+        compared where both are of pixels, or both of records.
     """
-    same_kind = was.rpartition("-")[2][0] == now.rpartition("-")[2][0]
-    if was != now and (same_kind or was.rpartition("-")[0] != now.rpartition("-")[0]):
+    _, *before, whole = was.rsplit("-", 3)
+    _, *after, now_whole = now.rsplit("-", 3)
+    same_kind = whole[0] == now_whole[0]
+    if before != after or (same_kind and whole != now_whole):
         raise ValueError(
             f"{output} was trained on {was}, but the data are now {now} (name, "
-            "examples, checksums). Restore the data, or start a new run."
+            "examples, checksums). Restore the data, say where they are with "
+            "--data-dir, or start a new run."
         )

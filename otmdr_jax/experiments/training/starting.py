@@ -19,9 +19,10 @@ from otmdr_jax.experiments.config import TrainConfig, differences
 from otmdr_jax.experiments.programs import (
     check_same_data,
     compile_programs,
-    fingerprint,
+    describe,
     load_data,
     make_mesh,
+    named,
     run_keys,
 )
 from otmdr_jax.experiments.training.loop import Loop
@@ -70,8 +71,12 @@ def train(
     check_models(config)
     if not resume:
         config.check_used()
-    dataset = load_data(config) if dataset is None else dataset
-    data = fingerprint(dataset)
+    if dataset is None:
+        dataset = load_data(config)
+    else:
+        config = named(config, dataset)
+    described = describe(dataset)
+    data = described["fingerprint"]
     if jax.process_count() > 1:
         same = config.replace(data_dir=None, cache_dir=None)
         parallel.check_agreement(repr(same), "the configuration")
@@ -91,7 +96,7 @@ def train(
         _check_same_run(run_folder.read_config(output), config, output)
         parallel.on_main(lambda: config_lib.save(config, output / "config.json"))
     else:
-        folder = parallel.on_main(lambda: run_folder.create(output, config))
+        folder = parallel.on_main(lambda: run_folder.create(output, config, described))
     with checkpoint.Checkpoints(
         output / "checkpoints",
         config.run.keep_checkpoints,
@@ -104,8 +109,8 @@ def train(
         (latest,) = parallel.agree(-max(saved.steps(), default=-1))
         if resume and latest <= 0:
             step = -int(latest)
+            check_same_data(saved.meta(step)["data"], data, output)
             state, meta = saved.restore(state, step)
-            check_same_data(meta["data"], data, output)
         if resume:
             folder = parallel.on_main(lambda: run_folder.reopen(output, step))
         try:
@@ -117,7 +122,9 @@ def train(
 
 
 def _check_same_run(old: TrainConfig, new: TrainConfig, output: pathlib.Path) -> None:
-    if changed := differences(old, new):
+    changed = differences(old, new)
+    changed.pop("data", None)  # a file may have moved: its checksums decide
+    if changed:
         lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]
         raise ValueError(
             f"{output} was started with other options; resuming would give a run that "

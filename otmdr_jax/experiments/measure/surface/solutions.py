@@ -62,7 +62,7 @@ def open_solution(
       FileNotFoundError: The folder is no run, or has no such checkpoint.
       ValueError: There is no such split, checkpoint or member.
     """
-    given = {} if data_dir is None else {"data_dir": data_dir}
+    given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     run = restore.open_run(
         folder, plan.checkpoint, split=plan.split, predicts=False, **given
     )

@@ -1,0 +1,160 @@
+"""Runs on data of the user's own: what is recorded of them, and how they are opened."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from otmdr_jax import data
+from otmdr_jax.experiments import cli, restore, training
+from otmdr_jax.experiments.config import TrainConfig
+
+TINY = TrainConfig(
+    model="one_layer",
+    method="sgd",
+    batch_size=20,
+    steps=2,
+    eval_every=9,
+    mesh="data=1",
+    log_every=1,
+)
+
+
+def images_of(seed, num, classes=3):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(num) % classes).astype(np.int32)
+    return rng.integers(0, 256, (num, 8, 8, 1), dtype=np.uint8), labels
+
+
+@pytest.fixture(scope="module")
+def mine():
+    return data.from_arrays(
+        images_of(0, 60), images_of(1, 30), name="mine", validation=9, label_noise=0.1
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, mine, one_layer):
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    result = training.train(TINY, mine, folder, show_progress=False)
+    return folder, result
+
+
+def test_what_was_trained_on_is_recorded(run, mine):
+    folder, _ = run
+    assert json.loads((folder / "config.json").read_text())["data"] == "arrays:mine"
+    record = json.loads((folder / "data.json").read_text())
+    assert record.pop("fingerprint").startswith("mine-51-")
+    assert record == {
+        "name": "mine", "num_classes": 3, "image_shape": [8, 8, 1], "dtype": "uint8",
+        "train": 51, "validation": 9, "test": 30,
+    }  # fmt: skip
+
+
+def test_arrays_are_opened_by_the_dataset_or_its_file(run, mine, tmp_path, capsys):
+    folder, result = run
+    with pytest.raises(ValueError, match=r"given to it in Python .*data\.save\(.*mine"):
+        restore.open_run(folder)
+    opened = restore.open_run(folder, dataset=mine)
+    assert opened.dataset is mine and opened.config.data.name == "arrays:mine"
+    data.save(mine, tmp_path / "elsewhere.npz")
+    opened = restore.open_run(folder, data_dir=str(tmp_path / "elsewhere.npz"))
+    for name in ("train", "validation", "test"):
+        for got, want in zip(
+            getattr(opened.dataset, name), getattr(mine, name), strict=True
+        ):
+            np.testing.assert_array_equal(got, want)
+    assert (opened.dataset.mean, opened.dataset.std) == (mine.mean, mine.std)
+    cli.main(["evaluate", str(folder), "--data-dir", str(tmp_path / "elsewhere.npz")])
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["nll"] == pytest.approx(result.metrics["nll"], abs=1e-6)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(folder)])
+    assert "given to it in Python" in capsys.readouterr().err
+
+
+def test_other_data_are_refused_before_the_state_is_read(run, mine, tmp_path):
+    """Of other classes too, where Orbax would complain of shapes."""
+    folder, _ = run
+    for other in (images_of(0, 60), images_of(2, 60, classes=5)):
+        changed = data.from_arrays(other, images_of(1, 30), num_classes=5)
+        with pytest.raises(ValueError, match="was trained on mine-51-.*now arrays-60-"):
+            restore.open_run(folder, dataset=changed)
+        with pytest.raises(ValueError, match="was trained on mine-51-.*now arrays-60-"):
+            training.train(TINY, changed, folder, resume=True, show_progress=False)
+    with pytest.raises(ValueError, match="was trained on mine-51-"):
+        restore.open_run(folder, data="digits")
+
+
+def test_a_run_on_arrays_is_resumed_whatever_they_are_called(run, mine):
+    """The checksums decide."""
+    folder, result = run
+    renamed = dataclasses.replace(mine, name="yours")
+    again = training.train(TINY, renamed, folder, resume=True, show_progress=False)
+    np.testing.assert_array_equal(again.log_probs, result.log_probs)
+    assert json.loads((folder / "config.json").read_text())["data"] == "arrays:yours"
+    training.train(TINY, mine, folder, resume=True, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "option", [{"label_noise": 0.2}, {"validation": 0.1}, {"data_seed": 1}]
+)
+def test_options_of_loading_are_refused_with_a_dataset(mine, option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} would do nothing"):
+        training.train(TINY.replace(**option), mine, show_progress=False)
+
+
+def test_an_npz_may_move_and_is_found_from_any_folder(tmp_path, monkeypatch, one_layer):
+    (first := tmp_path / "first").mkdir()
+    (second := tmp_path / "second").mkdir()
+    train, test = images_of(0, 60), images_of(1, 30)
+    names = "train_images", "train_labels", "test_images", "test_labels"
+    np.savez(first / "set.npz", **dict(zip(names, (*train, *test), strict=True)))
+    monkeypatch.chdir(first)
+    config = TINY.replace(data="set.npz")
+    assert config.data.name == str(first / "set.npz")
+    folder = tmp_path / "run"
+    result = training.train(config, output=folder, show_progress=False)
+    monkeypatch.chdir(second)
+    np.testing.assert_array_equal(restore.open_run(folder).dataset.test.images, test[0])
+    (first / "set.npz").rename(second / "renamed.npz")
+    with pytest.raises(FileNotFoundError, match=r"set\.npz"):
+        restore.open_run(folder)
+    moved = config.replace(data_dir=str(second / "renamed.npz"))
+    for given in ({"data_dir": "renamed.npz"}, {"data": "renamed.npz"}):
+        opened = restore.open_run(folder, **given)
+        np.testing.assert_array_equal(opened.dataset.test.images, test[0])
+    again = training.train(moved, output=folder, resume=True, show_progress=False)
+    np.testing.assert_array_equal(again.log_probs, result.log_probs)
+    (second / "renamed.npz").rename(second / "set.npz")
+    restore.open_run(folder, data_dir=str(second))
+    # Other images in its place are refused.
+    np.savez(second / "set.npz", **dict(zip(names, (*test, *test), strict=True)))
+    with pytest.raises(ValueError, match="was trained on set-60-.*--data-dir"):
+        restore.open_run(folder, data_dir=str(second))
+
+
+def test_save_keeps_a_dataset_whole(mine, tmp_path):
+    path = tmp_path / "mine.npz"
+    data.save(mine, path)
+    again = data.load(path)
+    assert repr(again) == repr(mine) and again.augment == mine.augment
+    with pytest.raises(FileExistsError, match="is there already"):
+        data.save(mine, path)
+    with pytest.raises(ValueError, match="must end in .npz"):
+        data.save(mine, tmp_path / "mine.npy")
+    floats = data.from_arrays(
+        (images_of(0, 9)[0] / 7, images_of(0, 9)[1]),
+        (images_of(1, 9)[0] / 7, images_of(1, 9)[1]),
+        num_classes=4,
+        mean=(1.0,),
+        std=(3.0,),
+        augment=("flip",),
+    )
+    data.save(floats, tmp_path / "floats.npz")
+    again = data.load(tmp_path / "floats.npz")
+    assert (again.mean, again.std, again.augment) == ((1.0,), (3.0,), ("flip",))
+    assert again.num_classes == 4
+    np.testing.assert_array_equal(again.train.images, floats.train.images)
