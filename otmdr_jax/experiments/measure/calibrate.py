@@ -115,7 +115,7 @@ def _test_predictions(folder):
         log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
     if not np.isfinite(log_probs.max(axis=1)).all():
         raise ValueError(
-            f"{folder} predicts NaN: the run diverged, so it cannot be calibrated."
+            f"{folder} predicts NaN: it diverged, so it cannot be calibrated."
         )
     return calibration.log_softmax(log_probs), labels
 
