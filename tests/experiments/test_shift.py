@@ -673,8 +673,7 @@ def test_a_dtype_is_checked_before_anything_is_computed(photograph_run, tmp_path
     missing = {row["name"]: row["why"] for row in found.missing}
     assert not found.present
     assert (
-        "are uint8, and those that the model was trained on float32"
-        in (missing["cifar10_1/v6"])
+        "are uint8, but the model was trained on float32" in (missing["cifar10_1/v6"])
     )
     found = sets.find_ood(["auto"], of_floats, config.data.data_dir)
     assert [name for name, _ in found.present] == ["uniform_noise"]

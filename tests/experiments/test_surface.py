@@ -360,7 +360,7 @@ class TestFiles:
             refused("holds a landscape.npz without the landscape.json", FileExistsError)
             partial = tmp_path / "landscape.partial.npz"
             partial.write_text("half of it")
-            refused("landscape.partial.npz should hold .* cannot be read")
+            refused("landscape.partial.npz must hold .* cannot be read")
             (tmp_path / "file").write_text("mine")
             for folder in (tmp_path / "file", tmp_path / "file" / "below"):
                 with pytest.raises(FileExistsError, match="file is a file, and"):
@@ -462,7 +462,7 @@ class TestCommand:
                 mine.write_text("mine")
                 asked = (*folders, *few, "--output", mine.parent)
                 text = self.refused(capsys, monkeypatch, *asked)
-                assert f"holds {name}, not of" in text and "--overwrite" in text
+                assert f"holds {name}, not drawn from" in text and "--overwrite" in text
                 assert [p.name for p in mine.parent.iterdir()] == [name]
                 mine.unlink()
             # Asked for, a picture that no line needs still stays.
@@ -498,7 +498,7 @@ class TestCommand:
         # A landscape of its own makes them its pictures, and no comparison's.
         self.otmdr(one, *few, *line, "--output", output)
         text = self.refused(capsys, monkeypatch, one, three, *few, *line[:2])
-        assert "holds landscape.png, not of this comparison" in text
+        assert "holds landscape.png, not drawn from this comparison" in text
 
     @pytest.mark.parametrize(
         ("name", "options", "message"),

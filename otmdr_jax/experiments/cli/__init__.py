@@ -1,4 +1,4 @@
-"""The command line: a module for each of `otmdr`'s commands."""
+"""The command line `otmdr`: one module for each command."""
 
 import inspect
 import logging
@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line.
 
     Args:
-      argv: The arguments; None for the process's own.
+      argv: Arguments. Default: those of the process.
 
     Raises:
-      SystemExit: Status 0; 1 for a run that diverged; 2 for what cannot be done as
-        asked; 128 + n for a run stopped by signal n.
+      SystemExit: With status 0 after a help text, 1 if a run diverged, 2 if the request
+        is not possible, and 128 + n if signal n stopped a run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -66,17 +66,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
         _fail(f"unknown command {argv[0]!r}; there are {known}. See otmdr --help.")
-    # Orbax warns of what evaluation does on purpose: reading alone.
+    # Orbax warns when a checkpoint is opened for reading only, as evaluation does.
     logging.getLogger("absl").setLevel(logging.ERROR)
     kind, function = COMMANDS[argv[0]]
     _cache_programs()
     try:
-        if kind is train.Train:  # its options depend on the method
+        if kind is train.Train:  # the method decides which options it has
             return function(argv[1:])
         options: Any = tyro.cli(
             kind,
             prog=f"otmdr {argv[0]}",
-            # As it stands: tyro's own reading leaves the examples out.
+            # Given as a whole, because tyro's own parser drops the examples.
             description=inspect.getdoc(kind),
             args=argv[1:],
         )
@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _cache_programs() -> None:
-    """Keeps compiled programs on disk, so that a resumed run need not compile again.
+    """Keeps compiled programs on disk, so that a resumed run does not compile again.
 
-    JAX's own JAX_COMPILATION_CACHE_DIR says where; without it, beside the data cache.
+    JAX_COMPILATION_CACHE_DIR names the folder. Default: a folder beside the data cache.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""`otmdr demo` and `otmdr info`: to see that it works, and on what."""
+"""`otmdr demo` and `otmdr info`: a first experiment, and the environment."""
 
 import dataclasses
 import importlib.metadata
@@ -14,16 +14,16 @@ class Demo:
     output: str = "demo-report"
     """Folder of the report; an earlier report in it is replaced."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds: one run of each method for each."""
+    """Seeds; each method has one run for each seed."""
     epochs: int | None = None
-    """Passes over the data. Default: the demo's own."""
+    """Passes over the data. Default: those of the demo preset."""
     quiet: bool = False
     """Show no progress."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Show versions, devices and what is installed."""
+    """Show versions, devices and installed packages."""
 
 
 def run_demo(options: Demo) -> None:

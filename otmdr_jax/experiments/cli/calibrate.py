@@ -1,4 +1,4 @@
-"""`otmdr calibrate`: what scaling or isotonic regression would make of a run."""
+"""`otmdr calibrate`: a run's metrics after scaling or isotonic regression."""
 
 import dataclasses
 import pathlib
@@ -13,26 +13,26 @@ Method = Literal["temperature", "vector", "matrix", "isotonic"]
 class Calibrate:
     """Calibrate a run: raw and calibrated metrics side by side, and conformal sets.
 
-    Nothing is measured on the labels it was fitted on: by default the test set is cut
-    in halves, one to fit and one to measure, both ways, five times (the protocol of the
-    field). With --fit validation a run's validation set fits and its whole test set
-    measures. Writes calibration.json.
+    No fit is measured on its own labels. By default the command splits the test set
+    into halves, fits on one and measures on the other, both ways, five times (the
+    protocol of the field). With --fit validation it fits on the run's validation set
+    and measures on the whole test set. It writes calibration.json.
     """
 
     run: tyro.conf.Positional[str]
     """Folder of a finished run."""
     methods: tuple[Method, ...] = ("temperature", "vector", "matrix", "isotonic")
-    """What to fit."""
+    """Calibration methods to fit."""
     fit: Literal["folds", "validation"] = "folds"
-    """Fit on halves of the test set, or on the run's validation set."""
+    """Data to fit on: halves of the test set, or the run's validation set."""
     num_repeats: int = 5
-    """How often the test set is cut in halves anew."""
+    """Number of random splits of the test set into halves."""
     alpha: float = 0.1
     """Share of test examples whose conformal set may miss the label."""
     seed: int = 0
     """Seed of the halves."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    """Folder of prepared TFDS data, if it has moved since the run."""
     overwrite: bool = False
     """Replace a calibration.json of other settings, or of another step."""
 
@@ -45,7 +45,7 @@ def run(options: Calibrate) -> None:
     from otmdr_jax.io import files
 
     folder = pathlib.Path(options.run)
-    # Of what was predicted; without a result calibrate says what is missing.
+    # The step of the predictions. Without a result, `calibrate` says what is missing.
     finished = (folder / "result.json").is_file()
     settings = {
         "step": run_folder.read_result(folder).get("steps") if finished else None,

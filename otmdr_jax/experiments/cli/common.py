@@ -1,14 +1,20 @@
-"""What several commands share."""
+"""Helpers that several commands share."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Errors that say all there is to say: no traceback.
+# Errors whose message is enough for a user; the command prints no traceback.
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)
 
 
 def tabled_runs(folders: Sequence[str], output: str, title: str) -> list[Any]:
-    """The runs of a report that will be written, and their table on the terminal."""
+    """Reads the runs for a report and prints their table, before the report is written.
+
+    Args:
+      folders: Folders of the runs.
+      output: Folder of the report; it is checked first.
+      title: Title of the table.
+    """
     from otmdr_jax.experiments import report
 
     if not folders:
@@ -20,7 +26,7 @@ def tabled_runs(folders: Sequence[str], output: str, title: str) -> list[Any]:
 
 
 def print_tables(run: Any, title: str) -> None:
-    """A run's metrics and, of an ensemble, its members'."""
+    """Prints a run's metrics and, for an ensemble, those of its members."""
     from otmdr_jax.experiments import report
     from otmdr_jax.metrics import diversity
 

@@ -1,4 +1,4 @@
-"""`otmdr compare`: runs side by side."""
+"""`otmdr compare`: a short report on several runs side by side."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from otmdr_jax.experiments.cli.common import tabled_runs
 class Compare:
     """Compare runs side by side: a table, learning curves, reliability diagrams.
 
-    Runs that differ in their seed alone are one row: mean and standard deviation.
+    Runs that differ only in their seed form one row with mean and standard deviation.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]

@@ -1,4 +1,4 @@
-"""`otmdr ensemble`: members of finished runs, joined."""
+"""`otmdr ensemble`: an ensemble made of finished runs."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from otmdr_jax.experiments.cli.common import print_tables
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """Make an ensemble of finished runs: add members, drop members, train none.
+    """Make an ensemble of finished runs without training; add or drop members.
 
     Examples:
     otmdr ensemble runs/a runs/b --output runs/ab
@@ -18,14 +18,14 @@ class Ensemble:
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of finished runs, of single models or ensembles: same data and options,
-    but for model and seed."""
+    """Folders of finished runs, of single models or ensembles. Their data and options
+    must be equal, except model and seed."""
     output: str
-    """Folder of the new run. The others stay as they are."""
+    """Folder of the new run. The other runs stay unchanged."""
     keep: tuple[int, ...] | None = None
-    """Members to take, counted from 0 over all runs in their order. Default: all."""
+    """Members to keep, counted from 0 over all runs in order. Default: all."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it is no longer where the runs found it."""
+    """Folder of prepared TFDS data, if it has moved since the runs."""
 
 
 def run(options: Ensemble) -> None:

@@ -10,33 +10,37 @@ from otmdr_jax.experiments.cli.common import print_tables
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Evaluate a run: prints a table, writes evaluation.json and reliability.png.
+    """Evaluate a run: print a table, write evaluation.json and reliability.png.
 
-    Of a Bayesian network it also writes signal_to_noise.png.
+    For a Bayesian network it also writes signal_to_noise.png.
 
-    An interrupted run gets its result.json and can then be compared with others.
+    For an interrupted run it also writes result.json, so that the run can be compared
+    with others.
     """
 
     run: tyro.conf.Positional[str]
     """Folder of the run."""
     split: Literal["test", "validation", "train"] = "test"
-    """Which examples."""
+    """Split of the data to evaluate on."""
     checkpoint: str = "latest"
-    """Which checkpoint: latest, best (on the validation set), or a step."""
+    """Checkpoint: latest, best (on the validation set), or a step."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    """Folder of prepared TFDS data, if it has moved since the run."""
     num_samples: int | None = None
-    """Samples in a prediction of a posterior, of SWAG, MC dropout or a Laplace
-    approximation, instead of the run's own number."""
+    """Number of samples that a posterior, SWAG, MC dropout or a Laplace approximation
+    predicts with. Default: the run's own."""
     prediction: Literal["samples", "mean"] | None = None
-    """Predict with these samples or with the mean alone, instead of the run's."""
+    """Predict with the mean over samples, or with the mean weights alone. Default: the
+    run's own."""
     laplace: Literal["last-layer", "last-layer-kron", "diagonal"] | None = None
-    """Give a run of sgd, sam, asam or otmdr a Laplace approximation, without training:
-    writes evaluation_laplace_<which>.json and reliability_laplace_<which>.png."""
+    """Fit a Laplace approximation to a run of sgd, sam, asam or otmdr, without
+    training. Writes evaluation_laplace_<which>.json and
+    reliability_laplace_<which>.png."""
     prior_precision: float | None = None
-    """Precision of its prior. Default: that of highest marginal likelihood."""
+    """Precision of the Laplace prior. Default: the one of highest marginal
+    likelihood."""
     laplace_examples: int | None = None
-    """Training images that it is fitted to. Default: all."""
+    """Number of training images for the Laplace fit. Default: all."""
     overwrite: bool = False
     """Replace the record of a Laplace approximation of other settings."""
 
@@ -56,14 +60,14 @@ def run(options: Evaluate) -> None:
         if getattr(options, name) is not None
     }
     if given.get("prediction") == "mean":
-        # The run's own have no meaning: what samples are of, and how many.
+        # The run's options of samples have no meaning for a prediction with the mean.
         names = ("num_samples", "laplace", "prior_precision", "laplace_examples")
         given = dict.fromkeys(names) | given
     if options.laplace is not None:
         if options.prediction == "mean":
             raise ValueError(
-                "--laplace with --prediction mean would be the run itself: leave one "
-                "of them out."
+                "--laplace with --prediction mean predicts just as the run itself: "
+                "leave one of them out."
             )
         given |= restore.with_laplace(
             options.run,
@@ -73,13 +77,14 @@ def run(options: Evaluate) -> None:
         )
     elif options.prior_precision is not None or options.laplace_examples is not None:
         raise ValueError(
-            "--prior-precision and --laplace-examples are of --laplace: name one."
+            "--prior-precision and --laplace-examples are options of --laplace: give "
+            "--laplace too."
         )
     folder, config, dataset, compiled, state, _, diverged = restore.open_run(
         options.run,
         options.checkpoint,
         split=options.split,
-        predicts=options.laplace is None,  # it is fitted below
+        predicts=options.laplace is None,  # a Laplace approximation is fitted below
         **given,
     )
     suffix, settings = "", {}
@@ -134,7 +139,7 @@ def run(options: Evaluate) -> None:
     latest = latest and not {"num_samples", "prediction", "laplace"} & set(given)
     whole = run_folder.is_finished(folder) and (folder / "predictions.npz").exists()
     if latest and not whole:
-        # The run's result until it is resumed and finished.
+        # This is the run's result until the run is resumed and finished.
         run_folder.write_result(
             folder, result, found.log_probs, labels, found.member_log_probs
         )

@@ -1,4 +1,4 @@
-"""`otmdr landscape`: the loss on a line or plane in weight space, as pictures."""
+"""`otmdr landscape`: pictures of the loss on a line or plane in weight space."""
 
 import dataclasses
 import pathlib
@@ -10,11 +10,11 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Landscape:
-    """Show a run's loss landscape, or several side by side: pictures and numbers.
+    """Show the loss landscape of a run, or of several side by side.
 
-    Writes landscape.json, landscape.npz, landscape.png and, of two dimensions,
-    landscape_surface.png into the run's folder. Interrupted, the same command goes on
-    where it was.
+    Writes landscape.json, landscape.npz, landscape.png and, in two dimensions,
+    landscape_surface.png into the run's folder. After an interrupt the same command
+    resumes where it stopped.
 
     Examples:
     otmdr landscape runs/a
@@ -29,42 +29,44 @@ class Landscape:
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of the runs: several of kind random or hessian are compared on the same
-    axes, along the same random directions, on one scale of colours. They must be of one
-    architecture, and have the same examples in the split that is shown."""
+    """Folders of the runs. Several runs of kind random or hessian are compared on the
+    same axes, along the same random directions, with one colour scale. They must be of
+    one architecture and have the same examples in the split."""
     kind: Literal["random", "hessian", "runs", "trajectory"] = "random"
-    """Directions: random, each filter at the norm of the network's own; the top
-    eigenvectors of the Hessian; through two or three runs; or the principal components
-    of a run's checkpoints, of which training has to keep enough."""
+    """Directions. random: filter-normalised, each filter at the norm of the network's
+    own; hessian: the top eigenvectors of the Hessian; runs: through two or three runs;
+    trajectory: the principal components of a run's checkpoints, of which training must
+    keep enough."""
     points: int = 51
-    """Points on each axis."""
+    """Number of points on each axis."""
     range: tuple[float, float] | None = None
-    """First and last coordinate of each axis. Default: -1 1; of runs and trajectory,
-    what holds all of them and a quarter more."""
+    """First and last coordinate of each axis. Default: -1 1; for runs and trajectory,
+    their extent and a quarter more on each side."""
     dimensions: Literal[1, 2] | None = None
-    """1 for a line, 2 for a plane. Default: 2; of two runs the line through them."""
+    """1 for a line, 2 for a plane. Default: 2; for two runs, the line through them."""
     split: Literal["train", "validation", "test"] = "train"
-    """Which examples."""
+    """Split of the data to measure on."""
     num_examples: int = 1_000
-    """How many of them, evenly spread."""
+    """Number of examples of the split, evenly spread."""
     seed: int = 0
     """Seed of random directions."""
     checkpoint: str = "latest"
-    """Which checkpoint: latest, best (on the validation set), or a step."""
+    """Checkpoint: latest, best (on the validation set), or a step."""
     member: int | None = None
-    """A member of an ensemble, from 0. Default: the loss of the mean probability of all
-    members, along directions of all of their weights."""
+    """Member of an ensemble, counted from 0. Default: the loss of the mean probability
+    of all members, along directions of all their weights."""
     statistics: Literal["auto", "running", "point"] = "auto"
-    """BatchNorm's: the run's running ones, or those of the examples at each point. The
-    default is point for kind runs and trajectory, running for the others."""
+    """BatchNorm's statistics. running: those of the run; point: those of the examples
+    at each point; auto: point for the kinds runs and trajectory, running for the
+    others."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    """Folder of prepared TFDS data, if it has moved since the run."""
     output: str | None = None
-    """Folder of the files. Default: the run's own; of several runs
-    landscape-comparison, and of kind runs landscape-runs."""
+    """Folder of the files. Default: the run's own; landscape-comparison for several
+    runs, and landscape-runs for the kind runs."""
     overwrite: bool = False
-    """Replace a landscape of other settings, another comparison or foreign files of
-    these names, or measure the same landscape again."""
+    """Replace a landscape of other settings, another comparison, or foreign files of
+    these names; measure the same landscape again."""
     quiet: bool = False
     """Show no progress."""
 
@@ -87,14 +89,14 @@ def run(options: Landscape) -> None:
     compared = plan.kind != "runs" and len(folders) > 1
     if compared and plan.kind == "trajectory":
         raise ValueError(
-            "trajectories lie in planes of their own: name one run, or use --kind "
-            "random or hessian to compare several."
+            "trajectories lie in planes of their own and cannot be compared: name one "
+            "run, or use --kind random or hessian."
         )
     default = "landscape-comparison" if compared else "landscape-runs"
     output = folders[0] if len(folders) == 1 else pathlib.Path(default)
     if options.output is not None:
         output = pathlib.Path(options.output)
-    # Of each run that is compared a folder of its own, so that each can go on.
+    # Each compared run has its own folder, so that each measurement can resume.
     jobs = (
         [
             ([folder], output / f"{i}-{folder.resolve().name}")
@@ -152,7 +154,7 @@ def run(options: Landscape) -> None:
     if len(records[0]["axes"]) == 2:
         written.append(report.plot_landscape(pairs, path, surface=True))
     elif surface_goes:
-        path.unlink(missing_ok=True)  # of the landscape that was replaced
+        path.unlink(missing_ok=True)  # it shows the replaced landscape
     _print(pairs)
     print(f"Written: {', '.join(map(str, written))}")
 
@@ -171,11 +173,11 @@ def _print(pairs: list[tuple[str, dict[str, Any]]]) -> None:
         )
         missing = losses.size - finite.size
         if missing:
-            print(f"  at {missing} points the loss is not finite")
+            print(f"  the loss is not finite at {missing} points")
         if record["eigenvalues"]:
             print(
                 f"  eigenvalues {', '.join(f'{x:.4g}' for x in record['eigenvalues'])}"
             )
         if record["explained_variance"]:
             shares = [f"{100 * x:.1f} %" for x in record["explained_variance"]]
-            print(f"  of the variance of checkpoints {', '.join(shares)}")
+            print(f"  the axes hold {', '.join(shares)} of the variance of checkpoints")

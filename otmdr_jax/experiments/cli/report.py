@@ -1,4 +1,4 @@
-"""`otmdr report`: all that is known of some runs, on one page."""
+"""`otmdr report`: a full report on runs, on one page."""
 
 import dataclasses
 import pathlib
@@ -11,12 +11,13 @@ from otmdr_jax.experiments.cli.common import tabled_runs
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write all that is known of runs into one page: report.html, and Markdown.
+    """Write a full report on runs as one page: report.html, and Markdown.
 
-    Metrics with intervals and tests against a baseline, learning curves, reliability,
-    calibration, confusion, risk and coverage, shift, sharpness, landscapes, the worst
-    and the most uncertain images. What otmdr calibrate, shift, sharpness and landscape
-    left in the runs' folders is shown; what is missing is named.
+    It shows metrics with intervals and tests against a baseline, learning curves,
+    reliability, calibration, confusion, risk and coverage, shift, sharpness,
+    landscapes, and the worst and the most uncertain images. Some parts need the records
+    that otmdr calibrate, shift, sharpness and landscape write into the runs' folders;
+    the page names those that are missing.
 
     Examples:
     otmdr report runs/a runs/b --baseline SGD
@@ -25,10 +26,10 @@ class Report:
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of the runs. Those that differ in their seed alone are one method."""
+    """Folders of the runs. Runs that differ only in their seed form one method."""
     baseline: str | None = None
-    """Method that the others are compared with, by its label in the tables, or one of
-    the runs' folders. Default: that of the first run."""
+    """Method to compare the others with: its label in the tables, or the folder of one
+    of its runs. Default: the method of the first run."""
     output: str = "report"
     """Folder of the report; an earlier report in it is replaced."""
     title: str = "Report"

@@ -1,4 +1,4 @@
-"""`otmdr sharpness`: how the training loss rises around a run's solution."""
+"""`otmdr sharpness`: how much the training loss rises around a run's solution."""
 
 import dataclasses
 from typing import Any
@@ -8,27 +8,28 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Sharpness:
-    """Measure a run's sharpness in every way: prints a table, writes sharpness.json.
+    """Measure a run's sharpness in every way: print a table, write sharpness.json.
 
-    SAM's gap, the worst loss in a ball and the average over random directions, each
-    also relative to the size of each weight; the Hessian's largest eigenvalue and its
-    trace. On training images, with BatchNorm's running statistics.
+    It measures SAM's gap, the worst loss in a ball and the average over random
+    directions, each also relative to the size of each weight; and the Hessian's largest
+    eigenvalue and its trace. It uses training images and BatchNorm's running
+    statistics.
     """
 
     run: tyro.conf.Positional[str]
     """Folder of the run."""
     checkpoint: str = "latest"
-    """Which checkpoint: latest, best (on the validation set), or a step."""
+    """Checkpoint: latest, best (on the validation set), or a step."""
     num_examples: int = 2000
-    """Training images, evenly spread over the set."""
+    """Number of training images, evenly spread over the set."""
     num_eigenvalues: int = 1
-    """Largest eigenvalues of the Hessian."""
+    """Number of the Hessian's largest eigenvalues."""
     num_probes: int = 30
-    """Random directions, of the average and of the trace."""
+    """Number of random directions for the average and for the trace."""
     seed: int = 0
     """Seed of the directions."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    """Folder of prepared TFDS data, if it has moved since the run."""
     overwrite: bool = False
     """Replace a sharpness.json of other settings, or of another step."""
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import tyro
 
-# Written out, since data and JAX are not imported for --help; a test compares them.
+# A copy of otmdr_jax.data.CORRUPTIONS, because --help imports neither data nor JAX; a
+# test compares the two.
 CORRUPTIONS = (
     "gaussian_noise",
     "gaussian_blur",
@@ -18,10 +19,10 @@ CORRUPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-    """Evaluate a run on shifted images: prints a table, writes shift.json, shift.png.
+    """Evaluate a run on shifted images: print a table, write shift.json and shift.png.
 
-    Corruptions are computed, sets of TFDS are used where they are prepared; nothing is
-    downloaded. otmdr report shows what was found of several runs.
+    The command computes corruptions and uses the sets of TFDS that are prepared; it
+    downloads nothing. otmdr report shows the records of several runs.
 
     Examples:
     otmdr shift runs/digits-cnn_small-otmdr-seed0
@@ -36,24 +37,25 @@ class Shift:
     run: tyro.conf.Positional[str]
     """Folder of the run."""
     corruptions: tuple[str, ...] = CORRUPTIONS
-    """Corruptions of the test set; none after the flag for none."""
+    """Corruptions of the test set. The bare flag means none."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """Severities, of 1 (mild) to 5."""
+    """Severities, from 1 (mild) to 5."""
     sets: tuple[str, ...] = ("auto",)
-    """Other test sets of the same classes: TFDS names, as cifar10_1/v6 or
-    cifar10_corrupted/fog_3, or .npz files. auto: for CIFAR-10, CIFAR-10.1 and
-    CIFAR-10-C where they are prepared. None after the flag for none."""
+    """Other test sets of the same classes: TFDS names, such as cifar10_1/v6 or
+    cifar10_corrupted/fog_3, or .npz files. auto: CIFAR-10.1 and CIFAR-10-C for a run on
+    CIFAR-10, if they are prepared. The bare flag means none."""
     ood: tuple[str, ...] = ("auto",)
-    """Sets of other classes, to be told from the test set. auto: uniform noise and, for
-    images of CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100 where they are prepared."""
+    """Sets of other classes, which a model should detect as unknown. auto: uniform
+    noise and, for images of CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100 if they are
+    prepared. The bare flag means none."""
     max_examples: int | None = None
-    """Of each set at most so many, evenly spread. Default: all."""
+    """Largest number of examples of each set, evenly spread. Default: all."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     checkpoint: str = "latest"
-    """Which checkpoint: latest, best (on the validation set), or a step."""
+    """Checkpoint: latest, best (on the validation set), or a step."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it is no longer where the run found it."""
+    """Folder of prepared TFDS data, if it has moved since the run."""
     overwrite: bool = False
     """Replace a shift.json of other settings, or of another step."""
     quiet: bool = False

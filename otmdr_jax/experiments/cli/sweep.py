@@ -10,14 +10,14 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Run methods x seeds x settings from one file; what is finished is not run again.
+    """Run methods x seeds x settings from one file; skip finished runs.
 
-    The file, in TOML, names seeds = [0, 1, 2]; [options] that all runs share; and for
-    each method a table [methods."NAME"] with its own. A list of values is run value by
-    value. Every run is checked before the first one starts. Ctrl-C saves the run that
-    is under way, and the same command goes on.
+    The TOML file holds seeds = [0, 1, 2], a table [options] that all runs share, and a
+    table [methods."NAME"] with the options of each method. A list of values stands for
+    one run for each value. Every run is checked before the first one starts. Ctrl-C
+    saves the current run, and the same command resumes the sweep.
 
-    Writes a folder for each run, sweep.json with a row for each (metrics, gradient
+    Writes a folder for each run, sweep.json with a row for each run (metrics, gradient
     evaluations, seconds, memory), and a report: mean and standard deviation over seeds,
     paired tests against the baseline, accuracy against cost.
 
@@ -28,13 +28,13 @@ class Sweep:
     """
 
     file: tyro.conf.Positional[str]
-    """The file."""
+    """TOML file of the sweep."""
     output: str
-    """Folder of the runs; of an earlier sweep, to go on with it."""
+    """Folder of the runs. Name the folder of an earlier sweep to resume it."""
     baseline: str | None = None
-    """Method that the others are compared with. Default: the first one."""
+    """Method to compare the others with. Default: the first one."""
     dry_run: bool = False
-    """Show what would be run, and stop."""
+    """List the runs and stop."""
     quiet: bool = False
     """Show no progress."""
 
@@ -65,7 +65,7 @@ def run(options: Sweep) -> None:
         )
     except training.Interrupted as stop:
         again = _command(options)
-        print(f"otmdr: {stop}\nOr with the whole sweep: {again}", file=sys.stderr)
+        print(f"otmdr: {stop}\nTo resume the whole sweep: {again}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     finished = [
         report.read_run(one.folder, one.label)

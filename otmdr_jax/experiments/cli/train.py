@@ -22,21 +22,21 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods import METHODS
 from otmdr_jax.experiments.options import options_of, plain
 
-_METHOD = """What to minimise: the loss (sgd), its worst value nearby (otmdr; sam and
-its kin asam, gsam, looksam, fisher-sam), or, over a Gaussian posterior of the
-weights, the negative evidence bound (sgvb, ivon) or its worst value nearby (otmdr-
-bnn, bsam). Members collected in one run: snapshot, fge; an average of its weights:
-swa, swag; sparse networks: dst, edst; samples of dropout's masks in a prediction: mc-
-dropout. A Gaussian fitted to what was trained: laplace. deep-ensemble, sam-ensemble
-and otmdr-ensemble are sgd, sam and otmdr with five members, or --members. The options
-below are those of this method: otmdr train --method NAME --help shows those of
-another one.
+_METHOD = """Method. sgd minimises the loss; otmdr, sam and its variants asam, gsam,
+looksam and fisher-sam minimise the worst loss nearby. With a Gaussian posterior of the
+weights, sgvb and ivon minimise the negative evidence bound; otmdr-bnn and bsam minimise
+its worst value nearby. snapshot and fge collect members in one run; swa and swag
+average its weights; dst and edst train sparse networks; mc-dropout predicts with
+samples of dropout masks; laplace fits a Gaussian to the trained weights. deep-ensemble,
+sam-ensemble and otmdr-ensemble are sgd, sam and otmdr with five members, or --members.
+The options below are those of this method: otmdr train --method NAME --help shows those
+of another one.
 docs/baselines.md has the equations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a model. Every option has a default; a run's folder holds them all.
+    """Train a model. Every option has a default; the run's folder records them all.
 
     The help shows the options of one method: otmdr train --method sam --help.
 
@@ -68,39 +68,39 @@ class Train:
     paper-bnn-cifar10, paper-bnn-cifar100, released-bnn-cifar10,
     released-bnn-cifar100, sgvb-cifar10, sgvb-cifar100; ensembles and competitors, each
     with -cifar10 or -cifar100: deep-ensemble, sam-ensemble, otmdr-ensemble, snapshot,
-    fge, swa, swag, dst, edst. Options given beside it win.
+    fge, swa, swag, dst, edst. Options on the command line override it.
     """
     config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
     """Start from a configuration file, such as a run's config.json."""
     output: str | None = None
     """Folder of the run. Default: runs/<data>-<model>-<method>-seed<seed>."""
     resume: str | None = None
-    """Go on with an interrupted run, given its folder; its options hold."""
+    """Folder of an interrupted run to resume, with its own options."""
     quiet: bool = False
     """Show no progress."""
     distributed: bool = False
-    """Join a run on many hosts: start the same command on each. On SLURM, Open MPI,
-    Kubernetes and Cloud TPU nothing else is needed; --output must be on a file system
+    """Join a run on many hosts: start the same command on each host. SLURM, Open MPI,
+    Kubernetes and Cloud TPU need no further option. --output must be on a file system
     that all hosts share."""
     coordinator: str | None = None
-    """host:port of process 0, on clusters that JAX does not know."""
+    """host:port of process 0, on clusters that JAX does not detect."""
     num_processes: int | None = None
-    """How many processes there are, with --coordinator."""
+    """Number of processes, with --coordinator."""
     process_id: int | None = None
-    """Which one this is, from 0, with --coordinator."""
+    """Index of this process, from 0, with --coordinator."""
 
 
 def parse(argv: Sequence[str]) -> tuple[Train, TrainConfig]:
-    """Reads a command line: what is not there is as --preset, --config or --resume say.
+    """Reads a command line; --preset, --config or --resume set the defaults.
 
-    Its help shows the options of the method alone that --method names.
+    Its help shows only the options of the method that --method names.
 
     Args:
-      argv: The arguments behind `otmdr train`.
+      argv: Arguments after `otmdr train`.
 
     Raises:
-      ValueError: Several of these three, an option that the method does not have, or
-        options that do not go together.
+      ValueError: More than one of these three is given, the method does not have an
+        option, or options do not go together.
     """
     start = _start_of(argv)
     mine = start.method.all_options(start.method.gradient.name)
@@ -127,7 +127,7 @@ def parse(argv: Sequence[str]) -> tuple[Train, TrainConfig]:
     found = tyro.cli(
         everything,
         prog="otmdr train",
-        # As it stands: tyro's own reading leaves the examples out.
+        # Given as a whole, because tyro's own parser drops the examples.
         description=inspect.getdoc(Train),
         args=list(argv),
     )
@@ -138,7 +138,7 @@ def parse(argv: Sequence[str]) -> tuple[Train, TrainConfig]:
 
 
 def _group(key, options, defaults):
-    """A group of options as tyro takes it: a dataclass, its help beside each option."""
+    """Makes the dataclass that tyro reads a group of options from, with their help."""
     fields = [
         (
             name,
@@ -149,19 +149,19 @@ def _group(key, options, defaults):
     ]
     made: Any = dataclasses.make_dataclass(key.capitalize(), fields)
     kind = config_lib.GROUPS.get(key)
-    made.__doc__ = kind.__doc__ if kind else "How they are trained."
+    made.__doc__ = kind.__doc__ if kind else "The training method and its options."
     return Annotated[made, tyro.conf.OmitArgPrefixes]
 
 
 def _of_other_methods(argv, mine):
-    """The options on a command line that only other methods have."""
+    """Lists options on a command line that only other methods have."""
     flags = [arg.split("=")[0] for arg in argv if arg.startswith("--")]
     names = [re.sub("^no_", "", flag[2:].replace("-", "_")) for flag in flags]
     return [n for n in names if n in config_lib.method_options() and n not in mine]
 
 
 def _start_of(argv: Sequence[str]) -> TrainConfig:
-    """The options that --preset, --config or --resume stand for, of --method."""
+    """Returns the options of --preset, --config or --resume, changed to --method."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags = ("preset", "config", "resume")
     for flag in (*flags, "method"):
@@ -209,10 +209,10 @@ def run(argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _leaving_at_once():
-    """On many hosts, ends a process that failed without waiting for the others.
+    """Ends a failed process of a run on many hosts without waiting for the others.
 
-    JAX would wait at its exit for hosts that wait for this one, five minutes long. Once
-    it is gone, they notice.
+    At its exit JAX would wait five minutes for the other hosts, which wait for this
+    one. They notice when this process has ended.
     """
     try:
         yield
@@ -221,7 +221,7 @@ def _leaving_at_once():
             print(f"otmdr: error: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
-        time.sleep(2)  # for what the others have to say
+        time.sleep(2)  # so that the other hosts can print their errors
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
@@ -233,7 +233,7 @@ def _train(options: Train, config: TrainConfig) -> None:
 
     resume = options.resume is not None
     if resume and options.output is not None:
-        raise ValueError("--resume goes on in the run's own folder: give no --output.")
+        raise ValueError("--resume writes to the run's own folder: leave --output out.")
     model = config.model.name
     if config.model.members is not None:
         names = config.model.member_names
@@ -254,5 +254,5 @@ def _train(options: Train, config: TrainConfig) -> None:
         return
     print_tables(report.read_run(output), output)
     if result.metrics["skipped_steps"]:
-        print(f"Skipped, not finite: {result.metrics['skipped_steps']} steps.")
+        print(f"Steps skipped as not finite: {result.metrics['skipped_steps']}")
     print(f"Run: {output}")

@@ -1,1 +1,1 @@
-"""What is measured of a trained run: predictions, sharpness, shift, landscapes."""
+"""Measurements of a trained run: predictions, sharpness, shift, landscapes."""

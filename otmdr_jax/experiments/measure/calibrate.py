@@ -1,4 +1,4 @@
-"""What calibration would make of a run, on its own predictions."""
+"""Calibration of a finished run: its raw and calibrated metrics, and conformal sets."""
 
 import functools
 import os
@@ -16,7 +16,8 @@ from otmdr_jax.experiments.options import Seed, check
 from otmdr_jax.metrics import calibration
 from otmdr_jax.metrics.calibration import conformal
 
-# Shown side by side; AAC and AUROC rank examples, which a temperature hardly changes.
+# The metrics of a record. AUROC is missing: it ranks examples, and a temperature hardly
+# changes their order.
 SHOWN = ("accuracy", "nll", "brier", "ece", "sce", "ace", "tace", "aac")
 SCORES: tuple[conformal.Score, ...] = ("lac", "aps", "raps")
 
@@ -32,32 +33,33 @@ def calibrate(
     data_dir: str | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Raw and calibrated metrics of a finished run on its test set.
+    """Measures a finished run on its test set, before and after calibration.
 
     Args:
       folder: The run's folder.
-      methods: Out of "temperature", "vector", "matrix" and "isotonic".
-      fit: "folds": one half of the test set fits and the other measures, both ways,
-        `num_repeats` times. "validation": the run's validation set fits, the whole
-        test set measures.
-      num_repeats: 5, the protocol of the field.
+      methods: Names among "temperature", "vector", "matrix" and "isotonic".
+      fit: Protocol. "folds" fits on one half of the test set and measures on the other,
+        both ways, `num_repeats` times. "validation" fits on the run's validation set
+        and measures on the whole test set.
+      num_repeats: Number of splits into halves. Default: 5, the protocol of the field.
       alpha: Share of labels that conformal sets may miss.
-      seed: The seed of the halves, and of the randomised conformal scores.
-      data_dir: Folder of prepared TFDS data, where "validation" reads them.
+      seed: Seed of the halves, and of the randomised conformal scores.
+      data_dir: Folder of prepared TFDS data, which "validation" reads.
       show_progress: Whether to show the progress of an evaluation.
 
     Returns:
-      A record: `how` in words, num_examples, num_repeats, seed, alpha; `methods`, a
-      list of name and `why` where the fit failed, else a `note` where it did not
-      converge, `metrics` (name -> raw,
-      calibrated, raw_std, calibrated_std; the latter None for "validation") and, of
-      temperature scaling, the mean `temperature` of the fits; `conformal`, a list of
-      score, coverage and mean set size.
+      A record: `how` (the protocol in words), `num_examples`, `num_repeats`, `seed`,
+      `alpha`, `methods` and `conformal`. Each entry of `methods` has a `name`. If the
+      fit failed, `why` says the reason. Otherwise the entry has `metrics` (name -> raw,
+      calibrated, raw_std, calibrated_std; the deviations are None for "validation"), a
+      `note` if the fit did not converge and, for temperature scaling, the mean
+      `temperature` of the fits. Each entry of `conformal` has a score, its coverage and
+      its mean set size.
 
     Raises:
-      FileNotFoundError: No run, or one that is not finished.
-      ValueError: Unknown words, num_repeats below 1, alpha out of (0, 1), predictions
-        that are not finite, a run without a validation set.
+      FileNotFoundError: The folder is no run, or the run is not finished.
+      ValueError: A name is unknown, num_repeats is below 1, alpha is outside (0, 1),
+        predictions are not finite, or the run has no validation set.
     """
     check("seed", seed, Seed)
     if fit not in ("folds", "validation"):
@@ -104,16 +106,16 @@ def calibrate(
 
 def _test_predictions(folder):
     if not run_folder.is_run(folder) or not (folder / "predictions.npz").is_file():
-        run_folder.read_config(folder)  # says so where it is no run
+        run_folder.read_config(folder)  # raises if the folder is no run
         raise FileNotFoundError(
-            f"{folder} has no predictions.npz: finish the run, or let `otmdr evaluate "
-            f"{folder}` write it."
+            f"{folder} has no predictions.npz: finish the run, or write the file with "
+            f"`otmdr evaluate {folder}`."
         )
     with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
         log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
     if not np.isfinite(log_probs.max(axis=1)).all():
         raise ValueError(
-            f"{folder} predicts NaN: it diverged, and nothing can calibrate it."
+            f"{folder} predicts NaN: it diverged, so it cannot be calibrated."
         )
     return calibration.log_softmax(log_probs), labels
 
@@ -192,18 +194,18 @@ def _held_out(name, held_out, test):
 
 
 def _note(name, caught):
-    """What a fit's warnings mean for its numbers."""
+    """Explains a fit that has not converged."""
     if not any("has not converged" in str(warning.message) for warning in caught):
         return {}
     return {
-        "note": f"{name} scaling has no optimum here: it tells the classes of the "
-        "examples it is fitted on apart without error, and is too sure of others. "
-        "There are too few examples for it."
+        "note": f"{name} scaling has no optimum here: it separates the classes of the "
+        "examples that it is fitted on without error, and is overconfident on others. "
+        "It needs more examples."
     }
 
 
 def _sets_on_folds(log_probs, labels, alpha, num_repeats, seed):
-    """(score, coverage, mean size), each the mean over the folds."""
+    """Returns (score, coverage, mean set size) of each score, averaged over folds."""
     probs, rng = np.exp(log_probs), np.random.default_rng(seed)
     found: dict[str, list] = {score: [] for score in SCORES}
     for repeat in range(num_repeats):

@@ -1,22 +1,23 @@
-"""What a training step costs, in gradients of a whole batch.
+"""The cost of a training step, in gradients of a whole batch.
 
-Seconds belong to a machine; the number of gradients is what a method asks for. A pass
-over a part of the batch counts as that part.
+Seconds depend on the machine; the number of gradients depends on the method alone. A
+pass over a part of the batch counts as that part.
 """
 
 from otmdr_jax.experiments.config import TrainConfig
 
 
 def gradient_evaluations(config: TrainConfig) -> float:
-    """Gradients of a batch of the whole size that a step takes, members together.
+    """Counts the gradients of a whole batch that one step of all members takes.
 
     Args:
       config: A run's options.
 
     Returns:
-      1 for the plain gradient, and for what collects members or is sparse on it; one
-      more for each ascent step of SAM, which sees all of the batch; of OT-MDR, whose
-      ascent steps share the batch, 2 for each particle.
+      The sum over the members. A member trained on the plain gradient takes 1, also
+      where the method collects members or prunes weights. SAM takes one more for each
+      ascent step, which sees the whole batch. OT-MDR takes 2 for each particle, because
+      its ascent steps share the batch.
 
     Example:
       >>> from otmdr_jax.experiments.config import TrainConfig

@@ -1,8 +1,11 @@
-"""What a training state is worth: predictions and metrics over whole sets.
+"""Predictions and metrics of a training state over whole sets.
 
-Of an ensemble these are the metrics of its mean probability; its members' own and how
-much they differ stand beside them. Of a posterior they are those of the mean
-probability of its samples, with the two kinds of uncertainty beside them.
+The metrics of an ensemble are those of its mean probability; the metrics of each member
+and of their diversity stand beside them. The metrics of a posterior are those of the
+mean probability of its samples; the two kinds of uncertainty stand beside them.
+
+`without` names members that have diverged: they do not count in the prediction of the
+ensemble.
 """
 
 import collections
@@ -25,19 +28,19 @@ PyTree = Any
 
 
 class Evaluation(NamedTuple):
-    """What :func:`evaluate` gives.
+    """The result of :func:`evaluate`.
 
     Attributes:
       metrics: Metrics of :func:`otmdr_jax.metrics.evaluate`, in float64 over the whole
-        split; NaN if a prediction is. Of an ensemble also those of
-        :func:`otmdr_jax.metrics.diversity.evaluate`, of samples of a posterior
+        split; NaN if a prediction is NaN. An ensemble adds those of
+        :func:`otmdr_jax.metrics.diversity.evaluate`. Samples of a posterior add
         "aleatoric" and "epistemic", means in nats: see
-        :func:`otmdr_jax.metrics.mutual_information`. Of a Laplace approximation also
+        :func:`otmdr_jax.metrics.mutual_information`. A Laplace approximation adds
         "prior_precision" and "effective_parameters".
-      log_probs: (N, C) log-probabilities: the mean over samples, in log space.
-      member_log_probs: (M, N, C) of an ensemble's members, be they trained or collected
-        in one run; None of a single model.
-      members: Metrics of each member, None of a single model.
+      log_probs: (N, C) logarithms of the mean probability over all samples.
+      member_log_probs: (M, N, C) log-probabilities of an ensemble's members, whether
+        they were trained separately or collected in one run; None for a single model.
+      members: Metrics of each member; None for a single model.
     """
 
     metrics: dict[str, float]
@@ -47,13 +50,13 @@ class Evaluation(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What :func:`predict` gives, of M members: 1 of a single model.
+    """The result of :func:`predict` for M members; a single model has M = 1.
 
     Attributes:
-      log_probs: (N, C) log-probabilities: the mean over the members that count.
-      members: (M, N, C) of each member, the mean over its samples.
-      within: (M, N) mean entropies of a member's samples, None where it has but one.
-      kept: The members that count.
+      log_probs: (N, C) logarithms of the mean probability over the members that count.
+      members: (M, N, C) logarithms of each member's mean probability over its samples.
+      within: (M, N) mean entropies of each member's samples; None if it has only one.
+      kept: Indices of the members that count.
     """
 
     log_probs: np.ndarray
@@ -62,9 +65,10 @@ class Predicted(NamedTuple):
     kept: list[int]
 
     def mutual_information(self) -> np.ndarray | None:
-        """(N,) in nats, of all samples of all members that count; None of one sample.
+        """Returns the mutual information over all samples of the members that count.
 
-        What :func:`otmdr_jax.metrics.mutual_information` gives of the samples.
+        It equals :func:`otmdr_jax.metrics.mutual_information` of the samples: (N,), in
+        nats; None if there is a single sample.
         """
         kept = self.members[self.kept]
         if np.isnan(kept).any() or (self.within is None and len(kept) == 1):
@@ -92,12 +96,12 @@ def evaluate(
 
     Args:
       config: The run's configuration.
-      state: Its state, which is finalized where it needs to be; see
+      state: Its state, which is finalized if the method asks for it; see
         :meth:`otmdr_jax.experiments.methods.MethodOptions.finalize`.
       dataset: The data.
       split: "train", "validation" or "test".
-      programs: Compiled functions, where they exist already.
-      without: Members that do not count in the ensemble's prediction, as they diverged.
+      programs: Compiled functions. Default: compiles them.
+      without: Indices of the members that have diverged.
       show_progress: Whether to show progress.
 
     Returns:
@@ -116,13 +120,13 @@ def evaluate(
 
 
 class OfRun(NamedTuple):
-    """What :func:`evaluate_run` gives.
+    """The result of :func:`evaluate_run`.
 
     Attributes:
-      state: The state that predicted: finalized, where it was to be.
+      state: The state that made the predictions, finalized if the method asks for it.
       splits: The :class:`Evaluation` of each split.
-      posterior: What is logged of a posterior, see :func:`posterior_record`.
-      diverged: Members that did not count.
+      posterior: The record of :func:`posterior_record`.
+      diverged: Indices of the members that have diverged.
     """
 
     state: PyTree
@@ -142,17 +146,17 @@ def evaluate_run(
     final: bool = True,
     show_progress: bool = False,
 ) -> OfRun:
-    """Evaluates a state on several splits, while it trains or after.
+    """Evaluates a state on several splits, during training or after.
 
     Args:
       config: The run's configuration.
       state: Its state.
       dataset: The data.
       programs: Compiled functions.
-      splits: Any of "train", "validation" and "test".
-      without: Members that do not count, as they diverged.
-      final: Whether it has been trained to the end. Until then the mode of a Gaussian
-        that is fitted predicts, whose curvature may cost as much as epochs.
+      splits: Names among "train", "validation" and "test".
+      without: Indices of the members that have diverged.
+      final: Whether training has ended. Until then a Gaussian that is fitted after
+        training predicts with its mode, because its curvature may cost whole epochs.
       show_progress: Whether to show progress.
     """
     if final or not config.method.is_fitted:
@@ -180,19 +184,19 @@ def predict(
     change: Callable[[jax.Array, int], jax.Array] | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Predicted:
-    """Predicts each of some examples once; labels are not looked at.
+    """Predicts each example once, without its label.
 
     Args:
       config: The run's configuration.
-      state: Its state, finalized where it needs to be
+      state: Its state, finalized if the method asks for it
         (:meth:`otmdr_jax.experiments.methods.MethodOptions.finalize`).
-      examples: Images of the shape that the programs are for.
+      examples: Images of the shape that the programs were compiled for.
       programs: Compiled functions.
-      without: Members that do not count in the ensemble's prediction, as they diverged.
-      change: (images, first) -> images: what is done on the device to each batch, the
-        first of whose images is example `first`. Images that fill up the last batch
-        pass through it too.
-      report: Called with the number of examples that are done.
+      without: Indices of the members that have diverged.
+      change: Function (images, first) -> images that changes each batch on the device;
+        `first` is the index of the batch's first example. It also sees the images that
+        pad the last batch.
+      report: Function that is called with the number of finished examples.
 
     Returns:
       A :class:`Predicted`.
@@ -206,14 +210,14 @@ def predict(
     def fetch(log_probs, mask):
         nonlocal done
         samples = np.asarray(log_probs)[:, mask]
-        if collected:  # the rest of a preallocated ensemble
+        if collected:  # the other slots of the preallocated ensemble are empty
             samples = samples[:collected]
         chunks.append(_by_member(samples, count))
         done += int(np.count_nonzero(mask))
         if report is not None:
             report(done)
 
-    # Fetched one batch behind: the device has work while the host sends the next.
+    # Fetching lags one batch behind, so the device works while the host sends the next.
     ahead: collections.deque[Any] = collections.deque()
     first = 0
     for images, _, mask in eval_batches(config, examples, mesh):
@@ -233,12 +237,12 @@ def predict(
 
 
 def measure(config: TrainConfig, found: Predicted, labels: Any) -> Evaluation:
-    """What predictions are worth.
+    """Returns the metrics of predictions.
 
     Args:
       config: The run's configuration.
-      found: What :func:`predict` gave.
-      labels: (N,) of the same examples.
+      found: Predictions of :func:`predict`.
+      labels: (N,) labels of the same examples.
     """
     log_probs, members, within, kept = found
     values = _metrics(log_probs, labels) | _uncertainty(log_probs, within, kept)
@@ -256,18 +260,19 @@ def measure(config: TrainConfig, found: Predicted, labels: Any) -> Evaluation:
 def posterior_record(
     programs: Programs, state: PyTree, without: tuple[int, ...] = ()
 ) -> dict[str, Any]:
-    """What is logged of a posterior; nothing where there is none.
+    """Returns the log record of a posterior; it is empty for other methods.
 
     Args:
       programs: Compiled functions.
       state: The run's state.
-      without: Members that do not count, as they diverged.
+      without: Indices of the members that have diverged.
 
     Returns:
-      sigma and snr_db, for each layer the mean standard deviation and the mean
-      signal-to-noise ratio in decibel; snr_counts, the histogram of the ratios, see
-      :class:`otmdr_jax.bnn.Summary`. Of an ensemble means, and sums, over members;
-      layers of members that differ are named by member, as "1/head/kernel".
+      `sigma` and `snr_db`, the mean standard deviation and the mean signal-to-noise
+      ratio (dB) of each layer; `snr_counts`, the histogram of the ratios, see
+      :class:`otmdr_jax.bnn.Summary`. For an ensemble the first two are means over the
+      members and the counts are sums; if the members' layers differ, each layer's name
+      begins with its member, as in "1/head/kernel".
     """
     if programs.posterior is None:
         return {}
@@ -287,16 +292,16 @@ def posterior_record(
 
 
 def _metrics(log_probs, labels):
-    if np.isnan(log_probs).any():  # diverged: there is nothing to measure
+    if np.isnan(log_probs).any():  # it diverged, so there is nothing to measure
         return dict.fromkeys(metrics.NAMES, float("nan"))
     return metrics.evaluate(log_probs, labels)
 
 
 def _by_member(samples, count):
-    """What is kept of a batch's samples. # (M S, B, C) -> (M, B, C), (M, B).
+    """Reduces a batch's samples to members. # (M S, B, C) -> (M, B, C), (M, B).
 
-    Each member's mean probability in log space, and the mean entropy of its samples:
-    None where there is but one sample.
+    Returns the logarithm of each member's mean probability, and the mean entropy of its
+    samples, which is None for a single sample.
     """
     samples = samples.reshape(count, -1, *samples.shape[1:]).astype(np.float64)
     means = np.stack([_mean(own) for own in samples])
@@ -311,26 +316,26 @@ def _by_member(samples, count):
 
 
 def _uncertainty(log_probs, within, members):
-    """Its two kinds, where there is more than one sample: means over the set."""
+    """The means of both kinds of uncertainty over the set; none for a single sample."""
     if within is None:
         return {}
     aleatoric = np.mean(within[members])
     if np.isnan(log_probs).any() or np.isnan(aleatoric):
         return dict.fromkeys(("aleatoric", "epistemic"), float("nan"))
-    # The mean of what metrics.mutual_information gives for each example.
+    # Equal to the mean of metrics.mutual_information over the examples.
     epistemic = max(np.mean(metrics.entropy(np.exp(log_probs))) - aleatoric, 0.0)
     return {"aleatoric": float(aleatoric), "epistemic": float(epistemic)}
 
 
 def _mean(samples):
-    """The mean of S probabilities in log space, normalised. # (S, N, C) -> (N, C)."""
+    """The logarithm of the mean of S probabilities. # (S, N, C) -> (N, C)."""
     with np.errstate(invalid="ignore"):  # NaN stays NaN: see _metrics
         total = np.logaddexp.reduce(samples, axis=0)
         return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 
 def eval_batches(config, split, mesh):
-    """Batches for evaluation, of a size that the devices divide."""
+    """Returns batches for evaluation, whose size is a multiple of the devices."""
     devices = parallel.axis_size(mesh, "data")
     size = min(config.run.eval_batch_size, split.num_examples)
     return data_lib.eval_batches(split, -(-size // devices) * devices)

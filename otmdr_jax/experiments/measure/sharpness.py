@@ -1,7 +1,9 @@
-"""How the training loss rises around a run's solution, measured in several ways.
+"""Sharpness: how much the training loss rises around a run's solution.
 
-BatchNorm has its running statistics. Of independent members each is measured by itself,
-of a posterior its mean.
+BatchNorm uses its running statistics. Each independent member is measured by itself; a
+posterior is measured at its mean.
+
+`without` names members that have diverged: they do not count in means over members.
 """
 
 import math
@@ -23,16 +25,16 @@ from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 
-# Measured on at most so many training images, evenly spread.
+# The most training images to measure on, evenly spread over the set.
 NUM_EXAMPLES = 2_000
 # Radii of SAM and ASAM for CIFAR-10 (their papers).
 RHO, ADAPTIVE_RHO = 0.05, 0.5
-# Of one weight; an adaptive one of its size.
+# Standard deviation of the noise on one weight; adaptive noise is relative to its size.
 NOISE_STD, ADAPTIVE_NOISE_STD = 0.01, 0.1
 
 
 class Estimate(NamedTuple):
-    """A measure of one solution: its value and standard error, or why there is none."""
+    """One measure of one solution: its value and standard error, or why it has none."""
 
     value: float | None
     error: float | None
@@ -47,18 +49,18 @@ def gap(
     *,
     without: tuple[int, ...] = (),
 ) -> dict[str, Any]:
-    """The SAM gap on the training set.
+    """Measures the SAM gap on the training set.
 
     Args:
       config: The run's configuration.
       state: Its state.
       dataset: The data.
       programs: Compiled functions.
-      without: Members that do not count in the means, as they diverged.
+      without: Indices of the members that have diverged.
 
     Returns:
-      sharpness (the gap at rho = 0.05) and train_nll, both in nats: of an ensemble of
-      independent members their means, and `member_sharpness`.
+      `sharpness` (the gap at rho = 0.05) and `train_nll`, both in nats. For independent
+      members they are means, and `member_sharpness` lists the gap of each member.
     """
     found = [
         landscape.sam_gap(loss_sum, weights, batches, RHO)
@@ -87,28 +89,29 @@ def measure(
     seed: int = 0,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Every measure of :mod:`otmdr_jax.landscape`, on the training set.
+    """Takes every measure of :mod:`otmdr_jax.landscape` on the training set.
 
     Args:
       config: The run's configuration.
       state: Its state.
       dataset: The data.
       programs: Compiled functions.
-      without: Members that do not count in the means, as they diverged.
-      num_examples: Training images, at most, evenly spread over the set.
-      num_eigenvalues: Number of eigenvalues of the Hessian, the largest ones.
-      num_probes: Probes of the Hessian's trace, and directions of average sharpness.
-      seed: The seed of all that is random.
+      without: Indices of the members that have diverged.
+      num_examples: Largest number of training images, evenly spread over the set.
+      num_eigenvalues: Number of the Hessian's largest eigenvalues.
+      num_probes: Number of probes of the Hessian's trace, and of directions for average
+        sharpness.
+      seed: Seed of the probes and directions.
       show_progress: Whether to show progress.
 
     Returns:
-      A record: step, split, num_examples, seed; `measures`, rows of name, value,
-      standard_error (None where nothing is random) and of independent members their
-      own `values`. A value is None, with the reason in `why`, where it cannot be
-      measured. Losses and gaps are in nats.
+      A record: `step`, `split`, `num_examples`, `seed` and `measures`. Each measure has
+      a `name`, a `value`, a `standard_error` (None if nothing is random) and, for
+      independent members, the `values` of each. If it cannot be measured, the value is
+      None and `why` says the reason. Losses and gaps are in nats.
 
     Raises:
-      ValueError: Numbers below 1, or below 2 probes.
+      ValueError: A number is below 1, or there are fewer than 2 probes.
     """
     check("seed", seed, Seed)
     if num_examples < 1 or num_eigenvalues < 1 or num_probes < 2:
@@ -117,13 +120,13 @@ def measure(
             f"{num_examples}, {num_eigenvalues} and {num_probes}."
         )
     every = list(_members(config, state, dataset, programs, num_examples))
-    # A member that diverged has no sharpness, and no part in the mean.
+    # A member that has diverged has no sharpness.
     counted = [i for i in range(len(every)) if i not in without]
     found: dict[int, dict[str, Estimate]] = {}
-    total = len(counted) * (8 + num_eigenvalues)  # names that `_measures` has
+    total = len(counted) * (8 + num_eigenvalues)  # the number of names in `_measures`
     with Progress(total, 0, "sharpness", show_progress, "measures") as bar:
         for i in counted:
-            # Directions of a member's own, so that estimates are independent.
+            # Each member draws its own directions, so that estimates are independent.
             key = jax.random.fold_in(jax.random.key(seed), i)
             found[i] = {}
             for names, function in _measures(num_eigenvalues, num_probes, key):
@@ -148,7 +151,7 @@ def measure(
 
 
 def _estimate(names, function, solution) -> dict[str, Estimate]:
-    """A measure, or why it cannot be had: the others go on."""
+    """Takes one measure. If it fails, its estimates say why and the others go on."""
     try:
         pairs = function(*solution)
     except (ValueError, RuntimeError) as error:  # not finite, or not converged
@@ -168,13 +171,13 @@ def _mean_of(estimates: list[Estimate]) -> dict[str, Any]:
     errors = [x.error for x in estimates if x.error is not None]
     return {
         "value": float(np.mean([x.value for x in estimates])),
-        # Of a mean of independent estimates.
+        # The standard error of the mean of independent estimates.
         "standard_error": math.hypot(*errors) / len(estimates) if errors else None,
     }
 
 
 def _measures(num_eigenvalues, num_probes, key):
-    """(names, (loss_sum, weights, batches) -> [(value, standard error or None)])."""
+    """Lists (names, (loss_sum, weights, batches) -> [(value, error or None)])."""
 
     def gap_at(adaptive):
         rho = ADAPTIVE_RHO if adaptive else RHO
@@ -242,7 +245,7 @@ def _measures(num_eigenvalues, num_probes, key):
 
 
 def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
-    """(loss_sum, weights, batches) of every member that has a loss of its own."""
+    """Yields (loss_sum, weights, batches) of every member that has its own loss."""
     train = dataset.train
     chosen = np.linspace(
         0, train.num_examples - 1, min(train.num_examples, num_examples)
@@ -253,7 +256,7 @@ def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
         parallel.place(batch, mesh, parallel.data_spec(mesh))
         for batch in eval_batches(config, part, mesh)
     ]
-    if not config.method.is_fitted:  # whose weights are those that were trained
+    if not config.method.is_fitted:  # a fitted Gaussian keeps the trained weights
         state = config.method.finalize(config, state, dataset, programs)
     for i, member in enumerate(members.predicting(config, state)):
         loss_sum = programs.loss_sums[i % len(programs.loss_sums)]

@@ -6,7 +6,10 @@ A run folder holds config.json, metrics.jsonl, result.json and predictions.npz:
     print_table(summarise(runs))                # mean ± std over the seeds of a method
     write("report", runs, title="CIFAR-10")     # report.md, pictures, exact numbers
 
-Rich and matplotlib are loaded when something is printed or drawn, not before.
+A label names a method: the runs that share it form one row of a table, one line or one
+panel of a figure. Figures mark their axes and lines with matplotlib's gid, such as
+"mean:LABEL", so that programs can find them. Rich and matplotlib are imported only when
+a table is printed or a figure is drawn.
 """
 
 from otmdr_jax.experiments.report.labels import (

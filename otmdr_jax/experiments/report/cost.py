@@ -1,4 +1,4 @@
-"""What methods cost, and whether seeds tell them apart: tables and a plot of rows.
+"""The cost of methods, and tests over seeds: tables and a plot.
 
 Rows are those of :func:`otmdr_jax.experiments.sweep.run`.
 """
@@ -15,7 +15,7 @@ from otmdr_jax.experiments.report import plots
 from otmdr_jax.experiments.report.labels import grouped
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 
-# Between points of one cost, as the logarithm of a factor.
+# Distance between points of equal cost, as the logarithm of a factor.
 _APART = 0.035
 Rows = Sequence[dict[str, Any]]
 
@@ -27,7 +27,7 @@ _PAIRED = tuple(
 
 
 def table(rows: Rows) -> Table:
-    """A line for each label: gradients, seconds and memory of a run, means."""
+    """Tabulates each label: mean gradients, seconds and memory of a run."""
     lines = []
     for label, group in grouped(rows, itemgetter("label")).items():
         done = [row for row in group if row["status"] == "finished"]
@@ -46,15 +46,16 @@ def table(rows: Rows) -> Table:
 
 
 def paired_table(rows: Rows, baseline: str) -> Table:
-    """Differences from a baseline over the seeds that both have, by the paired t-test.
+    """Compares each label with a baseline over the seeds that both have.
 
     Args:
       rows: The rows.
-      baseline: A label.
+      baseline: Label to compare with.
 
     Returns:
-      A line for each other label: of each metric the mean difference and the two-sided
-      p-value of Student's paired t-test over seeds; "-" with fewer than two seeds.
+      A line for each other label: the mean difference of each metric and the two-sided
+      p-value of Student's paired t-test over seeds. A single seed gives no p-value; no
+      common seed gives "-".
 
     Reference: Student, 1908; SciPy's `ttest_rel`.
     """
@@ -71,9 +72,9 @@ def paired_table(rows: Rows, baseline: str) -> Table:
 def paired_difference(
     rows: Rows, others: Rows, name: str
 ) -> tuple[float, float, int] | None:
-    """Mean difference over common seeds, the p-value and how many seeds there are.
+    """Returns mean difference, p-value and number of the common seeds.
 
-    None where no seed has both numbers; a p-value of NaN with one seed alone.
+    The result is None if no seed has both numbers. The p-value of one seed is NaN.
     """
     mine, other = ({x["seed"]: x.get(name) for x in one} for one in (rows, others))
     gaps = [
@@ -89,16 +90,16 @@ def paired_difference(
     elif len(gaps) > 1:
         from scipy import stats  # comes with JAX
 
-        with warnings.catch_warnings():  # all seeds differ by nearly the same: p is 0
+        with warnings.catch_warnings():  # nearly equal differences: p is 0
             warnings.simplefilter("ignore", RuntimeWarning)
             p = float(stats.ttest_1samp(gaps, 0.0).pvalue)
     return mean, p, len(gaps)
 
 
 def figure(rows: Rows) -> Any:
-    """Accuracy against the gradients that a run took; ± one standard deviation.
+    """Draws accuracy, ± one standard deviation, against the gradients of a run.
 
-    Points of equal cost are set side by side.
+    Points of equal cost stand side by side.
 
     Args:
       rows: The rows.

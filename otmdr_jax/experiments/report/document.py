@@ -1,7 +1,7 @@
-"""A page out of its template: Markdown beside pictures, or one HTML file.
+"""Renders a page from its template: as Markdown with pictures, or as one HTML file.
 
-`templates/report.md.j2` says what stands on a page. Its Markdown is the body of the
-HTML page too, which holds the pictures' panels, side by side or below each other.
+`templates/report.md.j2` defines the content of a page. The HTML page has the same
+Markdown as its body and shows each picture's panels side by side or below each other.
 """
 
 import base64
@@ -20,8 +20,8 @@ class Picture(NamedTuple):
     """A picture of a page.
 
     Attributes:
-      alt: What it shows, for those who cannot see it.
-      figure: A function that makes the `matplotlib.figure.Figure`.
+      alt: Description for readers who cannot see it.
+      figure: Function that makes the `matplotlib.figure.Figure`.
     """
 
     alt: str
@@ -33,8 +33,8 @@ class Page(NamedTuple):
 
     Attributes:
       title: The heading.
-      text: What stands under it, in Markdown.
-      pictures: The pictures that the text shows, by name.
+      text: The Markdown below the heading.
+      pictures: The pictures in the text, by name.
     """
 
     title: str
@@ -46,8 +46,8 @@ def page(title: str, **context: Any) -> Page:
     """Fills the template of a report.
 
     Args:
-      title: The page's heading, plain text.
-      **context: What the template uses.
+      title: Heading of the page, plain text.
+      **context: Variables of the template.
     """
     pictures: dict[str, Picture] = {}
 
@@ -58,22 +58,22 @@ def page(title: str, **context: Any) -> Page:
 
     template = _templates().get_template("report.md.j2")
     text = template.render(title=title, picture=picture, **context)
-    # Parts that are left out leave their blank lines.
+    # Omitted parts leave blank lines behind.
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     return Page(title, text, pictures)
 
 
 def markdown(page: Page) -> str:
-    """The page as Markdown; its pictures are files beside it, `NAME.png`."""
+    """Returns the page as Markdown, which refers to its pictures as `NAME.png`."""
     return f"# {page.title}\n\n{page.text}"
 
 
 def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
-    """The page as one HTML file.
+    """Returns the page as one HTML file with its pictures inside.
 
     Args:
       page: The page.
-      drawn: Its pictures by name.
+      drawn: Its drawn pictures, by name.
 
     Raises:
       ImportError: markdown-it-py is not installed.
@@ -91,7 +91,7 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
         figure = templates.get_template("picture.html.j2")
         return figure.render(drawn=drawn[name], alt=page.pictures[name].alt)
 
-    # Raw HTML in a text, a run's name for one, stays text.
+    # Raw HTML in a text, such as a run's name, stays text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("image", image)
     parser.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
@@ -134,10 +134,10 @@ def _templates() -> Any:
 
 
 def _modules(*names: str) -> list[Any]:
-    """The modules of this package that a template asks for numbers and pictures."""
+    """Imports modules of this package that a template uses."""
     return [importlib.import_module(f"{__package__}.{name}") for name in names]
 
 
 def _data(piece: Piece) -> str:
-    """The address of a picture that is inside the page."""
+    """Returns a data URL that embeds a picture in the page."""
     return "data:image/png;base64," + base64.b64encode(piece.png).decode()

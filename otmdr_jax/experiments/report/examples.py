@@ -1,4 +1,4 @@
-"""The test images that a run got most wrong, and those that it is least sure of."""
+"""Test images with the worst predictions, and with the most uncertain ones."""
 
 import functools
 import math
@@ -15,18 +15,18 @@ from otmdr_jax.experiments.report.labels import by_label, name_of
 from otmdr_jax.experiments.report.reading import Run
 
 COUNT, _COLUMNS = 12, 6
-# Options of a run that say which test images are its own, and where.
+# Options of a run that name its test images and where they are.
 _DATA = ("data", "data_dir", "cache_dir")
 
 
 class Shown(NamedTuple):
-    """A run whose examples can be shown, or not.
+    """A run and the images of its test set, if they can be read.
 
     Attributes:
       run: The run.
-      name: The run's name.
-      images: (N, H, W, C) the images of its test set.
-      why: Why there are none; empty where there are.
+      name: Name of the run.
+      images: (N, H, W, C) images of its test set; None if they cannot be read.
+      why: Reason for missing images; empty if there are images.
     """
 
     run: Run
@@ -39,10 +39,10 @@ class Chosen(NamedTuple):
     """Some examples of a test set.
 
     Attributes:
-      rows: (n,) where they are in the set.
-      labels: (n,) their classes.
-      predicted: (n,) the most probable classes.
-      confidence: (n,) the probabilities of those.
+      rows: (n,) indices in the set.
+      labels: (n,) classes.
+      predicted: (n,) most probable classes.
+      confidence: (n,) probabilities of the most probable classes.
     """
 
     rows: np.ndarray
@@ -52,17 +52,17 @@ class Chosen(NamedTuple):
 
 
 def worst(run: Run, count: int = COUNT) -> Chosen:
-    """The examples whose label the run found least probable, the worst first."""
+    """Chooses the examples whose label has the lowest probability, the worst first."""
     return _choose(run, lambda found: -found.log_of_label, count)
 
 
 def most_uncertain(run: Run, count: int = COUNT) -> Chosen:
-    """The examples with the largest entropy of the prediction, the largest first."""
+    """Chooses the examples whose prediction has the largest entropy, largest first."""
     return _choose(run, metrics.entropy, count)
 
 
 def of_labels(runs: Sequence[Run]) -> list[Shown]:
-    """The first run of each label, with the images of its test set."""
+    """Returns the first run of each label, with the images of its test set."""
     shown = []
     for group in by_label(runs).values():
         run = next(iter(plots.pool(group)), group[0])
@@ -79,7 +79,7 @@ def of_labels(runs: Sequence[Run]) -> list[Shown]:
 
 
 def _test_images(run: Run) -> Any:
-    """The images of a run's test set; an error says why they cannot be had."""
+    """Reads the images of a run's test set; an error says why it cannot."""
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in run.config.items()
@@ -92,7 +92,7 @@ def _test_images(run: Run) -> Any:
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ValueError(f"its images cannot be read: {error}") from error
     if list(dataset.test.labels) != list(run.labels):
-        raise ValueError("the data at hand are not those of its test set.")
+        raise ValueError("the data here differ from its test set.")
     return dataset.test.images
 
 
@@ -104,11 +104,11 @@ def _load(config: TrainConfig) -> Any:
 def examples_figure(
     images: Any, chosen: Chosen, names: Sequence[str] | None = None
 ) -> Any:
-    """The images with their class, and what they were taken for.
+    """Draws images with their true and their predicted class.
 
     Args:
-      images: (N, H, W, C) of the whole set, or anything that can be indexed by rows.
-      chosen: Which of them.
+      images: (N, H, W, C) images of the whole set, or any object that rows can index.
+      chosen: The examples to draw.
       names: Names of the classes. Default: their numbers.
 
     Returns:
@@ -145,8 +145,8 @@ def _choose(run: Run, score: Any, count: int) -> Chosen:
 
 
 def _visible(image: np.ndarray) -> np.ndarray:
-    """An image that matplotlib shows as it is. # (H, W, C) -> (H, W[, 3])."""
-    if image.dtype != np.uint8:  # of any scale
+    """Converts an image for matplotlib. # (H, W, C) -> (H, W[, 3])."""
+    if image.dtype != np.uint8:  # floats may have any scale
         low, high = float(image.min()), float(image.max())
         image = (image - low) / (high - low or 1.0)
     return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]

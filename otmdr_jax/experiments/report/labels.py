@@ -1,4 +1,4 @@
-"""What runs are called, grouped by, and told apart by."""
+"""Labels that name runs, group them, and distinguish them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from otmdr_jax.experiments import config as config_lib
 
-Run = Any  # of `reading`, which asks for labels itself
+Run = Any  # reading.Run; `reading` imports this module
 T = TypeVar("T")
 
 _NAMES = {
@@ -34,20 +34,23 @@ _NAMES = {
     "mc-dropout": "MC dropout",
 }
 _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
-# What may differ between runs that are averaged: it is meant to, or changes no number.
+# Options that may differ between averaged runs: the seed, and those that change no
+# number.
 _FREE = {"seed"} | config_lib.RESUMABLE
 
 
 def label_of(config: Mapping[str, Any]) -> str:
-    """A short label of a run's method, for humans.
+    """Makes a short label of a run's method.
 
     Args:
-      config: The run's options; "method", "base_method", "num_particles", "optimizer",
-        "laplace", "dropout", "prediction", "members" and "ensemble" are used.
+      config: The run's options. The label depends on "method", "base_method",
+        "num_particles", "optimizer", "laplace", "dropout", "prediction", "members" and
+        "ensemble".
 
     Returns:
-      The method's written name, with K for OT-MDR; the method itself where no other
-      name is known. "sgd" is the plain gradient, so another optimizer gives its name.
+      The method's usual name, with K for OT-MDR. An unknown method keeps its own name.
+      "sgd" is the plain gradient, so with another optimizer the label is the
+      optimizer's name.
 
     Raises:
       ValueError: The configuration names no method.
@@ -62,8 +65,8 @@ def label_of(config: Mapping[str, Any]) -> str:
     """
     if not config.get("method"):
         raise ValueError(
-            "a run's label is made from config['method'], which is missing: pass "
-            "label=... ."
+            "a run's label is made from config['method'], which is missing: pass label "
+            "instead."
         )
     method = str(config["method"])
     label = _NAMES.get(method, method)
@@ -88,13 +91,13 @@ def label_of(config: Mapping[str, Any]) -> str:
 
 
 def member_runs(run: Run) -> list[Run]:
-    """The members of an ensemble's run, each as a run of its own to be tabulated.
+    """Returns each member of an ensemble as its own run, for a table.
 
     Args:
       run: A run.
 
     Returns:
-      A run for each member, with its number and model as label; none for the run of a
+      A run for each member, labelled by its number and model; an empty list for a
       single model. Predictions are those of the ensemble.
 
     Example:
@@ -114,7 +117,7 @@ def member_runs(run: Run) -> list[Run]:
 
 
 def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
-    """Items by a key, in order of first appearance."""
+    """Groups items by a key, in order of first appearance."""
     groups: dict[Any, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -125,7 +128,7 @@ def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Groups runs by their label, in order of first appearance.
 
     Raises:
-      ValueError: No runs.
+      ValueError: There are no runs.
     """
     groups = grouped(runs, attrgetter("label"))
     if not groups:
@@ -134,7 +137,7 @@ def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def name_of(run: Run, runs: Sequence[Run]) -> str:
-    """A run among others: its label, and as much of its path as tells it apart."""
+    """Names a run among others: its label, and the end of its path that is unique."""
     if run.folder is None:
         return run.label
     alike = [x.folder.parts for x in runs if x.folder and x.label == run.label]
@@ -151,14 +154,14 @@ def name_of(run: Run, runs: Sequence[Run]) -> str:
 
 
 def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
-    """Gives runs that differ in more than the seed labels of their own.
+    """Gives distinct labels to runs that differ in more than the seed.
 
     Args:
       runs: The runs.
 
     Returns:
-      The runs in their order. Where runs of a label differ in options that change a
-      run's numbers, these options are added to the label.
+      The runs in their order. If runs of a label differ in options that change a run's
+      numbers, the label names these options.
 
     Example:
       >>> from otmdr_jax.experiments.report import Run
@@ -185,7 +188,7 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
-    """What makes a mean over a label's runs worth less than it looks."""
+    """Returns warnings about means over runs that are no repetitions over seeds."""
     found = []
     for label, group in by_label(runs).items():
         options = beyond_the_seed(group)
@@ -201,16 +204,16 @@ def cautions(runs: Sequence[Run]) -> list[str]:
 
 
 def beyond_the_seed(runs: Sequence[Run]) -> list[str]:
-    """Options other than the seed that differ and change a run's numbers."""
+    """Names the options other than the seed that differ and change a run's numbers."""
     return [n for n in differing([run.config for run in runs]) if n not in _FREE]
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names that some settings lack or that have several values, in order."""
+    """Returns names that have several values or that some settings lack, in order."""
     names = list(dict.fromkeys(name for setting in settings for name in setting))
     return [name for name in names if len({text_of(s, name) for s in settings}) > 1]
 
 
 def text_of(setting: Mapping[str, Any], name: str) -> str:
-    """A setting's value as JSON would show it; "-" where there is none."""
+    """Returns a setting's value as JSON; "-" if it is missing."""
     return json.dumps(setting[name], default=str) if name in setting else "-"

@@ -1,8 +1,9 @@
 """Pictures of loss landscapes: contours, surfaces, lines.
 
-Several landscapes stand side by side on the same axes and one scale of colours, so that
-equal colours are equal losses. What they are made of is a record as in a run's
-landscape.json: see :func:`otmdr_jax.experiments.measure.surface.measure`.
+Several landscapes share their axes and their colour scale, so that equal colours mean
+equal losses. A record is the result of
+:func:`otmdr_jax.experiments.measure.surface.measure`, as in a run's landscape.json.
+Figures take pairs of a label and a record.
 """
 
 import copy
@@ -20,39 +21,39 @@ from otmdr_jax.experiments.report.labels import grouped
 Record = Mapping[str, Any]
 Labelled = tuple[str, Record]
 
-# A kind -> its axes in words.
+# Explanations of the axes, by the kind of landscape.
 MEANINGS = {
     "random": "Random directions; at 1 each filter has moved by its own norm.",
     "hessian": "Top eigenvectors of the Hessian; axes are distances in weight space.",
-    "runs": "Between runs; the unit is the distance of the first two.",
-    "trajectory": "The plane along which a run's checkpoints spread most; axes are "
+    "runs": "Between runs; the unit is the distance between the first two.",
+    "trajectory": "Directions along which a run's checkpoints vary most; axes are "
     "distances in weight space.",
 }
-# Even in lightness, and told apart with any colour vision.
+# Its lightness rises evenly, and its colours are distinct with any colour vision.
 COLOUR_MAP = "viridis"
 _LEVELS = 25
-# A logarithmic scale where losses span more than 10 times the smallest; it ends at so
-# much of the largest, since a loss may be 0.
+# The scale is logarithmic if the largest loss exceeds 10 times the smallest. It then
+# starts at 1e-6 of the largest at least, because a loss may be 0.
 _WIDE, _SMALLEST = 10.0, 1e-6
-_NAN = "#BBBBBB"  # where the loss is not finite
+_NAN = "#BBBBBB"  # colour of losses that are not finite
 _MARKERS = ("o", "s", "^", "D", "v")
 
 
 def plot_landscape(
     records: Sequence[Labelled], path: str | pathlib.Path, *, surface: bool = False
 ) -> pathlib.Path:
-    """Draws landscapes: lines of one dimension, contours or surfaces of two.
+    """Draws landscapes: lines for one dimension, contours or surfaces for two.
 
     Args:
       records: Pairs of a label and a record.
-      path: The picture's file; its ending picks the format.
-      surface: A surface in three dimensions instead of contours.
+      path: File of the picture; its suffix sets the format.
+      surface: Whether to draw surfaces in three dimensions instead of contours.
 
     Returns:
       The path.
 
     Raises:
-      ValueError: No records, or of different dimensions; no loss is finite.
+      ValueError: There are no records, their dimensions differ, or no loss is finite.
     """
     if len(_checked(records, None)[0][1]["axes"]) == 1:
         return plots.save(line_figure(records), path)
@@ -60,16 +61,16 @@ def plot_landscape(
 
 
 def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
-    """Groups of landscapes that belong side by side.
+    """Groups landscapes that can be compared side by side.
 
     Args:
       records: Pairs of a label and a record.
 
     Returns:
-      Lists of pairs whose records are of one kind, on as many axes and the same
-      examples; of random directions also of one seed. Those between runs, and those of
-      trajectories, lie in planes of their own and stand alone; those without a finite
-      loss are left out.
+      Lists of pairs. The records of a list share the kind, the number of axes and the
+      examples; for random directions also the seed. Landscapes of the kinds "runs" and
+      "trajectory" lie in planes of their own, so each forms its own list. Landscapes
+      without a finite loss are left out.
     """
 
     def plane(i: int) -> Any:
@@ -84,22 +85,23 @@ def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
 
 
 def is_finite(record: Record) -> bool:
-    """Whether any loss of a landscape is finite; null, in JSON, stands for NaN."""
+    """Returns whether any loss of a landscape is finite; null in JSON means NaN."""
     return bool(np.isfinite(np.array(record["losses"], np.float64)).any())
 
 
 def contour_figure(records: Sequence[Labelled]) -> Any:
-    """Contours of two-dimensional landscapes, a panel each.
+    """Draws the contours of two-dimensional landscapes, one panel for each.
 
     Args:
       records: Pairs of a label and a record.
 
     Returns:
-      A `matplotlib.figure.Figure`: axes with gid "landscape:LABEL", and colour bars in
-      nats that are alike. Losses that are not finite are grey.
+      A `matplotlib.figure.Figure`: axes with gid "landscape:LABEL", and equal colour
+      bars in nats. Losses that are not finite are grey.
 
     Raises:
-      ValueError: No records, or one that is not of two dimensions; no loss is finite.
+      ValueError: There are no records, one does not have two dimensions, or no loss is
+        finite.
     """
     found = _checked(records, 2)
     scale = _Scale([losses for _, _, losses in found])
@@ -108,7 +110,7 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
         ax = part.subplots()
         ax.set_gid(f"landscape:{label}")
         ax.set_facecolor(_NAN)
-        shown = np.ma.masked_invalid(scale.clip(losses)).T  # x along the columns
+        shown = np.ma.masked_invalid(scale.clip(losses)).T  # columns are x
         filled = ax.contourf(
             *record["axes"],
             shown,
@@ -129,16 +131,18 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
 
 
 def surface_figure(records: Sequence[Labelled]) -> Any:
-    """Two-dimensional landscapes as surfaces, a panel each, as high as they are lossy.
+    """Draws two-dimensional landscapes as surfaces, one panel for each.
 
     Args:
       records: Pairs of a label and a record.
 
     Returns:
-      A `matplotlib.figure.Figure`: three-dimensional axes with gid "surface:LABEL".
+      A `matplotlib.figure.Figure`: three-dimensional axes with gid "surface:LABEL",
+      whose height is the loss.
 
     Raises:
-      ValueError: No records, or one that is not of two dimensions; no loss is finite.
+      ValueError: There are no records, one does not have two dimensions, or no loss is
+        finite.
     """
     found = _checked(records, 2)
     scale = _Scale([losses for _, _, losses in found])
@@ -165,15 +169,15 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
         ax.set_title(_title(label, record), fontsize=plots.LARGE)
         ax.set_zlim(low, high)
         _set_limits(ax, found)
-        # The unit on a line of its own: three axes leave little room.
+        # The unit gets its own line, because three axes leave little room.
         names = [plots.plain(x).replace(" (", "\n(") for x in record["axis_names"]]
         ax.set_xlabel(names[0], fontsize=plots.SMALL, labelpad=8)
         ax.set_ylabel(names[1], fontsize=plots.SMALL, labelpad=8)
         ax.tick_params(labelsize=plots.SMALL - 1, pad=3)
         scale.label(ax, "z")
-        ax.set_zlabel("")  # that of the colour bar
+        ax.set_zlabel("")  # the colour bar has this label
         for axis in (ax.xaxis, ax.yaxis):
-            # Not at the ends: there those of two axes meet.
+            # No ticks at the ends, where those of two axes would overlap.
             axis.set_major_locator(ticker.MaxNLocator(4, prune="both"))
         ax.view_init(elev=28, azim=-60)
         ax.set_box_aspect((4, 4, 3), zoom=0.8)
@@ -184,17 +188,18 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
 
 
 def line_figure(records: Sequence[Labelled]) -> Any:
-    """One-dimensional landscapes as lines on the same axes.
+    """Draws one-dimensional landscapes as lines on the same axes.
 
     Args:
       records: Pairs of a label and a record.
 
     Returns:
-      A `matplotlib.figure.Figure` of one axes. A line's gid is "landscape:LABEL"; it
-      has gaps where the loss is not finite.
+      A `matplotlib.figure.Figure` of one axes. A line's gid is "landscape:LABEL"; the
+      line has gaps where the loss is not finite.
 
     Raises:
-      ValueError: No records, or one that is not of one dimension; no loss is finite.
+      ValueError: There are no records, one does not have one dimension, or no loss is
+        finite.
     """
     found = _checked(records, 1)
     scale = _Scale([losses for _, _, losses in found])
@@ -203,7 +208,7 @@ def line_figure(records: Sequence[Labelled]) -> Any:
     for i, (label, record, losses) in enumerate(found):
         axis = np.asarray(record["axes"][0])
         shown = np.where(np.isfinite(losses), losses, np.nan)
-        name, gid = plots.plain(_told(label, record)), f"landscape:{label}"
+        name, gid = plots.plain(_with_details(label, record)), f"landscape:{label}"
         style = {"linewidth": 1.6, **plots.line_style(i)}
         ax.plot(axis, shown, gid=gid, label=name, **style)
         for j, (name, at) in enumerate(_points(record) if record["points"] else ()):
@@ -218,7 +223,7 @@ def line_figure(records: Sequence[Labelled]) -> Any:
 
 
 class _Scale:
-    """One scale of losses for all panels: logarithmic where they span decades."""
+    """The common scale of losses of all panels, logarithmic for a wide range."""
 
     def __init__(self, losses: Sequence[np.ndarray]):
         finite = np.concatenate([x[np.isfinite(x)] for x in losses])
@@ -228,18 +233,18 @@ class _Scale:
         self.wide = low >= 0 and high > _WIDE * low and high > 0
         if self.wide:
             low = max(low, _SMALLEST * high)
-        if not high > low:  # flat: any interval around it
+        if not high > low:  # constant losses: take an interval around them
             low, high = low - 0.5, high + 0.5
         self.ends = low, high
         spaced = np.geomspace if self.wide else np.linspace
         self.levels = spaced(low, high, _LEVELS)
-        self.levels[[0, -1]] = low, high  # rounding must leave no point out
+        self.levels[[0, -1]] = low, high  # rounding must not exclude a point
 
     def clip(self, losses: np.ndarray) -> np.ndarray:
         return np.clip(np.where(np.isfinite(losses), losses, np.nan), *self.ends)
 
     def height(self, losses: np.ndarray) -> np.ndarray:
-        """Of a surface: matplotlib has no logarithmic axes in three dimensions."""
+        """Returns heights; matplotlib has no logarithmic axes in three dimensions."""
         return np.log10(self.clip(losses)) if self.wide else self.clip(losses)
 
     def norm(self) -> Any:
@@ -248,7 +253,7 @@ class _Scale:
         return (colors.LogNorm if self.wide else colors.Normalize)(*self.ends)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times powers of ten, or powers alone where there are many."""
+        """Returns powers of ten; over few decades also 2 and 5 times powers of ten."""
         low, high = (math.log10(x) for x in self.ends)
         factors = (1, 2, 5) if high - low < 2.5 else (1,)
         powers = range(math.floor(low), math.ceil(high) + 1)
@@ -256,7 +261,7 @@ class _Scale:
         return [x for x in found if self.ends[0] <= x <= self.ends[1]]
 
     def label(self, ax: Any, side: str, bar: Any = None) -> None:
-        """Ticks in nats, on an axis or a colour bar."""
+        """Puts ticks in nats on an axis or a colour bar."""
         if self.wide:
             ticks = self.ticks()
             names = [f"{x:g}" for x in ticks]
@@ -274,14 +279,14 @@ class _Scale:
 def _checked(
     records: Sequence[Labelled], dimensions: int | None
 ) -> list[tuple[str, Record, np.ndarray]]:
-    """Labels, records and losses; null, in JSON, stands for what is not finite."""
+    """Checks records; returns label, record and losses, where null becomes NaN."""
     if not records:
         raise ValueError("there must be at least one landscape to draw.")
     each = {len(record["axes"]) for _, record in records}
     if len(each) > 1 or (dimensions is not None and each != {dimensions}):
         raise ValueError(
-            f"landscapes of {dimensions or 'equal'} dimensions are drawn together, got "
-            f"{', '.join(map(str, sorted(each)))}."
+            f"landscapes must have {dimensions or 'equal'} dimensions to be drawn "
+            f"together, got {', '.join(map(str, sorted(each)))}."
         )
     return [
         (label, record, np.array(record["losses"], np.float64))
@@ -290,20 +295,20 @@ def _checked(
 
 
 def _limits(records: Any) -> list[tuple[float, float]]:
-    """What holds the axes of all."""
+    """Returns the limits of each axis over all records."""
     every = zip(*(record["axes"] for _, record, _ in records), strict=True)
     return [(min(x[0] for x in each), max(x[-1] for x in each)) for each in every]
 
 
 def _set_limits(ax: Any, records: Any) -> None:
-    """Gives axes of two dimensions the limits that hold all records."""
+    """Gives two-dimensional axes limits that hold all records."""
     x, y = _limits(records)
     ax.set_xlim(x)
     ax.set_ylim(y)
 
 
 def _points(record: Record) -> list[tuple[str, np.ndarray]]:
-    """Solutions by name, with their coordinates: the origin where there are none."""
+    """Returns name and coordinates of each solution; a single one is at the origin."""
     if record["points"] is None:
         return [("Solution", np.zeros(len(record["axes"])))]
     points = np.asarray(record["points"], np.float64)
@@ -314,24 +319,24 @@ def _points(record: Record) -> list[tuple[str, np.ndarray]]:
 
 
 def _mark(ax: Any, record: Record) -> None:
-    """Marks solutions, and the way of a trajectory."""
+    """Marks solutions, and the path of a trajectory."""
     white = {"color": "white", "markeredgecolor": "black"}
     if record["kind"] == "trajectory":
         line = {"marker": "o", "markersize": 3, "markeredgewidth": 0.4}
-        way = np.asarray(record["points"], np.float64).T
-        ax.plot(*way, linewidth=1.2, label="Checkpoints", **line, **white)
+        path = np.asarray(record["points"], np.float64).T
+        ax.plot(*path, linewidth=1.2, label="Checkpoints", **line, **white)
     for j, (name, at) in enumerate(_points(record)):
         ax.plot(*at[:, None], markersize=7, **_marker(j, name), **white)
 
 
 def _marker(j: int, name: str) -> dict[str, Any]:
-    """How the j-th solution is marked, and called in the legend."""
+    """Returns marker and legend text of the j-th solution."""
     marker = _MARKERS[j % len(_MARKERS)]
     return {"linestyle": "", "marker": marker, "label": plots.plain(name)}
 
 
-def _told(label: str, record: Record) -> str:
-    """The label, with what belongs to the axes of this landscape alone."""
+def _with_details(label: str, record: Record) -> str:
+    """Adds eigenvalues or the explained variance of a record to its label."""
     if record.get("eigenvalues"):
         values = ", ".join(f"{x:.3g}" for x in record["eigenvalues"])
         return f"{label}\nEigenvalues {values}"
@@ -342,7 +347,7 @@ def _told(label: str, record: Record) -> str:
 
 
 def _title(label: str, record: Record) -> str:
-    return _told(plots.name_of_panel(label), record)
+    return _with_details(plots.name_of_panel(label), record)
 
 
 def _legend(figure: Any, ax: Any) -> None:

@@ -12,16 +12,16 @@ from otmdr_jax.experiments.report.reading import Run
 
 
 def plot_learning_curves(runs: Iterable[Run], path: str | pathlib.Path) -> pathlib.Path:
-    """Writes :func:`learning_curves_figure` to a file, whose ending is the format."""
+    """Writes :func:`learning_curves_figure` to a file; its suffix sets the format."""
     return plots.save(learning_curves_figure(runs), path)
 
 
 def learning_curves_figure(runs: Iterable[Run]) -> Any:
-    """Training loss, accuracy and negative log-likelihood against the epoch.
+    """Draws training loss, accuracy and negative log-likelihood against the epoch.
 
-    A label has one colour: a thin line for each run, a thick one for their mean at the
-    steps that all of them logged. Accuracy and likelihood come from the split that was
-    evaluated most often, the test set when there is a choice.
+    Each label has one colour, with a thin line for each run and a thick line for their
+    mean at the steps that all of them logged. Accuracy and likelihood come from the
+    split that was evaluated most often; the test set wins a tie.
 
     Args:
       runs: The runs.
@@ -31,7 +31,7 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
       "mean:LABEL".
 
     Raises:
-      ValueError: No runs.
+      ValueError: There are no runs.
     """
     groups = by_label(runs)
     split = _evaluated_split([run for group in groups.values() for run in group])
@@ -60,15 +60,15 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
 
 def _evaluated_split(runs: Sequence[Run]) -> str:
     lines = [entry["split"] for run in runs for entry in run.history]
-    return max(("test", "validation"), key=lines.count)  # the first of equals
+    return max(("test", "validation"), key=lines.count)  # the first one wins a tie
 
 
 def _curves(runs: Sequence[Run], split: str, name: str, scale: float) -> list[dict]:
-    """For each run that logged the number: step -> (epoch, value)."""
+    """Returns step -> (epoch, value) for each run that logged the number."""
     curves = []
     for run in runs:
         curve = {}
-        # A resumed run may log a step twice: what was logged last counts.
+        # A resumed run may log a step twice; the last entry counts.
         for entry in run.history:
             if entry["split"] == split and name in entry:
                 value = entry[name]
@@ -91,12 +91,12 @@ def _draw_group(ax: Any, label: str, style: dict, curves: list[dict]) -> None:
 
 def _draw(ax: Any, gid: str, curve: dict, style: dict) -> None:
     points = np.array([curve[step] for step in sorted(curve)], np.float64)  # (n, 2)
-    marker = "o" if len(points) < 3 else ""  # a lone point makes no line
+    marker = "o" if len(points) < 3 else ""  # a single point makes no line
     ax.plot(*points.T, gid=gid, marker=marker, markersize=4, **style)
 
 
 def _log_if_wide(ax: Any) -> None:
-    """A logarithmic axis where values span more than 30 times their smallest."""
+    """Makes the axis logarithmic if values exceed 30 times the smallest one."""
     values = np.concatenate([line.get_ydata() for line in ax.lines])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 30 * values.min():

@@ -1,4 +1,4 @@
-"""A report as a folder: a page to read, pictures, and every number behind them."""
+"""Writes a report folder: a page, its pictures, and every number behind them."""
 
 import importlib.metadata
 import pathlib
@@ -13,8 +13,8 @@ from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
 
-# A results.json with this key marks a folder as a report. Its value is the version of
-# the files' layout.
+# This key in results.json marks a folder as a report. Its value is the version of the
+# file layout.
 MARKER = "otmdr_report"
 _LAYOUT = 1
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
@@ -34,32 +34,33 @@ def write(
     """Writes a report on runs, or replaces an earlier one.
 
     The files are report.md, its pictures, results.json (all rows and results) and
-    configs.json (each run's exact options); a whole report also has report.html, the
-    same page as one file with the pictures inside. Nothing is written if anything is
-    wrong with the runs.
+    configs.json (each run's exact options). A whole report also has report.html, the
+    same page as one file with the pictures inside. If anything is wrong with the runs,
+    nothing is written.
 
     Args:
-      folder: A new or empty folder, or one of an earlier report: that report's files
-        are replaced, other files are kept.
+      folder: Folder that is new or empty or holds an earlier report. The files of an
+        earlier report are replaced, other files are kept.
       runs: The runs.
-      title: The page's heading.
-      command: What made the report, for the page.
-      whole: Everything that is known of the runs, with intervals, significance and
-        images; what is missing is named. Otherwise the table of results, learning
-        curves and reliability diagrams.
-      baseline: The label that a whole report compares with, in upper or lower case.
+      title: Heading of the page.
+      command: Command that made the report, for the page.
+      whole: Whether to write a whole report, with intervals, tests, records and images;
+        it names the records that are missing. Otherwise the report has the table of
+        results, learning curves and reliability diagrams.
+      baseline: Label that a whole report compares with, in upper or lower case.
         Default: the first one.
-      costs: Rows of a sweep, see :func:`otmdr_jax.experiments.sweep.run`: what the runs
-        cost, and tests over seeds, in a whole report.
+      costs: Rows of a sweep, see :func:`otmdr_jax.experiments.sweep.run`, from which a
+        whole report shows the cost of runs and tests over seeds.
       show_progress: Whether to show how many pictures are drawn.
 
     Returns:
-      The path of report.html, or of report.md where there is none.
+      The path of report.html, or of report.md if the report is not whole.
 
     Raises:
-      FileExistsError: The folder holds something that is no report.
+      FileExistsError: The folder holds files, but no report.
       ImportError: matplotlib, Jinja2 or markdown-it-py is not installed.
-      ValueError: No runs, a run given twice, or no such baseline.
+      ValueError: There are no runs, a run is given twice, or no run has the baseline's
+        label.
     """
     folder, runs = pathlib.Path(folder), list(runs)
     check_folder(folder)
@@ -78,7 +79,7 @@ def write(
         texts["report.html"] = document.html(page, drawn)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_pictures(folder, keep=drawn)
-    # The marker comes first: a report that was cut off can be written again.
+    # The marker comes first, so that an interrupted report can be written again.
     results = {**_results(title, rows, runs), "pictures": list(drawn)}
     files.write_json(folder / "results.json", results, default=str)
     configs = [{**_name(run), "config": run.config} for run in runs]
@@ -99,7 +100,7 @@ def compose(
     baseline: str | None = None,
     costs: Sequence[dict[str, Any]] | None = None,
 ) -> document.Page:
-    """The page of a report, whose pictures are not drawn yet: see :func:`write`."""
+    """Composes the page of a report without drawing its pictures; see :func:`write`."""
     return document.page(
         title,
         runs=runs,
@@ -114,19 +115,19 @@ def compose(
 
 
 def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
-    """Removes pictures that an earlier report lists and this one has not."""
+    """Removes the pictures of an earlier report that this report does not have."""
     for name in set(_earlier(folder).get("pictures", [])) - set(keep):
         (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def check_folder(folder: str | pathlib.Path) -> None:
-    """Checks that a report may be written here, before the work for it is done.
+    """Checks that :func:`write` may write into a folder, before the work begins.
 
     Args:
-      folder: Where :func:`write` shall write.
+      folder: Folder for the report.
 
     Raises:
-      FileExistsError: The folder holds something that is no report.
+      FileExistsError: The folder holds files, but no report.
     """
     folder = pathlib.Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -140,7 +141,7 @@ def check_folder(folder: str | pathlib.Path) -> None:
 
 
 def _earlier(folder: pathlib.Path) -> dict[str, Any]:
-    """The results.json of a folder; empty where there is none that can be read."""
+    """Reads the results.json of a folder; empty if it cannot be read."""
     try:
         return files.read_json(folder / "results.json")
     except (OSError, ValueError):
@@ -183,7 +184,7 @@ def _results(title: str, rows: Sequence[summary.Row], runs: Sequence[Run]) -> di
 def _name(run: Run) -> dict[str, Any]:
     if run.folder is None:
         return {"label": run.label, "folder": None}
-    # An absolute path means nothing on another machine.
+    # An absolute path has no meaning on another machine.
     path = pathlib.Path(run.folder)
     return {
         "label": run.label,

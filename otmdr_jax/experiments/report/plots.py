@@ -1,9 +1,10 @@
-"""What the pictures of a report share: colours, panels, legends, files.
+"""Shared parts of a report's pictures: colours, panels, legends, files.
 
-A `*_figure` function builds a figure, its `plot_*` twin writes it to a file; without
-matplotlib they raise an ImportError. Figures are built without pyplot: no backend is
-chosen and no global state is touched. A panel is a subfigure, so that a page can put
-the panels of a drawn figure side by side or below each other, as the screen is wide.
+A `*_figure` function builds a figure, and its `plot_*` twin writes it to a file; both
+raise an ImportError without matplotlib. Figures are built without pyplot, so that they
+choose no backend and touch no global state. A panel is a subfigure, so that a page can
+place the panels of a drawn figure side by side on a wide screen, and below each other
+on a narrow one.
 """
 
 import io
@@ -18,8 +19,8 @@ import numpy as np
 from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.io import files
 
-# Okabe and Ito's colours, told apart with any colour vision; their yellow is too pale
-# for lines.
+# Okabe and Ito's colours, distinct with any colour vision; without their yellow, which
+# is too pale for lines.
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -29,12 +30,12 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )
-_STYLES = ("-", "--", ":", "-.")  # for an eighth label and more
+_STYLES = ("-", "--", ":", "-.")  # the second one starts at the eighth label
 WIDTH, DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
-ALONE = 5.0  # inches: the width of a panel that is alone
+ALONE = 5.0  # inches: the width of a single panel
 SMALL, LARGE = 8, 9  # points: ticks and legends, labels and titles
 
-# Right and wrong, accuracy and its gap: alike in all bars and their legends.
+# Styles of bars and their legends: right and wrong, accuracy and gap.
 RIGHT: dict[str, Any] = {"facecolor": "#56B4E9", "edgecolor": "white"}
 WRONG: dict[str, Any] = {
     "facecolor": "#F7CDB5",
@@ -44,7 +45,7 @@ WRONG: dict[str, Any] = {
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of a report: width and height in inches."""
+    """Makes an empty figure; width and height are in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -57,12 +58,12 @@ def new_figure(width: float, height: float) -> Any:
 def panels(
     count: int, height: Callable[[float], float], most: int = 3
 ) -> tuple[Any, list[Any]]:
-    """A figure of panels.
+    """Makes a figure of panels.
 
     Args:
-      count: How many.
-      height: A panel's width -> its height, in inches.
-      most: How many stand side by side.
+      count: Number of panels.
+      height: Function from a panel's width to its height, in inches.
+      most: Largest number of panels side by side.
 
     Returns:
       The figure, and a subfigure for each panel.
@@ -78,7 +79,7 @@ def panels(
 def dress(
     ax: Any, title: str = "", x: str = "", y: str = "", grid: bool = True
 ) -> None:
-    """Gives axes their title and labels, and what all axes of a report have."""
+    """Gives axes their title and labels, and the common style of a report."""
     ax.set_title(title, fontsize=LARGE)
     ax.set_xlabel(x, fontsize=LARGE)
     ax.set_ylabel(y, fontsize=LARGE)
@@ -89,18 +90,18 @@ def dress(
 
 
 def name_of_panel(label: str) -> str:
-    """A label as a panel's title: panels are about 3 inches wide, 30 letters."""
+    """Wraps a label for a panel's title; a panel of 3 inches holds 30 letters."""
     return plain(textwrap.fill(label, 30))
 
 
 def line_style(i: int) -> dict[str, Any]:
-    """Colour and dashes of the i-th label."""
+    """Returns colour and dashes of the i-th label."""
     style = _STYLES[i // len(COLOURS) % len(_STYLES)]
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": style}
 
 
 def mean_curve(curves: Sequence[dict[int, Any]]) -> dict[int, Any]:
-    """The mean of curves at the places that all of them have."""
+    """Averages curves at the places that all of them have."""
     common = set.intersection(*(set(curve) for curve in curves))
     return {x: np.mean([curve[x] for curve in curves], axis=0) for x in common}
 
@@ -120,11 +121,11 @@ def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
 
 
 def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Puts a legend under a figure, which grows by its height.
+    """Puts a legend under a figure, which grows by the legend's height.
 
-    It is no wider than a single panel, for a page on a narrow screen.
+    The legend is no wider than a single panel, so that it fits a narrow screen.
     """
-    # About 72 small letters fit; a handle takes the place of seven.
+    # About 72 small letters fit into a line; a handle takes the space of seven.
     columns = max(1, min(len(names), 72 // (max(map(len, names)) + 7)))
     rows = math.ceil(len(names) / columns)
     figure.set_figheight(figure.get_figheight() + 0.17 * rows + 0.1)
@@ -139,28 +140,28 @@ def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def say(ax: Any, text: str) -> None:
-    """Writes into an axes that has nothing to show."""
+    """Writes a text into empty axes."""
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=LARGE)
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not read as a formula."""
+    """Escapes dollars, so that matplotlib does not read text as a formula."""
     return text.replace("$", r"\$")
 
 
 def pool(runs: Sequence[Run]) -> list[Run]:
-    """The runs whose predictions are numbers, checked to share their classes."""
+    """Returns the runs without NaN in their predictions; all must share the classes."""
     classes = sorted({run.log_probs.shape[1] for run in runs})
     if len(classes) > 1:
         raise ValueError(
             f"runs of {runs[0].label!r} predict different numbers of classes: "
-            f"{', '.join(map(str, classes))}. Give them labels of their own."
+            f"{', '.join(map(str, classes))}. Give them different labels."
         )
     return [run for run in runs if not np.isnan(run.log_probs).any()]
 
 
 def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
-    """Writes a figure; the same figure gives the same bytes."""
+    """Writes a figure; equal figures give equal bytes."""
     path = pathlib.Path(path)
     metadata = {"Software": None} if path.suffix == ".png" else None
     with files.replacing(path) as file:
@@ -172,8 +173,8 @@ class Piece(NamedTuple):
     """A part of a drawn figure.
 
     Attributes:
-      png: The bytes of its picture.
-      width: Its width in CSS pixels, of which an inch has 96.
+      png: Bytes of its picture.
+      width: Width in CSS pixels, 96 to an inch.
     """
 
     png: bytes
@@ -184,9 +185,9 @@ class Drawn(NamedTuple):
     """A figure that has been drawn.
 
     Attributes:
-      png: The bytes of the whole picture.
-      panels: The same picture cut into its panels.
-      legends: And into its legends.
+      png: Bytes of the whole picture.
+      panels: Panels, cut out of the picture.
+      legends: Legends, cut out of the picture.
     """
 
     png: bytes
@@ -195,7 +196,7 @@ class Drawn(NamedTuple):
 
 
 def draw(figure: Any) -> Drawn:
-    """Draws a figure once, as a whole and as its parts."""
+    """Draws a figure once, and cuts the picture into its parts."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -212,7 +213,7 @@ def draw(figure: Any) -> Drawn:
 
 
 def _piece(pixels: np.ndarray, box: Any) -> Piece:
-    """What lies in a box, whose origin is the lower left corner."""
+    """Cuts a box out of a picture; the box counts from the lower left corner."""
     left, right = round(box.x0), round(box.x1)
     # A figure's height need not be a whole number of pixels.
     top, bottom = (max(0, round(len(pixels) - y)) for y in (box.y1, box.y0))

@@ -1,4 +1,4 @@
-"""The distribution of signal-to-noise ratios over the weights of Bayesian networks."""
+"""Draws the signal-to-noise ratios of the weights of Bayesian networks."""
 
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -11,28 +11,28 @@ from otmdr_jax.experiments.report import plots
 from otmdr_jax.experiments.report.labels import by_label
 from otmdr_jax.experiments.report.reading import Run
 
-# More layers than this have no room for their names.
+# With more layers than this there is no room for their names.
 _MAX_NAMES = 8
 
 
 def bayesian(runs: Iterable[Run]) -> list[Run]:
-    """The runs that have a posterior."""
+    """Returns the runs that have a posterior."""
     return [run for run in runs if run.result.get("posterior")]
 
 
 def plot_signal_to_noise(runs: Iterable[Run], path: str | pathlib.Path) -> pathlib.Path:
-    """Writes :func:`signal_to_noise_figure` to a file, whose ending is the format."""
+    """Writes :func:`signal_to_noise_figure` to a file; its suffix sets the format."""
     return plots.save(signal_to_noise_figure(runs), path)
 
 
 def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
-    r"""How many weights have which ratio of \|mu\| to sigma, and which layers.
+    r"""Draws the distribution of \|mu\| / sigma over weights, and its mean per layer.
 
-    Left the share of weights in bins of 2 dB, a line for each label: the mean over its
-    runs. Right the mean ratio of each layer.
+    The left axes show the share of weights in bins of 2 dB, with one line for each
+    label, the mean over its runs. The right axes show the mean ratio of each layer.
 
     Args:
-      runs: The runs; those without a posterior are left out.
+      runs: The runs; runs without a posterior are left out.
 
     Returns:
       A `matplotlib.figure.Figure` of two axes. A line's gid is "share:LABEL" or
@@ -78,7 +78,7 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
 
 
 def _layers(runs: Sequence[Run]) -> tuple[list[str], np.ndarray]:
-    """Names, and means over the runs, of the layers that all of them have."""
+    """Returns the layers that all runs have: names, and means over the runs."""
     every = [run.result["posterior"]["snr_db"] for run in runs]
     names = [name for name in every[0] if all(name in one for one in every)]
     return names, np.mean([[one[name] for name in names] for one in every], axis=0)

@@ -1,6 +1,7 @@
-"""Pictures of predictions: how sure, confused with what, and which to leave to others.
+"""Pictures of predictions: reliability, confidence, confusion, risk and coverage.
 
-Each has a panel or a line for each label, over the pooled predictions of its runs.
+Each has a panel or a line for each label. Runs with NaN in their predictions are left
+out.
 """
 
 import pathlib
@@ -14,38 +15,38 @@ from otmdr_jax.experiments.report import plots
 from otmdr_jax.experiments.report.labels import by_label
 from otmdr_jax.experiments.report.reading import Run
 
-# With more classes a confusion matrix has no room for numbers, or for names.
+# With more classes than these, a confusion matrix has no room for numbers or for names.
 MAX_NUMBERS, MAX_NAMES = 12, 20
 _ACCURACY: dict[str, Any] = {"color": "#004B76", "linewidth": 1.8}
 _DIAGONAL: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.0}
 _EXAMPLES: dict[str, Any] = {"facecolor": "#666666", "edgecolor": "white"}
-_GRID = np.linspace(0.0, 1.0, 201)[1:]  # coverages that risks are averaged at
+_GRID = np.linspace(0.0, 1.0, 201)[1:]  # coverages at which risks are averaged
 
 
 def plot_reliability(
     runs: Iterable[Run], path: str | pathlib.Path, num_bins: int = metrics.NUM_BINS
 ) -> pathlib.Path:
-    """Writes :func:`reliability_figure` to a file, whose ending is the format."""
+    """Writes :func:`reliability_figure` to a file; its suffix sets the format."""
     return plots.save(reliability_figure(runs, num_bins), path)
 
 
 def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> Any:
-    """Accuracy against confidence, and how often each confidence was given.
+    """Draws accuracy against confidence, and a histogram of the confidence.
 
-    One panel for each label over the pooled predictions of its runs, on the same axes.
-    Runs whose predictions are not numbers are left out, and the panel says so.
+    Each label has a panel over the pooled predictions of its runs. A panel says how
+    many runs it leaves out because their predictions are NaN.
 
     Args:
       runs: The runs.
-      num_bins: Bins of confidence.
+      num_bins: Number of bins of confidence.
 
     Returns:
       A `matplotlib.figure.Figure`: for each label an axes with gid "reliability:LABEL"
-      and one beneath with gid "histogram:LABEL". The bars' containers are labelled
+      and, below it, one with gid "histogram:LABEL". The bars' containers are labelled
       "Accuracy", "Gap to confidence" and "Examples".
 
     Raises:
-      ValueError: No runs, or runs of one label that differ in their classes.
+      ValueError: There are no runs, or runs of one label differ in their classes.
     """
     groups = by_label(runs)
     figure, parts = plots.panels(
@@ -70,7 +71,7 @@ def reliability_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) ->
 
 
 def _draw_reliability(top: Any, bottom: Any, runs: Sequence[Run], num_bins: int) -> str:
-    """Draws one label's panel; returns what its title adds to the label."""
+    """Draws the panel of one label; returns the end of its title."""
     pooled = _pooled(runs)
     if pooled is None:
         plots.say(top, "no finite predictions")
@@ -89,7 +90,7 @@ def _draw_reliability(top: Any, bottom: Any, runs: Sequence[Run], num_bins: int)
         **style,
         **plots.WRONG,
     )
-    # The gap hides the bar where accuracy exceeds confidence: mark where it ends.
+    # The gap hides the bar if accuracy exceeds confidence, so a line marks its end.
     lefts, rights = bins.edges[:-1][full], bins.edges[1:][full]
     top.hlines(accuracy, lefts, rights, zorder=3, clip_on=False, **_ACCURACY)
     top.plot([0, 1], [0, 1], **_DIAGONAL)
@@ -112,11 +113,11 @@ def _legend_of_bars(figure: Any) -> None:
 
 
 def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> Any:
-    """How often each confidence was given, to right and to wrong predictions.
+    """Draws histograms of the confidence of right and of wrong predictions.
 
     Args:
-      runs: The runs; those whose predictions are not numbers are left out.
-      num_bins: Bins of confidence.
+      runs: The runs.
+      num_bins: Number of bins of confidence.
 
     Returns:
       A `matplotlib.figure.Figure`: for each label an axes with gid "confidence:LABEL",
@@ -124,7 +125,7 @@ def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> 
       all predictions.
 
     Raises:
-      ValueError: No runs.
+      ValueError: There are no runs.
     """
     from matplotlib.patches import Patch
 
@@ -143,7 +144,7 @@ def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> 
         if pooled is None:
             plots.say(ax, "no finite predictions")
             continue
-        # Closed on the right, as the bins of ECE are.
+        # Bins are closed on the right, as those of the ECE.
         rows = np.searchsorted(edges[1:-1], pooled.confidence, side="left")
         right, wrong = (
             100.0 * np.bincount(rows[x], minlength=num_bins) / len(rows)
@@ -159,10 +160,10 @@ def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> 
 
 
 def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) -> Any:
-    """Which class is taken for which: of each class (row) the shares of predictions.
+    """Draws confusion matrices: the shares of predictions of each true class (row).
 
     Args:
-      runs: The runs; those whose predictions are not numbers are left out.
+      runs: The runs.
       names: Names of the classes. Default: their numbers.
 
     Returns:
@@ -170,7 +171,7 @@ def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) ->
       and an image of (C, C) percentages, NaN for classes without examples.
 
     Raises:
-      ValueError: No runs, or names of another number of classes.
+      ValueError: There are no runs, or there are not C names.
     """
     from matplotlib.colors import PowerNorm
 
@@ -192,7 +193,7 @@ def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) ->
             raise ValueError(
                 f"names must be those of the {classes} classes, got {len(names)}."
             )
-        # A root, so that the few that are wrong are seen beside those that are right.
+        # A root scale keeps the few errors visible beside the right predictions.
         image = ax.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0.0, 100.0))
         if classes <= MAX_NAMES:
             shown = list(map(str, range(classes))) if names is None else list(names)
@@ -223,7 +224,7 @@ def _write_shares(ax: Any, shares: np.ndarray) -> None:
 
 
 def confusion(predictions: metrics.Predictions) -> np.ndarray:
-    """(C, C) percentages: row i column j is how much of class i is predicted as j."""
+    """Returns (C, C) percentages: [i, j] is the share of class i predicted as j."""
     classes = predictions.shape[1]
     cells = predictions.labels * classes + predictions.predicted
     counts = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
@@ -232,17 +233,17 @@ def confusion(predictions: metrics.Predictions) -> np.ndarray:
 
 
 def risk_coverage_figure(runs: Iterable[Run]) -> Any:
-    """The error of the surest predictions, against how many of them are kept.
+    """Draws the error of the most confident predictions against their share.
 
     Args:
-      runs: The runs; those whose predictions are not numbers are left out.
+      runs: The runs.
 
     Returns:
-      A `matplotlib.figure.Figure` of one axes; a line's gid is "risk:LABEL", the mean
-      over the label's runs.
+      A `matplotlib.figure.Figure` of one axes. The line of a label, with gid
+      "risk:LABEL", is the mean over its runs.
 
     Raises:
-      ValueError: No runs.
+      ValueError: There are no runs.
     """
     groups = by_label(runs)
     figure = plots.new_figure(plots.ALONE, 3.2)
@@ -267,7 +268,7 @@ def risk_coverage_figure(runs: Iterable[Run]) -> Any:
 
 
 def _pooled(runs: Sequence[Run]) -> metrics.Predictions | None:
-    """The predictions of all runs that are numbers; None where there are none."""
+    """Joins the predictions of the runs without NaN; None if there are none."""
     pooled = plots.pool(runs)
     if not pooled:
         return None
@@ -279,7 +280,7 @@ def _pooled(runs: Sequence[Run]) -> metrics.Predictions | None:
 
 
 def _same_height(panels: Sequence[Any]) -> None:
-    """Gives axes of bars one scale, on which they can be compared."""
+    """Gives axes of bars a common scale, so that they can be compared."""
     highest = max(ax.dataLim.ymax for ax in panels)
     if np.isfinite(highest) and highest > 0:
         for ax in panels:

@@ -1,4 +1,4 @@
-"""A finished run, read from its folder and checked."""
+"""Reads a finished run from its folder and checks it."""
 
 import json
 import pathlib
@@ -16,10 +16,10 @@ class Run(NamedTuple):
     """One finished training run.
 
     Attributes:
-      folder: Where it was read from; None for a run made in memory.
-      label: What it is grouped by in tables and plots.
+      folder: The run's folder; None for a run made in memory.
+      label: Name that groups runs in tables and plots.
       config: The run's options.
-      result: Its final numbers on the test set, None where unknown.
+      result: Its final numbers on the test set; an unknown number is None.
       history: The lines of metrics.jsonl in order.
       log_probs: (N, C) log-probabilities on the test set.
       labels: (N,) integers, the classes of the test set.
@@ -37,21 +37,19 @@ class Run(NamedTuple):
 def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
     """Reads a run folder.
 
-    The last line of metrics.jsonl may be cut off, as a killed run leaves it: it is
+    A killed run may leave the last line of metrics.jsonl incomplete. Such a line is
     dropped.
 
     Args:
-      folder: The run's folder: config.json, metrics.jsonl, result.json and
-        predictions.npz.
-      label: What the run is grouped by. Default: :func:`label_of` its configuration.
+      folder: Folder with config.json, metrics.jsonl, result.json and predictions.npz.
+      label: Name that groups runs. Default: :func:`label_of` its configuration.
 
     Returns:
       The run.
 
     Raises:
-      FileNotFoundError: Not a run folder, or one of an unfinished run.
-      ValueError: A file that does not hold what it should; the message names the file
-        and the line.
+      FileNotFoundError: The folder is no run folder, or the run is not finished.
+      ValueError: A file has wrong content; the message names the file and the line.
     """
     folder = pathlib.Path(folder)
     missing = _missing(folder, "config.json", "metrics.jsonl")
@@ -63,8 +61,8 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
     missing = _missing(folder, "result.json", "predictions.npz")
     if missing:
         raise FileNotFoundError(
-            f"{folder} is an unfinished run: it lacks {missing}. Finish it, or let "
-            f"`otmdr evaluate {folder}` write what is missing from its last checkpoint."
+            f"{folder} is an unfinished run: it lacks {missing}. Finish it, or write "
+            f"the missing files from its last checkpoint: `otmdr evaluate {folder}`."
         )
     config = _read_config(folder / "config.json")
     log_probs, labels = _read_predictions(folder / "predictions.npz")
@@ -84,12 +82,12 @@ def _missing(folder: pathlib.Path, *names: str) -> str:
 
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The options of a run, also of an older version, whose files hold all methods'."""
+    """Reads the options of a run; old files hold the options of all methods."""
     config = _read_object(path)
     try:
         own = json.loads(files.dumps(config_lib.load(path).flat()))
     except (TypeError, ValueError):
-        return config  # of another program: it is shown as it is
+        return config  # another program wrote it; show it unchanged
     return own if set(own) <= set(config) else config
 
 
@@ -110,8 +108,8 @@ def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:
             entry = files.loads(line)
             _check_entry(entry)
         except ValueError as error:
-            # Each line ends with a newline; what follows the last one was cut off while
-            # it was written, unless it happens to be whole.
+            # Each line ends with a newline. Text after the last newline is an
+            # incomplete line, unless only its newline is missing.
             if number == len(lines):
                 break
             message = getattr(error, "msg", error)

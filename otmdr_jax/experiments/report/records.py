@@ -1,4 +1,4 @@
-"""What commands measured of runs and left in their folders: read, and as tables."""
+"""Records that commands leave in run folders: reads them and makes their tables."""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ class Kind(NamedTuple):
     """A kind of record.
 
     Attributes:
-      file: Its name in a run's folder.
-      command: What writes it.
-      keys: What it must hold.
+      file: Name of its file in a run's folder.
+      command: Command that writes it.
+      keys: Keys that it must hold.
     """
 
     file: str
@@ -59,10 +59,10 @@ _TITLES = {column.name: column.title for column in DEFAULT_COLUMNS} | {
 
 
 def read_record(run: Run, kind: Kind) -> dict[str, Any] | None:
-    """A record of a run; None where it was not made.
+    """Reads a record of a run; None if the run has none.
 
     Raises:
-      ValueError: The file is no JSON object, or no record of this kind.
+      ValueError: The file is no JSON object, or lacks keys of this kind.
     """
     if run.folder is None:
         return None
@@ -76,13 +76,16 @@ def read_record(run: Run, kind: Kind) -> dict[str, Any] | None:
     if lacking := [key for key in kind.keys if key not in record]:
         raise ValueError(
             f"{path} is no record of `{kind.command}`: it lacks {', '.join(lacking)}. "
-            "Let the command write it anew."
+            "Run the command again."
         )
     return record
 
 
 def found(runs: Sequence[Run], kind: Kind) -> list[tuple[str, dict[str, Any]]]:
-    """The records that are there, by the label, and the folder where it has several."""
+    """Returns (name, record) of each run that has a record.
+
+    The name is the run's label, and also its folder if several runs share the label.
+    """
     every = [(run, read_record(run, kind)) for run in runs]
     there = [(run, record) for run, record in every if record is not None]
     labels = [run.label for run, _ in there]
@@ -93,26 +96,26 @@ def found(runs: Sequence[Run], kind: Kind) -> list[tuple[str, dict[str, Any]]]:
 
 
 def without(runs: Sequence[Run], kind: Kind) -> list[str]:
-    """The names of the runs that have no record of a kind."""
+    """Returns the names of the runs that have no record of a kind."""
     return [name_of(run, runs) for run in runs if read_record(run, kind) is None]
 
 
 def out_of_date(runs: Sequence[Run], kind: Kind) -> list[str]:
-    """Sentences on the records that are of another step than the run's result."""
+    """Returns a sentence for each record of another step than the run's result."""
     notes = []
     for run in runs:
         step = (read_record(run, kind) or {}).get("step")
         last = run.result.get("steps")
         if None not in (step, last) and step != last:
             notes.append(
-                f"{name_of(run, runs)} was measured at step {step}; its result is that "
-                f"of step {last}."
+                f"{name_of(run, runs)} was measured at step {step}, but its result is "
+                f"that of step {last}."
             )
     return notes
 
 
 def sharpness_table(found: dict[str, dict[str, Any]]) -> Table:
-    """Records of sharpness, see `experiments.measure.sharpness`, side by side."""
+    """Puts records of :mod:`otmdr_jax.experiments.measure.sharpness` side by side."""
     every = [{row["name"]: row for row in one["measures"]} for one in found.values()]
     lines = []
     for name in dict.fromkeys(name for one in every for name in one):
@@ -122,14 +125,14 @@ def sharpness_table(found: dict[str, dict[str, Any]]) -> Table:
 
 
 def _measure_title(name: str) -> str:
-    """A measure of sharpness in words."""
+    """Returns the title of a measure of sharpness."""
     if name.startswith("hessian_eigenvalue_"):
         return f"Hessian eigenvalue {name.rpartition('_')[2]}"
     return _MEASURES.get(name, name)
 
 
 def calibration_table(record: dict[str, Any]) -> Table:
-    """Of a record of :func:`otmdr_jax.experiments.measure.calibrate.calibrate`."""
+    """Makes the table of a record of `experiments.measure.calibrate.calibrate`."""
     fitted = [method for method in record["methods"] if "metrics" in method]
     names = list(fitted[0]["metrics"]) if fitted else []
     lines = []
@@ -149,7 +152,7 @@ def calibration_table(record: dict[str, Any]) -> Table:
 
 
 def conformal_table(record: dict[str, Any]) -> Table:
-    """Coverage and size of the conformal sets of a calibration record."""
+    """Makes the table of the conformal sets in a calibration record."""
     asked = f"Coverage (%), asked {100 * (1 - record['alpha']):.4g}"
     lines = [
         [one["score"].upper(), f"{100 * one['coverage']:.2f}", f"{one['size']:.3f}"]
@@ -159,7 +162,7 @@ def conformal_table(record: dict[str, Any]) -> Table:
 
 
 def number(value: float | None) -> str:
-    """A number of any size to four digits; "-" for none."""
+    """Formats a number of any size with four digits; "-" for None."""
     return "-" if value is None else f"{value:.4g}"
 
 

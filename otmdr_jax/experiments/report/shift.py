@@ -1,7 +1,7 @@
-"""What `otmdr shift` found: a table on the terminal, curves against the severity.
+"""Tables and curves of the records of `otmdr shift`.
 
-A record is what :func:`otmdr_jax.experiments.measure.shift.evaluate` returns, or
-shift.json.
+A record is the result of :func:`otmdr_jax.experiments.measure.shift.evaluate`, as in
+shift.json. A foreign set is one of other classes.
 """
 
 import pathlib
@@ -25,14 +25,15 @@ _SHOWN = (
 )
 _ACCURACY = _SHOWN[0]
 _TITLES = [column.title for column in _SHOWN]
-_MOST_WITH_LINES = 2  # methods: the lines of more hide each other
+# With more methods than this, the lines of single corruptions would hide each other.
+_MOST_WITH_LINES = 2
 _PUBLISHED = "cifar10_corrupted/"
 
 
 def plot_shift(
     found: Sequence[tuple[str, Record]], path: str | pathlib.Path
 ) -> pathlib.Path:
-    """Writes :func:`shift_figure` to a file, whose ending is the format."""
+    """Writes :func:`shift_figure` to a file; the file's suffix sets the format."""
     return plots.save(shift_figure(found), path)
 
 
@@ -41,14 +42,14 @@ def shift_figure(
     *,
     order: Sequence[str] | None = None,
 ) -> Any:
-    """Accuracy, NLL and ECE against the severity of corruptions; 0 is the clean set.
+    """Draws accuracy, NLL and ECE against the severity of corruptions; 0 is clean.
 
-    A thick line is the mean over corruptions, a thin one a corruption. Of one method
-    each corruption has a colour of its own, of several each method; of more than two
-    the means alone are shown.
+    A thick line is the mean over corruptions; a thin line is one corruption. With one
+    method, each corruption has its own colour; with several, each method has. With more
+    than two methods only the means are drawn.
 
     Args:
-      found: (label, record) of each method; those without corruptions are left out.
+      found: (label, record) of each method; records without corruptions are left out.
       order: Labels in the order of their colours. Default: those of `found`.
 
     Returns:
@@ -59,7 +60,7 @@ def shift_figure(
       ValueError: No record has corruptions.
 
     Reference: Ovadia et al., `Can You Trust Your Model's Uncertainty?
-    <https://arxiv.org/abs/1906.02530>`_, NeurIPS 2019, whose figures are these.
+    <https://arxiv.org/abs/1906.02530>`_, NeurIPS 2019, which has these figures.
     """
     shown = [(label, record) for label, record in found if record["corruptions"]]
     if not shown:
@@ -93,11 +94,11 @@ def shift_figure(
 
 
 def print_shift(record: Record, title: str = "") -> None:
-    """Prints a record: a line for each corruption, set and foreign set.
+    """Prints a record, with one line for each corruption, test set and foreign set.
 
     Args:
       record: The record.
-      title: A line above the first table.
+      title: Line above the first table.
     """
     corruption_table(record).print(title)
     for name, table in (
@@ -112,7 +113,7 @@ def print_shift(record: Record, title: str = "") -> None:
 
 
 def corruption_table(record: Record) -> Table:
-    """A line for each corruption: accuracies, then means over its severities."""
+    """Tabulates each corruption: accuracies, then means over its severities."""
     table = _by_severity(record["corruptions"])
     blank = [""] * (len(table.header) - len(_SHOWN) - 1)
     clean = ["clean", *blank, *_texts(record["clean"])]
@@ -120,7 +121,7 @@ def corruption_table(record: Record) -> Table:
 
 
 def published_table(record: Record) -> Table:
-    """The same of CIFAR-10-C's files, without the clean set."""
+    """Tabulates the files of CIFAR-10-C in the same way, without the clean set."""
     rows = []
     for row in record["sets"]:
         if row["name"].startswith(_PUBLISHED):
@@ -130,7 +131,7 @@ def published_table(record: Record) -> Table:
 
 
 def _by_severity(rows: Sequence[Record]) -> Table:
-    """A line for each name: accuracies by severity, then means; a line of means."""
+    """Tabulates each name: accuracies by severity, then means; last the mean of all."""
     levels = sorted({row["severity"] for row in rows})
     groups = grouped(rows, itemgetter("name"))
     if len(groups) > 1:
@@ -144,14 +145,14 @@ def _by_severity(rows: Sequence[Record]) -> Table:
 
 
 def set_table(record: Record) -> Table:
-    """A line for each of the other test sets."""
+    """Tabulates the other test sets."""
     rows = [x for x in record["sets"] if not x["name"].startswith(_PUBLISHED)]
     lines = [[x["name"], str(x["num_examples"]), *_texts(x)] for x in rows]
     return Table(["Test set", "n", *_TITLES], lines)
 
 
 def ood_table(found: dict[str, Record]) -> Table:
-    """A line for each foreign set and score, of each label; "" is the only one."""
+    """Tabulates each label, foreign set and score; a sole label "" is not shown."""
     columns = [Column(name, name.upper()) for name in ("auroc", "aupr", "fpr95")]
     lines = [
         [label, row["name"], str(row["num_examples"]), row["score"].replace("_", " ")]
@@ -166,7 +167,7 @@ def ood_table(found: dict[str, Record]) -> Table:
 
 
 def accuracy_table(found: dict[str, Record]) -> Table:
-    """A line for each corruption: of each label the mean accuracy over severities."""
+    """Tabulates each label's mean accuracy over severities, by corruption."""
     every = [
         grouped(record["corruptions"], itemgetter("name")) for record in found.values()
     ]
@@ -179,7 +180,7 @@ def accuracy_table(found: dict[str, Record]) -> Table:
 
 
 def summary_table(found: dict[str, Record]) -> Table:
-    """A line for each label: the clean set, and the mean over its corruptions."""
+    """Tabulates each label: the clean set, and the mean over its corruptions."""
     titles = ["accuracy (%)", *_TITLES[1:]]
     header = ["Method", f"Clean {titles[0]}", *(f"Corrupted {x}" for x in titles)]
     lines = [
@@ -194,7 +195,7 @@ def _texts(values: Record) -> list[str]:
 
 
 def _means(rows: Sequence[Record]) -> dict[str, float]:
-    """The means over rows; NaN where a number is missing, or there is no row."""
+    """Returns means over rows; NaN if a number is missing or there is no row."""
     means = {}
     for name in (column.name for column in _SHOWN):
         values = [np.nan if row[name] is None else row[name] for row in rows]
@@ -206,9 +207,9 @@ class Compared(NamedTuple):
     """The records of several methods, made comparable.
 
     Attributes:
-      records: A label -> the mean record of its runs.
-      notes: What is not alike between them, in sentences.
-      gone: The name of a set that could not be measured -> why.
+      records: Mean record of each label's runs.
+      notes: Sentences on differences between the records.
+      gone: Reason for each set that could not be measured.
     """
 
     records: dict[str, Record]
@@ -217,7 +218,7 @@ class Compared(NamedTuple):
 
 
 def compare(runs: Sequence[Run]) -> Compared:
-    """The records of runs: means of each label, at the corruptions that all have."""
+    """Averages the records of each label, at the corruptions that all labels have."""
     found: dict[str, Record] = {}
     notes: list[str] = []
     gone: dict[str, str] = {}
@@ -228,7 +229,7 @@ def compare(runs: Sequence[Run]) -> Compared:
             continue
         gone |= {x["name"]: x["why"] for record in own for x in record["missing"]}
         if len({(record["num_examples"], record.get("seed")) for record in own}) > 1:
-            notes.append(f"The runs of {label} were measured on other examples each.")
+            notes.append(f"The runs of {label} were measured on different examples.")
         found[label] = mean_record(own)
     pairs = [
         {(row["name"], row["severity"]) for row in record["corruptions"]}
@@ -238,13 +239,13 @@ def compare(runs: Sequence[Run]) -> Compared:
     common: set[Any] = set.intersection(*pairs) if pairs else set()
     if any(own != common for own in pairs):
         notes.append(
-            f"Shown are the {len(common)} pairs of corruption and severity that all "
-            "have; some were measured on more."
+            f"The page shows the {len(common)} pairs of corruption and severity that "
+            "all methods have; some were measured on more."
         )
     counts = {label: record["num_examples"] for label, record in found.items()}
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{label} on {n}" for label, n in counts.items())
-        notes.append(f"Test sets are not alike: {each} examples.")
+        notes.append(f"Test sets have different sizes: {each} examples.")
     for label, record in found.items():
         rows = record["corruptions"]
         shown = [row for row in rows if (row["name"], row["severity"]) in common]
@@ -253,9 +254,9 @@ def compare(runs: Sequence[Run]) -> Compared:
 
 
 def mean_record(found: Sequence[Record]) -> Record:
-    """One record whose numbers are means over those of several runs.
+    """Averages the records of several runs into one.
 
-    Rows that not all of them have are left out; a mean is None where a number is.
+    It keeps the rows that all records have. A mean is None if any of its numbers is.
     """
 
     def mean(rows):
@@ -279,7 +280,7 @@ def mean_record(found: Sequence[Record]) -> Record:
 
 
 def _mean_of(values):
-    """The mean of measures; of what is the same in all runs that itself."""
+    """Averages values; a value that all runs share stays as it is."""
     if all(value == values[0] for value in values):
         return values[0]
     return None if None in values else float(np.mean(values))
@@ -288,7 +289,7 @@ def _mean_of(values):
 def _curves(
     clean: Record, rows: Sequence[Record], column: Column
 ) -> dict[str, dict[int, float]]:
-    """A corruption -> severity -> value as it is shown, the clean set at 0."""
+    """Maps a corruption to severity -> value in the figure's unit; 0 is clean."""
     every = {}
     for name, group in grouped(rows, itemgetter("name")).items():
         values = {0: clean, **{row["severity"]: row for row in group}}

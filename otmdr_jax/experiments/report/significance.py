@@ -1,8 +1,9 @@
 """Metrics of labels with their intervals, and tests against a baseline.
 
-Chance has two parts: which examples the test set holds, and which seed a run had.
-Intervals and p-values here are about the examples: a label's value is the mean over its
-runs, and examples are drawn. How much seeds matter is the standard deviation beside.
+Chance has two sources: the examples in the test set, and the seed of a run. Intervals
+and p-values here are about the examples: a label's value is the mean over its runs, and
+the examples are resampled. The standard deviation in the table of results shows the
+effect of seeds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 from otmdr_jax.metrics import Comparison, Interval
 
-# Those that are means over examples: the randomisation test is cheap and exact.
+# Metrics that are means over examples: the randomisation test is cheap and exact.
 TESTED = ("accuracy", "nll", "brier")
 _COLUMNS = {column.name: column for column in DEFAULT_COLUMNS}
 
@@ -27,11 +28,11 @@ class Tested(NamedTuple):
 
     Attributes:
       label: The label.
-      n: How many of its runs have finite predictions.
-      intervals: Name -> :class:`otmdr_jax.metrics.Interval` of the mean over runs.
-      against: Name -> :class:`otmdr_jax.metrics.Comparison` with the baseline: the
-        label's value less the baseline's. Empty for the baseline itself, and where the
-        test sets are not the same.
+      n: Number of its runs with finite predictions.
+      intervals: :class:`otmdr_jax.metrics.Interval` of each metric's mean over runs.
+      against: :class:`otmdr_jax.metrics.Comparison` of each metric with the baseline:
+        the label's value minus the baseline's. Empty for the baseline itself, and if
+        the test sets differ.
     """
 
     label: str
@@ -41,17 +42,17 @@ class Tested(NamedTuple):
 
 
 def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
-    """Intervals of every label, and its difference from a baseline.
+    """Computes intervals of every label, and tests it against a baseline.
 
     Args:
       runs: The runs.
-      baseline: A label to compare with. Default: the first one.
+      baseline: Label to compare with. Default: the first one.
 
     Returns:
       A :class:`Tested` for each label with finite predictions, in their order.
 
     Raises:
-      ValueError: No runs, or no such label.
+      ValueError: There are no runs, or no run has this label.
     """
     groups = by_label(runs)
     baseline = find_baseline(groups, baseline)
@@ -76,7 +77,7 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
 
 
 def num_examples(runs: Sequence[Run], baseline: str) -> int:
-    """The size of the baseline's test set, or of the first run's where it diverged."""
+    """Returns the size of the baseline's test set; if it diverged, the first run's."""
     pooled = plots.pool(by_label(runs)[baseline])
     return len((pooled or runs)[0].labels)
 
@@ -84,20 +85,20 @@ def num_examples(runs: Sequence[Run], baseline: str) -> int:
 def not_compared(
     runs: Sequence[Run], tested: Sequence[Tested], baseline: str
 ) -> list[str]:
-    """The labels that could not be compared with the baseline."""
+    """Returns the labels that cannot be compared with the baseline."""
     compared = {row.label for row in tested if row.against} | {baseline}
     return [label for label in by_label(runs) if label not in compared]
 
 
 def find_baseline(labels: Iterable[str], baseline: str | None) -> str:
-    """The label that is meant: upper and lower case are alike where it is one's alone.
+    """Finds the baseline's label; case does not matter unless it decides between two.
 
     Args:
       labels: The labels.
       baseline: One of them. Default: the first one.
 
     Raises:
-      ValueError: There is none.
+      ValueError: There is no such label.
     """
     known = list(dict.fromkeys(labels))
     if baseline is None or baseline in known:
@@ -112,9 +113,9 @@ def find_baseline(labels: Iterable[str], baseline: str | None) -> str:
 
 
 def table(rows: Sequence[Tested]) -> Table:
-    """Values with their 95 % intervals, differences from the baseline with p-values.
+    """Tabulates values with 95 % intervals, and differences from the baseline.
 
-    A line for each metric of each label, as headings and texts.
+    Each metric of each label has a line; each difference has an interval and a p-value.
     """
     lines = []
     for name in TESTED:
@@ -136,7 +137,7 @@ def _difference(column: Column, found: Comparison | None) -> list[str]:
 
 
 def _of_examples(runs: Sequence[Run]) -> np.ndarray:
-    """(N, 3) values of each example, means over runs, whose means are the metrics."""
+    """Returns (N, 3) values, means over runs; their means over examples are metrics."""
     every = []
     for run in runs:
         found = metrics.check(run.log_probs, run.labels, log_probs=True)
@@ -162,7 +163,7 @@ def _mean(values, labels) -> float:
     return float(np.mean(values))
 
 
-# One table of all metrics: name -> (heading, which is better).
+# The table of all metrics: name -> heading.
 _SUMMARY = {
     "accuracy": "Accuracy ↑",
     "top5_accuracy": "Top-5 accuracy ↑",
@@ -190,7 +191,7 @@ _SUMMARY = {
 
 
 def summary_table(runs: Iterable[Run]) -> Table:
-    """Every metric (rows) of every label (columns), the mean over its runs."""
+    """Tabulates every metric (row) of every label (column), the mean over its runs."""
     groups = by_label(runs)
     found = {
         label: [

@@ -1,4 +1,4 @@
-"""Means over the runs of each label, and their options: first and last on a page."""
+"""The first and last part of a page: means over the runs of each label, and options."""
 
 import math
 import numbers
@@ -13,13 +13,13 @@ from otmdr_jax.experiments.report.tables import DEFAULT_COLUMNS, Column, Table
 
 
 class Cell(NamedTuple):
-    """A column's numbers over the runs of one label, in the units of result.json.
+    """The numbers of one column over the runs of one label, in result.json's units.
 
     Attributes:
-      column: What they are.
-      mean: Their mean, None where no run knows the number.
-      std: Their sample standard deviation (ddof = 1), None for fewer than two.
-      n: How many runs know the number.
+      column: The column.
+      mean: Mean of the numbers; None if no run has one.
+      std: Sample standard deviation (ddof = 1); None for fewer than two numbers.
+      n: Number of runs that have the number.
     """
 
     column: Column
@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
     Attributes:
       label: The label.
-      n: The number of runs.
-      cells: A column's name -> its numbers.
+      n: Number of runs.
+      cells: Cells by the name of their column.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 def known_columns(
     runs: Iterable[Run], columns: Sequence[Column] = DEFAULT_COLUMNS
 ) -> list[Column]:
-    """The columns that at least one run has a number for."""
+    """Returns the columns for which at least one run has a number."""
     runs = list(runs)
     return [c for c in columns if any(number_of(r, c.name) is not None for r in runs)]
 
@@ -53,20 +53,20 @@ def known_columns(
 def summarise(
     runs: Iterable[Run], columns: Sequence[Column | str] = DEFAULT_COLUMNS
 ) -> list[Row]:
-    """Mean, standard deviation and count over the runs of each label.
+    """Computes mean, standard deviation and count over the runs of each label.
 
-    A number that a run does not know (null, or no number at all) is left out; `Cell.n`
-    then differs from `Row.n`, and tables say so.
+    A mean leaves out runs that lack the number (null, or not a number). `Cell.n` then
+    differs from `Row.n`, and tables say so.
 
     Args:
       runs: The runs.
-      columns: What to show: columns, or keys of result.json.
+      columns: Columns, or keys of result.json.
 
     Returns:
       A row for each label, in order of first appearance.
 
     Raises:
-      ValueError: No runs, or a key that no run's result holds.
+      ValueError: There are no runs, or no run's result holds a key.
 
     Example:
       >>> runs = [Run(None, "SGD", {}, {"nll": x}, [], None, None) for x in (0.5, 0.7)]
@@ -89,17 +89,17 @@ def summarise(
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table: mean ± std, the best mean of a column in bold.
+    """Makes a Markdown table: mean ± std, with the best mean of each column in bold.
 
     Args:
-      rows: What :func:`summarise` returns.
+      rows: Rows of :func:`summarise`.
 
     Returns:
-      The table's text, without a newline at its end. Means that look equal share the
-      best mark; where all look equal there is none.
+      The table's text, without a newline at its end. Means that round to the same text
+      are all bold; if all means do, none is bold.
 
     Raises:
-      ValueError: No rows.
+      ValueError: There are no rows.
     """
     header, columns = _columns(rows)
     labels = [f"{row.label}, n = {row.n}" for row in rows]
@@ -107,16 +107,16 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> None:
-    """Prints the rows: with rich where it is installed, else as Markdown.
+    """Prints the rows with rich, or as Markdown if rich is not installed.
 
     Args:
-      rows: What :func:`summarise` returns.
-      console: A `rich.console.Console`. Default: one on standard output, and wide
-        enough for the table where that is no terminal. Without rich it is not used.
-      title: A line above the table.
+      rows: Rows of :func:`summarise`.
+      console: `rich.console.Console` to print on. Default: standard output, wide enough
+        for the table if it is no terminal.
+      title: Line above the table.
 
     Raises:
-      ValueError: No rows.
+      ValueError: There are no rows.
     """
     header, columns = _columns(rows)
     labels, counts = [row.label for row in rows], [str(row.n) for row in rows]
@@ -125,13 +125,13 @@ def print_table(rows: Sequence[Row], console: Any = None, title: str = "") -> No
 
 
 def print_summary(runs: Sequence[Run], title: str) -> None:
-    """Prints the table of runs, in the columns that any of them has a number for."""
+    """Prints the table of runs, with every column for which a run has a number."""
     print_table(summarise(runs, known_columns(runs)), title=title)
 
 
 def configuration(runs: Sequence[Run]) -> tuple[Table, Table]:
-    """The options that all runs share, and those of each run."""
-    # Words in a result (a device, say) are no option, but as good to know.
+    """Returns two tables: the options that all runs share, and those of each run."""
+    # Texts in a result, such as the device, are shown with the options.
     settings = [
         {**{k: v for k, v in run.result.items() if isinstance(v, str)}, **run.config}
         for run in runs
@@ -166,7 +166,7 @@ def _resolve(column: Column | str, runs: Sequence[Run]) -> Column:
 
 
 def number_of(run: Run, name: str) -> float | None:
-    """A number of the run's result; None where it is unknown or no number."""
+    """Returns a number of the run's result; None if it is missing or not finite."""
     value = run.result.get(name)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
@@ -185,7 +185,7 @@ def _cell(column: Column, runs: Sequence[Run]) -> Cell:
 
 
 def _columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """The table's headings, and the texts of its columns but for the first."""
+    """Returns the headings of the table, and the texts of all columns but the first."""
     if not rows:
         raise ValueError("a table needs at least one row, got none.")
     header, columns = ["Method"], []
@@ -194,7 +194,7 @@ def _columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         column = _fit_unit(cells)
         header.append(column.title)
         texts = [_text(x, column, row.n) for x, row in zip(cells, rows, strict=True)]
-        # Means that look equal are equal.
+        # Means that round to the same text count as equal.
         shown = [
             None if x.mean is None else round(x.mean * column.scale, column.decimals)
             for x in cells
@@ -215,7 +215,7 @@ def _lines(*columns: Sequence[str]) -> list[list[str]]:
 
 
 def _fit_unit(cells: Sequence[Cell]) -> Column:
-    """The column; times below a second all in milliseconds."""
+    """Returns the column, in milliseconds if all of its times are below a second."""
     column = cells[0].column
     largest = max((cell.mean for cell in cells if cell.mean is not None), default=1.0)
     if column.name != "seconds_per_step" or largest >= 1.0:

@@ -1,10 +1,10 @@
-"""A table, for a page or a terminal, and how numbers are shown in its columns."""
+"""Tables for a page or a terminal, and the format of numbers in their columns."""
 
 import math
 import re
 from typing import Any, NamedTuple
 
-# What looks like a number: also a bold one, a difference, the mark of an unknown one.
+# Texts that count as numbers, also in bold, with a sign, or "-" for an unknown one.
 _NUMBER = re.compile(r"[*+<≥ -]*\d|-$")
 
 
@@ -12,15 +12,15 @@ class Table(NamedTuple):
     """Headings and lines of text, for a page or a terminal.
 
     Attributes:
-      header: The headings of the columns.
-      lines: A text for each column; what stands between ** is bold.
+      header: Headings of the columns.
+      lines: Lines with a text for each column; text between ** is bold.
     """
 
     header: list[str]
     lines: list[list[str]]
 
     def markdown(self) -> str:
-        """The table as Markdown, columns of numbers to the right."""
+        """Returns the table as Markdown, with numbers aligned to the right."""
         columns = list(zip(*self.lines, strict=True)) or [()] * len(self.header)
         rule = [
             "--:" if i and any(map(_NUMBER.match, column)) else ":--"
@@ -32,11 +32,11 @@ class Table(NamedTuple):
         )
 
     def print(self, title: str = "", console: Any = None) -> None:
-        """Prints the table: with rich where it is installed, else as Markdown.
+        """Prints the table with rich, or as Markdown if rich is not installed.
 
         Args:
-          title: A line above the table.
-          console: A `rich.console.Console`. Default: one on standard output.
+          title: Line above the table.
+          console: `rich.console.Console` to print on. Default: standard output.
         """
         try:
             from rich.table import Table as RichTable
@@ -59,32 +59,32 @@ class Table(NamedTuple):
 
 
 def _wide_console(table: Any) -> Any:
-    """A console on standard output, wide enough for a rich table in a file or pipe."""
+    """Makes a console on standard output that is wide enough for a file or pipe."""
     from rich.console import Console, Measurement
 
     console = Console()
     if console.is_terminal:
         return console
-    # Nobody's window is too narrow.
+    # A file or pipe has no window that could be too narrow.
     wide = console.options.update(width=10_000)
     needed = Measurement.get(console, wide, table).maximum
     return Console(width=max(console.width, needed))
 
 
 def _in_a_cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table."""
+    """Escapes text, so that it stays in its cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 class Column(NamedTuple):
-    """How a number of result.json is shown.
+    """The format of a number of result.json.
 
     Attributes:
-      name: Its key in result.json.
-      title: The column's heading.
-      meaning: One sentence for the report.
-      better: "higher", "lower" or None, where no best is marked.
-      scale: What the number is multiplied by when it is shown.
+      name: Key in result.json.
+      title: Heading of the column.
+      meaning: Sentence for the report.
+      better: Direction, "higher" or "lower"; None marks no best value.
+      scale: Factor from the number to its text.
       decimals: Digits after the point.
     """
 
@@ -96,7 +96,7 @@ class Column(NamedTuple):
     decimals: int = 4
 
     def text(self, value: float | None, sign: str = "") -> str:
-        """A number as it is shown, with a "+" if `sign` is; "-" for None and NaN."""
+        """Formats a number; "-" for None and NaN. With sign="+" it shows plus signs."""
         if value is None or math.isnan(value):
             return "-"
         shown = round(value * self.scale, self.decimals) + 0.0  # no -0.0

@@ -1,12 +1,12 @@
-"""What a trained network is worth on images other than those it was trained for.
+"""Evaluation under distribution shift: images unlike those of the training set.
 
-    run = restoring.open_run("runs/mine")
+    run = restore.open_run("runs/mine")
     record = shift.evaluate(run.config, run.state, run.dataset, run.programs)
     record["clean"]["accuracy"], [row["accuracy"] for row in record["corruptions"]]
 
-Three kinds of shift: corruptions of the test set that are computed on the device
-(:func:`otmdr_jax.data.corrupt`), other test sets of the same classes (CIFAR-10.1,
-CIFAR-10-C), and sets of other classes, which a model should be uncertain about.
+There are three kinds of shift: corruptions of the test set, computed on the device
+(:func:`otmdr_jax.data.corrupt`); other test sets of the same classes (CIFAR-10.1,
+CIFAR-10-C); and sets of other classes, on which a model should be uncertain.
 """
 
 from otmdr_jax.experiments.measure.shift.detection import SCORES, detect, scores

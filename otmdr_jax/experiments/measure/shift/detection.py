@@ -1,25 +1,25 @@
-"""Telling images of other classes from a test set by how uncertain a model is."""
+"""Detection of images of other classes by the uncertainty of predictions."""
 
 import numpy as np
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments.measure.evaluation import Predicted
 
-# Higher is more uncertain; the names are those of metrics.ood_auroc.
+# A higher score is more uncertain. The names are those of metrics.ood_auroc.
 SCORES = ("confidence", "entropy", "mutual_information")
 
 
 def scores(found: Predicted) -> dict[str, np.ndarray]:
-    """How uncertain each prediction is, by name of the score.
+    """Scores the uncertainty of each prediction.
 
     Args:
-      found: Predictions.
+      found: Predictions of N examples.
 
     Returns:
-      "confidence", minus the logarithm of the largest probability, and "entropy" of the
-      mean probability, in nats; of more than one sample or member also
-      "mutual_information", the epistemic part of the entropy. (N,) each; NaN where
-      predictions are.
+      Name -> (N,) scores in nats: "confidence", minus the logarithm of the largest
+      probability; "entropy" of the mean probability; and, with more than one sample or
+      member, "mutual_information", the epistemic part of the entropy. All are NaN if a
+      prediction is NaN.
 
     Example:
       >>> import numpy as np
@@ -34,7 +34,7 @@ def scores(found: Predicted) -> dict[str, np.ndarray]:
         unknown = np.full(len(log_probs), np.nan)
         return dict.fromkeys(SCORES[:2], unknown)
     values = {
-        # Of logarithms: probabilities next to 1 would tie.
+        # Taken from logarithms, because probabilities close to 1 would tie.
         "confidence": -log_probs.max(axis=1),
         "entropy": metrics.entropy(np.exp(log_probs)),
     }
@@ -45,22 +45,22 @@ def scores(found: Predicted) -> dict[str, np.ndarray]:
 
 
 def detect(inside: np.ndarray, outside: np.ndarray) -> dict[str, float]:
-    """How well a score tells examples from outside of the distribution from others.
+    """Measures how well a score separates out-of-distribution examples from the others.
 
     Args:
-      inside: (N,) scores of the test set, higher for more uncertain ones.
+      inside: (N,) scores of the test set; a higher score is more uncertain.
       outside: (M,) scores of the other set.
 
     Returns:
-      - auroc: the probability that an example from outside has the higher score, ties
-        counting half; 0.5 is chance, whatever N and M.
-      - aupr: average precision of finding examples from outside, the positives here:
-        chance is M / (N + M).
-      - fpr95: the fraction of examples from outside that pass at the threshold that
-        95 % of the test set pass; 0.95 is chance. The test set is positive, as in most
+      - auroc: the probability that an example from outside has the higher score; ties
+        count half. Chance is 0.5 for any N and M.
+      - aupr: the average precision, with examples from outside as positives. Chance is
+        M / (N + M).
+      - fpr95: the fraction of examples from outside that pass the threshold that 95 %
+        of the test set passes. Chance is 0.95. The test set is positive, as in most
         papers.
 
-      All NaN where scores are.
+      All are NaN if a score is NaN.
 
     Example:
       >>> import numpy as np

@@ -1,4 +1,4 @@
-"""One record of a state's worth on every shifted version of its test set."""
+"""Evaluates a state on every shifted version of its test set, as one record."""
 
 import dataclasses
 import functools
@@ -42,38 +42,39 @@ def evaluate(
     Images are corrupted on the device batch by batch. Nothing is downloaded.
 
     Args:
-      config: The run's configuration; its data_dir and cache_dir are where sets of TFDS
-        are looked for.
+      config: The run's configuration. Its data_dir and cache_dir are the folders that
+        hold the sets of TFDS.
       state: Its state, of one model, an ensemble or a posterior.
       dataset: Its data.
-      programs: Compiled functions, where they exist already.
-      corruptions: Names of :data:`otmdr_jax.data.CORRUPTIONS`; all by default.
-      severities: Numbers of 1..5; all by default.
-      other_sets: Other test sets of the same classes, as
-        :func:`otmdr_jax.data.load_test` takes them. Default ("auto",): of CIFAR-10
-        CIFAR-10.1 and CIFAR-10-C, as far as they are prepared; of other data none.
-      ood: Sets of other classes, by the same names. "auto": uniform noise and, for
-        images of CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100, except the run's own.
-      max_examples: The most examples of each set, evenly spread. Default: all.
-      seed: The seed of noise, and of the side to which an image is turned.
-      without: Members that do not count in the ensemble's prediction, as they diverged.
+      programs: Compiled functions. Default: compiles them.
+      corruptions: Names among :data:`otmdr_jax.data.CORRUPTIONS`. Default: all.
+      severities: Numbers among 1..5. Default: all.
+      other_sets: Names of other test sets of the same classes, as in
+        :func:`otmdr_jax.data.load_test`. "auto" means, for CIFAR-10, those of
+        CIFAR-10.1 and CIFAR-10-C that are prepared, and none for other data.
+      ood: Names of sets of other classes. "auto" means uniform noise and, for images of
+        CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100, except the run's own.
+      max_examples: Largest number of examples of each set, evenly spread. Default: all.
+      seed: Seed of the noise, and of the direction in which an image is rotated.
+      without: Indices of the members that have diverged; they do not count in the
+        prediction of the ensemble.
       show_progress: Whether to show progress.
 
     Returns:
-      What shift.json holds: step, split ("test"), num_examples, seed; clean, the
+      The record, as in shift.json: step, split ("test"), num_examples, seed; clean, the
       metrics of :func:`otmdr_jax.experiments.measure.evaluation.evaluate`; corruptions,
-      a row for each kind and severity; sets, a row for each; ood, a row for each set
-      and score, with auroc, aupr and fpr95, see
+      a row for each kind and severity; sets, a row for each set; ood, a row for each
+      set and score, with auroc, aupr and fpr95, see
       :func:`otmdr_jax.experiments.measure.shift.detect`; missing, {"name", "why"} for
-      each set of "auto" that is not there.
+      each set of "auto" that is not prepared.
 
     Raises:
-      FileNotFoundError, ImportError: A set that was named is not there; says how to
+      FileNotFoundError, ImportError: A named set is missing; the message says how to
         prepare it.
-      ValueError: An unknown corruption or severity; images or classes of a set that was
-        named are others; images that are no uint8 and not in [0, 1], which cannot be
-        corrupted.
-      TypeError: A set's images have another dtype.
+      ValueError: A corruption or severity is unknown; a named set has images of another
+        shape or other classes; or images are neither uint8 nor in [0, 1], and therefore
+        cannot be corrupted.
+      TypeError: The images of a set have another dtype.
     """
     options.check("seed", seed, options.Seed)
     names, levels = check(corruptions, severities, max_examples)
@@ -127,7 +128,16 @@ def evaluate(
 def check(
     corruptions: Sequence[str], severities: Sequence[int], max_examples: int | None
 ) -> tuple[list[str], list[int]]:
-    """Raises ValueError unless these can be asked for, before anything is loaded."""
+    """Checks options before anything is loaded; raises ValueError if one is wrong.
+
+    Args:
+      corruptions: Names of corruptions.
+      severities: Severities of the corruptions.
+      max_examples: Largest number of examples, or None.
+
+    Returns:
+      The names and the severities.
+    """
     names = _once("corruptions", map(data_lib.check_corruption, corruptions))
     levels = _once("severities", map(data_lib.check_severity, severities))
     if names and not levels:
@@ -141,7 +151,7 @@ def check(
 
 @dataclasses.dataclass
 class _Predict:
-    """Predicts set after set, under one bar."""
+    """Predicts one set after the other, under one progress bar."""
 
     config: TrainConfig
     state: PyTree
@@ -176,7 +186,7 @@ def _row_of_set(predict: _Predict, name: str, examples: Split) -> dict[str, Any]
 def _rows_of_ood(
     predict: _Predict, clean: evaluation.Predicted, name: str, examples: Split
 ) -> list[dict[str, Any]]:
-    """A row for each score."""
+    """Returns one row for each score."""
     inside, outside = detection.scores(clean), detection.scores(predict(examples))
     row = {"name": name, "num_examples": examples.num_examples}
     return [
@@ -187,7 +197,7 @@ def _rows_of_ood(
 
 
 def _corruption(name: str, severity: int, seed: int) -> Callable[..., jax.Array]:
-    # One stream a kind, so that leaving one out changes no other.
+    # Each kind has its own stream, so that leaving one out does not change the others.
     key = jax.random.fold_in(jax.random.key(seed), CORRUPTIONS.index(name))
     return lambda images, first: data_lib.corrupt(key, images, name, severity, first)
 
@@ -205,7 +215,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_range(test: Split) -> None:
-    """Corruptions need levels or floats in [0, 1]: of others the scale is unknown."""
+    """Refuses floats outside [0, 1], because corruptions do not know their scale."""
     if isinstance(test.images, LazyImages) or test.images.dtype == np.uint8:
         return
     low, high = float(np.min(test.images)), float(np.max(test.images))

@@ -1,7 +1,7 @@
-"""Which sets there are to test a model on, and whether they fit it.
+"""Finds the sets that a model can be tested on, and checks that they fit it.
 
-A set that was asked for by name must be there. What "auto" stands for need not: where
-it is not prepared, the record says why, and what would prepare it.
+A set that the user names must exist. The sets that "auto" stands for may be missing:
+the record then says why, and how to prepare them.
 """
 
 import os
@@ -16,7 +16,7 @@ from otmdr_jax.data import Dataset, LazyImages, Split
 AUTO = "auto"  # the sets that suit the data
 UNIFORM_NOISE = "uniform_noise"  # the one set that needs no files
 
-# The 15 kinds of the benchmark, as TFDS calls them; four more are extra.
+# The 15 kinds of the benchmark, by their TFDS names, without its four extra kinds.
 CIFAR10_C = (
     "gaussian_noise",
     "shot_noise",
@@ -35,18 +35,18 @@ CIFAR10_C = (
     "jpeg_compression",
 )
 
-# What a set that is not there, or does not fit, raises.
+# Errors of a set that is missing or does not fit.
 _ABSENT = (FileNotFoundError, ImportError, ValueError, TypeError)
 _CORRUPTED = "cifar10_corrupted"
-_STREAM = 2  # of a seed: dataset.py has the first two
+_STREAM = 2  # of a seed: streams 0 and 1 belong to the data sets
 
 
 class Found(NamedTuple):
-    """The sets that will be used, and those that cannot be.
+    """The sets that will be used, and those that are missing.
 
     Attributes:
-      present: (name, number of examples) of each.
-      missing: {"name", "why"} of each.
+      present: (name, number of examples) of each set to use.
+      missing: {"name", "why"} of each missing set.
     """
 
     present: list[tuple[str, int]]
@@ -59,19 +59,20 @@ def find_sets(
     dataset: Dataset,
     data_dir: str | os.PathLike | None,
 ) -> Found:
-    """Other test sets of the dataset's classes.
+    """Finds other test sets of the dataset's classes.
 
     Args:
-      names: Names for :func:`otmdr_jax.data.load_test`; "auto" for what suits the
-        dataset: of "cifar10" both versions of CIFAR-10.1, and CIFAR-10-C. Of the latter
-        "cifar10_corrupted" means all 15 kinds.
-      severities: Severities of CIFAR-10-C, where no single set of it is named.
-      dataset: What the model was trained on.
+      names: Names for :func:`otmdr_jax.data.load_test`. "auto" stands for the sets that
+        suit the dataset: for "cifar10", both versions of CIFAR-10.1, and CIFAR-10-C.
+        "cifar10_corrupted" stands for all 15 kinds of CIFAR-10-C.
+      severities: Severities of CIFAR-10-C; a full name such as
+        "cifar10_corrupted/fog_3" has its own.
+      dataset: The data that the model was trained on.
       data_dir: Folder of prepared TFDS data.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError, TypeError: A set that was named is not
-        there, or its images or classes are others.
+      FileNotFoundError, ImportError, ValueError, TypeError: A named set is missing, or
+        its images or classes do not fit.
     """
     corrupted = [f"{_CORRUPTED}/{kind}_{s}" for kind in CIFAR10_C for s in severities]
     suited = (
@@ -89,17 +90,17 @@ def find_sets(
 def find_ood(
     names: Sequence[str], dataset: Dataset, data_dir: str | os.PathLike | None
 ) -> Found:
-    """Sets of other classes, of images of the dataset's shape.
+    """Finds sets of other classes, with images of the dataset's shape.
 
     Args:
-      names: Names as for :func:`find_sets`. "auto" is uniform noise and, for images
-        32x32x3, SVHN and those of CIFAR-10 and CIFAR-100 that the dataset is not.
-      dataset: What the model was trained on.
+      names: Names as for :func:`find_sets`. "auto" stands for uniform noise and, for
+        images of 32x32x3, SVHN, CIFAR-10 and CIFAR-100, except the dataset itself.
+      dataset: The data that the model was trained on.
       data_dir: Folder of prepared TFDS data.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError, TypeError: A set that was named is not
-        there, or its images are others.
+      FileNotFoundError, ImportError, ValueError, TypeError: A named set is missing, or
+        its images do not fit.
     """
     suited = []
     if dataset.image_shape == (32, 32, 3):
@@ -130,7 +131,7 @@ def _find(groups, suited, dataset, data_dir, *, same_classes) -> Found:
 
 
 def _count(name, dataset, data_dir, same_classes) -> int:
-    """The number of examples of a set that fits."""
+    """Returns the number of examples of a set; raises an error if it does not fit."""
     if name == UNIFORM_NOISE:
         return dataset.test.num_examples
     count, shape, num_classes, dtype = data_lib.describe_test(name, data_dir=data_dir)
@@ -141,7 +142,7 @@ def _count(name, dataset, data_dir, same_classes) -> int:
         raise ValueError(_unfit(name, "images", shape, dataset.image_shape))
     if dtype != dataset.test.images.dtype:
         raise TypeError(_unfit(name, "images", dtype, dataset.test.images.dtype))
-    # The classes that a file has no example of are not known.
+    # A file may lack examples of some classes.
     few = name.endswith(".npz") and num_classes <= dataset.num_classes
     if same_classes and num_classes != dataset.num_classes and not few:
         raise ValueError(_unfit(name, "classes", num_classes, dataset.num_classes))
@@ -150,13 +151,13 @@ def _count(name, dataset, data_dir, same_classes) -> int:
 
 def _unfit(name, what, got, want) -> str:
     return (
-        f"the {what} of {name!r} are {got}, and those that the model was trained on "
-        f"{want}: it cannot be tested on them. Choose another set."
+        f"the {what} of {name!r} are {got}, but the model was trained on {want}: it "
+        "cannot be tested on this set. Choose another one."
     )
 
 
 def _grouped(missing):
-    """The many sets of CIFAR-10-C, where they are missing, as one line."""
+    """Joins the many missing sets of CIFAR-10-C into one entry."""
     many = [x for x in missing if x["name"].startswith(_CORRUPTED)]
     if len(many) < 2:
         return missing
@@ -174,19 +175,18 @@ def read(
     max_examples: int | None,
     seed: int,
 ) -> Split:
-    """A set's examples, at most so many, evenly spread.
+    """Reads the examples of a set.
 
     Args:
-      name: The name of a :class:`Found`.
-      dataset: What the model was trained on.
+      name: Name of a set that is present in :class:`Found`.
+      dataset: The data that the model was trained on.
       data_dir: Folder of prepared TFDS data.
       cache_dir: Folder of decoded images.
-      max_examples: None for all.
-      seed: The seed of uniform noise.
+      max_examples: Largest number of examples, evenly spread; None for all.
+      seed: Seed of uniform noise.
 
     Raises:
-      ValueError: Its images are of another shape after all, which the metadata left
-        open.
+      ValueError: The images have another shape, which the metadata did not tell.
     """
     if name == UNIFORM_NOISE:
         return uniform_noise(dataset, max_examples, seed)
@@ -200,20 +200,20 @@ def read(
 
 
 def spread(split: Split, max_examples: int | None) -> Split:
-    """At most so many examples of a split, evenly spread; None for all."""
+    """Returns at most `max_examples` examples of a split, evenly spread; None: all."""
     count = split.num_examples
     if max_examples is None or max_examples >= count:
         return split
     chosen = np.zeros(count, bool)
     chosen[np.linspace(0, count - 1, max_examples).astype(int)] = True
     images: Any = split.images
-    # A mask leaves lazy images lazy.
+    # A mask keeps lazy images lazy.
     images = images if isinstance(images, LazyImages) else np.asarray(images)
     return Split(images[chosen], np.asarray(split.labels)[chosen])
 
 
 def uniform_noise(dataset: Dataset, max_examples: int | None, seed: int) -> Split:
-    """Images of independent uniform levels, as many as the test set has.
+    """Draws images of independent uniform noise, as many as the test set has.
 
     Reference: Liang et al., `ODIN <https://arxiv.org/abs/1706.02690>`_, ICLR 2018.
     """

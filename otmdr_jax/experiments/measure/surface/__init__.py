@@ -1,8 +1,8 @@
 """Loss landscapes of finished runs: run folders in, grids of losses and files out.
 
-What is shown of a run is a function of weights: those of a single model, of one member,
-of all members together (the loss of their mean probability), or the mean of a
-posterior. How it is cut is up to :mod:`otmdr_jax.landscape`, which knows no runs.
+A landscape shows the loss as a function of weights: those of a single model, of one
+member, of all members together (the loss of their mean probability), or the mean of a
+posterior. :mod:`otmdr_jax.landscape` computes the slices and does not know about runs.
 """
 
 from otmdr_jax.experiments.measure.surface.comparing import check_comparison

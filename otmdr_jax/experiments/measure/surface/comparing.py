@@ -1,4 +1,4 @@
-"""Whether landscapes of several runs can stand side by side."""
+"""Checks that the landscapes of several runs can be compared side by side."""
 
 import os
 import pathlib
@@ -21,23 +21,24 @@ def check_comparison(
     data_dir: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Checks every run of a comparison before the first is measured.
+    """Checks every run of a comparison before the first one is measured.
 
-    Each is opened as it will be to be measured, one after the other: no two are held in
-    memory. Their losses are compared on the same examples, whatever else the runs were
-    trained on, and along the same directions, which needs weights of the same shapes.
+    It opens the runs one after the other, as the measurement will, so that memory holds
+    one run at a time. A comparison needs the same examples, whatever else the runs were
+    trained on, and the same directions, hence weights of the same shapes.
 
     Args:
-      folders: The runs.
-      targets: For each the folder of its landscape.
+      folders: Folders of the runs.
+      targets: Folders of their landscapes, in the same order.
       plan: The plan of each landscape, of kind "random" or "hessian".
-      data_dir: Folder of prepared TFDS data, if no longer where the runs found it.
+      data_dir: Folder of prepared TFDS data, if it has moved since the runs.
       overwrite: Whether landscapes of other settings may be replaced.
 
     Raises:
       FileNotFoundError, FileExistsError: See
         :func:`otmdr_jax.experiments.measure.surface.measure`.
-      ValueError: See there; or examples or weights of two runs differ.
+      ValueError: See there; also if two runs differ in their examples or in the shapes
+        of their weights.
     """
     for target in targets:
         check_folder(pathlib.Path(target))
@@ -49,21 +50,21 @@ def check_comparison(
         if first.shapes != other.shapes:
             raise ValueError(
                 f"{both} have weights of different shapes ({first.network}; "
-                f"{other.network}), so that no direction is one of both: only runs of "
-                "one architecture and one number of members are compared. Show each by "
+                f"{other.network}), so they share no direction: only runs of one "
+                "architecture and one number of members can be compared. Show each by "
                 "itself: otmdr landscape RUN."
             )
         if first.examples != other.examples:
             raise ValueError(
                 f"{both} have different examples in their {plan.split} sets "
-                f"({first.data}; {other.data}), and losses are compared on the same "
-                "ones alone. Runs that were trained on other images or labels may "
-                "share a test set: --split test."
+                f"({first.data}; {other.data}), but losses can only be compared on the "
+                "same ones. Runs that were trained on other images or labels may share "
+                "a test set: --split test."
             )
 
 
 class _Compared(NamedTuple):
-    """What two runs must have in common, and how they are named in errors."""
+    """The properties that compared runs must share, and their names for errors."""
 
     shapes: Any
     examples: int
@@ -72,7 +73,7 @@ class _Compared(NamedTuple):
 
 
 def _open(folder, target, plan, data_dir, overwrite) -> _Compared:
-    """Opens a run, which is let go when this returns."""
+    """Opens a run and keeps only what the comparison needs."""
     opened = measuring.open_runs(
         [folder], plan, target, data_dir=data_dir, overwrite=overwrite
     )

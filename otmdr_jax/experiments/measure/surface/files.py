@@ -1,9 +1,9 @@
-"""The files of a landscape, which an interrupted one goes on from.
+"""The files of a landscape; an interrupted measurement resumes from them.
 
-landscape.json          what was measured, and the losses
-landscape.npz           the same numbers, exact: axis0, axis1, losses, points
-landscape.partial.npz   the losses so far of a grid that is not finished
-landscape_comparison.json   whose pictures these are, in the folder of a comparison
+landscape.json              the settings and the losses
+landscape.npz               the exact numbers: axis0, axis1, losses, points
+landscape.partial.npz       the losses of an unfinished grid so far
+landscape_comparison.json   the settings behind the pictures of a comparison
 """
 
 import json
@@ -23,15 +23,21 @@ PICTURES = (f"{NAME}.png", f"{NAME}_surface.png")
 COMPARISON = f"{NAME}_comparison.json"
 
 _ELSEWHERE = "name another folder with --output"
-# What files raise that are not what their names say.
+# Errors of files whose content is not what their names say.
 _UNREADABLE = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The record of a finished landscape, losses exact; None where there is none.
+    """Reads the record of a finished landscape, with exact losses.
+
+    Args:
+      folder: Folder of the landscape.
+
+    Returns:
+      The record; None if the folder has none.
 
     Raises:
-      ValueError: There are files of these names which are no landscape.
+      ValueError: Files of these names exist, but hold no landscape.
     """
     path = pathlib.Path(folder) / f"{NAME}.json"
     if not path.exists():
@@ -64,7 +70,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def check_folder(folder: pathlib.Path) -> None:
-    """Raises FileExistsError where a file stands in the way of a folder."""
+    """Raises FileExistsError if a file stands where the folder must be."""
     there = next((x for x in (folder, *folder.parents) if x.exists()), None)
     if there is not None and not there.is_dir():
         raise FileExistsError(
@@ -75,21 +81,21 @@ def check_folder(folder: pathlib.Path) -> None:
 def check_pictures(
     folder: pathlib.Path, comparison: dict[str, Any] | None, overwrite: bool
 ) -> bool:
-    """Refuses to replace pictures that are not of the landscapes to be drawn.
+    """Refuses to replace pictures of other landscapes than those to be drawn.
 
     Args:
-      folder: Where they will be.
-      comparison: The settings of a comparison; None for a landscape of its own, whose
-        landscape.json says which settings it is of.
-      overwrite: Whether they may be replaced whatever they are.
+      folder: Folder of the pictures.
+      comparison: Settings of a comparison; None for a single landscape, whose settings
+        stand in its landscape.json.
+      overwrite: Whether to replace pictures of any origin.
 
     Returns:
-      Whether the picture of a surface, if there is one, is of a landscape that will be
-      replaced, and has to go where the new one has no surface.
+      Whether a surface picture in the folder belongs to the landscape that is replaced.
+      It must be deleted if the new landscape has no surface.
 
     Raises:
-      FileExistsError: There are pictures that were not made by `otmdr landscape`, or of
-        another comparison; or the folder is a file.
+      FileExistsError: The folder holds pictures of another comparison, or pictures that
+        `otmdr landscape` did not make; or the folder is a file.
     """
     check_folder(folder)
     mark, record = folder / COMPARISON, folder / f"{NAME}.json"
@@ -109,23 +115,23 @@ def check_pictures(
         try:
             return len(_read_json(record)["axes"]) == 2
         except ValueError:
-            return False  # Files says so
+            return False  # `Files` will raise
     found = [name for name in PICTURES if (folder / name).exists()]
     if found and not overwrite:
         what = "this comparison" if comparison is not None else "a landscape"
         raise FileExistsError(
-            f"{folder} holds {' and '.join(found)}, not of {what}. Replace with "
-            f"--overwrite, or {_ELSEWHERE}."
+            f"{folder} holds {' and '.join(found)}, not drawn from {what}. Replace "
+            f"with --overwrite, or {_ELSEWHERE}."
         )
     return False
 
 
 def mark_pictures(folder: pathlib.Path, comparison: dict[str, Any] | None) -> None:
-    """Says whose the pictures are that are about to be drawn.
+    """Records which landscapes the pictures show that are about to be drawn.
 
     Args:
-      folder: Where they will be.
-      comparison: The settings of a comparison, as for :func:`check_pictures`.
+      folder: Folder of the pictures.
+      comparison: Settings of a comparison, as for :func:`check_pictures`.
     """
     if comparison is None:
         (folder / COMPARISON).unlink(missing_ok=True)
@@ -137,7 +143,7 @@ class Files:
     """The files of one landscape in a folder."""
 
     def __init__(self, folder: pathlib.Path, settings: dict[str, Any], overwrite: bool):
-        """Refuses a folder with a landscape of other settings, or foreign files."""
+        """Refuses a folder with a landscape of other settings or with foreign files."""
         check_folder(folder)
         self.folder, self.settings, self._overwrite = folder, settings, overwrite
         self.partial = folder / f"{NAME}.partial.npz"
@@ -165,7 +171,7 @@ class Files:
             )
 
     def _read_partial(self):
-        """Settings, and what :meth:`known` returns; None where it may be replaced."""
+        """Reads (settings, known); `known` is None if the file may be replaced."""
         try:
             with np.load(self.partial, allow_pickle=False) as arrays:
                 theirs = dict(json.loads(str(arrays["settings"])))
@@ -175,9 +181,9 @@ class Files:
             if self._overwrite:
                 return {}, None
             raise ValueError(
-                f"{self.partial} should hold the losses so far of an unfinished "
-                "landscape, and cannot be read. Remove it, begin anew with "
-                f"--overwrite, or {_ELSEWHERE}."
+                f"{self.partial} must hold the losses of an unfinished landscape, but "
+                "it cannot be read. Remove it, start again with --overwrite, or "
+                f"{_ELSEWHERE}."
             ) from error
 
     def _refuse(self, what, theirs, ours):
@@ -186,15 +192,18 @@ class Files:
         )
 
     def finished(self) -> dict[str, Any] | None:
-        """The record of this very landscape, if it is there already."""
+        """Returns the record of this very landscape; None if it is not finished."""
         return self._record
 
     def known(self) -> tuple[np.ndarray, float, int | None]:
-        """Losses so far, the seconds that they took, points at once if it matters."""
+        """Returns (losses, seconds, points at once) of the measurement so far.
+
+        The number of points at once is None if no measurement is under way.
+        """
         return self._known
 
     def save(self, losses: np.ndarray, seconds: float, at_once: int) -> None:
-        """Saves the losses so far, for the same command to go on from."""
+        """Saves the losses so far; the same command resumes from them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {
             "losses": losses,
@@ -205,7 +214,7 @@ class Files:
         write_arrays(self.partial, arrays)
 
     def finish(self, record, axes, losses, points) -> None:
-        """Writes the record; only then the losses so far go."""
+        """Writes the record, then deletes the file of the losses so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         arrays = {f"axis{i}": axis for i, axis in enumerate(axes)}
         if points is not None:

@@ -1,4 +1,4 @@
-"""Measures a slice of a run's loss."""
+"""Measures the loss of runs on a line or plane in weight space."""
 
 import os
 import pathlib
@@ -20,12 +20,12 @@ from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 
-# What a kill may cost.
+# The most work that a killed process loses.
 SECONDS_A_SAVE = 5.0
 
 
 class _Slice(NamedTuple):
-    """Where the losses are taken, and what is said of it."""
+    """The points at which losses are measured, and their description."""
 
     origin: PyTree
     directions: Sequence[PyTree]
@@ -37,17 +37,18 @@ class _Slice(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """Runs that are loaded and can be measured.
+    """Runs that are loaded and ready to be measured.
 
     Attributes:
       found: The runs.
-      dimensions: Axes of the slice.
-      steps: The steps of a trajectory's checkpoints, else empty.
-      path: Their weights.
-      statistics: BatchNorm's; None for a network that has none.
+      dimensions: Number of axes of the slice.
+      steps: Steps of a trajectory's checkpoints; empty for other kinds.
+      path: Weights of these checkpoints.
+      statistics: BatchNorm's statistics, "running" or "point"; None for a network
+        without BatchNorm.
       loss: The loss as a function of weights, and its batches.
-      num_examples: How many are shown.
-      files: Where the landscape will be: nothing of other settings is there.
+      num_examples: Number of examples in the batches.
+      files: Files of the landscape, checked to hold nothing of other settings.
     """
 
     found: list[Solution]
@@ -69,17 +70,19 @@ def measure(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Measures the loss on a line or plane through a run, or through several.
+    """Measures the loss on a line or plane through one run or several.
 
-    An interrupted measurement goes on where it was, to the same bits; a finished one of
-    the same settings and weights is read, not measured again.
+    An interrupted measurement resumes where it stopped, with the same bits. A finished
+    one of the same settings and weights is read instead of measured again.
 
     Args:
-      folders: One run; of kind "runs" two or three, of one architecture and data set.
-      plan: What slice of which loss.
-      output: Folder of the files. None: the run's own.
-      data_dir: Folder of prepared TFDS data, if no longer where the runs found it.
-      overwrite: Replace a landscape of other settings, or measure the same one again.
+      folders: Folder of one run; for the kind "runs", folders of two or three runs of
+        one architecture and data set.
+      plan: The slice and the loss to measure.
+      output: Folder of the files. Default: the run's own.
+      data_dir: Folder of prepared TFDS data, if it has moved since the runs.
+      overwrite: Whether to replace a landscape of other settings, and to measure the
+        same one again.
       show_progress: Whether to show progress.
 
     Returns:
@@ -87,16 +90,16 @@ def measure(
       or two lists of coordinates), axis_names (with their units), losses (nats, one
       list for each coordinate of the first axis), points (coordinates of runs or
       checkpoints, or None) and their labels, explained_variance (of "trajectory"),
-      eigenvalues (of "hessian"), statistics (BatchNorm's; None without), members,
-      runs, model, method, seconds, settings, and what
-      :func:`otmdr_jax.experiments.programs.environment` says.
+      eigenvalues (of "hessian"), statistics (BatchNorm's; None without BatchNorm),
+      members, runs, model, method, seconds, settings, and the fields of
+      :func:`otmdr_jax.experiments.programs.environment`.
 
     Raises:
       FileNotFoundError: A folder is no run, or has no such checkpoint.
-      FileExistsError: The folder holds a landscape of other settings, or foreign files
-        of the names of a landscape's.
+      FileExistsError: The output folder holds a landscape of other settings, or foreign
+        files of the same names.
       ValueError: The plan is not possible for these runs.
-      Interrupted: On Ctrl-C, after the losses so far are saved.
+      Interrupted: The user pressed Ctrl-C; the losses so far are saved.
     """
     opened = open_runs(folders, plan, output, data_dir=data_dir, overwrite=overwrite)
     done, found, first = opened.files, opened.found, opened.found[0]
@@ -146,10 +149,9 @@ def open_runs(
     data_dir: str | None,
     overwrite: bool,
 ) -> Opened:
-    """Loads what :func:`measure` takes, and checks all that can be before the grid.
+    """Loads the runs for :func:`measure`, and makes every check that needs no grid.
 
-    Raises:
-      FileNotFoundError, FileExistsError, ValueError: As :func:`measure`.
+    Its arguments and errors are those of :func:`measure`.
     """
     dimensions = plan.dimensions_of(len(folders))
     if output is None and len(folders) > 1:
@@ -200,15 +202,14 @@ def _check_alike(found: Sequence[Solution]) -> None:
         )
         if first.network != other.network or len(first.members) != len(other.members):
             raise ValueError(
-                f"{folders} must be of one architecture to lie in one space of "
-                f"weights: they are of {', '.join(one)} and {', '.join(two)}, with "
-                f"{len(first.members)} and {len(other.members)} members, and their "
-                "options of the model must be equal."
+                f"{folders} must be of one architecture, with equal model options, to "
+                f"share one weight space; got {', '.join(one)} and {', '.join(two)}, "
+                f"with {len(first.members)} and {len(other.members)} members."
             )
 
 
 def _statistics(plan: Plan, solution: Solution) -> str | None:
-    """BatchNorm's statistics; None for a network that has none."""
+    """Chooses BatchNorm's statistics; None for a network without BatchNorm."""
     if not jax.tree.leaves(solution.model_state):
         return None
     if plan.statistics != "auto":
@@ -262,7 +263,7 @@ def _grid(
     axes: Sequence[np.ndarray],
     show_progress: bool,
 ) -> tuple[np.ndarray, float]:
-    """The losses, and the seconds that they took in all."""
+    """Returns the losses, and the seconds that they took in total."""
     known, seconds, at_once = files.known()
     if at_once is None:
         at_once = landscape.points_at_once(*arguments)
@@ -272,7 +273,7 @@ def _grid(
     title = f"landscape of {files.folder}"
     with Progress(total, before, title, show_progress, "points") as bar:
         if before:
-            bar.say(f"going on from {before} of {total} points")
+            bar.say(f"resuming from {before} of {total} points")
 
         def spent():
             return seconds + time.monotonic() - began
@@ -280,7 +281,7 @@ def _grid(
         def report(losses):
             nonlocal known, saved
             if len(known) == before:
-                bar.restart(len(losses))  # what came before was compilation
+                bar.restart(len(losses))  # the time before was compilation
             known = losses
             bar.update(len(losses), {"lowest loss": float(np.fmin.reduce(losses))})
             if time.monotonic() - saved > SECONDS_A_SAVE:

@@ -1,4 +1,4 @@
-"""What slice of which loss is wanted."""
+"""The plan of a landscape: its slice and its loss."""
 
 import dataclasses
 import math
@@ -9,32 +9,36 @@ from otmdr_jax.experiments.options import Seed, check
 
 KINDS = ("random", "hessian", "runs", "trajectory")
 STATISTICS = ("auto", "running", "point")
-# Beyond the runs or checkpoints that are shown, on each side, of their extent.
+# Margin on each side of the runs or checkpoints, as a fraction of their extent.
 MARGIN = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What slice of which loss is wanted.
+    """The slice and the loss of a landscape.
 
     Attributes:
-      kind: "random" (filter-normalised directions), "hessian" (its top eigenvectors),
-        "runs" (through two or three runs), "trajectory" (principal components of the
+      kind: Directions: "random" (filter-normalised), "hessian" (its top eigenvectors),
+        "runs" (through two or three runs), or "trajectory" (principal components of the
         run's checkpoints).
-      points: Points on each axis; 51 as in Li et al., 2018.
-      range: The first and last coordinate of each axis. None: -1 to 1, and for "runs"
-        and "trajectory" what holds all of them and a quarter more on each side.
-      dimensions: 1 for a line, 2 for a plane. None: 2; of "runs" one less than runs.
-      split: "train", "validation" or "test".
-      num_examples: So many examples of the split, evenly spread; all where it has less.
-      seed: The seed of random directions: equal seeds give equal ones before they are
-        normalised.
-      checkpoint: "latest", "best" on the validation set, or a step.
-      member: One member of an ensemble, from 0. None: the loss of the mean probability
-        of all of them, along directions of all of their weights.
-      statistics: BatchNorm's: "running" (of the run; of several, the first), "point"
-        (at each point anew, of all examples that are shown), or "auto": "point" for
-        "runs" and "trajectory", along which they change, else "running".
+      points: Number of points on each axis; 51 as in Li et al., 2018.
+      range: First and last coordinate of each axis. Default: -1 to 1; for "runs" and
+        "trajectory", the extent of the runs or checkpoints and a quarter more on each
+        side.
+      dimensions: Number of axes: 1 for a line, 2 for a plane. Default: 2; for "runs",
+        one less than the number of runs.
+      split: Part of the data: "train", "validation" or "test".
+      num_examples: Largest number of examples of the split, evenly spread.
+      seed: Seed of random directions. Equal seeds give equal directions before
+        normalisation.
+      checkpoint: Name of the checkpoint: "latest", "best" on the validation set, or a
+        step.
+      member: Index of one member of an ensemble, from 0. Default: the loss of the mean
+        probability of all members, along directions of all their weights.
+      statistics: BatchNorm's statistics: "running" (those of the run, or of the first
+        of several), "point" (computed at each point from all examples of the plan), or
+        "auto": "point" for "runs" and "trajectory", along which the statistics change,
+        and "running" for the others.
 
     Raises:
       ValueError: A value is not possible.
@@ -79,15 +83,17 @@ class Plan:
                 )
 
     def dimensions_of(self, num_runs: int) -> int:
-        """The number of axes of a slice of so many runs.
+        """Returns the number of axes of a slice through `num_runs` runs.
 
         Raises:
-          ValueError: The kind is not for so many runs, or not of these dimensions.
+          ValueError: The kind does not take this number of runs, or the runs span
+            another number of dimensions.
         """
         if self.kind != "runs":
             if num_runs != 1:
                 raise ValueError(
-                    f"a landscape of kind {self.kind} is one run's, got {num_runs}."
+                    f"a landscape of kind {self.kind} is one run's, got {num_runs} "
+                    "runs."
                 )
             return self.dimensions or 2
         if num_runs not in (2, 3):
@@ -98,16 +104,16 @@ class Plan:
         if self.dimensions not in (None, num_runs - 1):
             raise ValueError(
                 f"{num_runs} runs span {num_runs - 1} dimensions, got dimensions="
-                f"{self.dimensions}: leave it out."
+                f"{self.dimensions}: leave the option out."
             )
         return num_runs - 1
 
     def axes(self, dimensions: int, shown: np.ndarray | None) -> list[np.ndarray]:
-        """The coordinates on each axis.
+        """Returns the coordinates on each axis.
 
         Args:
-          dimensions: How many axes.
-          shown: (n, dimensions) coordinates that must be on them, or None.
+          dimensions: Number of axes.
+          shown: (n, dimensions) coordinates that the axes must cover, or None.
         """
         if self.range is not None or shown is None:
             ends = [self.range or (-1.0, 1.0)] * dimensions

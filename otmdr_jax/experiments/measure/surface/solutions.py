@@ -1,4 +1,4 @@
-"""From a trained run to a weight vector, and to the loss as a function of it."""
+"""A trained run as a weight vector, and its loss as a function of the weights."""
 
 import os
 import zlib
@@ -33,10 +33,10 @@ class Solution(NamedTuple):
 
     Attributes:
       run: The run at its checkpoint.
-      members: Those that are shown: one, or all that have not diverged.
-      network: What they are together: a model of the zoo, or a joint one.
-      step: Steps that were taken.
-      weights: The weight vector; of a posterior its mean.
+      members: Indices of the members: one, or all that have not diverged.
+      network: The network of these members: a model of the zoo, or a joint one.
+      step: Number of training steps.
+      weights: The weight vector; for a posterior its mean.
       model_state: BatchNorm's running statistics.
     """
 
@@ -51,16 +51,16 @@ class Solution(NamedTuple):
 def open_solution(
     folder: str | os.PathLike, plan: Plan, data_dir: str | None = None
 ) -> Solution:
-    """Loads a run.
+    """Loads a run as one weight vector.
 
     Args:
-      folder: Its folder.
-      plan: Which checkpoint, which member.
-      data_dir: Folder of prepared TFDS data, if no longer where the run found it.
+      folder: The run's folder.
+      plan: Plan that names the checkpoint, the member and the split.
+      data_dir: Folder of prepared TFDS data, if it has moved since the run.
 
     Raises:
       FileNotFoundError: The folder is no run, or has no such checkpoint.
-      ValueError: There is no such split, checkpoint or member.
+      ValueError: The run has no such split, checkpoint or member.
     """
     given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     run = restore.open_run(
@@ -80,7 +80,7 @@ def open_solution(
         chosen = [plan.member]
     chosen = tuple(chosen or range(count))
     separate = config.replace(ensemble="independent")
-    # Without dropout: a landscape is one of weights.
+    # Without dropout: the loss is a function of the weights alone.
     networks = building.networks(separate, run.dataset.num_classes, drops=False)
     if not config.model.stacked:
         networks = tuple(networks[m] for m in chosen)
@@ -94,13 +94,14 @@ def open_solution(
 def weights_of(
     run: Restored, state: PyTree, chosen: Sequence[int]
 ) -> tuple[PyTree, PyTree]:
-    """The weights of members in a state, and their statistics.
+    """Returns the weights of members in a state, and their BatchNorm statistics.
 
     Args:
       run: The run.
       state: Its state at any checkpoint.
-      chosen: The members. Several are stacked where they are of one architecture, else
-        a tuple, as :class:`otmdr_jax.experiments.members.JointModel` has them.
+      chosen: Indices of the members. Several members of one architecture are stacked;
+        of different architectures they form a tuple, as in
+        :class:`otmdr_jax.experiments.members.JointModel`.
     """
     config = run.config
     if config.model.members is None or config.model.ensemble == "independent":
@@ -123,12 +124,12 @@ def weights_of(
 
 
 def random_directions(solution: Solution, seed: int, count: int) -> list[PyTree]:
-    """Filter-normalised random directions, each member's at the scale of its filters.
+    """Draws filter-normalised random directions, at the scale of each member's filters.
 
     Args:
-      solution: One member or several, each of which has a direction of its own.
-      seed: The same for solutions that are to be compared.
-      count: How many.
+      solution: The solution; each of its members gets its own direction.
+      seed: Seed; use the same one for solutions that are to be compared.
+      count: Number of directions.
     """
     root = jax.random.key(seed)
     found = []
@@ -149,10 +150,10 @@ def random_directions(solution: Solution, seed: int, count: int) -> list[PyTree]
 
 
 def checkpoints_of(solution: Solution, dimensions: int) -> tuple[list[int], list]:
-    """Steps and weights of a run's checkpoints, up to the one that is shown.
+    """Returns steps and weights of a run's checkpoints, up to the solution's own.
 
     Raises:
-      ValueError: There are too few.
+      ValueError: There are too few checkpoints.
     """
     run = solution.run
     weights = []
@@ -163,19 +164,19 @@ def checkpoints_of(solution: Solution, dimensions: int) -> tuple[list[int], list
                 f"a trajectory of {dimensions} dimensions needs at least "
                 f"{dimensions + 1} checkpoints, but {run.folder} holds those of steps "
                 f"{steps}: train with --keep-checkpoints 100 and --checkpoint-every "
-                "STEPS, a tenth of the run or less."
+                "STEPS, where STEPS is a tenth of the run or less."
             )
         template = restore.template(run.config, run.programs)
         for step in steps:
             state = saved.restore(template, step).state
-            # On the host: the device need not hold the whole trajectory.
+            # Kept on the host, so that the device need not hold the whole trajectory.
             own, _ = weights_of(run, state, solution.members)
             weights.append(jax.device_get(own))
     return steps, weights
 
 
 def examples(solution: Solution, split: str, num_examples: int) -> Split:
-    """At most so many examples of a part of a run's data, evenly spread."""
+    """Returns at most `num_examples` examples of a split, evenly spread."""
     data: Split = getattr(solution.run.dataset, split)
     count = min(data.num_examples, num_examples)
     rows = np.linspace(0, data.num_examples - 1, count).astype(int)
@@ -185,14 +186,14 @@ def examples(solution: Solution, split: str, num_examples: int) -> Split:
 def objective(
     solution: Solution, split: str, num_examples: int, anew: bool
 ) -> tuple[Any, list[Any], int]:
-    """The loss as a function of weights, its batches on the device, and their size.
+    """Returns the loss as a function of weights, its batches, and their total size.
 
     Args:
       solution: The solution.
-      split: Which part of the data.
-      num_examples: At most so many, evenly spread.
-      anew: Whether BatchNorm has the statistics of these examples at each point; they
-        are one batch then.
+      split: Part of the data.
+      num_examples: Largest number of examples, evenly spread.
+      anew: Whether BatchNorm computes its statistics from these examples at each point;
+        they then form one batch.
     """
     run = solution.run
     part = examples(solution, split, num_examples)
@@ -207,7 +208,7 @@ def objective(
 
 
 def checksum(*solutions: PyTree) -> int:
-    """A checksum of weights, or of other arrays."""
+    """Returns a checksum of arrays, such as weights."""
     found = 0
     for leaf in jax.tree.leaves(solutions):
         found = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), found)
