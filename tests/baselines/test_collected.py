@@ -643,7 +643,7 @@ def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
     # Another number of samples than the run's, from the same checkpoint.
     result = json.loads((tmp_path / "swag" / "result.json").read_text())
     cli.main(["evaluate", runs[1], "--num-samples", "5"])
-    found = json.loads((tmp_path / "swag" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "swag" / "evaluation_5_samples.json").read_text())
     assert found["nll"] != result["nll"]
     assert_allclose(found["nll"], result["nll"], rtol=0.1)
     assert config.load(tmp_path / "swag" / "config.json").method.collect_every == 0.15

@@ -221,12 +221,12 @@ def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
     assert kron["settings"]["prior_precision"] is None
     assert kron["prior_precision"] not in (3.0, result["prior_precision"])
     cli.main(["evaluate", own, "--prediction", "mean"])
-    mode = json.loads((tmp_path / "laplace" / "evaluation.json").read_text())
+    mode = json.loads((tmp_path / "laplace" / "evaluation_mean.json").read_text())
     assert mode["num_samples"] is None and "prior_precision" not in mode
     for options, message in (
         (["--laplace", "last-layer"], "--overwrite"),  # of 30 samples
         (["--laplace", "diagonal", "--prediction", "mean"], "leave one of them out"),
-        (["--laplace-examples", "9"], "are of --laplace"),
+        (["--laplace-examples", "9"], "are options of --laplace"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["evaluate", base, *options])

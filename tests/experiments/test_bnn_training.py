@@ -359,8 +359,9 @@ class TestCommandLine:
         cli.main(["evaluate", str(runs / "sgvb"), "--num-samples", "2"])
         out = capsys.readouterr().out
         assert "SGVB" in out and "Epistemic" in out
-        assert (runs / "sgvb" / "signal_to_noise.png").stat().st_size > 10_000
-        found = json.loads((runs / "sgvb" / "evaluation.json").read_text())
+        assert (runs / "sgvb" / "signal_to_noise_2_samples.png").stat().st_size > 10_000
+        path = runs / "sgvb" / "evaluation_2_samples.json"
+        found = json.loads(path.read_text())
         assert len(found["posterior"]["snr_counts"]) == 60
         assert (found["prediction"], found["num_samples"]) == ("samples", 2)
         with pytest.raises(SystemExit):  # the run has a number of its own
@@ -369,7 +370,8 @@ class TestCommandLine:
         assert "leave one of them out" in capsys.readouterr().err
         cli.main(["evaluate", str(runs / "sgvb"), "--prediction", "mean"])
         assert "mean" in capsys.readouterr().out
-        at_mean = json.loads((runs / "sgvb" / "evaluation.json").read_text())
+        path = runs / "sgvb" / "evaluation_mean.json"
+        at_mean = json.loads(path.read_text())
         assert at_mean["nll"] != found["nll"] and "epistemic" not in at_mean
         assert (runs / "sgvb" / "result.json").read_bytes() == before
 

@@ -89,10 +89,12 @@ def test_a_second_run_into_the_same_folder_is_refused(session):
 def test_evaluate_prints_a_table_and_writes_files(session):
     done = otmdr_here("evaluate", "robust", "--checkpoint", "best", cwd=session)
     assert "Accuracy" in done.stdout and "OT-MDR (K = 2)" in done.stdout
-    evaluation = json.loads((session / "robust" / "evaluation.json").read_text())
+    path = session / "robust" / "evaluation_best.json"
+    evaluation = json.loads(path.read_text())
     result = json.loads((session / "robust" / "result.json").read_text())
     assert evaluation["steps"] == result["best"]["step"]
-    assert (session / "robust" / "reliability.png").stat().st_size > 10_000
+    picture = session / "robust" / "reliability_best.png"
+    assert picture.stat().st_size > 10_000
     done = otmdr_here("evaluate", "robust", cwd=session)
     evaluation = json.loads((session / "robust" / "evaluation.json").read_text())
     assert evaluation["accuracy"] == result["accuracy"]

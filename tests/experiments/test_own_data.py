@@ -158,3 +158,33 @@ def test_save_keeps_a_dataset_whole(mine, tmp_path):
     assert (again.mean, again.std, again.augment) == ((1.0,), (3.0,), ("flip",))
     assert again.num_classes == 4
     np.testing.assert_array_equal(again.train.images, floats.train.images)
+
+
+def test_evaluations_of_other_settings_leave_each_other_alone(run, mine, tmp_path):
+    folder, _ = run
+    data.save(mine, tmp_path / "mine.npz")
+    common = "--data-dir", str(tmp_path / "mine.npz")
+    names = {
+        (): "",
+        ("--split", "validation"): "_validation",
+        ("--checkpoint", "2"): "_step_2",
+        ("--split", "train", "--checkpoint", "best"): "_train_best",
+    }
+    for options in names:
+        cli.main(["evaluate", str(folder), *options, *common])
+    found = {
+        options: json.loads((folder / f"evaluation{suffix}.json").read_text())
+        for options, suffix in names.items()
+    }
+    splits = [x["split"] for x in found.values()]
+    assert splits == ["test", "validation", "test", "train"]
+    assert len({x["nll"] for x in found.values()}) == 3
+    for suffix in names.values():
+        assert (folder / f"reliability{suffix}.png").exists()
+    # A record that does not say of which settings it is, as of an older version.
+    (folder / "evaluation.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(folder), *common])
+    assert (folder / "evaluation.json").read_text() == "{}"
+    cli.main(["evaluate", str(folder), *common, "--overwrite"])
+    assert json.loads((folder / "evaluation.json").read_text())["split"] == "test"

@@ -697,7 +697,7 @@ def test_the_command_line_knows_it(tmp_path, capsys):
     for name in ("nll", "epistemic", "sharpness"):
         assert_allclose(found[name], result[name], rtol=1e-4)
     cli.main(["evaluate", run, "--prediction", "mean"])
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "run" / "evaluation_mean.json").read_text())
     assert "epistemic" not in found and found["nll"] != result["nll"]
     cli.main(["calibrate", run, "--methods", "temperature", "--num-repeats", "1"])
     cli.main(["sharpness", run, "--num-examples", "50", "--num-probes", "2"])

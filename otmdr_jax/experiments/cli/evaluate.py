@@ -1,11 +1,12 @@
 """`otmdr evaluate`: metrics of a run at one of its checkpoints."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from otmdr_jax.experiments.cli.common import print_tables
+from otmdr_jax.experiments.methods.sampled import Sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +17,9 @@ class Evaluate:
 
     For an interrupted run it also writes result.json, so that the run can be compared
     with others.
+
+    Files of another split, checkpoint or prediction than the run's own say so in their
+    names, as evaluation_validation.json, evaluation_best.json or evaluation_mean.json.
     """
 
     run: tyro.conf.Positional[str]
@@ -42,7 +46,7 @@ class Evaluate:
     laplace_examples: int | None = None
     """Number of training images for the Laplace fit. Default: all."""
     overwrite: bool = False
-    """Replace the record of a Laplace approximation of other settings."""
+    """Replace a record of other settings."""
 
 
 def run(options: Evaluate) -> None:
@@ -51,7 +55,6 @@ def run(options: Evaluate) -> None:
     from otmdr_jax.experiments.measure import evaluation
     from otmdr_jax.experiments.measure.record import record_of
     from otmdr_jax.experiments.members import steps_taken
-    from otmdr_jax.experiments.methods.sampled import Sampled
     from otmdr_jax.io import files
 
     given = {
@@ -87,20 +90,24 @@ def run(options: Evaluate) -> None:
         predicts=options.laplace is None,  # a Laplace approximation is fitted below
         **given,
     )
-    suffix, settings = "", {}
+    settings: dict[str, Any] = {
+        "split": options.split,
+        "checkpoint": options.checkpoint,
+    }
+    own = ("prediction", "num_samples", "prior_precision", "laplace_examples")
+    settings |= {x: getattr(config.method, x) for x in own if hasattr(config.method, x)}
     if options.laplace is not None:
-        suffix = f"_laplace_{options.laplace.replace('-', '_')}"
-        own = ("num_samples", "prior_precision", "laplace_examples")
-        settings["settings"] = {
-            "split": options.split,
-            "checkpoint": options.checkpoint,
-            "step": steps_taken(state),
-            **{name: getattr(config.method, name) for name in own},
-        }
-        run_folder.check_record(
-            folder / f"evaluation{suffix}.json", settings["settings"], options.overwrite
+        settings |= {"laplace": options.laplace, "step": steps_taken(state)}
+    suffix = _suffix(options, config, run_folder.read_config(folder))
+    record, picture, ratios = (
+        folder / f"{name}{suffix}.{kind}"
+        for name, kind in (
+            ("evaluation", "json"),
+            ("reliability", "png"),
+            ("signal_to_noise", "png"),
         )
-        state = config.method.finalize(config, state, dataset, compiled)
+    )
+    run_folder.check_record(record, settings, options.overwrite)
     of_run = evaluation.evaluate_run(
         config,
         state,
@@ -116,7 +123,7 @@ def run(options: Evaluate) -> None:
         "checkpoint": options.checkpoint,
         **record_of(config, of_run, dataset, compiled, options.split),
         "seconds_per_step": None,
-        **settings,
+        "settings": settings,
     }
     how = ""
     if isinstance(method := config.method, Sampled):
@@ -130,15 +137,9 @@ def run(options: Evaluate) -> None:
             f"{result['effective_parameters']:.4g} effective parameters"
         )
     labels = getattr(dataset, options.split).labels
-    record, picture = (
-        folder / f"{name}{suffix}.{kind}"
-        for name, kind in (("evaluation", "json"), ("reliability", "png"))
-    )
     files.write_json(record, result)
-    latest = options.split == "test" and options.checkpoint == "latest"
-    latest = latest and not {"num_samples", "prediction", "laplace"} & set(given)
     whole = run_folder.is_finished(folder) and (folder / "predictions.npz").exists()
-    if latest and not whole:
+    if not suffix and not whole:
         # This is the run's result until the run is resumed and finished.
         run_folder.write_result(
             folder, result, found.log_probs, labels, found.member_log_probs
@@ -150,6 +151,28 @@ def run(options: Evaluate) -> None:
     written = [record, picture]
     report.plot_reliability([run], picture)
     if of_run.posterior:
-        written.append(folder / "signal_to_noise.png")
-        report.plot_signal_to_noise([run], written[-1])
+        written.append(ratios)
+        report.plot_signal_to_noise([run], ratios)
     print(f"Written: {', '.join(map(str, written))}")
+
+
+def _suffix(options: Evaluate, config: Any, own: Any) -> str:
+    """What tells an evaluation from that of the run itself, in the names of its files.
+
+    Args:
+      options: What was asked for.
+      config: The run's options with those that were asked for.
+      own: The run's own.
+    """
+    parts: list[str] = [] if options.split == "test" else [options.split]
+    if options.checkpoint != "latest":
+        step = "step_" * options.checkpoint.isdigit()
+        parts.append(step + options.checkpoint)
+    if options.laplace is not None:
+        parts.append(f"laplace_{options.laplace.replace('-', '_')}")
+    elif isinstance(own.method, Sampled):
+        if config.method.prediction != own.method.prediction:
+            parts.append(config.method.prediction)
+        if options.num_samples not in (None, own.method.num_samples):
+            parts.append(f"{options.num_samples}_samples")
+    return "".join(f"_{part}" for part in parts)
