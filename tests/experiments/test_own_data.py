@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from otmdr_jax import data
-from otmdr_jax.experiments import cli, restore, training
+from otmdr_jax.experiments import cli, report, restore, training
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.report import examples
 
 TINY = TrainConfig(
     model="one_layer",
@@ -46,6 +47,7 @@ def test_what_was_trained_on_is_recorded(run, mine):
     assert json.loads((folder / "config.json").read_text())["data"] == "arrays:mine"
     record = json.loads((folder / "data.json").read_text())
     assert record.pop("fingerprint").startswith("mine-51-")
+    assert record.pop("test_fingerprint").startswith("mine-30-")
     assert record == {
         "name": "mine", "num_classes": 3, "image_shape": [8, 8, 1], "dtype": "uint8",
         "train": 51, "validation": 9, "test": 30,
@@ -188,3 +190,21 @@ def test_evaluations_of_other_settings_leave_each_other_alone(run, mine, tmp_pat
     assert (folder / "evaluation.json").read_text() == "{}"
     cli.main(["evaluate", str(folder), *common, "--overwrite"])
     assert json.loads((folder / "evaluation.json").read_text())["split"] == "test"
+
+
+def test_a_report_shows_no_images_of_a_file_that_has_changed(tmp_path, one_layer):
+    train, test = images_of(0, 60), images_of(1, 30)
+    names = "train_images", "train_labels", "test_images", "test_labels"
+    np.savez(tmp_path / "a.npz", **dict(zip(names, (*train, *test), strict=True)))
+    config = TINY.replace(data=str(tmp_path / "a.npz"))
+    training.train(config, output=tmp_path / "run", show_progress=False)
+    run = report.read_run(tmp_path / "run")
+    (shown,) = examples.of_labels([run])
+    np.testing.assert_array_equal(shown.images, test[0])
+    examples._load.cache_clear()
+    changed = test[0].copy()
+    changed[3] = 255 - changed[3]
+    arrays = dict(zip(names, (*train, changed, test[1]), strict=True))
+    np.savez(tmp_path / "a.npz", **arrays)
+    (shown,) = examples.of_labels([run])
+    assert shown.images is None and "differ from its test set" in shown.why

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 
 from otmdr_jax import metrics
-from otmdr_jax.experiments import config, report
+from otmdr_jax.experiments import cli, config, report
 
 CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
 
 
 def predictions(seed, n=60, classes=4):
-    rng = np.random.default_rng(seed)
+    """Of one test set, whatever the seed."""
+    rng = np.random.default_rng(0)
     logits = 2.0 * rng.normal(size=(n, classes))
-    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     labels = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)  # calibrated
+    logits += 0.1 * np.random.default_rng(seed).normal(size=logits.shape)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return log_probs.astype(np.float32), labels.astype(np.int32)
 
 
@@ -582,3 +584,85 @@ def test_with_distinct_labels_parts_what_is_not_alike():
         "SGD",
     ]
     assert report.with_distinct_labels([]) == []
+
+
+def described(name="digits", sampled="0a1b2c3d", whole="p00000001", train=1437):
+    return {
+        "name": name, "train": train, "test": 60,
+        "fingerprint": f"{name}-{train}-{sampled}-{whole}",
+    }  # fmt: skip
+
+
+def test_runs_on_several_data_are_no_seeds_of_one_method():
+    first, second = make(seed=0), make(seed=1)
+
+    def labels(one, other):
+        runs = [first._replace(data=one), second._replace(data=other)]
+        return [run.label for run in report.with_distinct_labels(runs)]
+
+    one = described()
+    assert labels(one, one) == labels(one, None) == ["SAM", "SAM"]
+    # The same images under another name, or left in their files.
+    assert labels(one, described(name="copy")) == ["SAM", "SAM"]
+    assert labels(one, described(whole="r00000002")) == ["SAM", "SAM"]
+    text = "SAM, data digits ({} for training, 60 to test, {})"
+    assert labels(one, described(train=9)) == [
+        text.format(1437, "0a1b2c3d-p00000001"), text.format(9, "0a1b2c3d-p00000001"),
+    ]  # fmt: skip
+    assert len(set(labels(one, described(sampled="ffffffff")))) == 2
+    assert len(set(labels(one, described(whole="p00000002")))) == 2
+    # Older runs say nothing of their data; other test labels part them.
+    fewer = second._replace(labels=second.labels[:50])
+    found = [run.label for run in report.with_distinct_labels([first, fewer])]
+    assert len(set(found)) == 2 and all("test examples" in label for label in found)
+    # Data that an option tells apart are named by the option.
+    runs = [first._replace(data=one), second._replace(data=described(sampled="ff"))]
+    runs[1].config["label_noise"] = 0.2
+    assert [x.label for x in report.with_distinct_labels(runs)] == [
+        "SAM, label_noise = -", "SAM, label_noise = 0.2",
+    ]  # fmt: skip
+
+
+def test_an_unfinished_run_is_no_seed_of_the_finished_ones():
+    done, stopped = make(seed=0, finished=True), make(seed=1, checkpoint="latest")
+    stopped.result["steps"] = 29
+    runs = report.with_distinct_labels([done, stopped])
+    assert [run.label for run in runs] == ["SAM", "SAM, unfinished at step 29"]
+    assert [row.n for row in report.summarise(runs, ["nll"])] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"epochs": 3}, "epochs is 2 in SAM; 3 in SGD"),
+        ({"label_noise": 0.2}, "label_noise is - in SAM; 0.2 in SGD"),
+        ({"validation": 0.1}, "validation is - in SAM; 0.1 in SGD"),
+        ({"rho": [0.1], "log_every": 3, "seed": 4}, None),
+    ],
+)
+def test_methods_that_differ_in_more_than_themselves_are_noted(options, note):
+    one, other = make("SAM"), make("SGD")
+    other.config.update(options)
+    found = report.cautions([one, other])
+    if note is None:
+        assert not found
+        return
+    assert found == [f"methods differ in more than themselves: {note}."]
+
+
+def test_methods_on_other_test_sets_are_noted():
+    one, other = make("SAM"), make("SGD")
+    other = other._replace(labels=other.labels[::-1].copy())
+    (note,) = report.cautions([one, other])
+    assert "the data are of 60 test examples" in note and "in SGD" in note
+
+
+def test_a_run_that_is_given_twice_is_refused_before_anything_is_shown(
+    folder, tmp_path, capsys
+):
+    twice = [str(folder), str(folder), "--output", str(tmp_path / "out")]
+    for command in ("compare", "report"):
+        with pytest.raises(SystemExit):
+            cli.main([command, *twice])
+        out, err = capsys.readouterr()
+        assert not out and "was given twice" in err

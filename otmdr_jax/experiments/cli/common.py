@@ -21,7 +21,10 @@ def tabled_runs(folders: Sequence[str], output: str, title: str) -> list[Any]:
         raise ValueError("name the folders of at least one run.")
     report.check_folder(output)
     found = report.with_distinct_labels(map(report.read_run, folders))
+    report.check_distinct(found)
     report.print_summary(found, title)
+    for caution in report.cautions(found):
+        print(f"Note: {caution}")
     return found
 
 

@@ -15,6 +15,7 @@ from otmdr_jax.experiments.config.options import (
     known_options,
     method_options,
     refuse_foreign,
+    shared_options,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "preset",
     "refuse_foreign",
     "save",
+    "shared_options",
 ]

@@ -23,6 +23,8 @@ from otmdr_jax.experiments.programs.provenance import (
     describe,
     environment,
     fingerprint,
+    same_data,
+    test_fingerprint,
 )
 
 __all__ = [
@@ -38,5 +40,7 @@ __all__ = [
     "make_mesh",
     "named",
     "run_keys",
+    "same_data",
     "step_memory_mib",
+    "test_fingerprint",
 ]

@@ -2,6 +2,7 @@
 
 import platform
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 
 from otmdr_jax import _version
-from otmdr_jax.data import Dataset, LazyImages
+from otmdr_jax.data import Dataset, LazyImages, Split
 
 
 def environment() -> dict[str, str]:
@@ -26,17 +27,26 @@ def environment() -> dict[str, str]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Checksums of all splits, to tell whether a run goes on with its data.
+    """Name, size and checksums of a dataset, to tell whether a run goes on with it.
 
-    Two of them: of the labels, of a thousand images of each split and of the mean and
-    deviation that normalise them; and of all images
-    ("p"), or of their records where they are not in memory ("r").
+    Two checksums: of the labels, of a thousand images of each split and of the mean and
+    deviation that normalise them; and of all images ("p" for pixels), or of their
+    records where they are not in memory ("r").
     """
-    sampled = whole = 0
-    splits = [s for s in (dataset.train, dataset.validation, dataset.test) if s]
-    kind = "r" if isinstance(dataset.train.images, LazyImages) else "p"
     # Of a set without published statistics these may be of a sample of the images.
-    sampled = zlib.crc32(np.asarray((dataset.mean, dataset.std)).tobytes(), sampled)
+    start = zlib.crc32(np.asarray((dataset.mean, dataset.std)).tobytes())
+    splits = [s for s in (dataset.train, dataset.validation, dataset.test) if s]
+    return f"{dataset.name}-{dataset.train.num_examples}-{_checksums(splits, start)}"
+
+
+def test_fingerprint(dataset: Dataset) -> str:
+    """The same of the images and labels of the test set alone."""
+    return f"{dataset.name}-{dataset.test.num_examples}-{_checksums([dataset.test], 0)}"
+
+
+def _checksums(splits: Sequence[Split], sampled: int) -> str:
+    whole = 0
+    kind = "r" if isinstance(splits[0].images, LazyImages) else "p"
     for images, labels in splits:
         rows = np.linspace(0, len(labels) - 1, min(len(labels), 1_000)).astype(int)
         for array in (labels, images[rows]):
@@ -45,8 +55,7 @@ def fingerprint(dataset: Dataset) -> str:
             whole = zlib.crc32(str(images.checksum()).encode(), whole)
         else:
             whole = zlib.crc32(np.ascontiguousarray(images).tobytes(), whole)
-    count = dataset.train.num_examples
-    return f"{dataset.name}-{count}-{sampled:08x}-{kind}{whole:08x}"
+    return f"{sampled:08x}-{kind}{whole:08x}"
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -56,18 +65,31 @@ def describe(dataset: Dataset) -> dict[str, Any]:
       dataset: The data.
 
     Returns:
-      A record: name, fingerprint (see :func:`fingerprint`), num_classes, image_shape,
-      dtype, and the numbers of examples of train, validation (None without one), test.
+      A record: name, fingerprint (see :func:`fingerprint`), test_fingerprint,
+      num_classes, image_shape, dtype, and the numbers of examples of train, validation
+      (None without one) and test.
     """
     splits = {x: getattr(dataset, x) for x in ("train", "validation", "test")}
     return {
         "name": dataset.name,
         "fingerprint": fingerprint(dataset),
+        "test_fingerprint": test_fingerprint(dataset),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
         "dtype": str(dataset.train.images.dtype),
         **{name: split and split.num_examples for name, split in splits.items()},
     }
+
+
+def same_data(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same data, whatever their names.
+
+    The checksums of all images are compared where both are of pixels, or both of
+    records.
+    """
+    _, *before, whole = one.rsplit("-", 3)
+    _, *after, other_whole = other.rsplit("-", 3)
+    return before == after and (whole == other_whole or whole[0] != other_whole[0])
 
 
 def check_same_data(was: str, now: str, output: Any) -> None:
@@ -79,13 +101,9 @@ def check_same_data(was: str, now: str, output: Any) -> None:
       output: The run's folder, for the error.
 
     Raises:
-      ValueError: The checksums are others, whatever the names. Those of all images are
-        compared where both are of pixels, or both of records.
+      ValueError: They are not the :func:`same_data`.
     """
-    _, *before, whole = was.rsplit("-", 3)
-    _, *after, now_whole = now.rsplit("-", 3)
-    same_kind = whole[0] == now_whole[0]
-    if before != after or (same_kind and whole != now_whole):
+    if not same_data(was, now):
         raise ValueError(
             f"{output} was trained on {was}, but the data are now {now} (name, "
             "examples, checksums). Restore the data, say where they are with "

@@ -13,6 +13,7 @@ a table is printed or a figure is drawn.
 """
 
 from otmdr_jax.experiments.report.labels import (
+    cautions,
     label_of,
     member_runs,
     with_distinct_labels,
@@ -27,7 +28,7 @@ from otmdr_jax.experiments.report.learning_curves import (
     learning_curves_figure,
     plot_learning_curves,
 )
-from otmdr_jax.experiments.report.page import check_folder, write
+from otmdr_jax.experiments.report.page import check_distinct, check_folder, write
 from otmdr_jax.experiments.report.posterior import (
     plot_signal_to_noise,
     signal_to_noise_figure,
@@ -55,6 +56,8 @@ __all__ = [
     "Column",
     "Row",
     "Run",
+    "cautions",
+    "check_distinct",
     "check_folder",
     "contour_figure",
     "known_columns",

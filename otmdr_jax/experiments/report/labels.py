@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeVar
 
+import numpy as np
+
 from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments.programs import same_data
 
 Run = Any  # reading.Run; `reading` imports this module
 T = TypeVar("T")
@@ -37,6 +41,10 @@ _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # Options that may differ between averaged runs: the seed, and those that change no
 # number.
 _FREE = {"seed"} | config_lib.RESUMABLE
+# Options that change the data of a run.
+_OF_DATA = ("data", "validation", "label_noise", "data_seed")
+# Options that labels name.
+_IN_LABELS = {"members", "ensemble", "member_data", "dropout", "optimizer"}
 
 
 def label_of(config: Mapping[str, Any]) -> str:
@@ -161,7 +169,8 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
 
     Returns:
       The runs in their order. If runs of a label differ in options that change a run's
-      numbers, the label names these options.
+      numbers, or in their data, the label names these; that of a run which has not come
+      to its end says so.
 
     Example:
       >>> from otmdr_jax.experiments.report import Run
@@ -170,9 +179,10 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
       >>> [run.label for run in with_distinct_labels(runs)]
       ['SAM, epochs = 2', 'SAM, epochs = 4']
     """
-    runs = list(runs)
+    runs = [run._replace(label=run.label + _unfinished(run)) for run in runs]
     groups = by_label(runs) if runs else {}
     options = {label: beyond_the_seed(group) for label, group in groups.items()}
+    apart = {label: _of_several_data(group) for label, group in groups.items()}
     return [
         run._replace(
             label=", ".join(
@@ -181,6 +191,7 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
                     f"{name} = {text_of(run.config, name).strip(chr(34))}"
                     for name in options[run.label]
                 ]
+                + [f"data {_name_of_data(run)}"] * apart[run.label]
             )
         )
         for run in runs
@@ -188,8 +199,8 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
-    """Returns warnings about means over runs that are no repetitions over seeds."""
-    found = []
+    """Returns warnings about means and comparisons that are not over seeds alone."""
+    found = _unlike(runs)
     for label, group in by_label(runs).items():
         options = beyond_the_seed(group)
         if options:
@@ -201,6 +212,73 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         if not options and len(set(seeds)) < len(seeds):
             found.append(f"runs of {label} share a seed.")
     return found
+
+
+def _unlike(runs: Sequence[Run]) -> list[str]:
+    """Says in what runs of several labels differ, beside what the methods are."""
+    groups = by_label(runs)
+    if len(groups) < 2:
+        return []
+    named = {"data"} | _IN_LABELS | _FREE
+    shared = [name for name in config_lib.shared_options() if name not in named]
+    found = [
+        f"{name} is "
+        + "; ".join(f"{text} in {_listed(labels)}" for text, labels in values.items())
+        for name, values in (
+            (name, _values(groups, lambda run, n=name: text_of(run.config, n)))
+            for name in differing([run.config for run in runs])
+            if name in shared
+        )
+    ]
+    if _of_several_data(runs):
+        values = _values(groups, _name_of_data)
+        found.append(
+            "the data are "
+            + "; ".join(f"{text} in {_listed(x)}" for text, x in values.items())
+        )
+    if not found:
+        return []
+    return [f"methods differ in more than themselves: {'. '.join(found)}."]
+
+
+def _values(groups: Mapping[str, Sequence[Run]], of: Callable) -> dict[str, list[str]]:
+    """Returns value -> the labels that have it."""
+    values: dict[str, list[str]] = {}
+    for label, group in groups.items():
+        for text in dict.fromkeys(of(run) for run in group):
+            values.setdefault(text, []).append(label)
+    return values
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(labels)
+
+
+def _unfinished(run: Run) -> str:
+    """Returns the end of the label of a run that `otmdr evaluate` met on its way."""
+    if run.result.get("finished") or "checkpoint" not in run.result:
+        return ""
+    return f", unfinished at step {run.result.get('steps')}"
+
+
+def _of_several_data(runs: Sequence[Run]) -> bool:
+    """Says whether runs have several data that their options do not tell apart."""
+    if differing([{n: run.config.get(n) for n in _OF_DATA} for run in runs]):
+        return False  # the label names these options
+    if len({np.asarray(run.labels).tobytes() for run in runs}) > 1:
+        return True
+    known = [run.data["fingerprint"] for run in runs if run.data is not None]
+    return any(not same_data(known[0], other) for other in known[1:])
+
+
+def _name_of_data(run: Run) -> str:
+    """Names a run's data by their name, size and checksum."""
+    if run.data is None:
+        checksum = zlib.crc32(np.ascontiguousarray(run.labels).tobytes())
+        return f"of {len(run.labels)} test examples (labels {checksum:08x})"
+    name, count, *checksums = run.data["fingerprint"].rsplit("-", 3)
+    test = run.data["test"]
+    return f"{name} ({count} for training, {test} to test, {'-'.join(checksums)})"
 
 
 def beyond_the_seed(runs: Sequence[Run]) -> list[str]:

@@ -64,7 +64,7 @@ def write(
     """
     folder, runs = pathlib.Path(folder), list(runs)
     check_folder(folder)
-    _check_distinct(runs)
+    check_distinct(runs)
     rows = summary.summarise(runs, summary.known_columns(runs))
     page = compose(
         title, runs, command=command, whole=whole, baseline=baseline, costs=costs
@@ -148,7 +148,12 @@ def _earlier(folder: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def _check_distinct(runs: Sequence[Run]) -> None:
+def check_distinct(runs: Sequence[Run]) -> None:
+    """Refuses runs of which one is given twice.
+
+    Raises:
+      ValueError: A run counts once in a mean.
+    """
     seen = set()
     for run in runs:
         if run.folder is None:

@@ -23,6 +23,8 @@ class Run(NamedTuple):
       history: The lines of metrics.jsonl in order.
       log_probs: (N, C) log-probabilities on the test set.
       labels: (N,) integers, the classes of the test set.
+      data: Name, sizes and fingerprints of its data, see
+        :func:`otmdr_jax.experiments.programs.describe`; None of runs of older versions.
     """
 
     folder: pathlib.Path | None
@@ -32,6 +34,7 @@ class Run(NamedTuple):
     history: list[dict[str, Any]]
     log_probs: np.ndarray
     labels: np.ndarray
+    data: dict[str, Any] | None = None
 
 
 def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
@@ -74,6 +77,7 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
         history=_read_history(folder / "metrics.jsonl"),
         log_probs=log_probs,
         labels=labels,
+        data=_read_object(path) if (path := folder / "data.json").is_file() else None,
     )
 
 
