@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -689,3 +690,44 @@ def equations(jaxpr, in_loop=False):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
                 yield from equations(inner, in_loop or name in ("scan", "while"))
+
+
+@pytest.mark.parametrize(
+    ("options", "noise", "said"),
+    [  # noise: in radii, of which ten are the bound
+        ({}, 10.1, True),
+        ({}, 9.9, False),
+        ({}, 0.0, False),
+        ({"norm": "per_leaf"}, 22.3, False),  # each of five moves by the radius
+        ({"norm": "per_leaf"}, 22.4, True),
+        ({"norm": "none"}, 99.0, False),  # the gradient says how far
+        ({"members": "3"}, 10.1, True),
+        ({"members": "3"}, 9.9, False),
+        ({"members": "one_layer,one_layer"}, 10.1, True),
+        ({"method": "sam"}, None, False),
+    ],
+)
+def test_noise_that_drowns_the_ascent_is_said(one_layer, small, options, noise, said):
+    images = jnp.zeros((1, *small.image_shape))
+    params, _ = models.create(one_layer, 3).init(jax.random.key(0), images)
+    leaves = [np.asarray(x) for x in jax.tree.leaves(params)]
+    assert len(leaves) == 5
+    common = {"model": one_layer, "method": "otmdr", "mesh": "data=1"}
+    if noise is not None:
+        total = sum(x.size for x in leaves)
+        common["noise_std"] = noise * (0.05 + 0.1) / math.sqrt(total)
+    config = TrainConfig(**common | options)
+    compiled = programs.compile_programs(config, small)
+    state = jax.eval_shape(compiled.init, programs.run_keys(0)[0])
+    found = programs.much_noise(config, state)
+    assert (found is not None) == said
+    if said:
+        assert f" on {total:,} weights" in found
+
+
+def test_a_run_says_what_noise_drowns(one_layer, small, capsys):
+    config = TrainConfig(
+        model=one_layer, method="otmdr", mesh="data=1", noise_std=1.0, steps=1
+    )
+    training.train(config, small)
+    assert "the particles are mostly noise" in capsys.readouterr().err

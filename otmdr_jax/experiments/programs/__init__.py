@@ -16,6 +16,7 @@ from otmdr_jax.experiments.programs.inputs import (
     few_images,
     load_data,
     make_mesh,
+    much_noise,
     named,
 )
 from otmdr_jax.experiments.programs.provenance import (
@@ -38,6 +39,7 @@ __all__ = [
     "load_data",
     "loss_sum",
     "make_mesh",
+    "much_noise",
     "named",
     "run_keys",
     "same_data",

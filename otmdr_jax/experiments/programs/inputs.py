@@ -1,7 +1,10 @@
 """What a configuration names of its surroundings: data and devices, checked."""
 
+import math
 import pathlib
+from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from otmdr_jax import data as data_lib
@@ -126,6 +129,38 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
             "a part: use a larger batch or fewer devices on data."
         )
     return mesh if mesh.size > 1 else None
+
+
+# Noise that moves the weights so many times as far as the ascent steps do is said.
+MUCH_NOISE = 10
+
+
+def much_noise(config: TrainConfig, state: Any) -> str | None:
+    """A warning where the noise of the ascent steps drowns the steps.
+
+    A step goes as far as its radius; Gaussian noise of standard deviation sigma on each
+    of n weights as far as sigma sqrt(n).
+
+    Args:
+      config: The run's options.
+      state: Its state.
+    """
+    gradient = config.method.gradient
+    sigma, rho = getattr(gradient, "noise_std", 0.0), getattr(gradient, "rho", ())
+    norm = getattr(gradient, "norm", getattr(gradient, "posterior_norm", "global"))
+    one = state if hasattr(state, "step") else state[0]
+    leaves = jax.tree.leaves(one.params)
+    # Members that are stacked climb on their own.
+    size = sum(x.size for x in leaves) // one.step.size
+    noise = sigma * math.sqrt(size)
+    steps = sum(rho) * (math.sqrt(len(leaves)) if norm == "per_leaf" else 1.0)
+    if norm == "none" or noise <= MUCH_NOISE * steps:
+        return None
+    return (
+        f"noise_std={sigma:g} on {size:,} weights moves them by {noise:.3g} a step, "
+        f"the radii by {steps:.3g}: the particles are mostly noise. The paper's "
+        "presets do so; --noise-std 0 climbs alone"
+    )
 
 
 def few_images(config: TrainConfig, mesh: Mesh | None) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 from otmdr_jax import parallel
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
 from otmdr_jax.experiments.measure.evaluation import OfRun, evaluate_run
-from otmdr_jax.experiments.programs import few_images
+from otmdr_jax.experiments.programs import few_images, much_noise
 from otmdr_jax.experiments.training import divergence
 from otmdr_jax.experiments.training.feed import Feed
 from otmdr_jax.experiments.training.log import Log
@@ -61,7 +61,7 @@ class Loop:
         total = self.programs.total_steps
         self.progress = Progress(total, step, self._title(), self.show_progress)
         with Requests(self._stop), self.progress:
-            self._say_where(meta)
+            self._say_where(meta, state)
             with Feed(self.config, self.dataset, self.programs, step) as feed:
                 while self.step < total:
                     state = self._epoch(state, feed)
@@ -89,7 +89,7 @@ class Loop:
             many += f" x {len(self.config.model.member_names)}"
         return f"{self.config.method.name}{many} seed {self.config.run.seed}"
 
-    def _say_where(self, meta):
+    def _say_where(self, meta, state):
         """Says what the run goes on from, and what is odd about it."""
         say, mesh = self.progress.say, self.meta["mesh"]
         left = self.step < self.programs.total_steps
@@ -101,7 +101,8 @@ class Loop:
                 "not be the same bits"
             )
         if left:
-            if warning := few_images(self.config, self.programs.mesh):
+            few = few_images(self.config, self.programs.mesh)
+            for warning in filter(None, (few, much_noise(self.config, state))):
                 say(warning)
             say("compiling")
 
