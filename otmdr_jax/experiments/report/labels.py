@@ -215,7 +215,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
-    """Says in what runs of several labels differ, beside what the methods are."""
+    """Describes differences between labels other than their methods."""
     groups = by_label(runs)
     if len(groups) < 2:
         return []
@@ -255,7 +255,7 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _unfinished(run: Run) -> str:
-    """Returns the end of the label of a run that `otmdr evaluate` met on its way."""
+    """Returns the end of the label of an unfinished run: "" if it is finished."""
     if run.result.get("finished") or "checkpoint" not in run.result:
         return ""
     return f", unfinished at step {run.result.get('steps')}"
