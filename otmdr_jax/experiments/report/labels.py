@@ -169,8 +169,8 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
 
     Returns:
       The runs in their order. If runs of a label differ in options that change a run's
-      numbers, or in their data, the label names these; that of a run which has not come
-      to its end says so.
+      numbers, or in their data, the label names these. The label of an unfinished run
+      says so.
 
     Example:
       >>> from otmdr_jax.experiments.report import Run
@@ -191,7 +191,7 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
                     f"{name} = {text_of(run.config, name).strip(chr(34))}"
                     for name in options[run.label]
                 ]
-                + [f"data {_name_of_data(run)}"] * apart[run.label]
+                + ([f"data {_name_of_data(run)}"] if apart[run.label] else [])
             )
         )
         for run in runs
