@@ -18,8 +18,9 @@ class Evaluate:
     For an interrupted run it also writes result.json, so that the run can be compared
     with others.
 
-    Files of another split, checkpoint or prediction than the run's own say so in their
-    names, as evaluation_validation.json, evaluation_best.json or evaluation_mean.json.
+    For another split, checkpoint or prediction than the run's own, the names of the
+    files say so: evaluation_validation.json, evaluation_best.json or
+    evaluation_mean.json.
     """
 
     run: tyro.conf.Positional[str]
@@ -157,12 +158,12 @@ def run(options: Evaluate) -> None:
 
 
 def _suffix(options: Evaluate, config: Any, own: Any) -> str:
-    """What tells an evaluation from that of the run itself, in the names of its files.
+    """Returns the part of file names that tells an evaluation from the run's own.
 
     Args:
-      options: What was asked for.
-      config: The run's options with those that were asked for.
-      own: The run's own.
+      options: Options of the command.
+      config: Configuration of the evaluation.
+      own: Configuration of the run.
     """
     parts: list[str] = [] if options.split == "test" else [options.split]
     if options.checkpoint != "latest":

@@ -1,4 +1,4 @@
-"""The numbers that are written down of a run: in result.json and evaluation.json."""
+"""The numbers of a run that result.json and evaluation.json record."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ def record_of(
     programs: Programs,
     split: str = "test",
 ) -> dict[str, Any]:
-    """The metrics on a split, the sharpness, the posterior, and each member's own.
+    """Collects a run's metrics on a split, its sharpness, posterior and members.
 
     Args:
       config: The run's configuration.
-      of_run: The run's evaluation, on that split among others.
-      dataset: The data: sharpness is of the training set.
+      of_run: The run's evaluation, which includes the split.
+      dataset: The data; sharpness is measured on the training set.
       programs: Compiled functions.
-      split: Whose metrics.
+      split: Split of the metrics.
 
     Returns:
       A record for JSON. Losses and sharpness are in nats.

@@ -169,8 +169,8 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
 
     Returns:
       The runs in their order. If runs of a label differ in options that change a run's
-      numbers, or in their data, the label names these; that of a run which has not come
-      to its end says so.
+      numbers, or in their data, the label names these. The label of an unfinished run
+      says so.
 
     Example:
       >>> from otmdr_jax.experiments.report import Run
@@ -191,7 +191,7 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
                     f"{name} = {text_of(run.config, name).strip(chr(34))}"
                     for name in options[run.label]
                 ]
-                + [f"data {_name_of_data(run)}"] * apart[run.label]
+                + ([f"data {_name_of_data(run)}"] if apart[run.label] else [])
             )
         )
         for run in runs
@@ -215,7 +215,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
-    """Says in what runs of several labels differ, beside what the methods are."""
+    """Describes differences between labels other than their methods."""
     groups = by_label(runs)
     if len(groups) < 2:
         return []
@@ -255,7 +255,7 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def _unfinished(run: Run) -> str:
-    """Returns the end of the label of a run that `otmdr evaluate` met on its way."""
+    """Returns the end of the label of an unfinished run: "" if it is finished."""
     if run.result.get("finished") or "checkpoint" not in run.result:
         return ""
     return f", unfinished at step {run.result.get('steps')}"

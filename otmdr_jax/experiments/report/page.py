@@ -149,7 +149,7 @@ def _earlier(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_distinct(runs: Sequence[Run]) -> None:
-    """Refuses runs of which one is given twice.
+    """Refuses a run that is given twice.
 
     Raises:
       ValueError: A run counts once in a mean.
