@@ -119,7 +119,7 @@ def evaluate(
     ).splits[split]
 
 
-class OfRun(NamedTuple):
+class RunEvaluation(NamedTuple):
     """The result of :func:`evaluate_run`.
 
     Attributes:
@@ -145,7 +145,7 @@ def evaluate_run(
     without: tuple[int, ...] = (),
     final: bool = True,
     show_progress: bool = False,
-) -> OfRun:
+) -> RunEvaluation:
     """Evaluates a state on several splits, during training or after.
 
     Args:
@@ -171,7 +171,9 @@ def evaluate_run(
             )
         found[split] = measure(config, predicted, examples.labels)
         found[split].metrics.update(config.method.fitted(state))
-    return OfRun(state, found, posterior_record(programs, state, without), without)
+    return RunEvaluation(
+        state, found, posterior_record(programs, state, without), without
+    )
 
 
 def predict(

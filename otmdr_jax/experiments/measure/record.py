@@ -6,13 +6,13 @@ from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import sharpness
-from otmdr_jax.experiments.measure.evaluation import OfRun
+from otmdr_jax.experiments.measure.evaluation import RunEvaluation
 from otmdr_jax.experiments.programs import Programs, environment
 
 
 def record_of(
     config: TrainConfig,
-    of_run: OfRun,
+    of_run: RunEvaluation,
     dataset: Dataset,
     programs: Programs,
     split: str = "test",

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from otmdr_jax.experiments.measure.evaluation import Evaluation, OfRun
+from otmdr_jax.experiments.measure.evaluation import Evaluation, RunEvaluation
 from otmdr_jax.experiments.run_folder import RunFolder
 from otmdr_jax.experiments.training.windows import Window
 
@@ -31,7 +31,7 @@ class Log:
         if self.folder is not None:
             self.folder.log(record)
 
-    def write_evaluation(self, step: int, of_run: OfRun) -> None:
+    def write_evaluation(self, step: int, of_run: RunEvaluation) -> None:
         """Adds an evaluation, once: a finished run that is resumed has it."""
         records = {split: _with_members(x) for split, x in of_run.splits.items()}
         if of_run.posterior:

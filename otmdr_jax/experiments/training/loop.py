@@ -17,7 +17,7 @@ import numpy as np
 
 from otmdr_jax import parallel
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
-from otmdr_jax.experiments.measure.evaluation import OfRun, evaluate_run
+from otmdr_jax.experiments.measure.evaluation import RunEvaluation, evaluate_run
 from otmdr_jax.experiments.programs import few_images, much_noise
 from otmdr_jax.experiments.training import divergence
 from otmdr_jax.experiments.training.feed import Feed
@@ -197,7 +197,7 @@ class Loop:
 
     def _evaluate(
         self, state: PyTree, final: bool = False
-    ) -> tuple[float | None, OfRun]:
+    ) -> tuple[float | None, RunEvaluation]:
         """Logs metrics; the score on the validation set, None without one, and all."""
         validation = self.dataset.validation is not None
         of_run = evaluate_run(

@@ -9,7 +9,7 @@ import numpy as np
 
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.measure.evaluation import OfRun
+from otmdr_jax.experiments.measure.evaluation import RunEvaluation
 from otmdr_jax.experiments.measure.record import record_of
 from otmdr_jax.experiments.programs import Programs
 
@@ -39,7 +39,7 @@ class Result(NamedTuple):
 
 def final_result(
     config: TrainConfig,
-    of_run: OfRun,
+    of_run: RunEvaluation,
     dataset: Dataset,
     programs: Programs,
     meta: dict[str, Any],
