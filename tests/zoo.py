@@ -71,6 +71,13 @@ class OneLayer(nnx.Module):
         return self.head(global_average_pool(self.dropout(x, keys)))
 
 
+# What a process of its own does first, so that it knows the network by a name too.
+WITH_ONE_LAYER = """
+from otmdr_jax import models
+from tests.zoo import OneLayer
+models._REGISTRY["one_layer"] = (OneLayer, {})
+"""
+
 # --- helpers ------------------------------------------------------------------------
 
 
