@@ -10,7 +10,13 @@ import sys
 import jax
 import pytest
 
-from tests.sets import cache_dir, cifar_dir, own_copy, prepare  # noqa: F401
+from tests.sets import (  # noqa: F401
+    cache_dir,
+    cifar_dir,
+    few_digits,
+    own_copy,
+    prepare,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

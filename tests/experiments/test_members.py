@@ -28,8 +28,8 @@ from tests.sets import real_cifar10, small_digits
 pytestmark = pytest.mark.usefixtures("one_layer")
 
 TINY = TrainConfig(
-    model="one_layer", members="3", mesh="data=1", method="otmdr", noise_std=0.01, epochs=2,
-    batch_size=32, log_every=4, eval_every=2,
+    model="one_layer", members="3", mesh="data=1", method="otmdr", noise_std=0.01,
+    epochs=2, batch_size=32, log_every=4, eval_every=2,
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ TINY = TrainConfig(
     batch_size=64,
     log_every=4,
     seed=3,
+    learning_rate=0.3,
 )
 
 
@@ -68,14 +69,8 @@ def assert_same_bits(got, want):
 
 
 @pytest.mark.slow
-def test_a_run_learns(small):
-    config = TINY.replace(epochs=20, learning_rate=1.0)
-    result = training.train(config, small, show_progress=False)
-    assert result.metrics["accuracy"] > 0.7  # of three classes, in forty steps
-
-
-@pytest.mark.slow
-def test_a_run_leaves_everything_in_its_folder(straight, small):
+def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
+    assert straight.metrics["accuracy"] > 0.5  # of three classes, in six steps
     assert straight.metrics["steps"] == 3 * (160 // 64)
     names = {path.name for path in straight.folder.iterdir()}
     assert {"config.json", "metrics.jsonl", "checkpoints", "result.json"} <= names
@@ -344,7 +339,7 @@ class TestRefusals:
 
     def test_resuming_with_other_options(self, small, straight):
         other = TINY.replace(learning_rate=0.2)
-        with pytest.raises(ValueError, match="learning_rate: 0.1 -> 0.2"):
+        with pytest.raises(ValueError, match="learning_rate: 0.3 -> 0.2"):
             training.train(other, small, straight.folder, resume=True)
 
     def test_resuming_with_other_data(self, small, straight):
@@ -406,13 +401,13 @@ def poisoned(small, count):
 @pytest.mark.slow
 def test_non_finite_steps_are_skipped_and_counted(small):
     """One NaN image: the step that meets it is skipped, training goes on."""
-    config = TINY.replace(epochs=20, learning_rate=1.0)
+    config = TINY.replace(epochs=8)
     result = training.train(config, poisoned(small, 1), show_progress=False)
     chex.assert_tree_all_finite(
         (result.state.params, result.state.model_state, result.state.opt_state)
     )
     logged = sum(r["skipped_steps"] for r in result.history if r["split"] == "train")
-    assert 1 <= result.metrics["skipped_steps"] == logged <= 20
+    assert 1 <= result.metrics["skipped_steps"] == logged <= 8
     assert result.metrics["accuracy"] > 0.5
 
 
