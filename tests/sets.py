@@ -42,6 +42,14 @@ def small_digits(num_train=320, **options):
     )
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Whatever a command reads are 320 digits, and 100 to test on."""
+    few = small_digits()
+    monkeypatch.setattr(data, "load", lambda *_, **__: few)
+    return few
+
+
 def real_cifar10(rows):
     """Real CIFAR-10 images (N, 32, 32, 3) uint8 and their labels; skips without them.
 

@@ -226,11 +226,12 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(one_layer, tmp_path_factory):
     """A run from the command line, on digits."""
     folder = tmp_path_factory.mktemp("straight") / "bsam"
     cli.main(
         ["train", "--method", "bsam", "--output", str(folder), "--quiet",
+         "--model", one_layer,
          "--mesh", "data=1", "--steps", "24", "--batch-size", "64", "--log-every", "2",
          "--learning-rate", "0.5", "--num-subbatches", "1", "--num-samples", "4",
          "--weight-decay", "1e-3", "--seed", "3"]
@@ -297,10 +298,10 @@ class TestTraining:
         assert "bSAM" in capsys.readouterr().out
 
     @pytest.mark.slow
-    def test_float16_on_two_devices(self, small):
+    def test_float16_on_two_devices(self, one_layer, small):
         chosen = TrainConfig(
-            method="bsam", steps=4, batch_size=64, mesh="data=2", dtype="float16",
-            num_subbatches=2, prediction="mean",
+            model=one_layer, method="bsam", steps=4, batch_size=64, mesh="data=2",
+            dtype="float16", num_subbatches=2, prediction="mean",
         )  # fmt: skip
         result = training.train(chosen, small, show_progress=False)
         assert np.isfinite(result.metrics["nll"]) and "epistemic" not in result.metrics

@@ -31,10 +31,13 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import cost
 from otmdr_jax.metrics import diversity
 from tests.sets import small_digits
+from tests.zoo import np_conv
+
+pytestmark = pytest.mark.usefixtures("one_layer")
 
 TINY = TrainConfig(
-    mesh="data=1", method="snapshot", cycles=3, epochs=6, batch_size=64, log_every=2,
-    seed=3,
+    model="one_layer", mesh="data=1", method="snapshot", cycles=3, epochs=6,
+    batch_size=64, log_every=2, seed=3, learning_rate=0.3,
 )  # fmt: skip
 # 5 batches an epoch: averages after 16, 21, 26 and 30 of 30 steps; 3 members each.
 OWN = {
@@ -416,18 +419,13 @@ class TestStatistics:
         chosen = of_method("swag", batchnorm_examples=examples)
         state = self.settled(straight["swag"], small, chosen)
         kept = state.method_state
-        kernel = np.asarray(kept.mean["conv1"]["kernel"], np.float64)  # (3, 3, 1, 16)
+        kernel = np.asarray(kept.mean["conv1"]["kernel"], np.float64)  # (3, 3, 1, 8)
         order = np.random.default_rng(chosen.run.seed).permutation(320)
         means, variances = [], []
         for i in range((examples or 320) // 64):
             x = small.train.images[order[64 * i : 64 * (i + 1)]] / 255.0
             x = (x - np.array(small.mean)) / np.array(small.std)
-            x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-            y = sum(
-                x[:, a : a + 8, b : b + 8] * kernel[a, b, 0]
-                for a in range(3)
-                for b in range(3)
-            )  # (64, 8, 8, 16)
+            y = np_conv(x, kernel, stride=2)  # (64, 4, 4, 8)
             means.append(y.mean((0, 1, 2)))
             variances.append(y.var((0, 1, 2)))
         got = jax.tree.map(lambda x: x[0], kept.statistics)["norm1"]
@@ -497,11 +495,11 @@ class TestRuns:
         for name, value in diversity.evaluate(each, labels).items():
             assert_allclose(result.metrics[name], value, rtol=1e-3, atol=1e-6)
         rows = result.metrics["members"]
-        assert [row["model"] for row in rows] == ["cnn_small"] * 3
+        assert [row["model"] for row in rows] == ["one_layer"] * 3
         for row, own in zip(rows, each, strict=True):
             assert_allclose(row["nll"], metrics.nll(np.exp(own), labels), rtol=1e-4)
             assert math.isfinite(row["sharpness"])
-        assert result.metrics["parameters"] == 3 * 14_458
+        assert result.metrics["parameters"] == 3 * 418
         # Logged before the second member: one model's numbers; then those of members.
         tests = [r for r in result.history if r["split"] == "test"]
         counts = [len(r.get("members", {}).get("nll", ())) for r in tests]
@@ -513,7 +511,7 @@ class TestRuns:
             for r in straight["snapshot"].history
             if r["split"] == "train"
         }
-        want = schedules.cyclic_cosine(0.1, 30, 3)
+        want = schedules.cyclic_cosine(0.3, 30, 3)
         for step, rate in rates.items():
             assert_allclose(rate, want(step - 1), rtol=1e-5, atol=1e-8)
 
@@ -521,7 +519,7 @@ class TestRuns:
         result = straight["swag"]
         assert result.metrics["epistemic"] > 0
         assert "members" not in result.metrics
-        assert result.metrics["parameters"] == 14_458
+        assert result.metrics["parameters"] == 418
         assert result.metrics["accuracy"] > 0.35  # ten classes, 30 steps
         assert int(result.state.method_state.number) == 3
 
@@ -623,8 +621,9 @@ def test_labels_name_the_base():
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
-    common = ["--steps", "16", "--mesh", "data=1", "--quiet"]
+def test_the_command_line_trains_and_evaluates(few_digits, tmp_path, capsys):
+    common = ["--model", "one_layer", "--steps", "16", "--batch-size", "64",
+              "--mesh", "data=1", "--quiet"]  # fmt: skip
     runs = []
     for name, options in {
         "snapshot": ["--cycles", "2"],
@@ -635,7 +634,7 @@ def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
         assert "Run: " in capsys.readouterr().out
     cli.main(["evaluate", runs[0]])
     out = capsys.readouterr().out
-    assert "0: cnn_small" in out and "1: cnn_small" in out
+    assert "0: one_layer" in out and "1: one_layer" in out
     result = json.loads((tmp_path / "snapshot" / "result.json").read_text())
     found = json.loads((tmp_path / "snapshot" / "evaluation.json").read_text())
     assert_allclose(found["nll"], result["nll"], rtol=1e-5)

@@ -462,7 +462,7 @@ def test_positions_are_those_of_the_papers_networks():
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_and_evaluates(tmp_path, capsys):
+def test_the_command_line_trains_and_evaluates(few_digits, tmp_path, capsys):
     folder = tmp_path / "edst"
     cli.main(
         ["train", "--method", "edst", "--tickets", "2", "--steps", "16", "--mesh",

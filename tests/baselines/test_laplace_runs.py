@@ -26,9 +26,11 @@ from tests.experiments.test_training import assert_same_bits
 from tests.sets import small_digits
 
 STRUCTURES = curvature.STRUCTURES
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 TINY = TrainConfig(
-    mesh="data=1", method="laplace", epochs=3, batch_size=64, log_every=2, seed=3,
-    num_samples=6, eval_every=2,
+    model="one_layer", mesh="data=1", method="laplace", epochs=3, batch_size=64,
+    log_every=2, seed=3, num_samples=6, eval_every=2,
 )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ class TestRuns:
         images = data.normalise(small.train.images[rows], small.mean, small.std)
         trained = straight["sgd"].state
         summed = curvature.of_batch(
-            models.create("cnn_small", 10),
+            models.create("one_layer", 10),
             trained.params,
             trained.model_state,
             images,
@@ -183,8 +185,10 @@ def test_options():
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_and_gives_runs_a_posterior(tmp_path, capsys):
-    common = ["--steps", "12", "--mesh", "data=1", "--quiet"]
+def test_the_command_line_trains_and_gives_runs_a_posterior(
+    few_digits, tmp_path, capsys
+):
+    common = ["--model", "one_layer", "--steps", "12", "--mesh", "data=1", "--quiet"]
     own, base = str(tmp_path / "laplace"), str(tmp_path / "sam")
     options = ["--base-method", "sam", "--num-samples", "4"]
     cli.main(["train", "--method", "laplace", "--output", own, *options, *common])

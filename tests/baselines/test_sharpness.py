@@ -400,12 +400,13 @@ class TestMethods:
     def test_a_run_that_remembers_is_resumed_exactly(
         self,
         small,  # noqa: F811
+        one_layer,
         tmp_path,
         monkeypatch,
     ):
         chosen = TrainConfig(
-            mesh="data=1", method="looksam", look_every=3, steps=8, batch_size=64,
-            log_every=2,
+            model=one_layer, mesh="data=1", method="looksam", look_every=3, steps=8,
+            batch_size=64, log_every=2,
         )  # fmt: skip
         straight = training.train(chosen, small, show_progress=False)
         folder = tmp_path / "run"

@@ -692,13 +692,14 @@ def test_digits_are_in_memory_whatever_is_asked():
 # -- a whole run --
 
 RUN = TrainConfig(
-    method="otmdr", batch_size=64, steps=9, noise_std=0.01, augment=("crop", "flip")
-)
+    model="one_layer", method="otmdr", batch_size=64, steps=9, noise_std=0.01,
+    augment=("crop", "flip"),
+)  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=4"])
-def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
+def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, one_layer, tmp_path):
     """Over an epoch's end, and stopped and resumed on the way."""
     config, small = RUN.replace(mesh=mesh), small_digits(320)
     config = config.replace(checkpoint_every=3)
@@ -715,7 +716,9 @@ def test_a_streamed_run_is_a_resident_one_to_the_bit(mesh, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp_path):
+def test_a_run_from_disk_is_one_from_memory_on_cifar10(
+    cifar_dir, cache_dir, one_layer, tmp_path
+):
     """The real images, to the bit; and a run may go on with the other."""
     config = RUN.replace(
         data="cifar10", data_dir=str(cifar_dir), cache_dir=str(cache_dir),
@@ -735,7 +738,7 @@ def test_a_run_from_disk_is_one_from_memory_on_cifar10(cifar_dir, cache_dir, tmp
 
 
 @pytest.mark.slow
-def test_auto_takes_the_first_memory_that_holds_the_images(monkeypatch):
+def test_auto_takes_the_first_memory_that_holds_the_images(one_layer, monkeypatch):
     streamed = []
     monkeypatch.setattr(
         feed.Feed, "open", lambda self, _: streamed.append(self.examples)

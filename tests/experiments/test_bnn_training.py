@@ -26,10 +26,12 @@ from otmdr_jax.experiments.measure import evaluation, sharpness
 from tests.experiments.test_training import assert_same_bits
 from tests.sets import small_digits
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 TINY = TrainConfig(
-    mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3, batch_size=64,
-    log_every=2, seed=3, optimizer="adam", learning_rate=0.01, schedule="plateau",
-    num_samples=5, posterior_std=0.02,
+    model="one_layer", mesh="data=1", method="otmdr-bnn", noise_std=0.01, epochs=3,
+    batch_size=64, log_every=2, seed=3, optimizer="adam", learning_rate=0.01,
+    schedule="plateau", num_samples=5, posterior_std=0.02,
 )  # fmt: skip
 ONE = TINY.replace(epochs=1, prediction="mean", num_samples=30)
 METHODS = tuple(n for n, kind in methods.METHODS.items() if kind.is_posterior)
@@ -52,14 +54,8 @@ def straight(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(one_layer):
-    """A short run of a network that compiles in no time."""
-    return ONE.replace(model=one_layer)
-
-
-@pytest.fixture(scope="module")
-def plain(small, one):
-    return training.train(one, small, show_progress=False)
+def plain(small):
+    return training.train(ONE, small, show_progress=False)
 
 
 def of_method(chosen, method, **options):
@@ -69,8 +65,8 @@ def of_method(chosen, method, **options):
 
 
 class TestMethod:
-    def make(self, name, **options):
-        model = models.create("cnn_small", 10)
+    def make(self, name, architecture="one_layer", **options):
+        model = models.create(architecture, 10)
         own = dict(num_data=400, **options)
         return model, methods.create(name, model, optax.adam(1e-3), **own)
 
@@ -134,7 +130,7 @@ class TestMethod:
             assert_allclose(beside, weight * numbers["kl"] / 400, rtol=1e-3, atol=1e-4)
 
     def test_the_released_codes_initialisation(self, key):
-        _, method = self.make("otmdr-bnn", init="released")
+        _, method = self.make("otmdr-bnn", "cnn_small", init="released")
         q = method.init(key, jnp.zeros((1, 8, 8, 1))).params
         kernel, raw = q.mean["conv3"]["kernel"], q.raw_scale["conv3"]["kernel"]
         assert_allclose([kernel.mean(), kernel.std()], [0.0, 0.1], atol=0.005)
@@ -171,7 +167,7 @@ class TestRuns:
         q = result.state.params
         last = rows["posterior"][-1]
         assert_allclose(
-            last["sigma"]["conv2/kernel"], bnn.std(q)["conv2"]["kernel"].mean(), 1e-4
+            last["sigma"]["conv1/kernel"], bnn.std(q)["conv1"]["kernel"].mean(), 1e-4
         )
         ratio = np.abs(q.mean["head"]["bias"]) / np.asarray(bnn.std(q)["head"]["bias"])
         assert_allclose(
@@ -229,7 +225,7 @@ class TestRuns:
         result = straight["sgvb"]
         compiled = programs.compile_programs(of_method(TINY, "sgvb"), small)
         found = sharpness.gap(TINY, result.state, small, compiled)
-        model = models.create("cnn_small", 10)
+        model = models.create("one_layer", 10)
         images = data.normalise(jnp.asarray(small.train.images), small.mean, small.std)
         logits, _ = model.apply(
             bnn.mean(result.state.params), result.state.model_state, images, train=False
@@ -255,8 +251,8 @@ class TestRuns:
         ],
         ids=lambda options: ",".join(options),
     )  # fmt: skip
-    def test_options_reach_the_step(self, options, small, one, plain):
-        chosen = one.replace(**options)
+    def test_options_reach_the_step(self, options, small, plain):
+        chosen = ONE.replace(**options)
         result = training.train(chosen, small, show_progress=False)
         assert np.isfinite(result.metrics["nll"])
         kinds = {x.dtype for x in jax.tree.leaves(result.state.params)}
@@ -264,8 +260,8 @@ class TestRuns:
         assert not np.array_equal(result.log_probs, plain.log_probs)
 
     @pytest.mark.slow
-    def test_members_have_a_posterior_each(self, small, one_layer, tmp_path):
-        chosen = TINY.replace(model=one_layer, members="2", epochs=1)
+    def test_members_have_a_posterior_each(self, small, tmp_path):
+        chosen = TINY.replace(members="2", epochs=1)
         result = training.train(chosen, small, tmp_path / "run", show_progress=False)
         rows = result.metrics["members"]
         assert len(rows) == 2 and all(row["epistemic"] > 0 for row in rows)
@@ -291,10 +287,10 @@ class TestRuns:
         )
 
     @pytest.mark.slow
-    def test_many_devices_are_one(self, small, one_layer):
+    def test_many_devices_are_one(self, small):
         mesh = "data=2,particle=2"
         chosen = TINY.replace(
-            model=one_layer, mesh=mesh, split="shared", epochs=1, num_particles=2,
+            mesh=mesh, split="shared", epochs=1, num_particles=2,
             sync_batchnorm=True, prediction="mean", num_samples=30, log_every=1,
         )  # fmt: skip
         got = training.train(chosen, small, show_progress=False)
@@ -339,17 +335,21 @@ class TestWeightDecay:
 QUICK = [
     "--steps", "4", "--batch-size", "32", "--quiet", "--mesh", "data=1",
     "--optimizer", "adam", "--learning-rate", "0.01", "--num-samples", "4",
+    "--model", "one_layer",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(one_layer, tmp_path_factory):
     """A run of each method from the command line, on digits."""
     root = tmp_path_factory.mktemp("bnn")
-    for method in METHODS:
-        output = str(root / method)
-        cli.main(["train", "--method", method, *QUICK, "--output", output])
-    return root
+    few = small_digits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda *_, **__: few)
+        for method in METHODS:
+            output = str(root / method)
+            cli.main(["train", "--method", method, *QUICK, "--output", output])
+        yield root
 
 
 class TestCommandLine:
@@ -534,9 +534,9 @@ def test_bad_numbers_and_words(options, message):
 
 
 @pytest.mark.slow
-def test_devices_of_a_data_axis_hold_the_same_posterior(small, one):
+def test_devices_of_a_data_axis_hold_the_same_posterior(small):
     """After a run on four devices every device's copy has the same bits."""
-    chosen = one.replace(mesh="data=4")
+    chosen = ONE.replace(mesh="data=4")
     state = training.train(chosen, small, show_progress=False).state
     for leaf in jax.tree.leaves(state.params):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
@@ -606,7 +606,7 @@ def test_the_presets_steps_are_those_of_a_summed_objective():
 @pytest.mark.slow
 def test_members_of_different_architectures_log_their_posteriors(small):
     chosen = ONE.replace(
-        members="cnn_small,wide_resnet_10_1", method="sgvb", noise_std=0.0,
+        model="cnn_small", members="one_layer,cnn_small", method="sgvb", noise_std=0.0,
         steps=2, epochs=1,
     )  # fmt: skip
     result = training.train(chosen, small, show_progress=False)

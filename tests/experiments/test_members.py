@@ -25,9 +25,11 @@ from otmdr_jax.experiments.training import starting
 from otmdr_jax.metrics import diversity
 from tests.sets import real_cifar10, small_digits
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 TINY = TrainConfig(
-    members="3", mesh="data=1", method="otmdr", noise_std=0.01, epochs=2, batch_size=32,
-    log_every=4, eval_every=2,
+    model="one_layer", members="3", mesh="data=1", method="otmdr", noise_std=0.01,
+    epochs=2, batch_size=32, log_every=4, eval_every=2,
 )  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def trio(small, tmp_path_factory):
 def mixed(small, tmp_path_factory):
     """Two architectures."""
     config = TINY.replace(
-        members="cnn_small,wide_resnet_10_1", method="sgd", noise_std=0.0
+        model="cnn_small", members="one_layer,cnn_small", method="sgd", noise_std=0.0
     )
     folder = tmp_path_factory.mktemp("mixed") / "run"
     return training.train(config, small, folder, show_progress=False)
@@ -108,7 +110,7 @@ class TestRun:
             log_probs = np.log(each[m].astype(np.float64))
             want = metrics.evaluate(log_probs, small.test.labels)
             np.testing.assert_allclose(row["nll"], want["nll"], rtol=1e-4)
-            assert row["model"] == "cnn_small" and not row["diverged"]
+            assert row["model"] == "one_layer" and not row["diverged"]
         want = diversity.evaluate(np.log(each.astype(np.float64)), small.test.labels)
         for name in diversity.NAMES:
             np.testing.assert_allclose(result[name], want[name], rtol=1e-3)
@@ -142,8 +144,8 @@ class TestRun:
         found = evaluation.evaluate(config, restored.state, small, "test", compiled)
         np.testing.assert_array_equal(found.log_probs, mixed.log_probs)
         assert [row["model"] for row in mixed.metrics["members"]] == [
+            "one_layer",
             "cnn_small",
-            "wide_resnet_10_1",
         ]
 
     @pytest.mark.slow
@@ -311,16 +313,16 @@ COMMON = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(one_layer, tmp_path_factory):
     """From the command line: three members, two of another seed, a model."""
     root = tmp_path_factory.mktemp("cli")
     few = small_digits(160)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda *_, **__: few)
         for name, options in {
-            "three": ["--members", "3"],
-            "two": ["--members", "2", "--seed", "1"],
-            "one": ["--model", "wide_resnet_10_1", "--seed", "2"],
+            "three": ["--model", "one_layer", "--members", "3"],
+            "two": ["--model", "one_layer", "--members", "2", "--seed", "1"],
+            "one": ["--model", "cnn_small", "--seed", "2"],
         }.items():
             cli.main([*COMMON, *options, "--output", str(root / name)])
         yield root
@@ -339,7 +341,7 @@ class TestCombine:
         cli.main(["ensemble", str(folders / "three"), str(folders / "two"),
                   "--output", str(out)])  # fmt: skip
         shown = capsys.readouterr().out
-        assert "SAM, 5 members" in shown and "4: cnn_small" in shown
+        assert "SAM, 5 members" in shown and "4: one_layer" in shown
         assert "Diversity: disagreement" in shown
         want = np.concatenate([predictions(folders / n) for n in ("three", "two")])
         np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
@@ -362,7 +364,7 @@ class TestCombine:
         combine.combine(
             [folders / "three", folders / "one"], out, [1, 3], show_progress=False
         )
-        assert run_folder.read_config(out).model.members == "cnn_small,wide_resnet_10_1"
+        assert run_folder.read_config(out).model.members == "one_layer,cnn_small"
         assert len(predictions(out)) == 2
 
     @pytest.mark.slow
@@ -379,7 +381,8 @@ class TestCombine:
     )
     def test_refusals(self, names, options, message, folders, capsys):
         if "other" in names and not (folders / "other").exists():
-            cli.main([*COMMON, "--rho", "0.1", "--output", str(folders / "other")])
+            cli.main([*COMMON, "--model", "one_layer", "--rho", "0.1",
+                      "--output", str(folders / "other")])  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             cli.main(["ensemble", *(str(folders / n) for n in names),
                       "--output", str(folders / "new"), *options])  # fmt: skip

@@ -12,13 +12,16 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import calibrate, evaluation, sharpness
 from otmdr_jax.metrics import calibration
 
+pytestmark = pytest.mark.usefixtures("one_layer")
+
 TINY = TrainConfig(
-    method="sgd", epochs=4, eval_every=4, batch_size=64, validation=0.2, mesh="data=1",
+    model="one_layer", method="sgd", epochs=4, eval_every=4, batch_size=64,
+    validation=0.2, mesh="data=1",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(one_layer, tmp_path_factory):
     """A run on the digits with a validation set."""
     folder = tmp_path_factory.mktemp("measures") / "run"
     training.train(TINY, output=folder, show_progress=False)
@@ -170,7 +173,7 @@ class TestSharpness:
     def test_measures_are_those_of_landscape(self, opened):
         record = self.of(opened, num_eigenvalues=2, seed=5)
         found = {row["name"]: row for row in record["measures"]}
-        train, model = opened.dataset.train, models.create("cnn_small", 10)
+        train, model = opened.dataset.train, models.create("one_layer", 10)
         rows = np.linspace(0, train.num_examples - 1, 200).astype(int)
         state, mean, std = opened.state, opened.dataset.mean, opened.dataset.std
 

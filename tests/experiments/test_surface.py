@@ -17,15 +17,14 @@ from otmdr_jax.experiments.measure.surface import Plan, measuring
 from otmdr_jax.experiments.training import Interrupted
 
 BASE = TrainConfig(
-    method="sgd", steps=6, batch_size=64, eval_every=9, checkpoint_every=2,
-    keep_checkpoints=9, mesh="data=1", log_every=2,
+    model="one_layer", method="sgd", steps=6, batch_size=64, eval_every=9,
+    checkpoint_every=2, keep_checkpoints=9, mesh="data=1", log_every=2,
 )  # fmt: skip
 SMALL = Plan(points=3, num_examples=70)
-MODEL = models.create("cnn_small", 10)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(one_layer, tmp_path_factory):
     """Runs by name: one is trained, with checkpoints; the others have just begun."""
     root = tmp_path_factory.mktemp("runs")
     options = {
@@ -33,7 +32,7 @@ def trained(tmp_path_factory):
         "bnn": {"method": "otmdr-bnn"},
         "pair": {"members": "2"},
         "joint": {"members": "2", "ensemble": "joint"},
-        "mixed": {"members": "cnn_small,wide_resnet_10_1"},
+        "mixed": {"model": "cnn_small", "members": "one_layer,cnn_small"},
         "diverged": {"members": "3", "seed": 5},
         "noisy": {"label_noise": 0.3},
         "split": {"validation": 0.2},
@@ -76,7 +75,7 @@ def examples(split="train", count=SMALL.num_examples):
 
 
 def probabilities(params, state, images, train=False):
-    logits, _ = MODEL.apply(params, state, images, train=train)
+    logits, _ = models.create("one_layer", 10).apply(params, state, images, train=train)
     logits = np.asarray(logits, np.float64)
     unnormalised = np.exp(logits - logits.max(axis=1, keepdims=True))
     return unnormalised / unnormalised.sum(axis=1, keepdims=True)
@@ -160,7 +159,7 @@ class TestLosses:
         plan = dataclasses.replace(SMALL, dimensions=1)
         record = measure([trained("mixed")], plan, tmp_path)
         images, labels = examples()
-        networks = MODEL, models.create("wide_resnet_10_1", 10)
+        networks = [models.create(name, 10) for name in ("one_layer", "cnn_small")]
         probs = [
             jax.nn.softmax(
                 net.apply(one.params, one.model_state, images, train=False)[0]
@@ -169,7 +168,7 @@ class TestLosses:
         ]
         right = np.mean(probs, axis=0)[np.arange(len(labels)), labels]
         assert record["losses"][1] == pytest.approx(-np.mean(np.log(right)), rel=1e-4)
-        assert record["model"] == ("cnn_small", "wide_resnet_10_1")
+        assert record["model"] == ("one_layer", "cnn_small")
 
     @pytest.mark.slow
     def test_along_eigenvectors_of_the_hessian(self, trained, tmp_path):
@@ -179,7 +178,9 @@ class TestLosses:
         images, labels = examples()
 
         def loss_sum(params, batch):
-            logits, _ = MODEL.apply(params, state.model_state, batch, train=False)
+            logits, _ = models.create("one_layer", 10).apply(
+                params, state.model_state, batch, train=False
+            )
             log_probs = jax.nn.log_softmax(logits)
             return -jnp.sum(log_probs[jnp.arange(len(labels)), labels]), len(labels)
 
@@ -503,7 +504,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
-            ("pair", [], "weights of different shapes (cnn_small, members shown: 1; "),
+            ("pair", [], "weights of different shapes (one_layer, members shown: 1; "),
             ("noisy", [], "different examples in their train sets (digits-1437-"),
             ("split", ["--split", "validation"], "without a validation set"),
         ],

@@ -23,8 +23,13 @@ from otmdr_jax.experiments import methods, optimizers, programs, run_folder, tra
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation, sharpness
 from otmdr_jax.experiments.training import feed, loop, saving
+from tests.sets import ROOT
+from tests.zoo import WITH_ONE_LAYER
+
+pytestmark = pytest.mark.usefixtures("one_layer")
 
 TINY = TrainConfig(
+    model="one_layer",
     mesh="data=1",  # others are in test_distributed.py
     method="otmdr",
     noise_std=0.01,
@@ -32,6 +37,7 @@ TINY = TrainConfig(
     batch_size=64,
     log_every=4,
     seed=3,
+    learning_rate=0.3,
 )
 
 
@@ -123,56 +129,46 @@ def test_resume_is_exact(steps, small, straight, tmp_path, monkeypatch):
     assert steps_logged == [2, 4, 6]  # nothing twice, nothing lost
 
 
-KILLED = """
+KILLED = TrainConfig(
+    model="one_layer", method="otmdr", noise_std=0.01, epochs=4, batch_size=64,
+    checkpoint_every=7, log_every=5, label_noise=0.1, mesh="data=1",
+)  # fmt: skip
+SCRIPT = (
+    WITH_ONE_LAYER
+    + """
 import sys
-from otmdr_jax.experiments import training
-from otmdr_jax.experiments.config import TrainConfig
-config = TrainConfig(
-    method="otmdr", noise_std=0.01, epochs=3, batch_size=64, checkpoint_every=7,
-    log_every=5, label_noise=0.1,
-)
-result = training.train(config, output=sys.argv[1], resume=sys.argv[2] == "resume",
-                        show_progress=False)
-print(result.metrics["nll"].hex(), result.metrics["steps"])
+from otmdr_jax.experiments import config, training
+training.train(config.load(sys.argv[1]), output=sys.argv[2],
+               resume=sys.argv[3] == "resume", show_progress=False)
 """
-
-
-def run_script(folder, mode):
-    return [sys.executable, "-c", KILLED, str(folder), mode]
+)
 
 
 @pytest.mark.slow
 def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
     """A process is really killed, twice, wherever it is, and its successor finishes."""
-    whole = subprocess.run(
-        run_script(tmp_path / "whole", "new"),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    mode = "new"
-    for minimum in (10, 35):
+    whole = training.train(KILLED, output=tmp_path / "whole", show_progress=False)
+    config, run = tmp_path / "whole" / "config.json", tmp_path / "killed"
+    log = run / "metrics.jsonl"
+    for mode, minimum in (("new", 10), ("resume", 35)):
         process = subprocess.Popen(
-            run_script(tmp_path / "killed", mode), stderr=subprocess.PIPE
+            [sys.executable, "-c", SCRIPT, str(config), str(run), mode],
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
         )
-        log = tmp_path / "killed" / "metrics.jsonl"
         deadline = time.time() + 120
         while time.time() < deadline and process.poll() is None:
             lines = log.read_text().splitlines() if log.exists() else []
             if len(lines) > minimum // 5:
                 break
-            time.sleep(0.02)
+            time.sleep(0.01)
         process.kill()
         assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
         process.stderr.close()
-        mode = "resume"
-    finished = subprocess.run(
-        run_script(tmp_path / "killed", "resume"),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.stdout == whole.stdout
+    finished = training.train(KILLED, output=run, resume=True, show_progress=False)
+    assert_same_bits(finished.state, whole.state)
+    assert finished.metrics["nll"] == whole.metrics["nll"]
+    assert finished.metrics["steps"] == whole.metrics["steps"] == 88
     events = [json.loads(x)["step"] for x in log.read_text().splitlines()]
     assert events == sorted(events)
 
@@ -344,7 +340,7 @@ class TestRefusals:
 
     def test_resuming_with_other_options(self, small, straight):
         other = TINY.replace(learning_rate=0.2)
-        with pytest.raises(ValueError, match="learning_rate: 0.1 -> 0.2"):
+        with pytest.raises(ValueError, match="learning_rate: 0.3 -> 0.2"):
             training.train(other, small, straight.folder, resume=True)
 
     def test_resuming_with_other_data(self, small, straight):
@@ -432,7 +428,7 @@ def test_every_example_counts_exactly_once_in_evaluation(small, straight):
         assert log_probs.shape == (small.test.num_examples, 3)
         reference = log_probs if reference is None else reference
         np.testing.assert_allclose(log_probs, reference, rtol=1e-4, atol=1e-6)
-    model = models.create("cnn_small", 3)
+    model = models.create("one_layer", 3)
     images = data.normalise(small.test.images, small.mean, small.std)
     apply = jax.jit(model.apply, static_argnames="train")
     params, model_state = straight.state.params, straight.state.model_state

@@ -606,8 +606,8 @@ def test_members_of_a_joint_loss_have_masks_of_their_own():
 
 
 TINY = TrainConfig(
-    mesh="data=1", method="mc-dropout", base_method="sam", epochs=4, eval_every=9,
-    batch_size=64, num_samples=4, log_every=2, seed=3,
+    model="one_layer", mesh="data=1", method="mc-dropout", base_method="sam", epochs=4,
+    eval_every=9, batch_size=64, num_samples=4, log_every=2, seed=3, learning_rate=0.3,
 )  # fmt: skip
 
 
@@ -617,7 +617,7 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def straight(small, tmp_path_factory):
+def straight(one_layer, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
     return training.train(TINY, small, folder, show_progress=False)
 
@@ -652,7 +652,7 @@ class TestRuns:
                  collect_start=0.5, base_method="sgd"),
         ],
     )  # fmt: skip
-    def test_it_runs_with_what_other_methods_run_with(self, options, small):
+    def test_it_runs_with_what_other_methods_run_with(self, options, one_layer, small):
         chosen = TINY.replace(epochs=2, **options)
         result = training.train(chosen, small, show_progress=False)
         assert np.isfinite(result.metrics["nll"])
@@ -683,13 +683,13 @@ class TestRuns:
 
 
 @pytest.mark.slow
-def test_the_command_line_knows_it(tmp_path, capsys):
+def test_the_command_line_knows_it(one_layer, few_digits, tmp_path, capsys):
     """From training to a report; what measures weights does so without dropout."""
     run = str(tmp_path / "run")
     cli.main(
         ["train", "--method", "mc-dropout", "--dropout", "0.2", "--num-samples", "3",
          "--steps", "6", "--batch-size", "64", "--mesh", "data=1", "--output", run,
-         "--quiet"]
+         "--quiet", "--model", one_layer]
     )  # fmt: skip
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     cli.main(["evaluate", run])

@@ -18,7 +18,8 @@ from otmdr_jax import data
 from otmdr_jax.experiments import programs, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.training.log import Log
-from tests.sets import small_digits
+from tests.sets import ROOT, small_digits
+from tests.zoo import WITH_ONE_LAYER
 
 # BatchNorm and the ordered split see the same examples whatever the number of devices.
 SAME = TrainConfig(
@@ -156,16 +157,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
+# `python -m otmdr_jax`, which then knows the network of one layer.
+COMMAND = WITH_ONE_LAYER + "from otmdr_jax.experiments import cli; cli.main()"
+
+
 def start(folder, process, port, *options):
     """One of two processes with two CPU devices each, as a user would start them."""
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "2", "PYTHONUNBUFFERED": "1"}
     command = [
-        sys.executable, "-m", "otmdr_jax", "train", "--quiet",
+        sys.executable, "-c", COMMAND, "train", "--quiet",
         "--coordinator", f"localhost:{port}", "--num-processes", "2",
         "--process-id", str(process), *options,
     ]  # fmt: skip
     with open(folder / f"log{process}.txt", "a") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT)
 
 
 def wait_for(condition, processes, seconds=240):
@@ -206,10 +211,10 @@ def two_hosts(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
+def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, same, tmp_path):
     """One process is killed; both start again from the checkpoint; as one process."""
     run = tmp_path / "run"
-    config = SAME.replace(steps=30, checkpoint_every=5, log_every=5, input="host")
+    config = same.replace(steps=30, checkpoint_every=5, log_every=5, input="host")
     pair = two_hosts("--output", str(run), *options_of(config))
 
     def saved():
@@ -218,6 +223,7 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
         ]
 
     wait_for(lambda: saved() and max(saved()) >= 10, pair)
+    print("KILLED AT", saved())
     pair[1].send_signal(signal.SIGKILL)
     pair[1].wait()
     assert not (run / "result.json").exists(), "it was too fast to be interrupted"
@@ -257,8 +263,9 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, tmp_path):
 def test_hosts_stop_together_on_a_signal_to_one(two_hosts, tmp_path):
     run = tmp_path / "run"
     config = TrainConfig(
-        method="sgd", batch_size=64, steps=4000, checkpoint_every=5, log_every=5
-    )
+        model="one_layer", method="sgd", batch_size=64, steps=4000, checkpoint_every=5,
+        log_every=5,
+    )  # fmt: skip
     pair = two_hosts("--output", str(run), *options_of(config))
     wait_for(lambda: any((run / "checkpoints").glob("[1-9]*")), pair)
     pair[1].send_signal(signal.SIGTERM)
