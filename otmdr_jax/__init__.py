@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # who reads types follows the parts to where they stand
     from otmdr_jax.experiments import precision as precision
     from otmdr_jax.experiments import programs as programs
     from otmdr_jax.experiments import report as report
+    from otmdr_jax.experiments import restore as restore
     from otmdr_jax.experiments import sweep as sweep
     from otmdr_jax.experiments import training as training
     from otmdr_jax.experiments.measure import shift as shift
@@ -85,6 +86,7 @@ _PARTS = {
             "methods",
             "programs",
             "report",
+            "restore",
             "sweep",
             "training",
         )

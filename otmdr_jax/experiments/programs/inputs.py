@@ -62,7 +62,7 @@ def load_data(config: TrainConfig) -> Dataset:
                 "the run was trained on arrays that were given to it in Python "
                 f"({config.data.name}). Write them to a file, otmdr_jax.data.save("
                 f"dataset, {name!r}), and say --data-dir {name}; or give the dataset "
-                "itself: open_run(folder, dataset=dataset)."
+                "itself: otmdr_jax.restore.open_run(folder, dataset=dataset)."
             )
     return data_lib.load(
         name,
