@@ -28,7 +28,7 @@ LIBRARY = set().union(*FLOORS[:5])
 LEAVES = FLOORS[4]
 CORE = [
     {"tree", "options", "keys", "shards"},
-    {"collectives", "loops", "ascent"},
+    {"collectives", "loops", "ascent", "rows"},
     {"batches"},
     {"particle"},
     {"gradient"},

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax.core import loops, shards, tree
+from otmdr_jax.core import loops, rows, shards, tree
 
 PyTree = Any
 
@@ -162,7 +162,7 @@ def accumulate(
     Returns:
       What `function(batch)` returns if it is a mean over examples. Floating leaves are
       averaged by the number of examples, in float32 or wider; others are the first
-      micro-batch's.
+      micro-batch's. `rows.Rows` are put together in the order of the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -184,15 +184,17 @@ def accumulate(
     )
     if count == 1:
         pieces = jax.tree.map(lambda x: x[0], pieces)
-    mean, _ = loops.average(
-        lambda piece: (function(piece), ()), pieces, count, "sequential", varying
+    mean, of_examples = loops.average(
+        lambda piece: rows.split(function(piece)), pieces, count, "sequential", varying
     )
+    of_examples = jax.tree.map(lambda x: shards.flat(x.swapaxes(0, 1)), of_examples)
     if not rest:
-        return mean
+        return tree.merge(mean, of_examples)
     # A shape of its own: one more copy of the pass in the program, no padding.
     rest_of = jax.tree.map(lambda x: shards.cut(jnp.asarray(x), whole, size), batch)
-    last = function(loops.after(mean, rest_of))
-    return tree.weighted_mean(mean, last, whole, rest)
+    last, of_rest = rows.split(function(loops.after(mean, rest_of)))
+    mean = tree.weighted_mean(mean, last, whole, rest)
+    return tree.merge(mean, jax.tree.map(shards.concatenate, of_examples, of_rest))
 
 
 def _interleaved(x, microbatch_size):

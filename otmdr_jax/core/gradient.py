@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.core import collectives, loops, rows, shards, tree
 from otmdr_jax.core.ascent import resolve_mask
 from otmdr_jax.core.batches import batch_size, subbatches
 from otmdr_jax.core.keys import one_key
@@ -56,7 +56,7 @@ class RobustGradient(NamedTuple):
 
     Attributes:
       value: The robust loss, a scalar.
-      aux: The auxiliary output of the pass at the center, or None.
+      aux: The auxiliary output as :func:`value_and_grad` explains it, or None.
       grads: The gradient, of the structure and dtypes of the parameters as arrays.
       diagnostics: See :class:`Diagnostics`.
     """
@@ -91,10 +91,12 @@ def value_and_grad(
       `(value, grads)` or, with `has_aux`, `((value, aux), grads)`. `value` is the mean
       over particles of the loss of all of B at the particle; `aux` comes from the
       pass at the center, its floating leaves averaged over particles (BatchNorm
-      statistics, say), others from the first particle. `key`, typed or raw, may be
-      left out where nothing is random; `rho` overrides the radii for one call. Both
-      belong to `grad_fn`: a loss that needs a key or a rho of its own takes it by
-      position.
+      statistics, say), others from the first particle. Leaves whose shape follows the
+      batch (logits, losses of the examples) come from the pass of `value`, at the
+      particle, with a row for each example of B in its order; with `split="shared"`
+      from the center too. `key`, typed or raw, may be left out where nothing is random;
+      `rho` overrides the radii for one call. Both belong to `grad_fn`: a loss that
+      needs a key or a rho of its own takes it by position.
 
     Raises:
       ValueError, TypeError: An option that cannot work, here; at the call a batch
@@ -175,10 +177,20 @@ def build(
         one hook for methods that climb in another way, see
         :mod:`otmdr_jax.core.particle`.
     """
+    loss = checked(loss_fn, options.has_aux)
+    of_batch = _over_subbatches if options.num_subbatches > 1 else _of_batch
+    compute = of_batch(loss, rho, options, particles)
+
+    def unmarked(params, batch, *args, key=None, rho=None, **kwargs):
+        found = compute(params, batch, *args, key=key, rho=rho, **kwargs)
+        return found._replace(aux=rows.unmarked(found.aux))
+
+    return unmarked
+
+
+def _of_batch(loss, rho, options, particles, *, joined=False):
+    """The gradient whose particles climb on all of the batch, its aux marked."""
     default_rho = rho
-    if options.num_subbatches > 1:
-        return _over_subbatches(loss_fn, rho, options, particles)
-    gradient_of = jax.value_and_grad(checked(loss_fn, options.has_aux), has_aux=True)
     data_axes = collectives.axes_of(options.axis_name)
     particle_axes = collectives.axes_of(options.particle_axis_name)
     all_axes = data_axes + particle_axes
@@ -193,6 +205,10 @@ def build(
             )
         collectives.check_bound(all_axes)
         batch_size(batch)
+        pieces = joined or options.microbatch_size is not None
+        parted = pieces or bool(data_axes) or options.split != "shared"
+        of_loss = rows.marked(loss, joined=pieces) if parted else loss
+        gradient_of = jax.value_and_grad(of_loss, has_aux=True)
         keys, count = _particle_keys(key, options, data_axes, particle_axes)
         # The gradient of a replicated value is summed over devices behind our back
         # (shard_map with check_vma); of a value marked as varying it is not.
@@ -219,9 +235,10 @@ def build(
         else:  # all particles are the same one
             distances = jnp.tile(found.distance, options.num_particles)
         found = found._replace(distance=distances)
-        value, aux, grads, center_loss, norms, distances = collectives.pmean(
-            found, all_axes
-        )
+        mean, of_examples = rows.split(found)
+        mean = collectives.pmean(mean, all_axes)
+        of_examples = collectives.pmean(of_examples, particle_axes)
+        value, aux, grads, center_loss, norms, distances = tree.merge(mean, of_examples)
         grads = tree.like(grads, params)
         diagnostics = Diagnostics(
             center_loss, value, value - center_loss, norms, tree.norm(grads), distances
@@ -231,7 +248,7 @@ def build(
     return compute
 
 
-def _over_subbatches(loss_fn, rho, options, particles):
+def _over_subbatches(loss, rho, options, particles):
     """m-sharpness: the mean over parts of the batch, each with particles of its own.
 
     With as many parts as devices it is what devices give without a shared perturbation
@@ -239,7 +256,8 @@ def _over_subbatches(loss_fn, rho, options, particles):
     part of the batch, so that the parts are those of one device.
     """
     alone: Any = {"axis_name": None, "sync_perturbation": True, "num_subbatches": 1}
-    of_part = build(loss_fn, rho, dataclasses.replace(options, **alone), particles)
+    alone = dataclasses.replace(options, **alone)
+    of_part = _of_batch(loss, rho, alone, particles, joined=True)
     axes = collectives.axes_of(options.axis_name)
     how = "sequential" if options.particle_map == "auto" else options.particle_map
 
@@ -250,8 +268,10 @@ def _over_subbatches(loss_fn, rho, options, particles):
         # Not averaged part by part: see `build` on what shard_map does otherwise.
         params = collectives.vary(params, axes)
         differs = collectives.varying_axes((params, parts, args, kwargs, keys))
-        mean, _ = loops.average(
-            lambda own: (of_part(params, own[0], *args, key=own[1], **kwargs), ()),
+        mean, of_examples = loops.average(
+            lambda own: rows.split(
+                of_part(params, own[0], *args, key=own[1], **kwargs)
+            ),
             (parts, keys),
             here,
             how,
@@ -260,7 +280,8 @@ def _over_subbatches(loss_fn, rho, options, particles):
         mean = collectives.pmean(mean, axes)
         grads = tree.like(mean.grads, params)
         info = mean.diagnostics._replace(grad_norm=tree.norm(grads))
-        return mean._replace(grads=grads, diagnostics=info)
+        found = mean._replace(grads=grads, diagnostics=info)
+        return tree.merge(found, jax.tree.map(shards.flat, of_examples))
 
     return compute
 

@@ -57,8 +57,7 @@ def average(
 
     def parted(x):
         mean, stacked = function(x)
-        floats = jax.tree.map(lambda x: x if tree.is_floating(x) else None, mean)
-        others = jax.tree.map(lambda x: None if tree.is_floating(x) else x, mean)
+        floats, others = tree.partition(mean, tree.is_floating)
         return floats, (others, stacked)
 
     how = _fastest(how, count)
@@ -69,13 +68,7 @@ def average(
         floats, (others, stacked) = _scan(parted, xs, count, varying)
     else:
         floats, (others, stacked) = _unroll(parted, xs, count)
-    mean = jax.tree.map(
-        lambda x, other: x if other is None else other[0],
-        floats,
-        others,
-        is_leaf=lambda x: x is None,
-    )
-    return mean, stacked
+    return tree.merge(floats, jax.tree.map(lambda x: x[0], others)), stacked
 
 
 def each(

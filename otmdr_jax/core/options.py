@@ -133,7 +133,13 @@ class PartOptions(TypedDict, total=False):
 class PassOptions(TypedDict, total=False):
     """How a gradient of the loss is taken."""
 
-    has_aux: Annotated[bool, False, "Whether `loss_fn` returns (loss, aux)."]
+    has_aux: Annotated[
+        bool,
+        False,
+        """Whether `loss_fn` returns (loss, aux). Leaves of aux whose shape follows the
+        batch, as logits do, come back for all examples of this device in their order;
+        the others are averaged.""",
+    ]
     axis_name: Annotated[
         Any,
         None,
@@ -146,7 +152,7 @@ class PassOptions(TypedDict, total=False):
         """Examples that a pass differentiates at a time; None for all. The objective
         stays that of the whole batch: gradients are accumulated inside each pass,
         before a norm is taken. With `axis_name` it counts a device's examples.
-        BatchNorm sees micro-batches; aux is averaged over them.""",
+        BatchNorm sees micro-batches; its statistics are averaged over them.""",
     ]
 
 

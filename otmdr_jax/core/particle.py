@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.core import collectives, loops, rows, tree
 from otmdr_jax.core.ascent import Metric, absolute_weights, ascend, fisher, sphere
 from otmdr_jax.core.batches import accumulate, split_batch
 from otmdr_jax.core.options import Options
@@ -29,7 +29,8 @@ class Particle(NamedTuple):
 
     Attributes:
       value: The loss of all of the batch at the particle.
-      aux: The auxiliary output of the first pass, at the center.
+      aux: The auxiliary output of the first pass, at the center; `rows.Rows` of the
+        first pass over all of the batch, in its order.
       grads: The gradient on all of the batch at the particle.
       center_loss: The loss of the first pass.
       ascent_norms: (S,) gradient norms of the ascent steps.
@@ -204,6 +205,8 @@ def particle(
     # Never differentiated through: the gradient is taken afresh at the particle.
     last, grads = step.gradient(w, step.batch, len(norms))
     center_loss, aux = last if center is None else center
+    if options.split != "shared":
+        aux = rows.replaced(aux, last[1])
     distance = _distance(w, step.center) if norms else jnp.zeros(())
     ascent_norms = jnp.stack(norms) if norms else jnp.zeros(0)
     return Particle(last[0], aux, grads, center_loss, ascent_norms, distance)

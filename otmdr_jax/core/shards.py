@@ -53,7 +53,7 @@ def of_rows(x: Any, size: int, lead: int = 0) -> NamedSharding | None:
 
 def take(x: jax.Array, index: jax.Array, mode: str | None = None) -> jax.Array:
     """The rows `x[index]`, sharded as those of x; `mode` as in `jnp.take`."""
-    sharding = of_rows(x, len(index))
+    sharding = of_rows(x, index.shape[0])
     if sharding is None:
         return x[index] if mode is None else jnp.take(x, index, 0, mode=mode)
     return x.at[index].get(mode=mode, out_sharding=sharding)
@@ -64,6 +64,29 @@ def cut(x: jax.Array, start: int, stop: int) -> jax.Array:
     if axes_of_rows(x) is None:
         return x[start:stop]
     return take(x, jnp.arange(start, min(stop, len(x))))
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """Parts (n, m, ...) as rows (n m, ...), sharded as the parts or their rows are."""
+    sharding = of(x)
+    if sharding is not None:
+        parts, inner, *rest = sharding.spec
+        spec = PartitionSpec(inner if parts is None else parts, *rest)
+        sharding = NamedSharding(sharding.mesh, spec)
+    return x.reshape(-1, *x.shape[2:], out_sharding=sharding)
+
+
+def concatenate(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The rows of two arrays, sharded as those of either if the devices divide them."""
+    like = x if axes_of_rows(x) else y
+    sharding = of_rows(like, len(x) + len(y))
+    if sharding is None:
+        return jnp.concatenate([x, y])
+    mesh = (_sharding_on_devices(like) or sharding).mesh
+    return jax.sharding.auto_axes(
+        lambda *both: jnp.concatenate(both),
+        out_sharding=NamedSharding(mesh, sharding.spec),
+    )(x, y)
 
 
 def first_entry(x: jax.Array) -> jax.Array:

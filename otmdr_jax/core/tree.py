@@ -4,7 +4,7 @@ A gradient of 1e20 has a float32 square of infinity, one of 1e-30 a square of ze
 Both are ordinary in mixed precision and with scaled losses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -176,6 +176,42 @@ def unstack(tree: PyTree) -> list[PyTree]:
         jax.tree.unflatten(treedef, [leaf[i] for leaf in leaves])
         for i in range(len(leaves[0]))
     ]
+
+
+def partition(
+    tree: PyTree,
+    which: Callable[[Any], bool],
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> tuple[PyTree, PyTree]:
+    """A pytree as two: the leaves for which something holds, and the others.
+
+    Args:
+      tree: Any pytree.
+      which: The predicate of a leaf.
+      is_leaf: What counts as a leaf, as in `jax.tree.map`.
+
+    Returns:
+      Two pytrees with None in the place of the other one's leaves; :func:`merge` is the
+      inverse.
+
+    Example:
+      >>> from otmdr_jax.core import tree
+      >>> tree.partition({"a": 1, "b": 2.0}, tree.is_floating)
+      ({'a': None, 'b': 2.0}, {'a': 1, 'b': None})
+    """
+    chosen = jax.tree.map(lambda x: x if which(x) else None, tree, is_leaf=is_leaf)
+    others = jax.tree.map(lambda x: None if which(x) else x, tree, is_leaf=is_leaf)
+    return chosen, others
+
+
+def merge(chosen: PyTree, others: PyTree) -> PyTree:
+    """The pytree that :func:`partition` made two of."""
+    return jax.tree.map(
+        lambda x, other: other if x is None else x,
+        chosen,
+        others,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def is_floating(x: Any) -> bool:

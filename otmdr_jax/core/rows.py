@@ -1,0 +1,113 @@
+"""Leaves of aux that follow the batch: logits, losses, whatever each example has.
+
+A gradient sees the batch in parts, and averages what the passes over them give. A row
+of one example must not be averaged with that of another. :func:`marked` finds such
+leaves; whoever averages puts :class:`Rows` together in the batch's order instead.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from otmdr_jax.core import shards, tree
+
+PyTree = Any
+
+
+class Rows(NamedTuple):
+    """A leaf of aux that follows the batch.
+
+    Attributes:
+      array: Where it is put together from parts, (B, ...): a row for each example.
+    """
+
+    array: Any
+
+
+def split(values: PyTree) -> tuple[PyTree, PyTree]:
+    """A pytree without its :class:`Rows`, and these; `tree.merge` is the inverse."""
+    return tree.partition(values, lambda x: not _is_rows(x), _is_rows)
+
+
+def replaced(values: PyTree, others: PyTree) -> PyTree:
+    """A pytree with the :class:`Rows` of an equal one in the place of its own."""
+    return tree.merge(split(values)[0], split(others)[1])
+
+
+def unmarked(values: PyTree) -> PyTree:
+    """A pytree whose :class:`Rows` are the arrays that they hold."""
+    return jax.tree.map(
+        lambda x: x.array if _is_rows(x) else x, values, is_leaf=_is_rows
+    )
+
+
+def marked(loss: Callable[..., Any], *, joined: bool) -> Callable[..., Any]:
+    """A loss to (value, aux) whose leaves of aux that follow the batch are Rows.
+
+    A leaf does if a batch of twice the size changes its shape; of that batch nothing is
+    computed. The statistics of BatchNorm have one shape, whatever the batch's.
+
+    Args:
+      loss: (params, batch, *args, **kwargs) -> (value, aux).
+      joined: Whether parts of the batch are put together, for which the first axis must
+        be that of the examples.
+
+    Raises:
+      ValueError: At the call, a leaf that follows the batch in another way; a loss that
+        fails for another size, where a leaf has as many rows as the batch.
+    """
+    found: list[PyTree] = []  # of the first pass: the others have the same leaves
+
+    def of(params, batch, *args, **kwargs):
+        value, aux = loss(params, batch, *args, **kwargs)
+        if not found:
+            found.append(_follows(loss, aux, joined, params, batch, args, kwargs))
+        return value, jax.tree.map(lambda f, x: Rows(x) if f else x, found[0], aux)
+
+    return of
+
+
+def _follows(loss, aux, joined, params, batch, args, kwargs):
+    """Which leaves of aux follow the batch."""
+    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    other = aux
+    try:
+        if any(jnp.ndim(x) for x in jax.tree.leaves(aux)):
+            twice = jax.tree.map(_twice, batch)
+            _, other = jax.eval_shape(lambda: loss(params, twice, *args, **kwargs))
+    except Exception as error:
+        # Nothing to say of a loss that takes one size, unless it matters.
+        if any(jnp.ndim(x) and jnp.shape(x)[:1] in sizes for x in jax.tree.leaves(aux)):
+            raise ValueError(
+                "a leaf of aux has as many rows as the batch. Whether it has one for "
+                "each example cannot be told, since the loss fails for a batch of "
+                "twice the size: put all that each example has into batch, the first "
+                "argument after params."
+            ) from error
+
+    def follows(path, x, y):
+        shape, of_twice = jnp.shape(x), jnp.shape(y)
+        first = shape[:1] in sizes and of_twice == (2 * shape[0], *shape[1:])
+        if joined and shape != of_twice and not first:
+            raise ValueError(
+                "microbatch_size and num_subbatches put aux of the examples together "
+                "along its first axis, got a leaf that follows the batch in another "
+                f"way: aux{jax.tree_util.keystr(path)} of shape {shape} for "
+                f"{sorted(sizes)[0][0]} examples. Return (examples, ...)."
+            )
+        return shape != of_twice
+
+    return jax.tree_util.tree_map_with_path(follows, aux, other)
+
+
+def _twice(x):
+    x = jnp.asarray(x)
+    if not x.ndim:
+        return x
+    return shards.take(x, jnp.arange(2 * x.shape[0]) % x.shape[0])
+
+
+def _is_rows(x):
+    return isinstance(x, Rows)
