@@ -10,10 +10,17 @@ stochastic kernel W ~ N(M, S^2), its output is drawn instead,
 .. math:: y = x M + ((x \odot s)(S \kappa)) \odot r, \quad s, r \in \{-1, 1\}
     \qquad\text{(flipout)}
 
-Each takes two products in place of one. Stochastic leaves in any other place (biases,
-depthwise kernels on CPUs, kernels that are indexed, masked or used in a loop) are
-sampled as weights, once for all examples of a micro-batch on a device. If no product
-can get noise for each example, there is an error.
+Each takes two products in place of one. What an example sees must be one network, so
+that a kernel has noise of each example's own only where the program uses it once, in a
+product whose input has the examples on its first axis. All others (kernels that are
+tied, that an unrolled or a siamese network uses again, that stand in a loop or are
+indexed, depthwise kernels on CPUs, biases) are sampled as weights, once for all
+examples of a micro-batch on a device, and a warning names such kernels. If there is no
+product at all, there is an error.
+
+A dense layer may have several rows of an example, as the tokens of a sentence, which
+one kernel makes depend on each other: their noise is Flipout's in either case. In a
+convolution "local" draws each position on its own, as is usual.
 
 OT-MDR can use neither: its ascent steps move *one* weight vector mu + sigma kappa by
 steps of fixed length. Here there is no weight vector, only outputs.
@@ -23,8 +30,9 @@ References: Kingma et al., `Variational Dropout and the Local Reparameterization
 <https://arxiv.org/abs/1803.04386>`_, ICLR 2018.
 """
 
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,17 +66,25 @@ def call(
     """`function(params, *args, **kwargs)` at params ~ q, with noise for each example.
 
     Args:
-      function: A function of the model's parameters, which stays differentiable. The
-        first axis of the input of dense layers and convolutions is that of the
-        examples.
+      function: A function of the model's parameters, which stays differentiable.
       q: The posterior.
       estimator: "local" or "flipout".
       key: A PRNG key.
-      *args: Further arguments of `function`.
+      *args: Further arguments of `function`. The first is the batch, a pytree of arrays
+        with a leading axis of the examples. An input whose first axis is as long is
+        taken to have the examples there: as many views of one example would be taken
+        for examples.
       **kwargs: Keyword arguments of `function`.
 
     Returns:
       The result of `function`.
+
+    Raises:
+      ValueError: The number of examples is not known, or no product uses a stochastic
+        kernel.
+
+    Warns:
+      UserWarning: Some kernels are drawn once for all examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -92,71 +108,145 @@ def call(
         return function(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
 
     program, shape = jax.make_jaxpr(flat, return_shape=True)(leaves, arrays)
-    noisy = _Noisy(estimator, key)
+    noisy = _Noisy(estimator, key, _count_examples(args))
     inputs: list[Any] = list(leaves)
     stds, kappas = posterior.std(q), posterior.noise(q, noisy.next_key())
     parts = [iter(jax.tree.leaves(part)) for part in (q.mean, stds, kappas)]
     for i, stochastic in enumerate(jax.tree.leaves(posterior.chosen(q))):
         if stochastic:
             mean, std, kappa = map(next, parts)
-            inputs[i] = _Gaussian(mean, std, std * kappa)
+            inputs[i] = _Gaussian(i, mean, std, std * kappa)
     inputs += jax.tree.leaves(arrays)
-    found = _run(program, inputs, noisy)
-    if not noisy.products:
+
+    uses = _Uses()
+    jax.eval_shape(lambda: _arrays(_run(program, inputs, uses), uses))
+    if not uses.products:
         raise ValueError(
             f"estimator={estimator!r} found no dense layer or convolution that uses a "
             "stochastic kernel directly, so no example would have its own noise. Use "
             "estimator='weights'."
         )
-    return jax.tree.unflatten(jax.tree.structure(shape), map(_value, found))
+    noisy.once = {leaf for leaf, count in uses.count.items() if count == 1}
+    found = _arrays(_run(program, inputs, noisy), noisy)
+    _warn_of_shared(posterior.mean(q), inputs, noisy)
+    return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def _count_examples(args):
+    sizes = {x.shape[0] for x in jax.tree.leaves(args[:1]) if jnp.ndim(x)}
+    if len(sizes) != 1:
+        raise ValueError(
+            "the first argument after the parameters must be the batch, arrays whose "
+            "leading axis is that of the examples, which have noise of their own; got "
+            f"leading axes of {sorted(sizes) or 'nothing'}. Use estimator='weights'."
+        )
+    return sizes.pop()
+
+
+def _warn_of_shared(params, inputs, noisy):
+    """Names the kernels whose noise examples share."""
+    names = [
+        jax.tree_util.keystr(path) or "the kernel"
+        for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params))
+        if isinstance(inputs[i], _Gaussian) and leaf.ndim > 1 and i not in noisy.own
+    ]
+    if names:
+        listed = ", ".join(names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"estimator={noisy.estimator!r} draws {listed}{more} once for all "
+            "examples, as 'weights' does: a kernel has noise of each example's own "
+            "where it is used once, in a dense layer or a convolution whose input has "
+            f"the {noisy.examples} examples of the batch on its first axis.",
+            stacklevel=3,
+        )
 
 
 class _Gaussian:
     """A stochastic array: its mean, its standard deviation and one draw minus the mean.
 
     The draw is used wherever examples cannot have their own noise, so that all such
-    places see the same weights.
+    places see the same weights. `leaf` is the number of the parameter that it is.
     """
 
-    def __init__(self, mean, std, deviation):
-        self.mean, self.std, self.deviation = mean, std, deviation
+    def __init__(self, leaf, mean, std, deviation):
+        self.leaf, self.mean, self.std, self.deviation = leaf, mean, std, deviation
 
     def map(self, function):
-        return _Gaussian(*map(function, (self.mean, self.std, self.deviation)))
+        parts = map(function, (self.mean, self.std, self.deviation))
+        return _Gaussian(self.leaf, *parts)
+
+
+class _Layer(NamedTuple):
+    """How a product x W tells examples and features apart.
+
+    Attributes:
+      of_input: The axes of x that have signs: of the examples, then the summed ones.
+      of_output: Those of the output: of the examples, then of the features.
+      positions: The other axes of x, for which one kernel serves.
+      is_dense: Whether it is a dense layer.
+    """
+
+    of_input: tuple[int, ...]
+    of_output: tuple[int, ...]
+    positions: tuple[int, ...]
+    is_dense: bool
+
+
+class _Uses:
+    """Counts where the program uses each parameter."""
+
+    def __init__(self):
+        self.count: dict[int, int] = {}
+        self.products = 0
+
+    def array(self, value):
+        self.count[value.leaf] = self.count.get(value.leaf, 0) + 1
+        return value.mean
+
+    def product(self, multiply, x, kernel, layer):
+        del layer
+        self.products += 1
+        return multiply(x, self.array(kernel))
 
 
 class _Noisy:
     """Draws the noise of outputs, each with its own key."""
 
-    def __init__(self, estimator, key):
+    def __init__(self, estimator, key, examples):
         self.estimator, self._key, self._count = estimator, key, 0
-        self.products = 0  # that had noise of their own
+        self.examples = examples
+        self.once: set[int] = set()  # the parameters that are used in one place
+        self.own: set[int] = set()  # those of them that have noise for each example
 
     def next_key(self):
         self._count += 1
         return jax.random.fold_in(self._key, self._count)
 
-    def product(self, multiply, x, kernel, axes):
+    def array(self, value):
+        return value.mean + value.deviation
+
+    def product(self, multiply, x, kernel, layer):
         """The output of a layer, drawn.
 
         Args:
           multiply: (x, kernel) -> output, linear in both.
           x: The layer's input.
           kernel: The layer's kernel, a _Gaussian.
-          axes: The axes of x and of the output that tell examples and features apart;
-            None if examples cannot be told apart.
+          layer: Its _Layer.
         """
+        of_examples = x.shape[layer.of_input[0]] == self.examples
+        if kernel.leaf not in self.once or not of_examples:
+            return multiply(x, self.array(kernel))
+        self.own.add(kernel.leaf)
         mean = multiply(x, kernel.mean)
-        self.products += 1
-        if self.estimator == "local":
+        one_row = all(x.shape[i] == 1 for i in layer.positions)
+        if self.estimator == "local" and (one_row or not layer.is_dense):
             variance = multiply(jnp.square(x), jnp.square(kernel.std))
             zeta = shards.draw(jax.random.normal, self.next_key(), mean)
             return mean + jnp.sqrt(variance + _TINY) * zeta
-        if axes is None:
-            return mean + multiply(x, kernel.deviation)
-        of_input, of_output = axes
-        s = self._signs(x, of_input)
-        r = self._signs(mean, of_output)
+        s = self._signs(x, layer.of_input)
+        r = self._signs(mean, layer.of_output)
         return mean + multiply(x * s, kernel.deviation) * r
 
     def _signs(self, like, axes):
@@ -200,19 +290,19 @@ def _evaluate(eqn, values, noisy):
             return [values[place].map(scaled)]
     if name in _LAYERS and sum(stochastic) == 1:
         place = stochastic.index(True)
-        axes = _LAYERS[name](eqn, place)
-        if axes is not False:
+        layer = _LAYERS[name](eqn, place)
+        if layer is not None:
 
             def multiply(x, kernel):
                 operands = [kernel, x] if place == 0 else [x, kernel]
                 return _bind(eqn, operands)[0]
 
-            return [noisy.product(multiply, values[1 - place], values[place], axes)]
-    return _bind(eqn, [_value(v) for v in values])
+            return [noisy.product(multiply, values[1 - place], values[place], layer)]
+    return _bind(eqn, _arrays(values, noisy))
 
 
-def _value(value):
-    return value.mean + value.deviation if isinstance(value, _Gaussian) else value
+def _arrays(values, noisy):
+    return [noisy.array(v) if isinstance(v, _Gaussian) else v for v in values]
 
 
 def _bind(eqn, values):
@@ -227,49 +317,64 @@ def _bind(eqn, values):
 def _rematerialised(eqn, values, noisy):
     """Keeps a block that the backward pass computes again as one block."""
     body = ClosedJaxpr(eqn.params["jaxpr"], ())
-    arrays = [
+    leaves: list[
+        int | None
+    ] = []  # of what comes out: a block may hand its parameters on
+
+    def block(parts):
+        inputs = [
+            _Gaussian(v.leaf, *own) if isinstance(v, _Gaussian) else own
+            for v, own in zip(values, parts, strict=True)
+        ]
+        found = _run(body, inputs, noisy)
+        leaves[:] = [getattr(v, "leaf", None) for v in found]
+        return _parts(found)
+
+    options = {k: eqn.params[k] for k in ("policy", "prevent_cse") if k in eqn.params}
+    found = jax.checkpoint(block, **options)(_parts(values))
+    return [
+        v if leaf is None else _Gaussian(leaf, *v)
+        for leaf, v in zip(leaves, found, strict=True)
+    ]
+
+
+def _parts(values):
+    """Gaussians as tuples of arrays, for functions of JAX."""
+    return [
         (v.mean, v.std, v.deviation) if isinstance(v, _Gaussian) else v for v in values
     ]
 
-    def block(arrays):
-        inputs = [_Gaussian(*v) if isinstance(v, tuple) else v for v in arrays]
-        return [_value(v) for v in _run(body, inputs, noisy)]
 
-    options = {k: eqn.params[k] for k in ("policy", "prevent_cse") if k in eqn.params}
-    return jax.checkpoint(block, **options)(arrays)
-
-
-def _dense_axes(eqn, place):
-    """The axes of x and of the output of a product x W that have signs.
-
-    False for a product with batch axes, which is not a layer.
-    """
+def _dense(eqn, place):
     contracted, batch = eqn.params["dimension_numbers"]
-    if any(batch):
-        return False
     x, out = eqn.invars[1 - place].aval, eqn.outvars[0].aval
     summed = tuple(contracted[1 - place])
-    if not x.ndim or 0 in summed:
-        return None  # the first axis is not that of the examples
+    free = [i for i in range(x.ndim) if i not in summed]
+    if any(batch) or not free:
+        return None
     # The output's axes: the free ones of the left operand, then those of the right.
-    free_of_x = x.ndim - len(summed)
-    first = 0 if place == 1 else out.ndim - free_of_x
-    of_x = range(first, first + free_of_x)
+    first = 0 if place == 1 else out.ndim - len(free)
+    of_x = range(first, first + len(free))
     features = [i for i in range(out.ndim) if i not in of_x]
-    return (0, *summed), (first, *features)
+    return _Layer((free[0], *summed), (first, *features), tuple(free[1:]), True)
 
 
-def _convolution_axes(eqn, place):
+def _convolution(eqn, place):
     if place != 1 or eqn.params["batch_group_count"] != 1:
-        return False
-    numbers = eqn.params["dimension_numbers"]
-    return tuple(numbers.lhs_spec[:2]), tuple(numbers.out_spec[:2])
+        return None
+    x, _, out = eqn.params["dimension_numbers"]
+    return _Layer(tuple(x[:2]), tuple(out[:2]), tuple(x[2:]), False)
 
 
-# Primitives that multiply inputs by kernels -> the axes that have signs in Flipout;
-# "convolve" is that of `otmdr_jax.models`, NHWC.
+def _zoo_convolution(eqn, place):
+    """Of `otmdr_jax.models`: NHWC."""
+    return _Layer((0, 3), (0, 3), (1, 2), False) if place == 1 else None
+
+
+# Primitives that multiply inputs by kernels -> their _Layer, or None for a product that
+# is none.
 _LAYERS = {
-    "dot_general": _dense_axes,
-    "conv_general_dilated": _convolution_axes,
-    "convolve": lambda eqn, place: False if place != 1 else ((0, 3), (0, 3)),
+    "dot_general": _dense,
+    "conv_general_dilated": _convolution,
+    "convolve": _zoo_convolution,
 }

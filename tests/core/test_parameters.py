@@ -26,7 +26,7 @@ def scaled(params, x):
 
 
 def scaled_kernel(params, x):
-    return scaled({**params, "w": params["w"] @ jnp.ones(2)}, x)
+    return scaled({**params, "w": jnp.ones(2)}, x @ params["w"])
 
 
 AS_ARRAYS = {
