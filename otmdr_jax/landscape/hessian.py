@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import tree
+from otmdr_jax.landscape import lanczos
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
 
-# SciPy's names, and the size up to which the whole matrix is as cheap as ARPACK.
-_WHICH = {"largest": "LA", "smallest": "SA", "magnitude": "LM"}
-_SMALL = 20
+# The size up to which the whole matrix is as cheap as a search.
+_SMALL = 40
 
 
 class Spectrum(NamedTuple):
@@ -32,11 +32,13 @@ class Spectrum(NamedTuple):
         does not move. The sign is such that the largest entry is positive.
       residuals: (k,) norms :math:`\|H v - \lambda v\|_2`: each value is at most this
         far from an eigenvalue.
+      products: The number of products H v, each a pass over the set, that it took.
     """
 
     values: np.ndarray
     vectors: list[PyTree]
     residuals: np.ndarray
+    products: int
 
 
 class Trace(NamedTuple):
@@ -103,23 +105,30 @@ def hessian_eigenvalues(
 ) -> Spectrum:
     r"""Eigenvalues and eigenvectors of the Hessian at an end of its spectrum.
 
-    SciPy computes them by ARPACK's implicitly restarted Lanczos method. Its vectors
-    stay orthogonal, so a multiple eigenvalue is found as often as it occurs. It holds
-    :math:`\max(20, 2 k + 1) + k` vectors on the host, and starts from a fixed random
-    vector. The whole matrix is built for up to 20 weights.
+    They are found by Lanczos' method with thick restarts, each as often as it occurs:
+    for k > 1 the method starts again from random vectors outside of what it has found,
+    until it finds nothing more. The chance that such a search overlooks an eigenvalue
+    is at most 0.001 (see :mod:`otmdr_jax.landscape.lanczos`).
+
+    Products are computed on the device. The host holds :math:`\max(20, 2 k + 1) + k`
+    vectors. Random vectors are fixed, so the result is the same each time. The whole
+    matrix is built for up to 40 weights, or that many.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
         once, so pass the same function object each time.
       params: The solution.
-      batches: The set, in batches of any sizes; iterated over once for each product, at
-        least :math:`\max(20, 2 k + 1)` times, and k times for the residuals.
+      batches: The set, in batches of any sizes; iterated over once for each product.
+        k = 1 takes 21 products if the first eigenvalue stands apart; otherwise it is
+        :math:`\max(20, 2 k + 1)`, about 15 for the search for others, and k for the
+        residuals. Each time that eigenvalues occur again adds 10 to 20.
       k: The number of eigenvalues.
       which: The end of the spectrum: "largest", the most positive first; "smallest",
         the most negative first; "magnitude", the largest absolute values first.
-      tol: Relative error of the eigenvalues; 1e-3 as in PyHessian.
-      max_restarts: The number of restarts before it gives up; 100, as PyHessian's
-        iterations.
+      tol: Relative error of the eigenvalues; 1e-3 as in PyHessian. Of eigenvalues below
+        0.001 of the largest one in magnitude it is relative to that bound.
+      max_restarts: The number of restarts, in each search, before it gives up; 100, as
+        PyHessian's iterations. Each takes :math:`\max(20, 2 k + 1) / 2` products.
       mask: A pytree of bools, or a function of `params` to one, True where a leaf
         moves; None for all floating leaves. The Hessian is that of these leaves.
 
@@ -128,7 +137,8 @@ def hessian_eigenvalues(
 
     Raises:
       ValueError: k or `which` is not possible, or the Hessian is not finite.
-      RuntimeError: The method has not converged.
+      RuntimeError: The eigenvalues, or the search for others, have not converged. The
+        message says which one, and its residual.
 
     Example:
       >>> import jax.numpy as jnp
@@ -139,10 +149,14 @@ def hessian_eigenvalues(
       >>> found.values.tolist(), found.vectors[0].tolist()
       ([9.0, 1.0], [0.0, 1.0])
 
-    Reference: Lehoucq et al., 1998 (ARPACK); Yao et al., 2020 (PyHessian).
+    Reference: Wu & Simon, `Thick-Restart Lanczos Method for Large Symmetric Eigenvalue
+    Problems <https://doi.org/10.1137/S0895479898334605>`_, 2000; Kuczyński &
+    Woźniakowski, `Estimating the Largest Eigenvalue by the Power and Lanczos Algorithms
+    with a Random Start <https://doi.org/10.1137/0613066>`_, 1992; Yao et al., 2020
+    (PyHessian).
     """
-    if which not in _WHICH:
-        raise ValueError(f"which must be one of {list(_WHICH)}, got {which!r}.")
+    if which not in lanczos.ORDERS:
+        raise ValueError(f"which must be one of {list(lanczos.ORDERS)}, got {which!r}.")
     if not tol > 0:
         raise ValueError(f"tol must be a positive number, got {tol!r}.")
     if max_restarts < 1:
@@ -159,7 +173,11 @@ def hessian_eigenvalues(
         parts = np.split(np.ravel(vector), ends[:-1])
         return [x.reshape(shape) for x, shape in zip(parts, shapes, strict=True)]
 
+    products = 0
+
     def times(vector):
+        nonlocal products
+        products += 1
         leaves = jax.device_get(whole.product(unravel(vector)))
         result = np.concatenate([np.ravel(x) for x in leaves]).astype(dtype)
         if not np.isfinite(result).all():
@@ -169,14 +187,15 @@ def hessian_eigenvalues(
             )
         return result
 
-    if size <= max(_SMALL, 2 * k + 1):
+    if size <= max(_SMALL, lanczos.room(k)):
         columns = np.stack([times(row) for row in np.eye(size, dtype=dtype)])
         values, vectors = np.linalg.eigh((columns + columns.T) / 2)
+        order = np.argsort(lanczos.ORDERS[which](values), kind="stable")[:k]
+        values, vectors = values[order], vectors.T[order]
     else:
-        values, vectors = _arpack(times, size, dtype, k, which, tol, max_restarts)
-    sort_by = {"largest": -values, "smallest": values, "magnitude": -np.abs(values)}
-    order = np.argsort(sort_by[which], kind="stable")[:k]
-    values, vectors = values[order], vectors.T[order]
+        values, vectors = lanczos.leading(
+            times, size, dtype, k, which, tol, max_restarts
+        )
     peaks = np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1)
     vectors = vectors * np.where(peaks < 0, -1, 1).astype(dtype)
     residuals = [
@@ -187,6 +206,7 @@ def hessian_eigenvalues(
         values.astype(np.float64),
         [whole.embed([*map(jnp.asarray, unravel(v))]) for v in vectors],
         np.asarray(residuals, np.float64),
+        products,
     )
 
 
@@ -244,26 +264,6 @@ def hessian_trace(
         samples[i] = sum(map(float, _dots(probe, whole.product(probe))))
     error = np.std(samples, ddof=1) / math.sqrt(num_probes)
     return Trace(float(np.mean(samples)), float(error), samples)
-
-
-def _arpack(times, size, dtype, k, which, tol, max_restarts):
-    # SciPy comes with JAX; its sparse part is imported only here.
-    from scipy.sparse import linalg
-
-    start = np.random.default_rng(0).normal(size=size).astype(dtype)
-    if not times(start).any():  # ARPACK refuses to start: all eigenvalues are zero
-        return np.zeros(k, dtype), np.eye(size, k, dtype=dtype)
-    operator = linalg.LinearOperator((size, size), matvec=times, dtype=dtype)
-    try:
-        return linalg.eigsh(
-            operator, k, which=_WHICH[which], v0=start, tol=tol, maxiter=max_restarts
-        )
-    except linalg.ArpackNoConvergence as error:
-        raise RuntimeError(
-            f"{len(error.eigenvalues)} of {k} eigenvalues converged to tol={tol:g} "
-            f"within {max_restarts} restarts: raise tol or max_restarts. "
-            "Eigenvalues at an end where they crowd, as small ones near 0, take long."
-        ) from error
 
 
 @jax.jit

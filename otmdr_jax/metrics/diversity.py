@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from otmdr_jax.metrics.predictions import check_labels, check_sample, tolerance
+
 Array = Any
 
 # The names that `evaluate` returns.
@@ -26,7 +28,8 @@ def evaluate(log_probs: Array, labels: Array) -> dict[str, float]:
       A dictionary of floats: disagreement, pairwise_kl, nll_ambiguity, brier_ambiguity.
 
     Raises:
-      ValueError: The shape is another, or there is a single member.
+      ValueError: The shape is another, there is a single member, a member's predictions
+        are no distributions (logits, NaN), or labels are out of range.
 
     Example:
       >>> import numpy as np
@@ -73,6 +76,8 @@ def pairwise_kl(log_probs: Array) -> float:
     for p, q in itertools.permutations(log_probs, 2):
         with np.errstate(invalid="ignore"):  # 0 log 0 = 0, whatever q is
             terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
+        # Also where p is so small that exp(p) is 0 in float64.
+        terms[np.isneginf(q) & ~np.isneginf(p)] = np.inf
         found.append(np.mean(np.sum(terms, axis=1)))
     return float(np.mean(found))
 
@@ -81,17 +86,22 @@ def nll_ambiguity(log_probs: Array, labels: Array) -> float:
     """Mean NLL of the members minus the NLL of their mean probability, in nats.
 
     It is the gap of Jensen's inequality: never negative, and 0 if all members give the
-    label the same probability. Unlike the ambiguity of the Brier score it depends on
-    the labels.
+    label the same probability, also the probability 0. It is infinite if only some
+    members give a label the probability 0. Unlike the ambiguity of the Brier score it
+    depends on the labels.
 
     Reference: Abe et al., `Deep Ensembles Work, But Are They Necessary?
     <https://arxiv.org/abs/2202.06985>`_, NeurIPS 2022.
     """
     log_probs = _checked(log_probs)
-    labels = np.asarray(labels)
+    labels = check_labels(labels, log_probs[0], log_probs.shape, "log_probs")
     of_label = log_probs[:, np.arange(len(labels)), labels]  # (M, N)
-    ensemble = np.logaddexp.reduce(of_label, axis=0) - np.log(len(of_label))
-    return float(np.mean(ensemble - np.mean(of_label, axis=0)))
+    # The mean of exp(x - max) is exactly 1 where all are equal.
+    highest = np.maximum(of_label.max(axis=0), np.finfo(np.float64).min)
+    below = of_label - highest
+    below[:, np.isneginf(below).all(axis=0)] = 0.0
+    gaps = np.log(np.exp(below).mean(axis=0)) - below.mean(axis=0)
+    return float(np.mean(np.maximum(gaps, 0.0)))
 
 
 def brier_ambiguity(log_probs: Array) -> float:
@@ -107,10 +117,13 @@ def brier_ambiguity(log_probs: Array) -> float:
 
 
 def _checked(log_probs: Array) -> np.ndarray:
+    allowed = tolerance(np.asarray(log_probs).dtype)
     log_probs = np.asarray(log_probs, np.float64)
     if log_probs.ndim != 3 or log_probs.shape[0] < 2 or not log_probs.shape[1]:
         raise ValueError(
             "diversity needs log_probs of shape (M, N, C) with at least two members "
             f"and one example, got {log_probs.shape}."
         )
+    for member, values in enumerate(log_probs):
+        check_sample(values, True, allowed, f" of member {member}")
     return log_probs

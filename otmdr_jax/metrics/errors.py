@@ -235,8 +235,8 @@ def width_gap(num_bins: int) -> Measure:
     """The contribution of a class to :func:`sce`, not yet divided."""
 
     def gap(ranked: Ranked) -> float:
-        zeros = np.searchsorted(ranked.ordered, 0.0, side="right")
-        bounds = np.maximum(width_bounds(ranked.ordered, num_bins), zeros)
+        zeros = np.searchsorted(ranked.probs, 0.0, side="right")
+        bounds = np.maximum(width_bounds(ranked.probs, num_bins), zeros)
         return bin_sums(ranked, bounds).gap()
 
     return gap
@@ -248,8 +248,8 @@ def mass_gap(num_bins: int, threshold: float) -> Measure:
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}.")
 
     def gap(ranked: Ranked) -> float:
-        first = int(np.searchsorted(ranked.ordered, threshold, side="right"))
-        bounds = first + mass_bounds(ranked.ordered[first:], num_bins)
+        first = int(np.searchsorted(ranked.probs, threshold, side="right"))
+        bounds = first + mass_bounds(ranked.probs[first:], num_bins)
         return bin_sums(ranked, bounds).gap()
 
     return gap

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
 Array = Any
 T = TypeVar("T")
 
-# Softmax in float32 over 1,000 classes is off by 1e-6, in bfloat16 by more. 1e-3
-# accepts the former and numbers rounded to three digits, and refuses what is not a
-# distribution.
+# Softmax in float32 over 1,000 classes is off by 1e-6. 1e-3 accepts that and numbers
+# rounded to three digits, and refuses what is not a distribution.
 TOLERANCE = 1e-3
 
 # 2 MiB in float64, so that a block's second pass finds it in a core's cache.
@@ -40,20 +40,36 @@ class Predictions:
       predicted: (N,) most probable classes, the first one among tied ones.
       confidence: (N,) probabilities of these classes.
       log_of_label: (N,) log-probabilities of the labels, -inf at probability 0.
+      log: Whether logarithms were given. They rank what underflows to equal
+        probabilities.
+      confidence_key: (N,) numbers that rank examples by confidence: its logarithm if
+        logarithms were given.
+      samples: (S, N, C) the samples as they were given, None of a single prediction.
     """
 
-    def __init__(self, values: np.ndarray, labels: np.ndarray, log_probs: bool):
+    def __init__(
+        self,
+        values: np.ndarray,
+        labels: np.ndarray,
+        log_probs: bool,
+        allowed: float,
+        samples: np.ndarray | None,
+    ):
         """Checks all rows: see :func:`check`."""
         self.labels = labels
         self.shape = values.shape
         self.size = values.size
+        self.log = log_probs
+        self.samples = samples
         self._values = values
-        self._log = log_probs
+        self._allowed = allowed
         found = parallel(self._check_rows, self._blocks(), values.size)
-        predicted, confidence, of_label = zip(*found, strict=True)
+        predicted, highest, of_label = zip(*found, strict=True)
         self.predicted = np.concatenate(predicted)
         # exp(log_softmax) of a certain prediction can exceed 1 by a rounding error.
-        self.confidence = np.minimum(np.concatenate(confidence), 1.0)
+        key = np.minimum(np.concatenate(highest), 0.0 if log_probs else 1.0)
+        self.confidence_key = key
+        self.confidence = np.exp(key) if log_probs else key
         self.log_of_label = np.concatenate(of_label)
 
     @functools.cached_property
@@ -66,39 +82,60 @@ class Predictions:
         for rows in self._blocks():
             yield rows, self._probs(self._values[rows].astype(np.float64))
 
+    def sorted_rows(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields :meth:`rows` with ascending probabilities of each row.
+
+        They are the same to the bit in whatever order classes and samples come.
+        """
+        if self.samples is None:
+            for rows, block in self.rows():
+                yield rows, np.sort(block, axis=1)
+        else:
+            for rows, block in self.rows_of_samples():
+                yield rows, np.sort(np.sort(block, axis=0).mean(axis=0), axis=1)
+
+    def rows_of_samples(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields blocks of rows and their samples' probabilities (S, rows, C)."""
+        assert self.samples is not None
+        for rows in self._blocks(len(self.samples)):
+            yield rows, self._probs(self.samples[:, rows].astype(np.float64))
+
+    def keys(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields blocks of rows and what ranks their classes, in float64.
+
+        That is the logarithms if they were given, since probabilities underflow.
+        """
+        for rows in self._blocks():
+            yield rows, self._values[rows].astype(np.float64)
+
     def columns(self) -> Iterator[slice]:
         """Yields blocks of classes, for :meth:`of_classes`."""
         for start in range(0, self.shape[1], _COLUMNS):
             yield slice(start, min(start + _COLUMNS, self.shape[1]))
 
     def of_classes(self, classes: slice) -> np.ndarray:
-        """(classes, N) probabilities in float64, each class contiguous."""
+        """(classes, N) :meth:`keys` in float64, each class contiguous."""
         columns = np.array(self._values[:, classes].T, np.float64, order="C")
-        return np.minimum(self._probs(columns), 1.0, out=columns)
+        return np.minimum(columns, 0.0 if self.log else 1.0, out=columns)
 
     def _probs(self, values: np.ndarray) -> np.ndarray:
-        return np.exp(values, out=values) if self._log else values
+        return np.exp(values, out=values) if self.log else values
 
-    def _blocks(self) -> Iterator[slice]:
-        size = max(1, _BLOCK // self.shape[1])
+    def _blocks(self, samples: int = 1) -> Iterator[slice]:
+        size = max(1, _BLOCK // (samples * self.shape[1]))
         return (slice(i, i + size) for i in range(0, self.shape[0], size))
 
     def _check_rows(self, rows: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         values = self._values[rows].astype(np.float64)
         every = np.arange(len(values))
         predicted = values.argmax(axis=1)  # of the logarithms, where they are given
+        highest = values[every, predicted]
         of_label = values[every, self.labels[rows]]
-        probs = self._probs(values)
-        totals = probs.sum(axis=1)
-        # Numbers that are not negative and sum to 1 are not above 1.
-        bad = ~(np.abs(totals - 1.0) <= TOLERANCE) | ~(probs.min(axis=1) >= 0.0)
-        if bad.any():
-            row = rows.start + int(np.argmax(bad))
-            raise ValueError(_what_is_wrong(self._values[row], row, self._log))
-        if not self._log:
+        _refuse(self._probs(values), self._values, rows, self.log, self._allowed)
+        if not self.log:
             with np.errstate(divide="ignore"):
                 of_label = np.log(of_label)
-        return predicted, probs[every, predicted], of_label
+        return predicted, highest, of_label
 
 
 def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Predictions:
@@ -106,8 +143,8 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
 
     Args:
       probs: (N, C) probabilities of C >= 2 classes in any floating dtype, or samples
-        (S, N, C), whose mean probability counts. :class:`Predictions` are returned
-        unchanged.
+        (S, N, C), whose mean probability counts and each of which is checked.
+        :class:`Predictions` are returned unchanged.
       labels: (N,) integers in 0..C-1.
       log_probs: True if `probs` are logarithms of probabilities.
 
@@ -116,7 +153,8 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
 
     Raises:
       ValueError: The shape is another, the set is empty, there is a single class, NaN
-        or a negative number, rows do not sum to 1 within 1e-3 (logits, for example), or
+        or a negative number, rows do not sum to 1 within 1e-3 (logits, for example; in
+        float16 and bfloat16 within 0.004 and 0.03, four times their precision), or
         labels are out of range. The message says what is wrong.
       TypeError: Labels are not integers, or predictions are not numbers.
 
@@ -134,9 +172,32 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
             )
         return probs
     name = "log_probs" if log_probs else "probs"
-    values = _mean(_numbers(probs, name), log_probs)
+    numbers = _numbers(probs, name)
+    allowed = tolerance(np.asarray(probs).dtype)
+    values = _mean(numbers, log_probs)
     labels = check_labels(labels, values, np.shape(probs), name)
-    return Predictions(values, labels, log_probs)
+    samples = numbers if numbers.ndim == 3 else None
+    for index in range(0 if samples is None else len(samples)):
+        check_sample(numbers[index], log_probs, allowed, f" of sample {index}")
+    return Predictions(values, labels, log_probs, allowed, samples)
+
+
+def tolerance(dtype: Any) -> float:
+    """The distance from 1 that sums of probabilities of this dtype may have."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    return max(TOLERANCE, 4 * float(jnp.finfo(dtype).eps)) if floating else TOLERANCE
+
+
+def check_sample(
+    values: np.ndarray, log_probs: bool, allowed: float, of: str = ""
+) -> None:
+    """Raises ValueError unless each row of (N, C) values is a distribution."""
+    size = max(1, _BLOCK // values.shape[1])
+    for start in range(0, len(values), size):
+        rows = slice(start, start + size)
+        block = values[rows].astype(np.float64)
+        probs = np.exp(block, out=block) if log_probs else block
+        _refuse(probs, values, rows, log_probs, allowed, of)
 
 
 def check_labels(
@@ -179,19 +240,22 @@ def check_unlabelled(probs: Array) -> Predictions:
 class Ranked(NamedTuple):
     """Scores in ascending order and the positives among them.
 
-    Of equal scores the earlier example comes first: a stable order.
+    Scores are probabilities, or logarithms where those are given. Of equal scores the
+    earlier example comes first: a stable order.
 
     Attributes:
       scores: (n,) scores in the order of the examples.
       ordered: (n,) scores in ascending order.
       positive: (n,) bools, in the order of `scores`.
       of_positives: Ascending scores of the positives.
+      probs: (n,) probabilities in ascending order.
     """
 
     scores: np.ndarray
     ordered: np.ndarray
     positive: np.ndarray
     of_positives: np.ndarray
+    probs: np.ndarray
 
     def positives_before(self, bounds: np.ndarray) -> np.ndarray:
         """The number of positives among the first `bound` examples, for each bound."""
@@ -215,9 +279,12 @@ class Ranked(NamedTuple):
 Measure = Callable[[Ranked], Any]
 
 
-def rank(scores: np.ndarray, positive: np.ndarray) -> Ranked:
-    """Sorts scores: see :class:`Ranked`."""
-    return Ranked(scores, np.sort(scores), positive, np.sort(scores[positive]))
+def rank(scores: np.ndarray, positive: np.ndarray, *, log: bool = False) -> Ranked:
+    """Sorts probabilities or their logarithms: see :class:`Ranked`."""
+    ordered = probs = np.sort(scores)
+    if log:  # the last bit of exp may be out of order; to sort what is sorted is fast
+        probs = np.sort(np.exp(ordered), kind="stable")
+    return Ranked(scores, ordered, positive, np.sort(scores[positive]), probs)
 
 
 def per_class(p: Predictions, *measures: Measure) -> list[np.ndarray]:
@@ -236,7 +303,7 @@ def per_class(p: Predictions, *measures: Measure) -> list[np.ndarray]:
     def of_block(classes: slice) -> list[list[Any]]:
         columns = p.of_classes(classes)
         ranked = (
-            rank(columns[i], p.labels == c)
+            rank(columns[i], p.labels == c, log=p.log)
             for i, c in enumerate(range(classes.start, classes.stop))
         )
         return [[measure(x) for measure in measures] for x in ranked]
@@ -279,7 +346,23 @@ def _mean(values: np.ndarray, log_probs: bool) -> np.ndarray:
     return total - np.log(len(values))
 
 
-def _what_is_wrong(row: np.ndarray, index: int, log_probs: bool) -> str:
+def _refuse(
+    probs: np.ndarray,
+    values: np.ndarray,
+    rows: slice,
+    log_probs: bool,
+    allowed: float,
+    of: str = "",
+) -> None:
+    """Raises ValueError unless rows of values, as probs, are distributions."""
+    # Numbers that are not negative and sum to 1 are not above 1.
+    bad = ~(np.abs(probs.sum(axis=1) - 1.0) <= allowed) | ~(probs.min(axis=1) >= 0.0)
+    if bad.any():
+        row = rows.start + int(np.argmax(bad))
+        raise ValueError(_what_is_wrong(values[row], f"{row}{of}", log_probs))
+
+
+def _what_is_wrong(row: np.ndarray, index: str, log_probs: bool) -> str:
     row = row.astype(np.float64)
     shown = np.array2string(row[:6], precision=4, separator=", ")
     shown = shown if len(row) <= 6 else f"{shown[:-1]}, ...]"

@@ -13,12 +13,13 @@ from otmdr_jax.metrics.detection import (
 )
 from otmdr_jax.metrics.predictions import (
     Array,
+    Predictions,
     Ranked,
     check,
     check_unlabelled,
     per_class,
 )
-from otmdr_jax.metrics.uncertainty import entropy, mutual_information
+from otmdr_jax.metrics.uncertainty import comparable_entropy, comparable_information
 
 # Published values of AAC use ten.
 NUM_STEPS = 10
@@ -67,7 +68,7 @@ def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
             f"aac needs 1 <= num_steps <= N, got num_steps = {num_steps} for N = "
             f"{count}: give it more examples or fewer steps."
         )
-    order = np.argsort(p.confidence, kind="stable")
+    order = np.argsort(p.confidence_key, kind="stable")
     right = np.cumsum(p.correct[order][::-1])  # of the k + 1 most confident ones
     starts = np.arange(1, count, count // num_steps)
     kept = count - starts
@@ -109,7 +110,7 @@ def risk_coverage(probs: Array, labels: Array) -> RiskCoverage:
       ([0.5, 1.0], [0.0, 0.5])
     """
     p = check(probs, labels)
-    kept, wrong = operating_points(p.confidence, ~p.correct)
+    kept, wrong = operating_points(p.confidence_key, ~p.correct)
     each = np.arange(1, p.shape[0] + 1)
     errors = np.interp(each, np.append(0, kept), np.append(0, wrong))
     return RiskCoverage(each / p.shape[0], errors / each)
@@ -275,7 +276,9 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
     """AUROC of telling out-of-distribution examples from others, 0..1.
 
     It is the probability that an OOD example is more uncertain, ties counting half; 0.5
-    is chance. It does not matter which set is called positive.
+    is chance. It does not matter which set is called positive. Scores are the same to
+    the bit for any order of classes and samples, and the mutual information of equal
+    samples is 0, so that rounding does not decide ties.
 
     Args:
       probs: (N, C) probabilities on the test set, or samples (S, N, C).
@@ -286,6 +289,9 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
     Returns:
       The area.
 
+    Raises:
+      ValueError: An unknown score; "mutual_information" without samples.
+
     Reference: Hendrycks & Gimpel, `A Baseline for Detecting Misclassified and
     Out-of-Distribution Examples <https://arxiv.org/abs/1610.02136>`_, ICLR 2017.
 
@@ -294,16 +300,24 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
       >>> metrics.ood_auroc([[0.9, 0.1], [0.6, 0.4]], [[0.5, 0.5]])
       1.0
     """
+    sets = check_unlabelled(probs), check_unlabelled(ood_probs)
+    # Logarithms rank what underflows, but only beside other logarithms.
+    keys = all(p.log and p.samples is None for p in sets)
     scores = {
-        "confidence": lambda x: -check_unlabelled(x).confidence,
-        "entropy": entropy,
-        "mutual_information": mutual_information,
+        "confidence": lambda p: -(p.confidence_key if keys else _confidence(p)),
+        "entropy": comparable_entropy,
+        "mutual_information": comparable_information,
     }
     if score not in scores:
         raise ValueError(f"score must be one of {', '.join(scores)}, got {score!r}.")
-    inside, outside = scores[score](probs), scores[score](ood_probs)
+    inside, outside = map(scores[score], sets)
     positive = np.arange(len(inside) + len(outside)) >= len(inside)
     return auroc(np.concatenate([inside, outside]), positive)
+
+
+def _confidence(p: Predictions) -> np.ndarray:
+    """Top probabilities, the same to the bit for any order of samples."""
+    return np.concatenate([block[:, -1] for _, block in p.sorted_rows()])
 
 
 def _right_and_wrong(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:
@@ -315,4 +329,4 @@ def _right_and_wrong(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarra
             "telling right from wrong predictions needs both, but "
             f"{right} of {p.shape[0]} are right."
         )
-    return p.confidence, p.correct
+    return p.confidence_key, p.correct

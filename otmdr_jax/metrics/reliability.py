@@ -89,11 +89,19 @@ def reliability(
     """
     ranked, bounds = top_bins(check(probs, labels), num_bins, cut)
     sums = bin_sums(ranked, bounds)
-    edges = np.linspace(0.0, 1.0, num_bins + 1)
+    edges = edges_of(num_bins)
     if cut == "mass":
         inner = np.maximum(bounds[1:-1], 1) - 1
-        edges[1:-1] = np.where(bounds[1:-1] > 0, ranked.ordered[inner], 0.0)
+        edges[1:-1] = np.where(bounds[1:-1] > 0, ranked.probs[inner], 0.0)
     return diagram(edges, sums)
+
+
+def edges_of(num_bins: int) -> np.ndarray:
+    """The edges k / bins of bins of equal width, each the nearest float64.
+
+    (`np.linspace` multiplies by 1 / bins: of 12 bins three edges are below k / 12.)
+    """
+    return np.arange(num_bins + 1) / num_bins
 
 
 def diagram(edges: np.ndarray, bins: BinSums) -> Reliability:
@@ -109,14 +117,13 @@ def top_bins(p: Predictions, num_bins: int, cut: str) -> tuple[Ranked, np.ndarra
     if cut not in cuts:
         raise ValueError(f"cut must be one of {', '.join(cuts)}, got {cut!r}.")
     ranked = rank(p.confidence, p.correct)
-    return ranked, cuts[cut](ranked.ordered, num_bins)
+    return ranked, cuts[cut](ranked.probs, num_bins)
 
 
 def width_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
     """(bins + 1,) bounds of the bins (lo, hi] of [0, 1]; 0 counts in the first one."""
     _check_bins(num_bins)
-    edges = np.linspace(0.0, 1.0, num_bins + 1)
-    bounds = np.searchsorted(ordered, edges, side="right")
+    bounds = np.searchsorted(ordered, edges_of(num_bins), side="right")
     bounds[0] = 0
     return bounds
 
@@ -132,7 +139,7 @@ def mass_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
 def bin_sums(ranked: Ranked, bounds: np.ndarray) -> BinSums:
     """Sums up the scores between neighbouring bounds."""
     pairs = zip(bounds[:-1], bounds[1:], strict=True)
-    sums = np.array([ranked.ordered[a:b].sum() for a, b in pairs])
+    sums = np.array([ranked.probs[a:b].sum() for a, b in pairs])
     return BinSums(np.diff(bounds), sums, np.diff(ranked.positives_before(bounds)))
 
 

@@ -59,7 +59,7 @@ def top_k_accuracy(probs: Array, labels: Array, k: int = 5) -> float:
         )
     hits = 0
     classes = np.arange(p.shape[1])
-    for rows, block in p.rows():
+    for rows, block in p.keys():
         labels = p.labels[rows, None]
         of_label = np.take_along_axis(block, labels, axis=1)
         before = np.count_nonzero(block > of_label, axis=1)
@@ -183,7 +183,7 @@ def parts_of_class(num_bins: int) -> Measure:
     """The contribution of a class to reliability, resolution and uncertainty."""
 
     def parts(ranked: Ranked) -> tuple[float, float, float]:
-        return parts_of_bins(bin_sums(ranked, width_bounds(ranked.ordered, num_bins)))
+        return parts_of_bins(bin_sums(ranked, width_bounds(ranked.probs, num_bins)))
 
     return parts
 

@@ -29,8 +29,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import shards
-from otmdr_jax.metrics.predictions import TOLERANCE
-from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, Reliability, diagram
+from otmdr_jax.metrics.predictions import tolerance
+from otmdr_jax.metrics.reliability import (
+    NUM_BINS,
+    BinSums,
+    Reliability,
+    diagram,
+    edges_of,
+)
 from otmdr_jax.metrics.scores import join_parts, parts_of_bins
 
 Array = Any
@@ -171,9 +177,10 @@ def _update(log_probs, state, values, labels, mask):
     num_bins, columns = state.bin_counts.shape
     samples = values.reshape(-1, *values.shape[-2:])  # (S, B, C)
     samples = samples.astype(jnp.promote_types(values.dtype, jnp.float32))
-    within = jnp.mean(_entropy(jnp.exp(samples) if log_probs else samples), axis=0)
+    probs = jnp.exp(samples) if log_probs else samples
+    valid = _valid(probs, labels, tolerance(values.dtype))
+    within = jnp.mean(_entropy(jnp.minimum(probs, 1.0)), axis=0)
     values = _mean(samples, log_probs)
-    valid = _valid(jnp.exp(values) if log_probs else values, labels)
     counts = mask & valid
     # Rows that do not count become sure and right: their NLL, Brier score and entropy
     # are 0. (Multiplied by the mask, NaN would stay NaN.)
@@ -279,7 +286,7 @@ def compute(state: State) -> dict[str, float]:
 def reliability(state: State) -> Reliability:
     """The reliability diagram of the top class, as `metrics.reliability`."""
     top = _bins(jax.tree.map(np.asarray, state))[-1]
-    return diagram(np.linspace(0.0, 1.0, len(top.counts) + 1), top)
+    return diagram(edges_of(len(top.counts)), top)
 
 
 def _bins(seen: State) -> list[BinSums]:
@@ -311,11 +318,11 @@ def _entropy(p: jax.Array) -> jax.Array:
     return -jnp.sum(p * jnp.log(jnp.where(p > 0.0, p, 1.0)), axis=-1)
 
 
-def _valid(p: jax.Array, labels: jax.Array) -> jax.Array:
-    """(B,) bools, True for rows that are distributions with a valid label."""
-    sums_to_one = jnp.abs(jnp.sum(p, axis=1) - 1.0) <= TOLERANCE  # not of NaN
-    distributions = sums_to_one & (jnp.min(p, axis=1) >= 0.0)
-    return distributions & (labels >= 0) & (labels < p.shape[1])
+def _valid(probs: jax.Array, labels: jax.Array, allowed: float) -> jax.Array:
+    """(B,) bools, True for rows whose samples are distributions, with a valid label."""
+    sums_to_one = jnp.abs(jnp.sum(probs, axis=2) - 1.0) <= allowed  # not of NaN
+    distributions = jnp.all(sums_to_one & (jnp.min(probs, axis=2) >= 0.0), axis=0)
+    return distributions & (labels >= 0) & (labels < probs.shape[2])
 
 
 def _binned(
@@ -339,7 +346,7 @@ def _binned(
 
 def _edges(num_bins: int, dtype: Any) -> jax.Array:
     """The bins' edges: p > edge holds in this dtype exactly if it does in float64."""
-    exact = np.linspace(0.0, 1.0, num_bins + 1)
+    exact = edges_of(num_bins)
     edges = exact.astype(dtype)
     above = edges.astype(np.float64) > exact
     return jnp.asarray(np.where(above, np.nextafter(edges, np.array(0, dtype)), edges))

@@ -130,7 +130,6 @@ def summary(
         "ovr_auroc": float(np.nanmean(aurocs)) if several else nan,
         "entropy": float(entropy(p).mean()),
     }
-    if np.ndim(probs) == 3:
-        samples = np.exp(probs) if log_probs else probs
-        found["mutual_information"] = float(mutual_information(samples).mean())
+    if p.samples is not None:
+        found["mutual_information"] = float(mutual_information(p).mean())
     return found

@@ -529,6 +529,26 @@ class TestDiversity:
         assert diversity.pairwise_kl(log_probs) == np.inf
         with pytest.raises(ValueError, match="at least two members"):
             diversity.disagreement(log_probs[:1])
+        both = np.array([[[-np.inf, 0.0]], [[-np.inf, 0.0]]])
+        assert list(diversity.evaluate(both, [0]).values()) == [0.0] * 4
+        assert diversity.nll_ambiguity(log_probs, [1]) == np.inf
+        mixed = np.concatenate([both, log_probs[[1, 1]]], axis=1)  # two examples
+        assert diversity.nll_ambiguity(mixed, [0, 0]) == 0.0
+
+    def test_a_class_that_underflows_for_one_and_is_impossible_for_another(self):
+        log_probs = np.array([[[0.0, -800.0]], [[0.0, -np.inf]]])
+        assert diversity.pairwise_kl(log_probs) == np.inf
+
+    def test_what_is_no_distribution_and_labels_that_are_none_are_refused(self, found):
+        p, labels = found
+        bad = np.log(p)
+        bad[2, 7] += 1.0
+        for name in ("disagreement", "pairwise_kl", "brier_ambiguity"):
+            with pytest.raises(ValueError, match="row 7 of member 2 sum to 2.718"):
+                getattr(diversity, name)(bad)
+        for wrong in (labels - 1, labels[:-1]):
+            with pytest.raises(ValueError, match="labels"):
+                diversity.nll_ambiguity(np.log(p), wrong)
 
 
 class TestEach:

@@ -142,6 +142,42 @@ class TestEigenvalues:
         want = np.linalg.eigvalsh(matrix.astype(float))[:k]
         np.testing.assert_allclose(found.values, want, atol=1e-3)
 
+    def test_of_a_linear_model_each_comes_once_for_each_output(self):
+        """Least squares with ten outputs: ten times the values of X'X / N."""
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(200, 20)) * np.linspace(1, 3, 20)
+        x = np.float32(x @ np.linalg.qr(rng.normal(size=(20, 20)))[0])
+
+        def loss_sum(w, batch):
+            return jnp.sum((batch @ w) ** 2) / 2, len(batch)
+
+        want = np.linalg.eigvalsh(x.T.astype(float) @ x / 200)[::-1]
+        assert want[0] > 1.05 * want[1]
+        found = landscape.hessian_eigenvalues(
+            loss_sum, jnp.zeros((20, 10)), [x[:90], x[90:]], 12
+        )
+        expected = [*want[[0] * 10], *want[[1] * 2]]
+        np.testing.assert_allclose(found.values, expected, rtol=1e-5)
+        rows = np.stack([np.ravel(v) for v in found.vectors])
+        np.testing.assert_allclose(rows @ rows.T, np.eye(12), atol=1e-5)
+        assert found.residuals.max() < 1e-4 * want[0]
+
+    @pytest.mark.parametrize(("k", "most"), [(1, 21), (5, 45)])
+    def test_products_are_counted_and_few_where_values_stand_apart(self, k, most):
+        passes = []
+
+        class Batches:
+            def __iter__(self):
+                passes.append(1)
+                return iter(ONE)
+
+        values = np.concatenate([[60, 40, 30, 24, 19, 15], np.linspace(-1, 1, 394)])
+        found = landscape.hessian_eigenvalues(
+            quadratic(np.diag(values)), jnp.zeros(400), Batches(), k
+        )
+        np.testing.assert_allclose(found.values, values[:k], rtol=1e-5)
+        assert found.products == len(passes) <= most
+
     def test_a_mask_restricts_them(self):
         params, batches, dense = network()
         mask = {"in": (False, False), "out": True, "bias": False}

@@ -1,8 +1,11 @@
 """Scores and calibration errors against scikit-learn and their definitions."""
 
+import itertools
 import math
+from fractions import Fraction
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from otmdr_jax import metrics
+from otmdr_jax.metrics import streaming
 
 settings = hypothesis.settings(
     deadline=None, max_examples=50, derandomize=True, database=None
@@ -39,7 +43,7 @@ def gap(members):
 
 
 def inside(pairs, b, num_bins):
-    lo, hi = np.linspace(0, 1, num_bins + 1)[b : b + 2]
+    lo, hi = b / num_bins, (b + 1) / num_bins
     return [(p, hit) for p, hit in pairs if lo < p <= hi]
 
 
@@ -375,25 +379,109 @@ def test_of_samples_the_mean_probability_counts():
     np.testing.assert_allclose(metrics.entropy(samples), entropy)
     np.testing.assert_allclose(metrics.mutual_information(samples), entropy - within)
     np.testing.assert_allclose(found["mutual_information"], np.mean(entropy - within))
-    assert metrics.mutual_information(samples[[0, 0]]).max() < 1e-15
+    assert not metrics.mutual_information(samples[[0, 0, 0]]).any()
     with pytest.raises(ValueError, match=r"\(S, N, C\), got \(50, 4\)"):
         metrics.mutual_information(mean)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_sums_are_in_float64_whatever_comes(dtype):
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_sums_are_in_float64_whatever_comes(dtype, log_probs):
+    """Rows of bfloat16 sum to 1 +- 0.01, which a float64 row may not."""
     probs, labels = predictions(5, 5000, 10)
-    probs = jnp.asarray(probs, dtype)
-    probs = probs / probs.sum(axis=1, keepdims=True)
-    if dtype == "bfloat16":  # rows of it sum to 1 +- 0.01: those that do by chance
-        sums = np.asarray(probs, np.float64).sum(axis=1)
-        keep = np.abs(sums - 1) < 1e-3
-        assert keep.sum() > 500
-        probs, labels = probs[keep], labels[keep]
-    exact = np.asarray(probs).astype(np.float64)
-    for name, value in metrics.summary(exact, labels).items():
-        got = metrics.summary(probs, jnp.asarray(labels))[name]
-        assert math.isclose(got, value, rel_tol=1e-12), name
+    softmax = jax.nn.log_softmax if log_probs else jax.nn.softmax
+    values = softmax(jnp.log(probs).astype(dtype))
+    assert values.dtype == dtype
+    exact = np.asarray(values).astype(np.float64)
+    sums = (np.exp(exact) if log_probs else exact).sum(axis=1)
+    if dtype == "bfloat16":
+        assert np.abs(sums - 1).max() > 2e-3
+    found = metrics.summary(values, jnp.asarray(labels), log_probs=log_probs)
+    p = np.exp(exact) if log_probs else exact
+    assert found["accuracy"] == np.mean(exact.argmax(axis=1) == labels)
+    of_label = p[np.arange(len(p)), labels]
+    np.testing.assert_allclose(found["nll"], -np.mean(np.log(of_label)), rtol=1e-12)
+    brier = np.mean(np.sum((p - np.eye(10)[labels]) ** 2, axis=1))
+    np.testing.assert_allclose(found["brier"], brier, rtol=1e-12)
+    top = np.minimum(p.max(axis=1), 1.0)
+    pairs = list(zip(top, exact.argmax(axis=1) == labels, strict=True))
+    ece = sum(gap(inside(pairs, b, 15)) for b in range(15)) / len(pairs)
+    np.testing.assert_allclose(found["ece"], ece, rtol=1e-9)
+    samples = metrics.summary(values[None], labels, log_probs=log_probs)
+    assert samples.pop("mutual_information") == 0.0
+    for name, value in found.items():
+        np.testing.assert_allclose(samples[name], value, rtol=1e-9, err_msg=name)
+
+
+# -- ranks, edges and zeros -----------------------------------------------------------
+
+
+def test_logarithms_rank_what_underflows():
+    """The label is the second of seven, whatever the size of the others."""
+    log_probs = np.array([[-900.0] * 5 + [-800.0, 0.0]])
+    p = metrics.check(log_probs, [5], log_probs=True)
+    hits = [metrics.top_k_accuracy(p, p.labels, k) for k in range(1, 8)]
+    assert hits == [0.0] + [1.0] * 6
+    assert metrics.summary(log_probs, [5], log_probs=True)["top5_accuracy"] == 1.0
+
+
+def test_one_vs_rest_ranks_logarithms():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(60, 4)) * 900.0
+    labels = (logits + 900.0 * rng.gumbel(size=logits.shape)).argmax(axis=1)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    assert (np.exp(log_probs) == 0.0).mean() > 0.3
+    want = [sk.roc_auc_score(labels == c, log_probs[:, c]) for c in range(4)]
+    p = metrics.check(log_probs, labels, log_probs=True)
+    found = metrics.summary(log_probs, labels, log_probs=True)
+    assert found["ovr_auroc"] == metrics.ovr_auroc(p, labels)
+    np.testing.assert_allclose(found["ovr_auroc"], np.mean(want), rtol=1e-12)
+    assert abs(metrics.ovr_auroc(np.exp(log_probs), labels) - np.mean(want)) > 1e-3
+
+
+def test_confidence_near_one_is_ranked_by_its_logarithm():
+    log_p = -np.array([1e-30, 1e-25, 1e-20, 1e-18])  # all are 1 in float64
+    log_probs = np.stack([log_p, np.log(-log_p)], axis=1)
+    p = metrics.check(log_probs, [0, 0, 1, 1], log_probs=True)
+    assert metrics.misclassification_auroc(p, p.labels) == 1.0
+    np.testing.assert_allclose(metrics.aurc(p, p.labels), (0 + 0 + 1 / 3 + 1 / 2) / 4)
+    inside, outside = (
+        metrics.check(x, [0, 0], log_probs=True) for x in (log_probs[:2], log_probs[2:])
+    )
+    assert metrics.ood_auroc(inside, outside) == 1.0
+    assert metrics.ood_auroc(np.exp(log_probs[:2]), outside) == 0.5  # on one scale
+
+
+@pytest.mark.parametrize("num_bins", range(1, 64))
+def test_edges_are_the_nearest_numbers_to_their_fractions(num_bins):
+    exact = [float(Fraction(k, num_bins)) for k in range(num_bins + 1)]
+    p = np.array(exact[num_bins // 2 + 1 : -1] or [1.0])
+    p = np.concatenate([p, np.nextafter(p, 2.0)[p < 1.0]])
+    probs = np.stack([p, 1.0 - p], axis=1)
+    found = metrics.reliability(probs, np.zeros(len(p), int), num_bins)
+    assert found.edges.tolist() == exact
+    counts = [sum(a < x <= b for x in p) for a, b in itertools.pairwise(exact)]
+    assert found.counts.tolist() == counts  # an edge counts in the bin below it
+
+
+def test_entropy_is_never_negative():
+    assert metrics.entropy([[1.0009, 0.0]]).tolist() == [0.0]
+    samples = np.array([[[1.0009, 0.0]], [[0.9995, 0.0]]])
+    assert metrics.entropy(samples) >= 0 and metrics.mutual_information(samples) >= 0
+
+
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_every_sample_must_be_a_distribution(log_probs):
+    """Their mean is [0.5, 0.5]."""
+    samples = np.array([[[0.2, 0.2]], [[0.8, 0.8]]])
+    given = np.log(samples) if log_probs else samples
+    with pytest.raises(ValueError, match=r"row 0 of sample 0.*sum"):
+        metrics.check(given, [0], log_probs=log_probs)
+    state = streaming.update(streaming.init(2), given, [0], log_probs=log_probs)
+    with pytest.raises(ValueError, match="1 of 1 examples are no distributions"):
+        streaming.compute(state)
+    with pytest.raises(ValueError, match="row 0 of sample 1.*logits"):
+        metrics.mutual_information([[[0.5, 0.5]], [[1.5, -0.5]], [[-0.5, 1.5]]])
 
 
 # -- bad input ------------------------------------------------------------------------

@@ -150,6 +150,25 @@ def test_out_of_distribution_examples_are_less_certain():
         metrics.ood_auroc(inside, outside, "energy")
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_does_not_decide_ties(seed):
+    """Equal members, one distribution in any order of classes, samples in any order."""
+    rng = np.random.default_rng(seed)
+    one, other = (rng.dirichlet(np.ones(10), n) for n in (30, 20))
+    for count in (2, 3, 7):
+        same = [np.stack([x] * count) for x in (one, other)]
+        assert metrics.ood_auroc(*same, "mutual_information") == 0.5
+    orders = np.stack([rng.permutation(one[0]) for _ in range(40)])
+    for score in ("confidence", "entropy"):
+        assert metrics.ood_auroc(orders[:25], orders[25:], score) == 0.5
+    members = rng.dirichlet(np.ones(10), 5)
+    examples = np.stack(
+        [rng.permutation(members, axis=1)[rng.permutation(5)] for _ in range(40)], 1
+    )
+    for score in ("confidence", "entropy", "mutual_information"):
+        assert metrics.ood_auroc(examples[:, :25], examples[:, 25:], score) == 0.5
+
+
 RIGHT = np.array([[0.9, 0.1], [0.8, 0.2]])
 
 

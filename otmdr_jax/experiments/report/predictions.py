@@ -14,6 +14,7 @@ from otmdr_jax import metrics
 from otmdr_jax.experiments.report import plots
 from otmdr_jax.experiments.report.labels import by_label
 from otmdr_jax.experiments.report.reading import Run
+from otmdr_jax.metrics.reliability import edges_of
 
 # With more classes than these, a confusion matrix has no room for numbers or for names.
 MAX_NUMBERS, MAX_NAMES = 12, 20
@@ -131,7 +132,7 @@ def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> 
 
     groups = by_label(runs)
     figure, parts = plots.panels(len(groups), lambda width: 0.75 * width + 0.3)
-    edges = np.linspace(0.0, 1.0, num_bins + 1)
+    edges = edges_of(num_bins)
     centers = (edges[:-1] + edges[1:]) / 2
     panels = []
     for part, (label, group) in zip(parts, groups.items(), strict=True):
