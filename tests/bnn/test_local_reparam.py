@@ -295,8 +295,8 @@ def test_other_leaves_are_sampled_once_for_the_batch(estimator):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_without_noise_it_is_the_function_itself(estimator, key):
-    model = models.create("resnet_10", num_classes=10, remat=True)
-    images = jax.random.normal(key, (16, 16, 16, 3))
+    model = models.create("wide_resnet_10_1", num_classes=10, remat=True)
+    images = jax.random.normal(key, (16, 8, 8, 3))
     params, state = model.init(key, images)
     q = bnn.init(params, sigma=1e-12)
 
@@ -388,7 +388,7 @@ def test_inputs_of_zero_have_a_gradient(estimator, key):
 
 def problem(batch=64):
     """A small network, some images, its posterior and its loss."""
-    model = models.create("cnn_small", num_classes=10)
+    model = models.create("one_layer", num_classes=10)
     images = jax.random.normal(jax.random.key(1), (batch, 8, 8, 1))
     params, state = model.init(jax.random.key(0), images)
 
@@ -400,7 +400,7 @@ def problem(batch=64):
 
 
 @pytest.fixture(scope="module")
-def gradients():
+def gradients(one_layer):
     """Estimator -> (draws, parameters) gradients of the likelihood by the means."""
     q, batch, loss_fn = problem()
     keys = jax.random.split(jax.random.key(3), 300)
@@ -457,7 +457,7 @@ def test_gradients_have_the_same_mean(gradients, estimator):
     for theirs, mine in zip(gradients["weights"], gradients[estimator], strict=True):
         error = np.sqrt(theirs.var(0) / len(theirs) + mine.var(0) / len(mine))
         away = np.abs(theirs.mean(0) - mine.mean(0)) / (error + 1e-9)
-        assert np.mean(away < 3) > (0.98 if estimator == "flipout" else 0.9)
+        assert np.mean(away < 3) > (0.98 if estimator == "flipout" else 0.95)
 
 
 @pytest.mark.slow

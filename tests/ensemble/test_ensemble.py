@@ -408,7 +408,7 @@ class TestLift:
         self, name, how, data, one_layer, users_fusions
     ):
         """Scanned: to the bit, network and optimizer; unrolled or vmap: to rounding."""
-        model = models.create("cnn_small" if how == "scan" else one_layer, 10)
+        model = models.create(one_layer, 10)
         optimizer = optax.chain(
             optax.clip_by_global_norm(0.5), optax.sgd(0.1, momentum=0.9)
         )

@@ -263,7 +263,6 @@ class TestRun:
         found = training.train(config, held, show_progress=False).metrics["best"]
         assert np.isfinite(found["score"]) and found["step"] > 4
 
-    @pytest.mark.slow
     def test_a_run_ends_when_all_have_diverged(self, small):
         config = TINY.replace(
             method="sgd", noise_std=0.0, learning_rate=1e20, schedule="constant",
@@ -358,7 +357,6 @@ class TestCombine:
         np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
         assert run_folder.read_config(out).model.members == "2"
 
-    @pytest.mark.slow
     def test_single_models_join(self, folders):
         out = folders / "mixed"
         combine.combine(
@@ -367,7 +365,6 @@ class TestCombine:
         assert run_folder.read_config(out).model.members == "one_layer,cnn_small"
         assert len(predictions(out)) == 2
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("names", "options", "message"),
         [

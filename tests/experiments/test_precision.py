@@ -43,7 +43,7 @@ def smooth(dtype):
 
 
 def network(dtype):
-    model = models.create("cnn_small", num_classes=4, dtype=dtype)
+    model = models.create("one_layer", num_classes=4, dtype=dtype)
     params, state = model.init(jax.random.key(1), jnp.zeros((1, 8, 8, 1)))
 
     def loss_fn(params, batch):
@@ -61,7 +61,7 @@ def network(dtype):
     [(smooth, 4), (network, 60)],
 )
 def test_particles_agree_with_float32_within_the_formats_error(
-    make, factor, dtype, scale, problem
+    make, factor, dtype, scale, problem, one_layer
 ):
     def gradient_in(dtype, loss_scale):
         loss_fn, params = make(dtype)
@@ -233,11 +233,11 @@ def test_only_a_scale_that_cannot_fall_any_more_is_divergence(problem):
 
 
 @pytest.mark.slow
-def test_float16_trains_from_the_configuration():
+def test_float16_trains_from_the_configuration(one_layer):
     """From a scale that overflows at first: some steps are skipped, the rest learn."""
     config = TrainConfig(
-        dtype="float16", steps=40, mesh="data=1", log_every=10, learning_rate=0.1,
-        max_skipped=1,
+        model=one_layer, dtype="float16", steps=40, mesh="data=1", log_every=10,
+        learning_rate=0.5, max_skipped=1,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "INITIAL_SCALE", 2.0**24)
@@ -251,8 +251,8 @@ def test_float16_trains_from_the_configuration():
 
 
 @pytest.mark.slow
-def test_other_dtypes_have_no_loss_scale():
-    config = TrainConfig(dtype="bfloat16", steps=11, mesh="data=1")
+def test_other_dtypes_have_no_loss_scale(one_layer):
+    config = TrainConfig(model=one_layer, dtype="bfloat16", steps=11, mesh="data=1")
     result = training.train(config, show_progress=False)
     assert result.state.loss_scale is None
     assert "loss_scale" not in result.history[0]

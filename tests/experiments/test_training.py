@@ -277,7 +277,6 @@ def test_a_save_is_due_once_a_multiple_has_passed(saved, step, due):
     assert saving.Saver(None, every=4, step=saved).is_due(step, 600.0) == due
 
 
-@pytest.mark.slow
 def test_a_run_stopped_while_it_measures_its_result_is_saved(
     small, tmp_path, monkeypatch
 ):
@@ -299,7 +298,6 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
     assert run_folder.is_finished(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path):
     """Parameters may stay finite while evaluation overflows."""
     config = TINY.replace(
@@ -313,7 +311,6 @@ def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path)
     assert result["nll"] is None or result["nll"] > 1.0
 
 
-@pytest.mark.slow
 def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
     """What a kill in the middle of a save leaves: a temporary folder, removed."""
     folder = tmp_path / "run"
@@ -412,7 +409,6 @@ def test_non_finite_steps_are_skipped_and_counted(small):
     assert result.metrics["accuracy"] > 0.5
 
 
-@pytest.mark.slow
 def test_a_run_stops_after_too_many_non_finite_steps_in_a_row(small):
     config = TINY.replace(max_skipped=4, epochs=10)
     with pytest.raises(training.NonFiniteError, match="not finite in 4 steps in a row"):
@@ -452,7 +448,6 @@ def test_no_key_of_a_run_is_used_twice(small):
     assert len(data_of) == len(keys)
 
 
-@pytest.mark.slow
 def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
     traces = []
     create = methods.create
@@ -473,7 +468,6 @@ def test_the_step_is_traced_once_for_all_steps_and_seeds(small, monkeypatch):
     assert len(traces) == 1
 
 
-@pytest.mark.slow
 def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch):
     """A window's numbers are fetched when two more steps are under way."""
     dispatched, ahead = [], []
@@ -548,7 +542,6 @@ def test_cosine_and_warmup_follow_their_formula():
         optimizers.schedule(config, total_steps=10, steps_per_epoch=5)
 
 
-@pytest.mark.slow
 def test_plateau_lowers_the_rate_when_the_loss_stops_falling():
     config = TrainConfig(
         schedule="plateau", learning_rate=1.0, plateau_patience=2, weight_decay=0.0,
@@ -639,7 +632,6 @@ def test_a_step_is_gradient_update_and_statistics_from_the_center(key):
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_summed_particles_are_k_times_the_mean(key):
     images, labels = jnp.ones((6, 2)) * jnp.arange(6.0)[:, None], jnp.arange(6) % 2
     updates = []
@@ -654,7 +646,6 @@ def test_summed_particles_are_k_times_the_mean(key):
     np.testing.assert_allclose(updates[1], 3 * updates[0], rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_no_convolution_stands_inside_a_loop_on_cpu(small):
     """Pitfalls: convolutions in lax.scan crawl on CPUs; auto never makes one."""
 

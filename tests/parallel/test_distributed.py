@@ -223,7 +223,6 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, same, tmp_pat
         ]
 
     wait_for(lambda: saved() and max(saved()) >= 10, pair)
-    print("KILLED AT", saved())
     pair[1].send_signal(signal.SIGKILL)
     pair[1].wait()
     assert not (run / "result.json").exists(), "it was too fast to be interrupted"
