@@ -1,11 +1,15 @@
 """Bad input: an error before any work, that says what must hold and what came."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import otmdr_jax
+from otmdr_jax import baselines, ensemble
 from tests import toy
 
 PARAMS, DATA = toy.regression_problem()
@@ -58,7 +62,7 @@ CALLS = [
     (dict(batch=jnp.zeros((0, 3)), split="ordered"), ValueError, "batch is empty"),
     (dict(batch=jnp.zeros((0, 3)), split="shared"), ValueError, "batch is empty"),
     (
-        dict(batch={"x": np.zeros((4, 4)), "y": np.zeros(3)}, split="shared"),
+        dict(batch={"x": np.zeros((4, 4)), "y": np.zeros(3)}, split="ordered"),
         ValueError,
         "must share their leading axis",
     ),
@@ -107,6 +111,83 @@ def test_refuses_a_batch_smaller_than_the_number_of_random_parts(size):
     batch = jax.tree.map(lambda x: x[:size], DATA)
     with pytest.raises(ValueError, match=f"batch of {size} cannot be cut into 3"):
         call(batch=batch, rho=(0.1, 0.1, 0.1), key=jax.random.key(0))
+
+
+class Dropout(nnx.Module):
+    """A model whose random state is a leaf beside its parameters."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+
+class TestParameters:
+    """What cannot be differentiated is named, with the way out."""
+
+    LEAVES = [
+        ({"w": jnp.ones(4), "step": 3}, r"int32 at params\['step'\]"),
+        ({"w": [jnp.ones(4), jax.random.key(0)]}, r"key<fry> at params\['w'\]\[1\]"),
+        ({"w": jax.random.PRNGKey(0)}, r"uint32 at params\['w'\]"),
+        ({"name": "dense"}, r"str at params\['name'\]"),
+        (Dropout(), r"uint32 at params\.dropout\.rngs\.count"),
+        (eqx.nn.MLP(4, 1, 3, 1, key=jax.random.key(0)), r"at params\.activation"),
+    ]
+
+    @pytest.mark.parametrize(("params", "message"), LEAVES)
+    def test_a_leaf_that_cannot_be_differentiated_is_named(self, params, message):
+        message = f"got .*{message}.*nnx.split.*equinox.partition"
+        with pytest.raises(TypeError, match=message):
+            call(params=params, split="shared")
+        with pytest.raises(TypeError, match=message):
+            otmdr_jax.sam(toy.regression).init(params)
+
+    def test_the_way_out_of_nnx_works(self):
+        graphdef, params, rest = nnx.split(Dropout(), nnx.Param, ...)
+
+        def loss(params, batch, rest):
+            model = nnx.merge(graphdef, params, rest, copy=True)
+            output = model.dropout(model.linear(batch["x"]))[:, 0]
+            return jnp.mean((output - batch["y"]) ** 2)
+
+        fn = otmdr_jax.value_and_grad(loss, split="shared")
+        value, grads = fn(params, DATA, rest)
+        assert np.isfinite(value)
+        assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+KEYLESS = [
+    otmdr_jax.sam,
+    otmdr_jax.asam,
+    otmdr_jax.value_and_grad,
+    otmdr_jax.otmdr,
+    baselines.gsam,
+    baselines.looksam,
+    baselines.fisher_sam,
+    ensemble.value_and_grad,
+]
+
+
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)])
+@pytest.mark.parametrize("function", KEYLESS)
+def test_a_key_is_no_radius(function, key):
+    """The two words of a raw key would be the radii of two steps."""
+    with pytest.raises(TypeError, match=r"rho must be a number, got a PRNG key"):
+        function(toy.regression, rho=key)
+
+
+@pytest.mark.parametrize("function", [otmdr_jax.sam, otmdr_jax.otmdr, baselines.gsam])
+def test_an_optimizer_is_no_loss(function):
+    """As `optax.contrib.sam` is called."""
+    with pytest.raises(TypeError, match=r"got a Gradient.*optax.chain\(otmdr_jax.sam"):
+        function(optax.sgd(0.1), rho=0.1)
+
+
+def test_a_loss_without_aux_says_what_it_returned():
+    message = r"return \(loss, aux\), got an array of shape \(\): .* leave has_aux out"
+    with pytest.raises(TypeError, match=message):
+        call(split="shared", has_aux=True)
+    with pytest.raises(TypeError, match=r"\(loss, aux\), got a tuple of 3"):
+        call(loss=lambda p, b: (0.0, 1, 2), split="shared", has_aux=True)
 
 
 class TestTransformation:

@@ -30,7 +30,7 @@ CORE = [
     {"tree", "options", "keys", "shards"},
     {"collectives", "loops", "ascent", "rows"},
     {"batches"},
-    {"particle"},
+    {"particle", "weights"},
     {"gradient"},
     {"presets", "transform"},
 ]

@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.baselines import preconditioned
-from otmdr_jax.core.gradient import Diagnostics, build
+from otmdr_jax.core.batches import NO_BATCH
+from otmdr_jax.core.gradient import Diagnostics, build, call
 from otmdr_jax.core.options import (
     Options,
     PartedOptions,
@@ -218,10 +219,10 @@ def bsam_gradient(
     noisy = num_data != math.inf
     chosen = Options(split="shared", norm="none", **options)
 
-    def shifted(params, batch, *args, bsam_noise=None, **kwargs):
+    def shifted(params, batch=NO_BATCH, *args, bsam_noise=None, **kwargs):
         if bsam_noise is not None:
             params = preconditioned.shift(params, bsam_noise)
-        return loss_fn(params, batch, *args, **kwargs)
+        return call(loss_fn, params, batch, *args, **kwargs)
 
     def compute(precision, params, batch, *args, key=None, rho=None, **kwargs):
         if noisy and key is None:

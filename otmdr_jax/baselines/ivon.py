@@ -33,8 +33,8 @@ from otmdr_jax.core import loops, tree
 from otmdr_jax.core.gradient import Diagnostics, build
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
+    LossOptions,
     Options,
-    PassOptions,
     check_count,
     check_number,
     with_options,
@@ -84,7 +84,7 @@ def ivon(
     debias: bool = True,
     rescale: bool = True,
     aux_init: PyTree = None,
-    **options: Unpack[PassOptions],
+    **options: Unpack[LossOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """IVON as an Optax transformation: a whole optimizer, not to be chained with one.
 
@@ -112,7 +112,7 @@ def ivon(
       rescale: Whether alpha is multiplied by h_0 + delta, so that a learning rate of
         SGD serves.
       aux_init: See :func:`otmdr_jax.otmdr`.
-      **options: Those of :class:`otmdr_jax.core.options.PassOptions`.
+      **options: Those of :class:`otmdr_jax.core.options.LossOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with an :class:`IvonState`.
@@ -183,7 +183,7 @@ def ivon_gradient(
     weight_decay: float,
     b2: float = B2,
     mc_samples: int = 1,
-    **options: Unpack[PassOptions],
+    **options: Unpack[LossOptions],
 ) -> Callable[..., tuple[Any, PyTree]]:
     """The mean gradient at samples of the posterior, and the Hessian's next value.
 
@@ -193,7 +193,7 @@ def ivon_gradient(
       weight_decay: delta, the prior's precision per example.
       b2: beta_2, the decay rate of the Hessian.
       mc_samples: The number of samples, each of which takes a gradient.
-      **options: Those of :class:`otmdr_jax.core.options.PassOptions`.
+      **options: Those of :class:`otmdr_jax.core.options.LossOptions`.
 
     Returns:
       (hess, params, batch, *args, key=, **kwargs) ->

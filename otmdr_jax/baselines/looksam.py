@@ -164,6 +164,7 @@ def looksam_gradient(
             has_aux=chosen.has_aux,
             axis_name=chosen.axis_name,
             microbatch_size=chosen.microbatch_size,
+            weights=chosen.weights,
         ),
     )
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from otmdr_jax.bnn import kl_divergence, local_reparam, posterior, priors
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.core import collectives, loops, tree
-from otmdr_jax.core.batches import batch_size
+from otmdr_jax.core.batches import NO_BATCH, batch_size
 from otmdr_jax.core.gradient import Diagnostics, build, checked
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
@@ -251,7 +251,7 @@ def robust_gradient(
     given = filled(MeanFieldOptions, options)
     check_words(MeanFieldOptions, given)
     norm, sigma_gradient = given["norm"], given["sigma_gradient"]
-    shared = {name: given[name] for name in fields_of(RobustOptions)}
+    shared = {name: given[name] for name in fields_of(RobustOptions) if name in given}
     shared |= {
         "norm": "global" if norm == "joint" else norm,
         "mask": lambda q: posterior.map_means(_mask_function(given["mask"]), q),
@@ -262,7 +262,7 @@ def robust_gradient(
     radii = check_rho(given["rho"])
     default = _check_weight(given["kl_weight"])
 
-    def fn(q, batch, *args, key=None, rho=None, kl_weight=None, **kwargs):
+    def fn(q, batch=NO_BATCH, *args, key=None, rho=None, kl_weight=None, **kwargs):
         noise_key, key, later_key = _keys(q, key)
         steps = len(radii if rho is None else check_rho(rho))
         kappas = [posterior.noise(q, noise_key)] * steps
@@ -311,7 +311,7 @@ def sgvb_gradient(
     default = _check_weight(given["kl_weight"])
     axes = collectives.axes_of(opts.axis_name)
 
-    def fn(q, batch, *args, key=None, kl_weight=None, **kwargs):
+    def fn(q, batch=NO_BATCH, *args, key=None, kl_weight=None, **kwargs):
         noise_key, local_key, _ = _keys(q, key)
         _check_size(batch, given["num_data"])
         weight = default if kl_weight is None else _check_weight(kl_weight)
@@ -337,8 +337,6 @@ def _objective(loss_fn, given):
         given[name] for name in ("num_data", "prior", "prior_std")
     )
     estimator = given.get("estimator", "weights")
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     number = isinstance(num_data, numbers.Real) and not isinstance(num_data, bool)
     if not number or not 1 <= num_data < math.inf:
         raise ValueError(
@@ -356,9 +354,10 @@ def _objective(loss_fn, given):
         kl = kl_divergence.at_sample(q, prior, kappa)
         return loss + weight / num_data * kl, (aux, loss, kl)
 
-    def of_weights(q, batch, args, kwargs, *, kappa, weight):
+    def of_weights(q, *given, kappa, weight):
+        *batch, args, kwargs = given
         params = posterior.at(q, kappa)
-        loss, aux = of_model(params, batch, *args, **kwargs)
+        loss, aux = of_model(params, *(batch or [NO_BATCH]), *args, **kwargs)
         return with_divergence(q, loss, aux, kappa, weight)
 
     def of_outputs(q, batch, args, kwargs, *, local_key, weight):
@@ -381,8 +380,8 @@ def _unpacked(found):
 def _plain_face(compute, options):
     """(value, grads), as `jax.value_and_grad` gives them."""
 
-    def grad_fn(q, batch, *args, **kwargs):
-        found = compute(q, batch, *args, **kwargs)
+    def grad_fn(q, *args, **kwargs):
+        found = compute(q, *args, **kwargs)
         has_aux = options.get("has_aux", False)
         return ((found.value, found.aux) if has_aux else found.value), found.grads
 
@@ -486,7 +485,8 @@ def _check_weight(weight):
 
 
 def _check_size(batch, num_data):
-    size = batch_size(batch)
+    firsts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    (size,) = firsts.pop() if len(firsts) == 1 and firsts != {()} else (None,)
     if isinstance(size, int) and size > num_data:  # not one of jax.export
         raise ValueError(
             f"num_data={num_data} is less than a batch of {size}: it is the number of "

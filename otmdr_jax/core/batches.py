@@ -1,7 +1,7 @@
 """Cutting a batch: parts of the ascent steps, sub-batches and micro-batches."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,27 @@ from otmdr_jax.core import loops, rows, shards, tree
 PyTree = Any
 
 
+class NoBatch(NamedTuple):
+    """The batch of a loss that takes none: a pytree without leaves."""
+
+
+NO_BATCH = NoBatch()
+
+
 def batch_size(batch: PyTree) -> int:
     """The leading axis that all leaves of a batch share.
 
     Raises:
       ValueError: The batch has no leaves, a leaf without axes, leaves that disagree,
         or no examples.
+      TypeError: There is no batch.
     """
+    if isinstance(batch, NoBatch):
+        raise TypeError(
+            "this gradient is of a batch that it cuts into parts: pass it, as "
+            "grad_fn(params, batch, ...) or tx.update(..., params, batch=batch). For a "
+            'loss that takes none use split="shared".'
+        )
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     if not shapes or any(not shape for shape in shapes):
         raise ValueError(
@@ -36,6 +50,15 @@ def batch_size(batch: PyTree) -> int:
     if sizes == {0}:
         raise ValueError(f"batch is empty: its leaves have shapes {shapes}.")
     return sizes.pop()
+
+
+def check_examples(batch: PyTree) -> None:
+    """Refuses a batch without examples; any other one will do where nothing is cut.
+
+    The nodes and edges of graphs have axes of their own, and some losses take no batch.
+    """
+    if {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)} == {(0,)}:
+        batch_size(batch)  # raises
 
 
 def check_known(size: Any, num_parts: int, what: str) -> None:
@@ -170,9 +193,9 @@ def accumulate(
       >>> float(accumulate(jnp.mean, jnp.arange(5.0), 2))
       2.0
     """
-    size = batch_size(batch)
     if microbatch_size is None:
         return function(batch)
+    size = batch_size(batch)
     check_known(size, 0, f"microbatch_size={microbatch_size}")
     if microbatch_size >= size:
         return function(batch)

@@ -10,15 +10,22 @@ With one radius, the whole batch and no noise this is SAM (Theorem 4.3).
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import collectives, loops, rows, shards, tree
+from otmdr_jax.core import collectives, loops, rows, shards, tree, weights
 from otmdr_jax.core.ascent import resolve_mask
-from otmdr_jax.core.batches import batch_size, subbatches
+from otmdr_jax.core.batches import (
+    NO_BATCH,
+    NoBatch,
+    batch_size,
+    check_examples,
+    subbatches,
+)
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import Options, RobustOptions, check_rho, with_options
 from otmdr_jax.core.particle import Particle, Step, all_particles, metric_of
@@ -81,7 +88,10 @@ def value_and_grad(
 
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)` to the mean loss over the
-        batch, a scalar, or to (loss, aux). It sees plain pytrees.
+        batch, a scalar, or to (loss, aux). It sees plain pytrees. All that belongs to
+        the examples is in `batch`, which is cut into parts. With `split="shared"`, and
+        without sub-batches and micro-batches, nothing is cut: the batch may be of any
+        form, or left out, `loss_fn(params)`.
       rho: One radius :math:`\rho_s` for each ascent step, in the units of the weights:
         numbers or traced scalars. The paper's (0.05, 0.1) for CIFAR-10 by default.
       **options: Those of :class:`otmdr_jax.core.options.RobustOptions`.
@@ -121,7 +131,7 @@ def value_and_grad(
     compute = robust_gradient(loss_fn, rho, **options)
     has_aux = options.get("has_aux", False)
 
-    def grad_fn(params, batch, *args, key=None, rho=None, **kwargs):
+    def grad_fn(params, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
         value, aux, grads, _ = compute(params, batch, *args, key=key, rho=rho, **kwargs)
         return ((value, aux) if has_aux else value), grads
 
@@ -156,8 +166,6 @@ def robust_gradient(
       >>> float(result.diagnostics.gap)  # 5.5^2 / 2 - 5^2 / 2
       2.625
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of (params, batch), got {loss_fn}")
     return build(loss_fn, check_rho(rho), Options(**options))
 
 
@@ -179,23 +187,29 @@ def build(
     """
     loss = checked(loss_fn, options.has_aux)
     of_batch = _over_subbatches if options.num_subbatches > 1 else _of_batch
-    compute = of_batch(loss, rho, options, particles)
+    compute = of_batch(rho, options, particles)
+    axes = collectives.axes_of(options.axis_name)
 
-    def unmarked(params, batch, *args, key=None, rho=None, **kwargs):
-        found = compute(params, batch, *args, key=key, rho=rho, **kwargs)
+    def of_call(params, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
+        collectives.check_bound(axes)
+        check_examples(batch)
+        own = rows.only_in_batch(loss, batch_size(batch)) if options.cuts else loss
+        if options.weights is not None:
+            batch = weights.attach(options.weights, batch, axes)
+        found = compute(own, params, batch, *args, key=key, rho=rho, **kwargs)
         return found._replace(aux=rows.unmarked(found.aux))
 
-    return unmarked
+    return of_call
 
 
-def _of_batch(loss, rho, options, particles, *, joined=False):
+def _of_batch(rho, options, particles, *, joined=False):
     """The gradient whose particles climb on all of the batch, its aux marked."""
     default_rho = rho
     data_axes = collectives.axes_of(options.axis_name)
     particle_axes = collectives.axes_of(options.particle_axis_name)
     all_axes = data_axes + particle_axes
 
-    def compute(params, batch, *args, key=None, rho=None, **kwargs):
+    def compute(loss, params, batch, /, *args, key=None, rho=None, **kwargs):
         params, key = tree.arrays(params), one_key(key)
         if options.random and key is None:
             raise ValueError(
@@ -204,11 +218,12 @@ def _of_batch(loss, rho, options, particles, *, joined=False):
                 'use split="ordered" or "shared" with noise_std=0.'
             )
         collectives.check_bound(all_axes)
-        batch_size(batch)
         pieces = joined or options.microbatch_size is not None
         parted = pieces or bool(data_axes) or options.split != "shared"
         of_loss = rows.marked(loss, joined=pieces) if parted else loss
         gradient_of = jax.value_and_grad(of_loss, has_aux=True)
+        if options.weights is not None:
+            gradient_of = weights.scaled(gradient_of)
         keys, count = _particle_keys(key, options, data_axes, particle_axes)
         # The gradient of a replicated value is summed over devices behind our back
         # (shard_map with check_vma); of a value marked as varying it is not.
@@ -248,7 +263,7 @@ def _of_batch(loss, rho, options, particles, *, joined=False):
     return compute
 
 
-def _over_subbatches(loss, rho, options, particles):
+def _over_subbatches(rho, options, particles):
     """m-sharpness: the mean over parts of the batch, each with particles of its own.
 
     With as many parts as devices it is what devices give without a shared perturbation
@@ -257,11 +272,11 @@ def _over_subbatches(loss, rho, options, particles):
     """
     alone: Any = {"axis_name": None, "sync_perturbation": True, "num_subbatches": 1}
     alone = dataclasses.replace(options, **alone)
-    of_part = _of_batch(loss, rho, alone, particles, joined=True)
+    of_part = _of_batch(rho, alone, particles, joined=True)
     axes = collectives.axes_of(options.axis_name)
     how = "sequential" if options.particle_map == "auto" else options.particle_map
 
-    def compute(params, batch, *args, key=None, **kwargs):
+    def compute(loss, params, batch, /, *args, key=None, **kwargs):
         params, key = tree.arrays(params), one_key(key)
         collectives.check_bound(axes)
         parts, keys, here = subbatches(batch, key, options.num_subbatches, axes)
@@ -270,7 +285,7 @@ def _over_subbatches(loss, rho, options, particles):
         differs = collectives.varying_axes((params, parts, args, kwargs, keys))
         mean, of_examples = loops.average(
             lambda own: rows.split(
-                of_part(params, own[0], *args, key=own[1], **kwargs)
+                of_part(loss, params, own[0], *args, key=own[1], **kwargs)
             ),
             (parts, keys),
             here,
@@ -323,15 +338,46 @@ def _particle_keys(key, opts, data_axes, particle_axes):
     ), here
 
 
+def call(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, *args, **kwargs):
+    """`loss_fn(params, batch, ...)`, or without `batch` where there is none."""
+    if not isinstance(batch, NoBatch):
+        return loss_fn(params, batch, *args, **kwargs)
+    try:
+        inspect.signature(loss_fn).bind(params, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn was called without a batch, and {error}: pass one, as "
+            "grad_fn(params, batch) or tx.update(updates, state, params, batch=batch)."
+        ) from error
+    except ValueError:  # a function that has no signature
+        pass
+    return loss_fn(params, *args, **kwargs)
+
+
+def _named(out):
+    """What a loss returned: the names of JAX's tracers say nothing to users."""
+    if isinstance(out, jax.Array):
+        return f"an array of shape {out.shape}"
+    if isinstance(out, (tuple, list)):
+        return f"a {type(out).__name__} of {len(out)}"
+    return f"a {type(out).__name__}"
+
+
 def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """`loss_fn` to (loss, aux) always, refusing what is no scalar loss."""
+    if not callable(loss_fn):
+        raise TypeError(
+            "loss_fn must be a function of (params, batch), got a "
+            f"{type(loss_fn).__name__}. An optimizer follows the robust gradient: "
+            "optax.chain(otmdr_jax.sam(loss_fn), optax.sgd(0.1))."
+        )
 
     def of(params, batch, *args, **kwargs):
-        out = loss_fn(params, batch, *args, **kwargs)
+        out = call(loss_fn, params, batch, *args, **kwargs)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
                 "with has_aux=True loss_fn must return (loss, aux), got "
-                f"{type(out).__name__}."
+                f"{_named(out)}: return both, or leave has_aux out."
             )
         loss, aux = out if has_aux else (out, None)
         if isinstance(loss, (tuple, list, dict)) or loss is None:

@@ -156,21 +156,35 @@ class PassOptions(TypedDict, total=False):
     ]
 
 
+class LossOptions(PassOptions, total=False):
+    """Of a gradient of any loss."""
+
+    weights: Annotated[
+        Any,
+        None,
+        """For a loss that is normalised by weights, as of masked tokens: a function of
+        the batch to them, `lambda batch: batch["mask"]`, of shape (B,) or (B, ...).
+        Parts of the batch then count by their weights, and one without any counts
+        nothing, so that their mean is the loss of the whole. None for a mean over
+        examples.""",
+    ]
+
+
 class RobustOptions(
-    ParticleOptions, BallOptions, ShapeOptions, PartOptions, PassOptions, total=False
+    ParticleOptions, BallOptions, ShapeOptions, PartOptions, LossOptions, total=False
 ):
     """Of the robust gradient: all there are."""
 
 
-class SamOptions(BallOptions, ShapeOptions, PartOptions, PassOptions, total=False):
+class SamOptions(BallOptions, ShapeOptions, PartOptions, LossOptions, total=False):
     """Of a climb on the whole batch without noise: one particle."""
 
 
-class FixedShapeOptions(BallOptions, PartOptions, PassOptions, total=False):
+class FixedShapeOptions(BallOptions, PartOptions, LossOptions, total=False):
     """The same in a ball whose shape is the function's own."""
 
 
-class PartedOptions(PartOptions, PassOptions, total=False):
+class PartedOptions(PartOptions, LossOptions, total=False):
     """Of a climb that is the function's own, on parts of the batch."""
 
 
@@ -237,6 +251,11 @@ class Options(_Fields):
                 f"adaptive=True and fisher={self.fisher!r} are two shapes of the ball: "
                 "use one of them."
             )
+        if self.weights is not None and not callable(self.weights):
+            raise TypeError(
+                "weights must be a function of the batch to the weights of its "
+                f'examples, as lambda batch: batch["mask"], got {self.weights!r}.'
+            )
         if self.axis_name is None and not self.sync_perturbation:
             raise ValueError(
                 "sync_perturbation=False lets each device of axis_name climb on its "
@@ -253,6 +272,12 @@ class Options(_Fields):
     def curved(self) -> bool:
         """Whether the ball has the shape of a Fisher information."""
         return isinstance(self.fisher, jax.core.Tracer) or bool(self.fisher != 0)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the batch is cut on its device, along the axis of the examples."""
+        whole = self.microbatch_size is None and self.num_subbatches == 1
+        return self.split != "shared" or not whole
 
     @property
     def random(self) -> bool:
@@ -364,6 +389,13 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     Raises:
       TypeError: It is no number; ValueError: it is not finite, negative, or no scalar.
     """
+    dtype = getattr(value, "dtype", jnp.float32)
+    if dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"{name} must be a number, got a PRNG key or the words of one. "
+            "otmdr_jax.otmdr(loss_fn, key) has a key; value_and_grad and "
+            "robust_gradient take it at the call, by name; sam and its like need none."
+        )
     if isinstance(value, jax.core.Tracer):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got a {value.aval}.")

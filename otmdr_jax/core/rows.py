@@ -69,14 +69,59 @@ def marked(loss: Callable[..., Any], *, joined: bool) -> Callable[..., Any]:
     return of
 
 
+def only_in_batch(loss: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """A loss that refuses further arguments with a row for each example.
+
+    The batch is cut and they are not. Integers are taken for labels; of floating leaves
+    the loss of a batch of twice the size tells whether they belong to it: it fails.
+
+    Args:
+      loss: (params, batch, *args, **kwargs) -> (value, aux).
+      size: The number of examples of the batch, before it is cut.
+
+    Raises:
+      ValueError: At the call, such an argument.
+    """
+    done: list[bool] = []
+
+    def of(params, batch, *args, **kwargs):
+        if not done:
+            _check_beside(loss, size, params, batch, args, kwargs)
+            done.append(True)
+        return loss(params, batch, *args, **kwargs)
+
+    return of
+
+
+def _check_beside(loss, size, params, batch, args, kwargs):
+    beside = jax.tree.leaves((args, kwargs))
+    beside = [x for x in beside if jnp.shape(x)[:1] == (size,)]
+    labels = [x for x in beside if _is_integer(x)]
+    error = None
+    if beside and not labels:
+        part = jnp.shape(jax.tree.leaves(batch)[0])[0]
+        try:
+            _of_larger(1 + size // part, loss, params, batch, args, kwargs)
+            return
+        except Exception as raised:
+            error = raised
+    if beside:
+        raise ValueError(
+            "only the batch, the first argument of loss_fn after params, is cut into "
+            f"parts, got {size} examples of it and another argument of shape "
+            f"{jnp.shape((labels or beside)[0])}. What belongs to the examples, as "
+            "their labels, has to be cut with them: pass one pytree as the batch, such "
+            "as (x, y). What does not can be bound to the loss by functools.partial."
+        ) from error
+
+
 def _follows(loss, aux, joined, params, batch, args, kwargs):
     """Which leaves of aux follow the batch."""
     sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
     other = aux
     try:
         if any(jnp.ndim(x) for x in jax.tree.leaves(aux)):
-            twice = jax.tree.map(_twice, batch)
-            _, other = jax.eval_shape(lambda: loss(params, twice, *args, **kwargs))
+            _, other = _of_larger(2, loss, params, batch, args, kwargs)
     except Exception as error:
         # Nothing to say of a loss that takes one size, unless it matters.
         if any(jnp.ndim(x) and jnp.shape(x)[:1] in sizes for x in jax.tree.leaves(aux)):
@@ -102,11 +147,25 @@ def _follows(loss, aux, joined, params, batch, args, kwargs):
     return jax.tree_util.tree_map_with_path(follows, aux, other)
 
 
-def _twice(x):
-    x = jnp.asarray(x)
-    if not x.ndim:
-        return x
-    return shards.take(x, jnp.arange(2 * x.shape[0]) % x.shape[0])
+def _of_larger(times, loss, params, batch, args, kwargs):
+    """What the loss returns for a batch of a multiple of the size: the shapes alone."""
+
+    def repeated(x):
+        x = jnp.asarray(x)
+        if not x.ndim:
+            return x
+        return shards.take(x, jnp.arange(times * x.shape[0]) % x.shape[0])
+
+    larger = jax.tree.map(repeated, batch)
+    return jax.eval_shape(lambda: loss(params, larger, *args, **kwargs))
+
+
+def _is_integer(x):
+    """Whether a leaf may hold labels: the words of raw keys do not."""
+    dtype = jnp.result_type(x)
+    return dtype != jnp.uint32 and (
+        jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+    )
 
 
 def _is_rows(x):

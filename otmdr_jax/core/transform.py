@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from otmdr_jax.core import tree
+from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.gradient import PAPER_RHO, Diagnostics, build, robust_gradient
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
     FixedShapeOptions,
+    LossOptions,
     Options,
-    PassOptions,
     RobustOptions,
     SamOptions,
     check_rho,
@@ -217,14 +219,14 @@ def plain(
     loss_fn: Callable[..., Any],
     *,
     aux_init: PyTree = None,
-    **options: Unpack[PassOptions],
+    **options: Unpack[LossOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """The plain gradient as a transformation: what the others are compared with.
 
     Args:
       loss_fn: See :func:`otmdr_jax.value_and_grad`.
       aux_init: See :func:`otmdr`.
-      **options: Those of :class:`otmdr_jax.core.options.PassOptions`.
+      **options: Those of :class:`otmdr_jax.core.options.LossOptions`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`, used like :func:`otmdr`. Its
@@ -290,6 +292,7 @@ def from_gradient(
 
     def init_fn(params):
         _check_whole(params)
+        tree.arrays(params)
         # Each array is new, the caller's key and aux_init copied: whoever donates the
         # state must neither donate one buffer twice nor lose what is theirs.
         shapes = ((), (), (), (num_radii,), (), (num_particles,))
@@ -313,7 +316,7 @@ def from_gradient(
         state,
         params=None,
         *,
-        batch=None,
+        batch=NO_BATCH,
         loss_args=(),
         loss_kwargs=None,
         **extra_args,
@@ -322,11 +325,6 @@ def from_gradient(
         if params is None:
             raise ValueError(
                 "the robust gradient is taken at the parameters: call "
-                "tx.update(updates, state, params, batch=batch)."
-            )
-        if batch is None:
-            raise TypeError(
-                "the robust gradient is computed from the batch: call "
                 "tx.update(updates, state, params, batch=batch)."
             )
         _check_whole(params)

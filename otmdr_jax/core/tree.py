@@ -37,12 +37,18 @@ def arrays(params: PyTree) -> PyTree:
     """
 
     def array(path, leaf):
-        x = jnp.asarray(leaf)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
+        try:
+            x = jnp.asarray(leaf)
+        except TypeError:  # a function, a text
+            x = None
+        if x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(
                 "parameters must be real or complex floating numbers to be "
-                f"differentiated, got {x.dtype} at params{jax.tree_util.keystr(path)}: "
-                "make it floating, or pass it to the loss as a further argument."
+                f"differentiated, got {type(leaf).__name__ if x is None else x.dtype} "
+                f"at params{jax.tree_util.keystr(path)}. Make it floating, or hand the "
+                "parameters of a model over alone, and let the loss put back the rest: "
+                "nnx.split(model, nnx.Param, ...), variables['params'] of Linen, "
+                "equinox.partition(model, equinox.is_inexact_array)."
             )
         return x
 

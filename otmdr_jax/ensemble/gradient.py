@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.core import gradient as single
 from otmdr_jax.core import loops, tree
+from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.gradient import PAPER_RHO, RobustGradient
 from otmdr_jax.core.options import MEMBER_MAPS, RobustOptions, check_word, with_options
 from otmdr_jax.ensemble.stacking import (
@@ -92,7 +93,7 @@ def value_and_grad(
     )
     has_aux = options.get("has_aux", False)
 
-    def grad_fn(members, batch, *args, key=None, rho=None, **kwargs):
+    def grad_fn(members, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
         found = compute(members, batch, *args, key=key, rho=rho, **kwargs)
         return ((found.value, found.aux) if has_aux else found.value), found.grads
 
@@ -139,7 +140,7 @@ def robust_gradient(
     functions = functions_of(loss_fn)
     computes = [single.robust_gradient(f, rho, **options) for f in functions]
 
-    def compute(members, batch, *args, key=None, rho=None, **kwargs):
+    def compute(members, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
         per_member = (*args, batch) if own_batches else args
         count = check_all(members, per_member, len(computes))
 

@@ -120,6 +120,7 @@ COMMON = {
     "has_aux": Seen(True),
     "axis_name": Seen("data", by=on_devices),
     "microbatch_size": Seen(4, by=program),
+    "weights": Seen(lambda batch: jnp.arange(8.0), {"microbatch_size": 4}),
     "aux_init": Seen(jnp.ones(4), {"has_aux": True}, before=jnp.zeros(4)),
     "key": Seen(jax.random.key(1), before=KEY),
 }

@@ -116,6 +116,11 @@ def create(
       (1, 4, 10)
     """
     kind = kind_of(name)
+    if "weights" in options:
+        raise TypeError(
+            "methods.create takes no weights: the loss of a method is a mean over the "
+            "examples of its batch."
+        )
     if sum_particles:
         with_particles = [n for n, one in METHODS.items() if one.has_particles]
         base = kind
