@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from otmdr_jax.core import shards
+from otmdr_jax.core import shards, tree
 from otmdr_jax.core.keys import one_key
+from otmdr_jax.core.transform import keep
 
 PyTree = Any
 
@@ -211,7 +212,8 @@ def dynamic(
     masked. Masked weights stay exactly zero, whatever momentum and decay do, if they
     start at zero: start from `apply(state.masks, params)`. Weights that grow start from
     zero with a momentum of zero, as in RigL; the released code goes on with the
-    momentum of masked weights.
+    momentum of masked weights. A gradient that is not finite moves nothing and is not
+    counted as a step: see :mod:`otmdr_jax.core.transform`.
 
     Args:
       optimizer: The transformation that turns the masked gradient into an update.
@@ -260,6 +262,7 @@ def dynamic(
         grads, step = updates, state.step + 1
         masked = apply(state.masks, grads)
         updates, inner = optimizer.update(masked, state.inner, params, **extra)
+        finite = tree.all_finite((grads, updates))
         escape = _is_among(step, escapes)
         due = escape | _is_among(step, steps)
         share = rate(step) if callable(rate) else rate
@@ -290,7 +293,8 @@ def dynamic(
             inner,
             kept,
         )
-        return updates, Sparse(inner, masks, step, state.key)
+        new = keep(finite, Sparse(inner, masks, step, state.key), state)
+        return keep(finite, updates, optax.tree.zeros_like(updates)), new
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -10,12 +10,11 @@ class Finalize(NamedTuple):
     """A pass over the training set that makes a state fit to predict.
 
     Attributes:
-      of_batch: (state, batch) -> a pytree, whose mean or sum over batches is wanted.
-      finish: (state, that mean or sum) -> a state to predict with, which is not for
+      of_batch: (state, batch) -> a pytree, whose sum over batches is wanted.
+      finish: (state, that sum) -> a state to predict with, which is not for
         further steps.
-      augmented: Whether a batch is augmented images, as in training, and the mean over
-        batches wanted; else it is (images, mask), each example once and as it is, and
-        the sum.
+      augmented: Whether a batch is augmented images, as in training; else it is
+        (images, mask), each example once and as it is.
     """
 
     of_batch: Callable[[Any, Any], PyTree]

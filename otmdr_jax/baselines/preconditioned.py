@@ -15,7 +15,7 @@ import optax
 from otmdr_jax import bnn
 from otmdr_jax.core import shards, tree
 from otmdr_jax.core.options import check_number
-from otmdr_jax.core.transform import MemoryState
+from otmdr_jax.core.transform import MemoryState, keep
 
 PyTree = Any
 
@@ -139,6 +139,8 @@ def whole(
 ) -> optax.GradientTransformationExtraArgs:
     """A whole optimizer of a gradient that remembers and the rule that uses it.
 
+    A batch that is not finite moves nothing: see :mod:`otmdr_jax.core.transform`.
+
     Args:
       gradient: Of :func:`otmdr_jax.core.transform.from_gradient`, with a memory.
       rule: Its `update` takes `precision=`, what it divides by.
@@ -155,6 +157,8 @@ def whole(
         seen: Any = after
         precision = divisor(before.memory, seen.memory)
         updates, moved = rule.update(grads, state[-1], params, precision=precision)
-        return updates, kind(*seen, moved)
+        finite = tree.all_finite((seen.diagnostics, updates, moved))
+        updates = keep(finite, updates, optax.tree.zeros_like(updates))
+        return updates, kind(*seen, keep(finite, moved, state[-1]))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

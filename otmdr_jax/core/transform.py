@@ -5,6 +5,12 @@ used. Everything chained after them (clipping, decay, momentum, accumulation) ac
 the robust gradient at the center. What is carried from update to update (key, count,
 auxiliary output, memory) is the state. :func:`from_gradient` makes the same of any
 function that computes a gradient from a batch.
+
+A batch in which a loss or a gradient of any pass is NaN or infinite leaves no trace but
+in the count, the key and the diagnostics: what is remembered stays as it was. The
+gradient is passed on as it is, so that a guard after it (`optax.apply_if_finite` around
+the optimizer, `optax.zero_nans`) sees it. What is a whole optimizer, after which there
+is no guard (bSAM, IVON, sparse training), makes no step: its update is 0.
 """
 
 from collections.abc import Callable
@@ -38,8 +44,9 @@ class OtmdrState(NamedTuple):
       count: Number of updates so far.
       key: The PRNG key of the next update, a typed one whatever it was made of, or None
         where nothing is random.
-      aux: The auxiliary output of the center pass of the last update whose gradient was
-        finite; `aux_init` at first.
+      aux: The auxiliary output of the center pass of the last update whose losses and
+        gradients were finite; `aux_init` at first. A leaf that is not finite then stays
+        what it was.
       diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; NaN at first.
     """
 
@@ -55,10 +62,10 @@ class MemoryState(NamedTuple):
     Attributes:
       count: Number of updates so far.
       key: The PRNG key of the next update, or None where nothing is random.
-      aux: The auxiliary output of the last update whose gradient was finite.
+      aux: See :class:`OtmdrState`.
       diagnostics: The last update's :class:`otmdr_jax.Diagnostics`.
-      memory: What the gradient remembers. An update whose gradient is not finite leaves
-        it as it was.
+      memory: What the gradient remembers of the updates whose losses and gradients were
+        finite.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -345,20 +352,43 @@ def from_gradient(
         diagnostics = jax.tree.map(
             lambda new, old: new.astype(old.dtype), seen, state.diagnostics
         )
-        # A step that apply_if_finite will skip leaves no NaN statistics behind either.
-        finite = jnp.isfinite(result.diagnostics.grad_norm)
-
-        def kept(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        aux = kept(_like(result.aux, state.aux), state.aux)
+        finite = tree.all_finite(result.diagnostics)
+        aux = jax.tree.map(
+            lambda new, old: keep(finite & tree.all_finite(new), new, old),
+            _like(result.aux, state.aux),
+            state.aux,
+        )
         count = optax.safe_increment(state.count)
         new = count, next_key, aux, diagnostics
         if start is None:
             return result.grads, OtmdrState(*new)
-        return result.grads, MemoryState(*new, kept(memory, state.memory))
+        finite &= tree.all_finite(memory)
+        return result.grads, MemoryState(*new, keep(finite, memory, state.memory))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def keep(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """What a step leaves behind: the new state if all was finite, else the old one.
+
+    A schedule's count goes on in any case, as the state's own does: or the learning
+    rate would lag behind the step, and never reach its end.
+
+    Args:
+      finite: A scalar, whether all that the step saw was finite.
+      new: The state after it.
+      old: The state before it, of the same structure.
+    """
+    return jax.tree.map(
+        lambda n, o: n if _is_count(n) else jnp.where(finite, n, o),
+        new,
+        old,
+        is_leaf=_is_count,
+    )
+
+
+def _is_count(node):
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def schedule_of(rho: Any) -> tuple[Callable[[jax.Array], tuple], int]:

@@ -79,6 +79,14 @@ def accumulation_dtype(leaf: jax.typing.ArrayLike) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
 
 
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether no leaf holds a NaN or an infinity; a scalar, True for no leaves."""
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    found = [jnp.all(jnp.isfinite(x)) for x in numbers]
+    return jnp.all(jnp.stack(found)) if found else jnp.ones((), bool)
+
+
 def norm(tree: PyTree) -> jax.Array:
     """The Euclidean norm over all leaves, in float32 or wider.
 

@@ -165,11 +165,12 @@ class Linear:
 class Walk:
     """A method of two weights that walks; its prediction shows where it is."""
 
-    def __init__(self, seed=0, steps=40):
+    def __init__(self, seed=0, steps=40, dtype=jnp.float32):
+        self.dtype = dtype
         self.path = np.random.default_rng(seed).normal(3, 1, (steps, 2, 5))
 
     def method(self):
-        path = jnp.asarray(self.path, jnp.float32)
+        path = jnp.asarray(self.path, self.dtype)
 
         def init(key, images):
             del images
@@ -394,6 +395,47 @@ class TestAverage:
     def test_ranks_and_samples_that_cannot_be_are_refused(self, options):
         with pytest.raises(ValueError, match="rank"):
             baselines.average(Walk().method(), None, (1, 2), **options)
+
+    @pytest.mark.parametrize("rank", [0, 20])
+    def test_moments_of_bfloat16_weights_are_float32(self, rank, key):
+        """300 weight vectors, against NumPy's mean and variance of them in float64."""
+        walk = Walk(steps=300, dtype=jnp.bfloat16)
+        method = baselines.average(
+            walk.method(), None, range(1, 301), rank=rank, num_samples=min(rank, 2)
+        )
+        state = walk.run(method, 300, key)
+        kept = state.method_state
+        seen = np.float64(jnp.asarray(walk.path, jnp.bfloat16))
+        for i, name in enumerate("ab"):
+            assert kept.mean[name].dtype == jnp.float32
+            assert_allclose(kept.mean[name], seen[:, i].mean(0), rtol=1e-5)
+            if rank:
+                assert_allclose(kept.variance[name], seen[:, i].var(0), rtol=1e-4)
+                assert kept.deviations[name].dtype == jnp.float32
+        # What predicts has the dtype of the weights.
+        assert baselines.moments_of(state).params["a"].dtype == jnp.bfloat16
+        rows = method.predict(state, None)
+        assert rows.dtype == jnp.bfloat16 and np.all(np.isfinite(np.float32(rows)))
+
+    def test_statistics_leave_out_a_batch_that_is_not_finite(self, key):
+        """As training skips it: NaN pixels, and pixels whose squares are infinite."""
+        method = methods.create(
+            "swag", Linear(), optax.sgd(0.1), ends=(1, 2), rank=2, num_samples=3
+        )
+        images = jax.random.normal(key, (3, 6, 2, 2, 1))
+        state = method.init(key, images[0])
+        for i in range(2):
+            state, _ = method.step(state, (images[i], jnp.arange(6)))
+        seen = [method.finalize.of_batch(state, x) for x in images]
+        bad = method.finalize.of_batch(state, images[0] * jnp.nan)
+
+        def finished(*found):
+            total = jax.tree.map(lambda *x: sum(x), *found)
+            return method.finalize.finish(state, total).method_state.statistics["mean"]
+
+        want = np.mean(np.reshape(images, (3, 6, 4)), axis=(0, 1))
+        assert_allclose(finished(*seen), np.tile(want, (4, 1)), rtol=1e-4, atol=1e-6)
+        assert_array_equal(finished(bad, *seen), finished(*seen))
 
     def test_a_model_must_say_how_its_statistics_move(self, key):
         class Other:

@@ -270,6 +270,39 @@ class TestDynamic:
         with pytest.raises(ValueError, match="needs params"):
             tx.update(params, tx.init(params))
 
+    @pytest.mark.parametrize("growth", ["gradient", "random"])
+    @pytest.mark.parametrize("guard", ["none", "apply_if_finite", "zero_nans"])
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_bad_batch_leaves_no_trace(self, bad, guard, growth, key):
+        """Of each step before, at and after an update of the masks."""
+        tx = baselines.dynamic(
+            optax.sgd(0.1, 0.9), key, density=0.2, rate=0.5, steps=(2,), growth=growth
+        )  # fmt: skip
+        chained = {
+            "none": tx,
+            "apply_if_finite": optax.apply_if_finite(tx, 5),
+            "zero_nans": optax.chain(tx, optax.zero_nans()),
+        }[guard]
+        dense = {"kernel": jax.random.normal(key, (20, 10)), "bias": jnp.ones(10)}
+        poison = jax.tree.map(lambda x: x.at[0].set(bad), dense)
+        update = jax.jit(chained.update)
+
+        def run(*bad_steps):
+            state = chained.init(dense)
+            params = dst.apply(tx.init(dense).masks, dense)
+            for step in range(3):
+                if step in bad_steps:
+                    updates, state = update(poison, state, params)
+                    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+                updates, state = update(dense, state, params)
+                assert any(np.any(u != 0) for u in jax.tree.leaves(updates))
+                params = optax.apply_updates(params, updates)
+            return params
+
+        clean = run()
+        for steps in ((0,), (1,), (2,), (0, 1, 2)):
+            assert_same_bits(run(*steps), clean)
+
 
 class TestSchedule:
     def test_edst_has_the_rates_of_its_authors_code(self):

@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose
 
 import otmdr_jax
 from otmdr_jax import baselines, ensemble, parallel
+from otmdr_jax.core import tree
 from tests import toy
 from tests.experiments.test_training import assert_same_bits
 
@@ -34,7 +35,7 @@ MAKE = {
     "ivon": lambda loss, **o: baselines.ivon(loss, KEY, **{**OWN, **o}),
 }
 NUMBER = dict.fromkeys(MAKE, "rho") | {"ivon": "learning_rate"}
-WITH_MEMORY = ("looksam", "bsam", "ivon")
+WHOLE = ("bsam", "ivon")  # optimizers, not to be chained with one
 every_one = pytest.mark.parametrize("name", MAKE)
 
 
@@ -165,18 +166,98 @@ def test_donated_states_cost_the_caller_nothing(name, problem):
     assert_same_bits(again, updates)
 
 
+# What may be wrong with a batch. "hidden" is an infinite gradient of the first pass,
+# after which loss and gradient are finite again.
+FAULTS = ["nan loss", "inf loss", "nan gradient", "inf gradient", "hidden", "nan aux"]
+NAN_LOSS, INF_LOSS, NAN, INF, HIDDEN, NAN_AUX = range(1, 7)
+
+
+@jax.custom_vjp
+def spoiled(loss, params, fault):
+    """The loss, or what a fault makes of it."""
+    del params
+    loss = jnp.where(fault == HIDDEN, jnp.nan_to_num(loss), loss)
+    return loss + jnp.select([fault == NAN_LOSS, fault == INF_LOSS], [jnp.nan, jnp.inf])
+
+
+def _forwards(loss, params, fault):
+    return spoiled(loss, params, fault), (params, fault)
+
+
+def _backwards(kept, g):
+    params, fault = kept
+    strayed = ~tree.all_finite(params)
+    wrong = jnp.select(
+        [fault == NAN, (fault == INF) | ((fault == HIDDEN) & ~strayed)],
+        [jnp.nan, jnp.inf],
+    )
+    g = jnp.where((fault == HIDDEN) & strayed, 0.0, g)
+    return g, jax.tree.map(lambda p: jnp.full_like(p, wrong), params), None
+
+
+spoiled.defvjp(_forwards, _backwards)
+
+
+def faulty(params, batch):
+    fault = batch["fault"][0]
+    aux = jnp.where(fault == NAN_AUX, jnp.nan, jnp.mean(batch["y"]))
+    # What is finite of a loss at NaN has a gradient of NaN, but for a gradient of 0.
+    loss = toy.regression(jax.tree.map(jnp.nan_to_num, params), batch)
+    return spoiled(loss, params, fault), {"mean": aux}
+
+
+GUARDS = {
+    "none": lambda tx: tx,
+    "apply_if_finite around it": lambda tx: optax.apply_if_finite(tx, 5),
+    "zero_nans after it": lambda tx: optax.chain(tx, optax.zero_nans()),
+    "apply_if_finite after it": lambda tx: optax.chain(
+        tx, optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 5)
+    ),
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS)
 @every_one
-def test_a_step_that_is_not_finite_is_not_remembered(name, problem):
+def test_a_bad_batch_leaves_no_trace(name, guard, problem):
+    """NaN and infinity in every pass: what is remembered stays, the next step moves.
+
+    A whole optimizer makes no step of such a batch, a gradient is passed on as it is.
+    """
     params, data = problem
-    bad = jax.tree.map(lambda x: np.full_like(x, np.nan), data)
-    tx = MAKE[name](toy.regression)
-    state = tx.init(params)
-    _, after = tx.update(params, state, params, batch=bad)
-    assert after.count == 1
-    assert np.isnan(after.diagnostics.grad_norm)
-    if name in WITH_MEMORY:
-        field = {"looksam": "memory", "bsam": "precision", "ivon": "hess"}[name]
-        assert_same_bits(getattr(after, field), getattr(state, field))
+    tx = MAKE[name](faulty, has_aux=True, aux_init={"mean": jnp.zeros(())})
+    chained = GUARDS[guard](tx)
+
+    @jax.jit
+    def update(state, fault, updates=params):
+        batch = {**data, "fault": jnp.full(len(data["y"]), fault)}
+        return chained.update(updates, state, params, batch=batch)
+
+    def own(state):
+        if guard == "apply_if_finite around it":
+            return state.inner_state
+        return state if guard == "none" else state[0]
+
+    first = chained.init(params)
+    _, second = update(first, 0)
+    for fault, named in enumerate(FAULTS, 1):
+        for before in (first, second):  # LookSAM climbs in one of them
+            updates, after = update(before, fault)
+            if fault != NAN_AUX:
+                assert_same_bits(own(after)[4:], own(before)[4:])
+                if name in WHOLE and guard != "apply_if_finite after it":
+                    assert all(np.all(u == 0) for u in jax.tree.leaves(updates)), named
+                assert_same_bits(own(after).aux, own(before).aux)
+            assert own(after).count == own(before).count + 1
+            if guard == "apply_if_finite after it" or name in WHOLE:
+                assert tree.all_finite(updates), named
+            assert np.isfinite(own(after).aux["mean"])
+            again, last = update(after, 0)
+            assert tree.all_finite((again, own(last).diagnostics)), named
+            assert tree.norm(again) > 0, named
+    if guard == "apply_if_finite around it":
+        nothing = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+        _, after = update(second, 0, nothing)
+        assert_same_bits(own(after), own(second))
 
 
 @every_one

@@ -13,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from otmdr_jax import bnn, parallel
+from otmdr_jax.core import tree
 from otmdr_jax.experiments import (
     building,
     checkpoint,
@@ -41,14 +42,15 @@ class Net:
     def init(self, key, images):
         kernel = 0.5 * jax.random.normal(key, (images.shape[-1], CLASSES))
         head = {"kernel": kernel, "bias": jnp.zeros(CLASSES)}
-        return {"head": head}, {"mean": jnp.zeros(images.shape[-1])}
+        zeros = jnp.zeros(images.shape[-1])
+        return {"head": head}, {"mean": zeros, "square": zeros}
 
     def apply(self, params, state, images, *, train, keys=None):
         x = images.reshape(len(images), -1)
         if train:
             # Of the running mean, not of the batch: a part of it then sees the same.
-            moved = 0.1 * jnp.mean(x, axis=0)
-            state = {"mean": 0.9 * state["mean"] + moved}
+            moments = {"mean": jnp.mean(x, axis=0), "square": jnp.mean(x**2, axis=0)}
+            state = jax.tree.map(lambda old, x: 0.9 * old + 0.1 * x, state, moments)
         if keys is not None:
             x = Dropout(self.dropout, 0)(x, keys)
         return x @ params["head"]["kernel"] + params["head"]["bias"][None], state
@@ -103,7 +105,10 @@ def close(got, want, rtol=1e-4, atol=1e-5):
 
 @every_method
 def test_it_steps_predicts_and_skips(name):
-    """One trace; what is not finite changes nothing; predictions are probabilities."""
+    """One trace; what is not finite changes nothing; predictions are probabilities.
+
+    Nor does a method collect it: NaN is in no memory of its own.
+    """
     traces = []
     method = make(name)
 
@@ -121,15 +126,19 @@ def test_it_steps_predicts_and_skips(name):
     leaves = zip(*map(jax.tree.leaves, (first.params, state.params)), strict=True)
     assert any(not np.array_equal(a, b) for a, b in leaves)
 
-    bad = IMAGES.at[0].set(jnp.nan), BATCH[1]
-    after, metrics = step(first, bad)
-    assert metrics["skipped"] == 1 and metrics["skipped_in_row"] == 1
-    assert after.step == 2 and after.skipped == 1
-    for part in ("params", "model_state", "opt_state", "memory"):
-        assert_same_bits(getattr(after, part), getattr(first, part))
+    # Of the last the loss and its gradient are finite, and no square of an image is.
+    for bad in (IMAGES.at[0].set(jnp.nan), IMAGES.at[0].set(jnp.inf), IMAGES * 1e20):
+        after, metrics = step(first, (bad, BATCH[1]))
+        assert metrics["skipped"] == 1 and metrics["skipped_in_row"] == 1
+        assert after.step == 2 and after.skipped == 1
+        for part in ("params", "model_state", "opt_state", "memory"):
+            assert_same_bits(getattr(after, part), getattr(first, part))
     again, metrics = step(after, BATCH)
     assert metrics["skipped"] == 0 and again.skipped_in_row == 0
     assert np.isfinite(metrics["loss"]) and len(traces) == 1
+    for _ in range(2):  # collected after steps 2, which was skipped, and 4
+        again, _ = step(again, BATCH)
+    assert tree.all_finite(again)
     rows = jax.jit(method.predict)(again, IMAGES)
     assert rows.ndim == 3 and rows.shape[1:] == (SIZE, CLASSES)
     assert_allclose(np.exp(rows).sum(-1), 1.0, rtol=1e-4)

@@ -171,7 +171,7 @@ class Swa(Scheduled):
         rows = order[: count * size].reshape(count, -1)
         batches = ((images[x], jax.random.fold_in(key, i)) for i, x in enumerate(rows))
         total = summed(programs, state, ((np.asarray(x), own) for x, own in batches))
-        return programs.finish(state, jax.tree.map(lambda x: x / count, total))
+        return programs.finish(state, total)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

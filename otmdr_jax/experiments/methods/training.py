@@ -15,6 +15,7 @@ from otmdr_jax import baselines, bnn
 from otmdr_jax.core import tree
 from otmdr_jax.core.gradient import Diagnostics
 from otmdr_jax.core.keys import one_key
+from otmdr_jax.core.transform import keep
 from otmdr_jax.experiments import precision
 
 PyTree = Any
@@ -156,6 +157,8 @@ def build(
             params, model_state, images, train=True, **dropped
         )
         value = cross_entropy(logits, labels, loss.label_smoothing, loss.smoothing)
+        # Huge images have an infinite variance, and a finite loss.
+        value = jnp.where(tree.all_finite(model_state), value, jnp.nan)
         accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return value, (model_state, accuracy)
 
@@ -196,12 +199,11 @@ def build(
         info = found.info
         # Of every pass: a particle that went astray may still have a finite gradient.
         seen = info.robust_loss, info.center_loss, info.grad_norm, info.ascent_norms
-        finite = jnp.all(jnp.isfinite(jnp.hstack(jax.tree.leaves(seen))))
-        params, model_state, opt_state, memory = jax.tree.map(
-            lambda new, old: new if _counts(new) else jnp.where(finite, new, old),
+        finite = tree.all_finite(seen)
+        params, model_state, opt_state, memory = keep(
+            finite,
             (params, model_state, found.opt_state, found.memory),
             (state.params, state.model_state, state.opt_state, state.memory),
-            is_leaf=_counts,
         )
         # While a loss scale comes down from where gradients overflow, the loss at the
         # center is finite: such a step is skipped, but it is no sign of divergence.
@@ -241,15 +243,6 @@ def build(
         return rule.predict(log_probs, state, key)
 
     return Method(init, step, predict, rule.posterior)
-
-
-def _counts(node) -> bool:
-    """Whether it is the count of a schedule.
-
-    A skipped step counts there, as it does in the state's own step: or the learning
-    rate would lag behind what is collected at its minima, and never reach its end.
-    """
-    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def cross_entropy(
