@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from otmdr_jax.metrics.predictions import Array
+from otmdr_jax.metrics.predictions import Array, generator
 
 NUM_SAMPLES = 1_000
 LEVEL = 0.95
@@ -72,7 +72,7 @@ def bootstrap(
       labels: (N,) integers.
       num_samples: How many sets are drawn.
       level: Probability of the interval, in (0, 1).
-      seed: Of the draws.
+      seed: The seed of the draws, in 0..2**32 - 1.
 
     Returns:
       :class:`Interval`.
@@ -135,13 +135,14 @@ def bootstrap_all(
     """
     probs, labels = np.asarray(probs), np.asarray(labels)
     _check(num_samples, level, labels)
+    rng = generator(seed)
     values = measure(probs, labels)
 
     def on_rows(rows: np.ndarray) -> list[float]:
         found = measure(probs[..., rows, :], labels[rows])
         return [found[name] for name in values]
 
-    drawn = _drawn(on_rows, len(labels), num_samples, seed)
+    drawn = _drawn(on_rows, len(labels), num_samples, rng)
     return {
         name: Interval(value, *_ends(own, level))
         for (name, value), own in zip(values.items(), drawn, strict=True)
@@ -205,6 +206,7 @@ def paired_test(
         return metric(a, y) - metric(b, y)
 
     _check(num_samples, level, labels)
+    rng, rng_of_rows = generator(seed), generator(seed)
     observed = gap(first, second, labels)
     if np.isnan(observed):  # as of two infinite values: nothing can be said
         nan = float("nan")
@@ -224,7 +226,6 @@ def paired_test(
     from scipy import stats
 
     # permutation_test loops over examples: three times as long for 10,000 of them.
-    rng = np.random.default_rng(seed)
     tested = stats.monte_carlo_test(
         np.zeros(len(labels)),
         lambda size: rng.random(size) < 0.5,
@@ -234,7 +235,7 @@ def paired_test(
         batch=1,
         alternative="greater",
     )
-    (drawn,) = _drawn(on_rows, len(labels), num_samples, seed)
+    (drawn,) = _drawn(on_rows, len(labels), num_samples, rng_of_rows)
     return Comparison(observed, *_ends(drawn, level), float(tested.pvalue))
 
 
@@ -242,7 +243,7 @@ def _drawn(
     measure: Callable[[np.ndarray], list[float]],
     num_examples: int,
     num_samples: int,
-    seed: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """(K, num_samples) what K metrics are on rows that are drawn with replacement."""
     from scipy import stats  # comes with JAX; takes most of a second
@@ -260,7 +261,7 @@ def _drawn(
             n_resamples=num_samples,
             batch=1,  # one set of rows at a time: N numbers of memory
             method="percentile",
-            random_state=np.random.default_rng(seed),
+            random_state=rng,
         ).bootstrap_distribution
 
 

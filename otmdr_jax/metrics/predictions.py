@@ -5,6 +5,7 @@ at a time, so that a set may fill a large part of the memory.
 """
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -235,6 +236,13 @@ def check_unlabelled(probs: Array) -> Predictions:
         return probs
     count = np.shape(probs)[-2] if np.ndim(probs) >= 2 else 0
     return check(probs, np.zeros(count, int))
+
+
+def generator(seed: int) -> np.random.Generator:
+    """NumPy's generator of a seed, which is refused outside of 0..2**32 - 1."""
+    if not 0 <= operator.index(seed) < 2**32:
+        raise ValueError(f"seed must lie in 0..2**32 - 1, got {seed}.")
+    return np.random.default_rng(seed)
 
 
 class Ranked(NamedTuple):

@@ -1,6 +1,7 @@
 """Calibration and sharpness of a run, against the parts they are made of."""
 
 import json
+import warnings
 
 import jax
 import numpy as np
@@ -138,6 +139,27 @@ class TestCalibrate:
         for fit in ("folds", "validation"):
             record = calibrate.calibrate(run, ["vector"], fit=fit, show_progress=False)
             assert record["methods"] == [{"name": "vector", "why": "it cannot be"}]
+
+    @pytest.mark.parametrize("fit", ["folds", "validation"])
+    def test_no_row_is_worse_than_raw_without_a_word(self, run, fit, monkeypatch):
+        def too_sure(logits, labels):
+            warnings.warn("it has no optimum.", stacklevel=2)
+            return calibration.Scaling(np.asarray(50.0), np.zeros(()))
+
+        monkeypatch.setitem(calibration.METHODS, "vector", too_sure)
+        record = calibrate.calibrate(
+            run, ["temperature", "vector"], fit=fit, show_progress=False
+        )
+        temperature, vector = record["methods"]
+        assert "note" not in temperature
+        nll = vector["metrics"]["nll"]
+        assert nll["calibrated"] > 2 * nll["raw"]
+        for part in (
+            "vector: it has no optimum. ",
+            f"rises from {nll['raw']:.4g} to {nll['calibrated']:.4g}",
+            "more than 180 examples" if fit == "folds" else "examples",
+        ):
+            assert part in vector["note"]
 
     def test_bad_input_is_refused(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("ran"))

@@ -60,9 +60,11 @@ def test_float32_logits_are_fitted_in_float64_and_nothing_is_switched():
 
 def test_where_no_temperature_is_best_the_nearest_bound_is():
     logits = np.array([[3.0, 0.0], [0.0, 2.0]])
-    assert calibration.fit_temperature(logits, [0, 1]) == 0.01  # all right
-    assert calibration.fit_temperature(logits, [1, 0]) == 100.0  # all wrong
-    assert calibration.fit_temperature(np.zeros((2, 2)), [1, 0]) == 100.0  # any is
+    with pytest.warns(UserWarning, match="label has the largest logit in every"):
+        assert calibration.fit_temperature(logits, [0, 1]) == 0.01
+    for wrong in (logits, np.zeros((2, 2))):  # of zeros any temperature is best
+        with pytest.warns(UserWarning, match="no better than guessing: 100.0 is"):
+            assert calibration.fit_temperature(wrong, [1, 0]) == 100.0
 
 
 def scipys(logits, labels, start, unpack, l2):
@@ -85,10 +87,12 @@ def scipys(logits, labels, start, unpack, l2):
     )
 
 
-@pytest.mark.parametrize("l2", [0.0, 0.01])
+@pytest.mark.parametrize("l2", [0.0, 0.01, None])
 @pytest.mark.parametrize("kind", ["vector", "matrix"])
 def test_scaling_is_scipys_optimum(kind, l2):
+    """None is a Gaussian prior of deviation 1, of which each example sees 1 / N."""
     logits, labels = sample(2, n=400, classes=3)
+    given, l2 = l2, 1 / 400 if l2 is None else l2
     logits = logits @ np.array([[1.0, 0.3, 0.0], [0.0, 0.8, 0.0], [0.2, 0.0, 1.4]])
     logits += [0.5, 0.0, -1.0]
     eye = np.eye(3)
@@ -99,7 +103,7 @@ def test_scaling_is_scipys_optimum(kind, l2):
 
     ones = np.ones(3) if kind == "vector" else eye.ravel()
     want = scipys(logits, labels, np.append(ones, np.zeros(3)), unpack, l2)
-    got = getattr(calibration, f"fit_{kind}")(logits, labels, l2=l2)
+    got = getattr(calibration, f"fit_{kind}")(logits, labels, l2=given)
     weight, bias = unpack(want.x)
     np.testing.assert_allclose(
         np.exp(got(logits)), np.exp(log_softmax(logits @ weight.T + bias)), atol=1e-6
@@ -113,19 +117,25 @@ def test_scaling_is_scipys_optimum(kind, l2):
         np.testing.assert_allclose(mine, want.x, atol=1e-6)
 
 
-def test_classes_that_can_be_told_apart_need_a_penalty():
-    logits = np.array([[2.0, 0.0], [0.0, 2.0]] * 3)
-    labels = np.array([0, 1] * 3)
-    scaling = calibration.fit_vector(logits, labels, l2=0.1)
-    assert np.isfinite(scaling.weight).all() and (scaling.weight < 3).all()
-    assert np.exp(scaling(logits))[0, 0] > 0.9
+@pytest.mark.parametrize("kind", ["vector", "matrix"])
+def test_classes_that_can_be_told_apart_do_not_make_it_sure_of_all(kind):
+    """Sixty examples of five classes: without a penalty weights have no bound."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(1000) % 5
+    logits = 3.0 * np.eye(5)[labels] + rng.normal(size=(1000, 5))
+    fit = getattr(calibration, f"fit_{kind}")
+    few, rest = slice(60), slice(60, None)
+    raw = loss(logits[rest], labels[rest])
+    assert loss(fit(logits[few], labels[few])(logits[rest]), labels[rest]) < 1.1 * raw
+    bare = fit(logits[few], labels[few], l2=0)
+    assert loss(bare(logits[rest]), labels[rest]) > 1.2 * raw
 
 
 def test_a_fit_that_does_not_converge_says_so(monkeypatch):
     monkeypatch.setattr(calibration.scaling, "_STEPS", 1)
     logits, labels = sample(2, n=77, classes=3)
     with pytest.warns(UserWarning, match="matrix scaling has not converged.* l2 > 0"):
-        calibration.fit_matrix(logits, labels)
+        calibration.fit_matrix(logits, labels, l2=0.0)
 
 
 def test_isotonic_is_increasing_and_never_impossible():
@@ -267,8 +277,8 @@ def test_sets_are_those_of_the_definitions(score, randomised):
         randomised=randomised,
         seed=5,
     )
-    draws = [np.random.default_rng(s).random(30) for s in (5, 1)]
-    one, two = draws if randomised else np.ones((2, 30))
+    draws = calibration.conformal._uniform(probs, 5)
+    one, two = (draws if randomised else np.ones(60)).reshape(2, 30)
     want = scores_loop(probs[:30], score, 0.1, 2, one)[np.arange(30), labels[:30]]
     threshold = sorted(want)[math.ceil(31 * 0.85) - 1]
     assert math.isclose(conformal.threshold, threshold, rel_tol=1e-12)
@@ -294,14 +304,77 @@ def test_coverage_is_what_theory_says(score):
         rows = slice(start, start + n)
         one = slice(start + n, start + n + 1)
         conformal = calibration.fit_conformal(
-            wrong_model[rows], labels[rows], alpha, score=score, seed=2 * i
+            wrong_model[rows], labels[rows], alpha, score=score, seed=i
         )
-        sets = conformal.sets(wrong_model[one], seed=2 * i + 1)
+        sets = conformal.sets(wrong_model[one])
         hits.append(calibration.coverage(sets, labels[one]))
     want = math.ceil((n + 1) * (1 - alpha)) / (n + 1)
     assert len(hits) > 350
     low, high = scipy.stats.binom.interval(0.998, len(hits), want)
     assert low <= sum(hits) <= high
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("score", ["aps", "raps"])
+def test_coverage_does_not_depend_on_how_examples_come(score, seed):
+    """One by one, in batches or at once; of sure predictions, whose sets are small."""
+    logits, labels = sample(10 + seed, n=3000, classes=5, temperature=1.0)
+    probs = np.exp(log_softmax(logits)).astype(np.float32)
+    fitted = calibration.fit_conformal(probs[:2000], labels[:2000], score=score, seed=4)
+    at_once = fitted.sets(probs[2000:])
+    single = np.concatenate([fitted.sets(row[None]) for row in probs[2000:]])
+    batches = np.concatenate([fitted.sets(x) for x in np.split(probs[2000:], [7, 300])])
+    np.testing.assert_array_equal(single, at_once)
+    np.testing.assert_array_equal(batches, at_once)
+    # The coverage given the calibration set is a Beta; that of 1,000 a beta-binomial.
+    k = math.ceil(2001 * 0.9)
+    low, high = scipy.stats.betabinom.interval(0.9999, 1000, k, 2001 - k)
+    hits = round(1000 * calibration.coverage(at_once, labels[2000:]))
+    assert low <= hits <= high
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("classes", [2, 3, 100])
+def test_what_conformal_scores_draw_is_uniform(classes, dtype):
+    logits, _ = sample(1, n=4000, classes=classes)
+    probs = np.exp(log_softmax(logits)).astype(dtype).astype(np.float64)
+    probs = np.unique(probs, axis=0)
+    draws = [calibration.conformal._uniform(probs, seed) for seed in range(3)]
+    for u in draws:
+        assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
+        for other in (np.roll(u, 1), probs[:, 0], probs.max(axis=1)):
+            assert abs(scipy.stats.spearmanr(u, other).statistic) < 4 / len(u) ** 0.5
+    assert abs(np.corrcoef(draws)[np.triu_indices(3, 1)]).max() < 4 / len(u) ** 0.5
+
+
+def test_a_level_that_asks_for_hardly_any_label_takes_the_lowest_score():
+    """(n + 1)(1 - alpha) lies between 0 and 1, so k is 1."""
+    p = np.array([0.9, 0.8, 0.7])
+    probs = np.stack([p, 1 - p], axis=1)
+    for alpha in (0.8, 1 - 1e-9, 1 - 1e-12, 1 - 2**-53):
+        found = calibration.fit_conformal(probs, [0, 0, 0], alpha, score="lac")
+        assert found.threshold == 1 - 0.9
+    for n in (1, 2, 3):  # k = n + 1
+        found = calibration.fit_conformal(probs[:n], [0] * n, 1e-9)
+        assert found.threshold == math.inf
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_checked_at_the_start(seed):
+    logits, labels = sample(0, n=20)
+    probs = np.exp(log_softmax(logits))
+
+    def never(*_):
+        raise AssertionError
+
+    for call in (
+        lambda: calibration.cross_calibrate(logits, labels, never, seed=seed),
+        lambda: calibration.fit_conformal(probs, labels, seed=seed),
+        lambda: metrics.bootstrap(never, probs, labels, seed=seed),
+        lambda: metrics.paired_test(never, probs, probs, labels, seed=seed),
+    ):
+        with pytest.raises(ValueError, match=rf"seed must lie in .*, got {seed}\."):
+            call()
 
 
 def test_coverage_of_a_large_set():
@@ -390,5 +463,7 @@ def test_bad_options_are_refused():
             calibration.fit_conformal(probs, labels, **kwargs)
     with pytest.raises(ValueError, match="logits"):
         calibration.fit_conformal(logits, labels)
+    with pytest.raises(TypeError, match="bools, got dtype float64"):
+        calibration.coverage(probs, labels)
     with pytest.raises(ValueError, match="l2 must be finite"):
         calibration.fit_matrix(logits, labels, l2=-1.0)

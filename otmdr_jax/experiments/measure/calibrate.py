@@ -52,9 +52,9 @@ def calibrate(
       `alpha`, `methods` and `conformal`. Each entry of `methods` has a `name`. If the
       fit failed, `why` says the reason. Otherwise the entry has `metrics` (name -> raw,
       calibrated, raw_std, calibrated_std; the deviations are None for "validation"), a
-      `note` if the fit did not converge and, for temperature scaling, the mean
-      `temperature` of the fits. Each entry of `conformal` has a score, its coverage and
-      its mean set size.
+      `note` if the fit did not converge or made the NLL worse and, for temperature
+      scaling, the mean `temperature` of the fits. Each entry of `conformal` has a
+      score, its coverage and its mean set size.
 
     Raises:
       FileNotFoundError: The folder is no run, or the run is not finished.
@@ -136,6 +136,9 @@ def _validation_predictions(folder, data_dir, show_progress):
     return found.log_probs, np.asarray(run.dataset.validation.labels)
 
 
+# By less the NLL may rise where there was nothing to calibrate.
+_WORSE = 1.02
+
 _measure = functools.partial(metrics.summary, log_probs=True)
 
 
@@ -153,9 +156,10 @@ def _on_folds(name, log_probs, labels, num_repeats, seed):
             )
     except (ValueError, RuntimeError) as error:
         return {"name": name, "why": str(error)}
+    nll = found.metrics["nll"]
     row: dict[str, Any] = {
         "name": name,
-        **_note(name, caught),
+        **_note(name, caught, nll.raw, nll.calibrated, len(labels) // 2),
         "metrics": {metric: found.metrics[metric]._asdict() for metric in SHOWN},
     }
     if name == "temperature":
@@ -177,7 +181,7 @@ def _held_out(name, held_out, test):
     )
     row: dict[str, Any] = {
         "name": name,
-        **_note(name, caught),
+        **_note(name, caught, raw["nll"], calibrated["nll"], len(held_out[1])),
         "metrics": {
             metric: {
                 "raw": raw[metric],
@@ -193,26 +197,30 @@ def _held_out(name, held_out, test):
     return row
 
 
-def _note(name, caught):
-    """Explains a fit that has not converged."""
-    if not any("has not converged" in str(warning.message) for warning in caught):
-        return {}
-    return {
-        "note": f"{name} scaling has no optimum here: it separates the classes of the "
-        "examples that it is fitted on without error, and is overconfident on others. "
-        "It needs more examples."
-    }
+def _note(name, caught, raw, calibrated, count):
+    """Explains a fit that makes predictions worse, or has no optimum."""
+    found = dict.fromkeys(
+        str(warning.message)
+        for warning in caught
+        if issubclass(warning.category, UserWarning)
+    )
+    if calibrated > _WORSE * raw:
+        found[
+            f"the NLL of examples that it was not fitted on rises from {raw:.4g} to "
+            f"{calibrated:.4g}. Its fit needs more than {count} examples."
+        ] = None
+    return {"note": f"{name}: {' '.join(found)}"} if found else {}
 
 
 def _sets_on_folds(log_probs, labels, alpha, num_repeats, seed):
     """Returns (score, coverage, mean set size) of each score, averaged over folds."""
     probs, rng = np.exp(log_probs), np.random.default_rng(seed)
     found: dict[str, list] = {score: [] for score in SCORES}
-    for repeat in range(num_repeats):
+    for _ in range(num_repeats):
         halves = np.array_split(rng.permutation(len(labels)), 2)
         for fitted, measured in (halves, halves[::-1]):
             for score, sets in _sets(
-                probs[fitted], labels[fitted], probs[measured], alpha, seed + repeat
+                probs[fitted], labels[fitted], probs[measured], alpha, seed
             ):
                 found[score].append(_coverage_and_size(sets, labels[measured]))
     return [(score, *np.mean(rows, axis=0).tolist()) for score, rows in found.items()]
@@ -221,7 +229,7 @@ def _sets_on_folds(log_probs, labels, alpha, num_repeats, seed):
 def _sets(probs, labels, test_probs, alpha, seed):
     for score in SCORES:
         fitted = conformal.fit_conformal(probs, labels, alpha, score=score, seed=seed)
-        yield score, fitted.sets(test_probs, seed=seed + 1)
+        yield score, fitted.sets(test_probs)
 
 
 def _coverage_and_size(sets, labels):

@@ -5,6 +5,12 @@ quantile of the labels' scores on a calibration set. If calibration and test exa
 are exchangeable, the sets of new examples hold their labels with probability at least 1
 - alpha, whatever the model, and at most 1 - alpha + 1 / (n + 1) if no scores tie. This
 probability is over all examples, not for a given example or class.
+
+The uniform number U that some scores draw is a hash of the example's probabilities and
+of a seed. So an example has the same set in whatever batch it comes, also alone, and a
+score is a function of the example, which is all that the theorem asks. (Numbers from a
+generator that starts anew in each call would be the same for all examples that come one
+by one: then the coverage is that of a single U, from far too little to too much.)
 """
 
 import math
@@ -18,6 +24,7 @@ from otmdr_jax.metrics.predictions import (
     check,
     check_labels,
     check_unlabelled,
+    generator,
 )
 
 Score = Literal["lac", "aps", "raps"]
@@ -37,6 +44,7 @@ class Conformal(NamedTuple):
       penalty: RAPS' lambda; 0 for the others.
       free_ranks: RAPS' k_reg, the number of classes without a penalty.
       randomised: True if APS and RAPS draw a part of the class's own probability.
+      seed: The seed of what they draw.
     """
 
     threshold: float
@@ -44,32 +52,31 @@ class Conformal(NamedTuple):
     penalty: float
     free_ranks: int
     randomised: bool
+    seed: int
 
-    def sets(self, probs: Array, *, seed: int = 1) -> np.ndarray:
-        """The set of classes of each example.
+    def sets(self, probs: Array) -> np.ndarray:
+        """The set of classes of each example, the same in whatever batch it comes.
 
         Args:
           probs: (N, C) probabilities, or samples (S, N, C).
-          seed: The seed of random scores; use another one than for the fit.
 
         Returns:
           (N, C) bools.
         """
         p = check_unlabelled(probs)
         found = np.empty(p.shape, bool)
-        rng = np.random.default_rng(seed)
         for rows, block in p.rows():
-            found[rows] = self._scores(block, rng) <= self.threshold
+            found[rows] = self._scores(block) <= self.threshold
         return found
 
-    def _scores(self, probs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _scores(self, probs: np.ndarray) -> np.ndarray:
         """(n, C) scores, of every class as the label."""
         if self.score == "lac":
             return 1.0 - probs
         order = np.argsort(-probs, axis=1, kind="stable")
         ordered = np.take_along_axis(probs, order, axis=1)
         before = np.cumsum(ordered, axis=1) - ordered
-        own = rng.random((len(probs), 1)) if self.randomised else 1.0
+        own = _uniform(probs, self.seed)[:, None] if self.randomised else 1.0
         ranks = np.arange(1, probs.shape[1] + 1)
         penalty = self.penalty * np.maximum(ranks - self.free_ranks, 0)
         scores = np.empty_like(probs)
@@ -91,7 +98,7 @@ def fit_conformal(
     r"""Fits split conformal prediction: finds the threshold on a calibration set.
 
     Let r(c) be the rank of class c in descending order of probability, and U uniform on
-    [0, 1]:
+    [0, 1), a hash of the example's probabilities:
 
     .. math::
       s_{LAC}(c) = 1 - p_c,\quad
@@ -99,10 +106,11 @@ def fit_conformal(
       s_{RAPS}(c) = s_{APS}(c) + \lambda \max(0, r(c) - k).
 
     The threshold is the k-th smallest score of the n labels, k = ceil((n + 1)(1 -
-    alpha)). LAC's sets are the smallest on average, and may be empty; those of APS
-    adapt to how hard an example is; those of RAPS have a short tail. Without U
-    (`randomised=False`) sets are larger and cover more than required. (The released
-    code of RAPS leaves no set empty by default; the theorem holds for the sets here.)
+    alpha)), at least 1; for k = n + 1 all classes are in all sets. LAC's sets are the
+    smallest on average, and may be empty; those of APS adapt to how hard an example is;
+    those of RAPS have a short tail. Without U (`randomised=False`) sets are larger and
+    cover more than required. (The released code of RAPS leaves no set empty by default;
+    the theorem holds for the sets here.)
 
     Args:
       probs: (n, C) probabilities of examples that neither training nor temperature
@@ -112,15 +120,17 @@ def fit_conformal(
       score: The kind of score, "lac", "aps" or "raps".
       penalty: RAPS' lambda.
       free_ranks: RAPS' k.
-      randomised: True to draw U; False for U = 1.
-      seed: The seed of U.
+      randomised: True to draw U; False for U = 1. Examples with equal probabilities
+        have the same U, so a model that predicts few different ones covers more.
+      seed: The seed of U, in 0..2**32 - 1; another one gives other sets that hold as
+        many labels.
 
     Returns:
       :class:`Conformal`, whose `sets` gives the sets of new examples.
 
     Raises:
       ValueError: The input is bad, the score is unknown, alpha is out of range, or the
-        penalty is negative.
+        penalty or the seed is negative.
 
     Reference: Vovk et al., 2005; LAC: Sadinle, Lei & Wasserman, `Least Ambiguous
     Set-Valued Classifiers with Bounded Error Levels
@@ -147,11 +157,11 @@ def fit_conformal(
         raise ValueError(
             f"need penalty >= 0 and free_ranks >= 0, got {penalty} and {free_ranks}."
         )
+    generator(seed)  # checks it
     p = check(probs, labels)
-    predictor = Conformal(
-        math.inf, score, penalty if score == "raps" else 0.0, free_ranks, randomised
-    )
-    return predictor._replace(threshold=_threshold(predictor, p, alpha, seed))
+    penalty = penalty if score == "raps" else 0.0
+    predictor = Conformal(math.inf, score, penalty, free_ranks, randomised, seed)
+    return predictor._replace(threshold=_threshold(predictor, p, alpha))
 
 
 def coverage(sets: Array, labels: Array) -> float:
@@ -164,12 +174,18 @@ def coverage(sets: Array, labels: Array) -> float:
     Returns:
       The fraction; the mean size of sets is `sets.sum(axis=1).mean()`.
 
+    Raises:
+      TypeError: Sets are not bools.
+      ValueError: Labels are out of range, or shapes do not fit.
+
     Example:
       >>> from otmdr_jax import calibration
       >>> calibration.coverage([[True, False], [True, False]], [0, 1])
       0.5
     """
     sets = np.asarray(sets)
+    if sets.dtype != np.bool_:
+        raise TypeError(f"sets must be bools, got dtype {sets.dtype}.")
     labels = check_labels(labels, sets, sets.shape, "sets")
     return float(np.mean(sets[np.arange(len(labels)), labels]))
 
@@ -180,14 +196,28 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must lie in (0, 1), got {alpha}.")
 
 
-def _threshold(predictor: Conformal, p: Predictions, alpha: float, seed: int) -> float:
-    rng = np.random.default_rng(seed)
+def _uniform(probs: np.ndarray, seed: int) -> np.ndarray:
+    """(n,) numbers in [0, 1) that look random: hashes of the rows (n, C).
+
+    A sum of odd multiples of the bits modulo 2^64, then the finaliser of splitmix64
+    (Steele, Lea & Flood, 2014), of whose result the upper 53 bits count.
+    """
+    rng = generator(seed)
+    factors = rng.integers(2**64, size=probs.shape[1] + 1, dtype=np.uint64) | 1
+    bits = (probs + 0.0).view(np.uint64)  # of 0 where it is -0
+    found = (bits ^ bits >> np.uint64(32)) @ factors[1:] + factors[0]
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        found = (found ^ found >> np.uint64(shift)) * np.uint64(factor)
+    return ((found ^ found >> np.uint64(31)) >> np.uint64(11)) * 2.0**-53
+
+
+def _threshold(predictor: Conformal, p: Predictions, alpha: float) -> float:
     of_labels = np.concatenate(
         [
-            predictor._scores(block, rng)[np.arange(len(block)), p.labels[rows]]
+            predictor._scores(block)[np.arange(len(block)), p.labels[rows]]
             for rows, block in p.rows()
         ]
     )
     # If (n + 1)(1 - alpha) should be whole, rounding may put it just above.
-    k = math.ceil((len(of_labels) + 1) * (1.0 - alpha) - 1e-9)
+    k = max(1, math.ceil((len(of_labels) + 1) * (1.0 - alpha) - 1e-9))
     return float(np.sort(of_labels)[k - 1]) if k <= len(of_labels) else math.inf

@@ -21,7 +21,7 @@ from otmdr_jax.metrics.calibration.scaling import (
     fit_vector,
     log_softmax,
 )
-from otmdr_jax.metrics.predictions import Array, check_labels
+from otmdr_jax.metrics.predictions import Array, check_labels, generator
 
 # From logits to log-probabilities.
 Calibrator = Callable[[Array], np.ndarray]
@@ -97,7 +97,7 @@ def cross_calibrate(
         `functools.partial(metrics.summary, log_probs=True)`.
       num_folds: The number of folds, usually 2.
       num_repeats: The number of repeats, usually 5.
-      seed: The seed of the shuffles.
+      seed: The seed of the shuffles, in 0..2**32 - 1.
 
     Returns:
       :class:`CrossCalibration`.
@@ -119,6 +119,7 @@ def cross_calibrate(
       >>> found.metrics["nll"].calibrated < found.metrics["nll"].raw
       True
     """
+    rng = generator(seed)
     if isinstance(method, str):
         if method not in METHODS:
             raise ValueError(
@@ -133,7 +134,6 @@ def cross_calibrate(
             "need num_repeats >= 1 and 2 <= num_folds <= N, got "
             f"{num_repeats = }, {num_folds = } for N = {len(labels)}."
         )
-    rng = np.random.default_rng(seed)
     raw, calibrated, calibrators = [], [], []
     for _ in range(num_repeats):
         folds = np.array_split(rng.permutation(len(labels)), num_folds)

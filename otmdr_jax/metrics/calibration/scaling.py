@@ -1,6 +1,13 @@
 """Temperature, vector and matrix scaling: log_softmax(W z + b), fitted by NLL.
 
 The NLL is convex in W and b. Optax's L-BFGS minimises it, always in float64.
+
+Where classes can be told apart without error, and with few examples they can, the NLL
+has no minimum: weights grow without bound, and the next wrong prediction costs hundreds
+of nats. Vector and matrix scaling therefore pull to the identity, with a force that
+falls with the number of examples. Guo et al. (2017) fit matrices without a penalty and
+report that they overfit; Kull et al. (2019) penalise the squares of what is off the
+diagonal and of the bias (ODIR), by factors from cross-validation.
 """
 
 import dataclasses
@@ -59,7 +66,7 @@ def fit_temperature(logits: Array, labels: Array) -> float:
     Returns:
       T, in 0.01..100, above 1 if the model is too sure. If no temperature inside is
       best, it is the nearer end (all predictions right: 0.01; worse than guessing:
-      100).
+      100), with a warning.
 
     Raises:
       ValueError: The shape is another, the set is empty, numbers are not finite, or
@@ -83,25 +90,27 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 
     # The NLL is convex in 1 / T: its slopes at the ends say on which side it is least.
     if _slope(logits, labels, 1.0 / high) >= 0.0:
-        return high
+        return _end(high, "the logits are no better than guessing")
     if _slope(logits, labels, 1.0 / low) <= 0.0:
-        return low
+        return _end(low, "the label has the largest logit in every example")
     start = {"log_weight": np.zeros(()), "bias": np.zeros(())}
     found = _fit(logits, labels, start, 0.0, "temperature")
     return float(np.exp(-found["log_weight"]))
 
 
-def fit_vector(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
+def fit_vector(logits: Array, labels: Array, *, l2: float | None = None) -> Scaling:
     """Vector scaling: softmax(w * z + b) with a weight and a bias for each class.
 
-    It changes the ranking of classes, and so accuracy. The optimum is unique up to a
-    number added to all biases. If classes can be told apart without error there is no
-    optimum, and `l2` is needed.
+    It changes the ranking of classes, and so accuracy. Without a penalty the optimum is
+    unique up to a number added to all biases, and there is none if classes can be told
+    apart without error.
 
     Args:
       logits: (N, C) logits or log-probabilities, held out from training.
       labels: (N,) integers in 0..C-1.
-      l2: The factor of a penalty l2 / 2 (|w - 1|^2 + |b|^2) beside the mean NLL.
+      l2: The factor of a penalty l2 / 2 (|w - 1|^2 + |b|^2) beside the mean NLL; None
+        for 1 / N, a Gaussian prior of deviation 1 (as scikit-learn's C = 1 of a
+        logistic regression). 0 is the authors' fit without a penalty.
 
     Returns:
       :class:`Scaling`.
@@ -116,7 +125,7 @@ def fit_vector(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
       >>> import numpy as np
       >>> from otmdr_jax import calibration
       >>> logits = np.array([[1.0, 0.0], [0.0, 1.0]] * 4)
-      >>> scaling = calibration.fit_vector(logits, [0, 0, 0, 1, 0, 1, 1, 1])
+      >>> scaling = calibration.fit_vector(logits, [0, 0, 0, 1, 0, 1, 1, 1], l2=0)
       >>> np.exp(scaling(logits[:2])).round(4)[:, 0]
       array([0.75, 0.25])
     """
@@ -124,19 +133,21 @@ def fit_vector(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
     classes = logits.shape[1]
     start = {"weight": np.ones(classes), "bias": np.zeros(classes)}
     labels = check_labels(labels, logits, logits.shape, "logits")
-    return Scaling(**_fit(logits, labels, start, _positive(l2), "vector"))
+    return Scaling(**_fit(logits, labels, start, _penalty(l2, labels), "vector"))
 
 
-def fit_matrix(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
+def fit_matrix(logits: Array, labels: Array, *, l2: float | None = None) -> Scaling:
     """Matrix scaling: softmax(W z + b), a logistic regression on the logits.
 
-    It fits C (C + 1) numbers, so many classes need many examples, or `l2`, which pulls
-    W to the identity. (Kull et al., 2019, penalise only its off-diagonal and the bias.)
+    It fits C (C + 1) numbers, so many classes need many examples, or a larger `l2`.
+    (Kull et al., 2019, penalise only the off-diagonal and the bias, by two factors from
+    cross-validation.)
 
     Args:
       logits: (N, C) logits or log-probabilities, held out from training.
       labels: (N,) integers in 0..C-1.
-      l2: The factor of a penalty l2 / 2 (|W - I|^2 + |b|^2) beside the mean NLL.
+      l2: The factor of a penalty l2 / 2 (|W - I|^2 + |b|^2) beside the mean NLL; None
+        for 1 / N, as in :func:`fit_vector`.
 
     Returns:
       :class:`Scaling`.
@@ -152,7 +163,7 @@ def fit_matrix(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
       >>> import numpy as np
       >>> from otmdr_jax import calibration
       >>> logits = np.array([[1.0, 0.0], [0.0, 1.0]] * 4)
-      >>> scaling = calibration.fit_matrix(logits, [0, 0, 0, 1, 0, 1, 1, 1])
+      >>> scaling = calibration.fit_matrix(logits, [0, 0, 0, 1, 0, 1, 1, 1], l2=0)
       >>> np.exp(scaling(logits[:2])).round(4)[:, 0]
       array([0.75, 0.25])
     """
@@ -160,7 +171,7 @@ def fit_matrix(logits: Array, labels: Array, *, l2: float = 0.0) -> Scaling:
     classes = logits.shape[1]
     start = {"weight": np.eye(classes), "bias": np.zeros(classes)}
     labels = check_labels(labels, logits, logits.shape, "logits")
-    return Scaling(**_fit(logits, labels, start, _positive(l2), "matrix"))
+    return Scaling(**_fit(logits, labels, start, _penalty(l2, labels), "matrix"))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -193,7 +204,18 @@ def _slope(logits: np.ndarray, labels: np.ndarray, weight: float) -> float:
     return float(np.mean(np.sum(probs * logits, axis=1) - of_label))
 
 
-def _positive(l2: float) -> float:
+def _end(temperature: float, why: str) -> float:
+    warnings.warn(
+        f"no temperature is best, since {why}: {temperature} is an end of the range, "
+        "and may be far worse than 1 for other examples. Give more examples.",
+        stacklevel=3,
+    )
+    return temperature
+
+
+def _penalty(l2: float | None, labels: np.ndarray) -> float:
+    if l2 is None:
+        return 1.0 / len(labels)
     if not 0.0 <= l2 < np.inf:
         raise ValueError(f"l2 must be finite and not negative, got {l2}.")
     return l2
