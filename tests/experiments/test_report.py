@@ -11,6 +11,7 @@ import pytest
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments import cli, config, report
+from otmdr_jax.experiments.report.tables import Table
 
 CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
 
@@ -299,6 +300,94 @@ def test_print_table_uses_the_console():
     console = Console(file=io.StringIO(), width=60)
     report.print_table(report.summarise([make(nll=0.25)], ["nll"]), console)
     assert "0.2500" in console.file.getvalue()
+
+
+def printed(table, width, title=""):
+    """What a terminal of this width shows: [(headings, lines of cells)] of each table.
+
+    A cell is the list of its lines. A line of numbers begins a line of the table.
+    """
+    from rich.console import Console
+
+    console = Console(
+        file=io.StringIO(), width=width, force_terminal=True, color_system=None
+    )
+    table.print(title, console)
+    shown, tables, rows = console.file.getvalue().splitlines(), [], []
+    assert max(map(len, shown)) <= width
+    for line in shown:
+        if line[0] == "┏":
+            tables.append(rows := [])
+        elif line[0] in "┃│":
+            rows.append((line[0], [x.strip() for x in line.strip("┃│").split(line[0])]))
+    found = []
+    for rows in tables:
+        columns = zip(*(cells for kind, cells in rows if kind == "┃"), strict=True)
+        heads, lines = [" ".join(filter(None, x)) for x in columns], []
+        for cells in (cells for kind, cells in rows if kind == "│"):
+            if any(cells[1:]) and (len(table.lines) > 1 or not lines):
+                lines.append([[x] for x in cells])
+            else:
+                lines[-1] = [
+                    old + [x] * bool(x) for old, x in zip(lines[-1], cells, strict=True)
+                ]
+        found.append((heads, lines))
+    return found
+
+
+@pytest.mark.parametrize("width", [40, 41, 53, 64, 79, 80, 81, 100, 130, 160, 200])
+def test_a_terminal_of_any_width_shows_every_digit(width):
+    header = ["Method", "n", "Accuracy (%) ↑", "NLL ↓", "ECE ↓", "Sharpness ↓"]
+    labels = [
+        "SGD",
+        "OT-MDR (K = 2), epochs = 3, label_noise_of_the_training_set = 0.2",
+    ]
+    numbers = [
+        ["2", "84.58 ± 19.45", "0.4365 ± 0.0183", "12345.6789", "-"],
+        ["3", "**93.11 ± 1.05**", "0.4365", "-", "0.4365 ± 0.0183 (2 of 3)"],
+    ]
+    lines = [[label, *x] for label, x in zip(labels, numbers, strict=True)]
+    found = printed(Table(header, lines), width, "a title " * 30)
+    columns = {}
+    for heads, rows in found:
+        assert heads[0] == "Method" and len(heads) > 1
+        for label, (folded, *_) in zip(labels, rows, strict=True):
+            assert "".join(folded).replace(" ", "") == label.replace(" ", "")
+        for i, head in enumerate(heads[1:], 1):
+            assert head not in columns
+            columns[head] = [row[i] for row in rows]
+    # Each column once and in order, and each number whole in one line.
+    assert list(columns) == header[1:]
+    assert list(columns.values()) == [
+        [[x.strip("*")] for x in column] for column in zip(*numbers, strict=True)
+    ]
+    assert len(found) == 1 or width < 160
+
+
+def test_parts_of_a_table_repeat_all_that_names_a_line():
+    rows = [
+        ["ones", "100", score, "0.1234", "0.1234", "0.1234", "0.1234"]
+        for score in ("confidence", "entropy")
+    ]
+    header = ["Set", "n", "Score", "AUROC", "AUPR", "FPR95", "FPR99"]
+    found = printed(Table(header, rows), 40)
+    assert len(found) > 1
+    for heads, lines in found:
+        assert heads[:2] == ["Set", "Score"]
+        assert [row[1] for row in lines] == [["confidence"], ["entropy"]]
+    assert [x for heads, _ in found for x in heads[2:]] == ["n", *header[3:]]
+
+
+def test_names_are_folded_before_a_table_is_parted():
+    folder = "sweep/" + "a-long-name/" * 6
+    line = ["SAM", "1", folder, "finished"]
+    ((heads, (cells,)),) = printed(
+        Table(["Method", "Seed", "Folder", "State"], [line]), 80
+    )
+    assert heads == ["Method", "Folder", "State", "Seed"]
+    assert ["".join(x) for x in cells] == ["SAM", folder, "finished", "1"]
+    ((_, (cells,)),) = printed(Table(["Method", "State"], [["SAM" * 30, "x" * 70]]), 60)
+    assert ["".join(x) for x in cells] == ["SAM" * 30, "x" * 70]
 
 
 # -- plots --

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # Texts that count as numbers, also in bold, with a sign, or "-" for an unknown one.
@@ -23,7 +24,7 @@ class Table(NamedTuple):
         """Returns the table as Markdown, with numbers aligned to the right."""
         columns = list(zip(*self.lines, strict=True)) or [()] * len(self.header)
         rule = [
-            "--:" if i and any(map(_NUMBER.match, column)) else ":--"
+            "--:" if i and not _is_text(column) else ":--"
             for i, column in enumerate(columns)
         ]
         return "\n".join(
@@ -34,41 +35,92 @@ class Table(NamedTuple):
     def print(self, title: str = "", console: Any = None) -> None:
         """Prints the table with rich, or as Markdown if rich is not installed.
 
+        A table that is too wide becomes several tables below each other, of which each
+        repeats the columns of names. Names and headings are folded, numbers never.
+
         Args:
           title: Line above the table.
-          console: `rich.console.Console` to print on. Default: standard output.
+          console: `rich.console.Console` to print on. Default: standard output, wide
+            enough for the table if it is a file or pipe.
         """
         try:
+            from rich.console import Console
             from rich.table import Table as RichTable
             from rich.text import Text
         except ImportError:
             print(*filter(None, [title, self.markdown()]), sep="\n")
             return
-        shown = RichTable(title=Text(title) if title else None)
-        for i, name in enumerate(self.header):
-            shown.add_column(Text(name), justify="right" if i else "left")
-        for line in self.lines:
-            bold = [x.startswith("**") and x.endswith("**") for x in line]
-            shown.add_row(
-                *(
-                    Text(x[2:-2], "bold green") if best else Text(x)
-                    for x, best in zip(line, bold, strict=True)
-                )
-            )
-        (console or _wide_console(shown)).print(shown)
+        header = [Text(name) for name in self.header]
+        lines = [
+            [Text(x[2:-2], "bold green") if x[:2] == "**" else Text(x) for x in line]
+            for line in self.lines
+        ]
+        columns = list(zip(header, *lines, strict=True))
+        names = [
+            i
+            for i in range(len(header))
+            if not i or _is_text(line[i] for line in self.lines)
+        ]
+        widths = [max(x.cell_len for x in column) for column in columns]
+        if console is None:
+            console = Console()
+            if not console.is_terminal:  # no window that could be too narrow
+                console = Console(width=max(console.width, _sum(widths)))
+        parts = [dict(enumerate(widths))]
+        if _sum(widths) > console.width:
+            for i in set(range(len(header))).difference(names):
+                heading, *numbers = columns[i]
+                widths[i] = max(x.cell_len for x in [*heading.split(), *numbers])
+            parts = _parts(widths, names, console.width)
+        for part in parts:
+            shown = RichTable(title=Text(title) if title and part is parts[0] else None)
+            for i, width in part.items():
+                side: Any = "left" if i in names else "right"
+                shown.add_column(header[i], justify=side, width=width, overflow="fold")
+            for line in lines:
+                shown.add_row(*(line[i] for i in part))
+            console.print(shown)
 
 
-def _wide_console(table: Any) -> Any:
-    """Makes a console on standard output that is wide enough for a file or pipe."""
-    from rich.console import Console, Measurement
+def _parts(widths: list[int], names: list[int], width: int) -> list[dict[int, int]]:
+    """Parts columns among tables that each have all columns of names.
 
-    console = Console()
-    if console.is_terminal:
-        return console
-    # A file or pipe has no window that could be too narrow.
-    wide = console.options.update(width=10_000)
-    needed = Measurement.get(console, wide, table).maximum
-    return Console(width=max(console.width, needed))
+    Args:
+      widths: Width of each column, in characters. Columns of names may get less.
+      names: Indices of the columns of names.
+      width: Width of a table, borders included.
+
+    Returns:
+      Index -> width of the columns of each table.
+    """
+
+    def room(part: list[int]) -> int:
+        """The characters that are left for the names."""
+        return width - _sum([widths[i] for i in part] + [0] * len(names))
+
+    least = min(sum(widths[i] for i in names), width // 3)
+    parts: list[list[int]] = [[]]
+    for i in range(len(widths)):
+        if i in names:
+            continue
+        if parts[-1] and room([*parts[-1], i]) < least:
+            parts.append([])
+        parts[-1].append(i)
+    left = min(map(room, parts))
+    own = {i: widths[i] for i in names}
+    while sum(own.values()) > max(left, len(own)):
+        own[max(own, key=lambda i: own[i])] -= 1
+    return [own | {i: widths[i] for i in part} for part in parts]
+
+
+def _sum(widths: list[int]) -> int:
+    """Returns the width of a table: two spaces and a border for each column."""
+    return sum(widths) + 3 * len(widths) + 1
+
+
+def _is_text(column: Iterable[str]) -> bool:
+    """Returns whether no text of a column is a number."""
+    return not any(map(_NUMBER.match, column))
 
 
 def _in_a_cell(text: str) -> str:
