@@ -107,7 +107,8 @@ def fpr_at_tpr(scores: Array, positive: Array, tpr: float = 0.95) -> float:
     if not 0.0 < tpr <= 1.0:
         raise ValueError(f"tpr must lie in (0, 1], got {tpr}.")
     kept, found = operating_points(*_check(scores, positive))
-    at = np.argmax(found >= tpr * found[-1])
+    # The number should be whole where it is so in decimals: .55 of 100 is 55.
+    at = np.argmax(found >= tpr * found[-1] - 1e-9)
     return float((kept[at] - found[at]) / (kept[-1] - found[-1]))
 
 

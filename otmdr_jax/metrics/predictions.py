@@ -24,6 +24,8 @@ TOLERANCE = 1e-3
 # 2 MiB in float64, so that a block's second pass finds it in a core's cache.
 _BLOCK = 2**18
 _COLUMNS = 8
+# Logarithms above -1e-6 have at most three bits in float32.
+_ROUNDED = 1e-6
 # Smaller sets take less time than starting threads.
 _THREADED = 2**22
 
@@ -44,7 +46,8 @@ class Predictions:
       log: Whether logarithms were given. They rank what underflows to equal
         probabilities.
       confidence_key: (N,) numbers that rank examples by confidence: its logarithm if
-        logarithms were given.
+        logarithms were given. Close to 0, where float32 rounds it, it is what the other
+        classes leave.
       samples: (S, N, C) the samples as they were given, None of a single prediction.
     """
 
@@ -68,9 +71,12 @@ class Predictions:
         predicted, highest, of_label = zip(*found, strict=True)
         self.predicted = np.concatenate(predicted)
         # exp(log_softmax) of a certain prediction can exceed 1 by a rounding error.
-        key = np.minimum(np.concatenate(highest), 0.0 if log_probs else 1.0)
-        self.confidence_key = key
-        self.confidence = np.exp(key) if log_probs else key
+        self.confidence_key = np.minimum(
+            np.concatenate(highest), 0.0 if log_probs else 1.0
+        )
+        self.confidence = (
+            np.exp(self.confidence_key) if log_probs else self.confidence_key
+        )
         self.log_of_label = np.concatenate(of_label)
 
     @functools.cached_property
@@ -117,6 +123,10 @@ class Predictions:
     def of_classes(self, classes: slice) -> np.ndarray:
         """(classes, N) :meth:`keys` in float64, each class contiguous."""
         columns = np.array(self._values[:, classes].T, np.float64, order="C")
+        if self.log:
+            for c, column in enumerate(columns, classes.start):
+                highest = self.predicted == c
+                column[highest] = self.confidence_key[highest]
         return np.minimum(columns, 0.0 if self.log else 1.0, out=columns)
 
     def _probs(self, values: np.ndarray) -> np.ndarray:
@@ -132,8 +142,13 @@ class Predictions:
         predicted = values.argmax(axis=1)  # of the logarithms, where they are given
         highest = values[every, predicted]
         of_label = values[every, self.labels[rows]]
-        _refuse(self._probs(values), self._values, rows, self.log, self._allowed)
-        if not self.log:
+        probs = self._probs(values)
+        _refuse(probs, self._values, rows, self.log, self._allowed)
+        if self.log:
+            sure = np.flatnonzero(highest > -_ROUNDED)
+            probs[sure, predicted[sure]] = 0.0
+            highest[sure] = -probs[sure].sum(axis=1)
+        else:
             with np.errstate(divide="ignore"):
                 of_label = np.log(of_label)
         return predicted, highest, of_label

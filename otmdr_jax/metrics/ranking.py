@@ -290,7 +290,8 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
       The area.
 
     Raises:
-      ValueError: An unknown score; "mutual_information" without samples.
+      ValueError: An unknown score; "mutual_information" without samples; sets with
+        different numbers of classes.
 
     Reference: Hendrycks & Gimpel, `A Baseline for Detecting Misclassified and
     Out-of-Distribution Examples <https://arxiv.org/abs/1610.02136>`_, ICLR 2017.
@@ -310,6 +311,11 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
     }
     if score not in scores:
         raise ValueError(f"score must be one of {', '.join(scores)}, got {score!r}.")
+    if sets[0].shape[1] != sets[1].shape[1]:
+        raise ValueError(
+            "both sets need predictions of one model, but they have "
+            f"{sets[0].shape[1]} and {sets[1].shape[1]} classes."
+        )
     inside, outside = map(scores[score], sets)
     positive = np.arange(len(inside) + len(outside)) >= len(inside)
     return auroc(np.concatenate([inside, outside]), positive)

@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+from fractions import Fraction
 
 import jax
 import numpy as np
@@ -60,10 +61,10 @@ def test_float32_logits_are_fitted_in_float64_and_nothing_is_switched():
 
 def test_where_no_temperature_is_best_the_nearest_bound_is():
     logits = np.array([[3.0, 0.0], [0.0, 2.0]])
-    with pytest.warns(UserWarning, match="label has the largest logit in every"):
+    with pytest.warns(UserWarning, match="falls below .* 0.01.* all predictions are"):
         assert calibration.fit_temperature(logits, [0, 1]) == 0.01
     for wrong in (logits, np.zeros((2, 2))):  # of zeros any temperature is best
-        with pytest.warns(UserWarning, match="no better than guessing: 100.0 is"):
+        with pytest.warns(UserWarning, match="falls above .* 100.0.* no better than"):
             assert calibration.fit_temperature(wrong, [1, 0]) == 100.0
 
 
@@ -401,6 +402,26 @@ def test_a_level_that_few_examples_cannot_give_takes_all_classes():
     assert conformal.threshold == math.inf and conformal.sets([[1.0, 0.0]]).all()
     enough = calibration.fit_conformal([[0.9, 0.1]] * 9, [0] * 9, alpha=0.1)
     assert enough.threshold < 0.9
+
+
+def test_the_quantile_is_that_of_exact_arithmetic():
+    """Of 300 sizes and levels as people write them, k = ceil((n + 1)(1 - alpha))."""
+    scores = np.linspace(0.01, 0.49, 300)
+    probs = np.stack([1 - scores, scores], axis=1)
+    for alpha in ("0.01", "0.05", "0.1", "0.18", "0.2", "0.3", "0.5", "0.9"):
+        for n in (*range(1, 60), 99, 100, 149, 199, 299):
+            k = math.ceil((n + 1) * (1 - Fraction(alpha)))
+            found = calibration.fit_conformal(
+                probs[:n], [0] * n, float(alpha), score="lac"
+            )
+            want = math.inf if k > n else 1 - probs[k - 1, 0]
+            assert found.threshold == want, (alpha, n)
+
+
+def test_a_scaling_is_for_as_many_classes_as_it_was_fitted_on():
+    for fit in (calibration.fit_vector, calibration.fit_matrix):
+        with pytest.raises(ValueError, match="fitted on 4 classes, got logits of 1"):
+            fit(*sample(0, n=40))(np.zeros((2, 1)))
 
 
 def test_a_level_that_is_whole_is_not_rounded_up():

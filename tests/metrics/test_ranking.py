@@ -1,6 +1,10 @@
 """Rankings by confidence against scikit-learn and pairs that are counted."""
 
+import math
+from fractions import Fraction
+
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -38,6 +42,16 @@ def test_detection_is_scikit_learns(case):
     for rate in (0.3, 0.95, 1.0):
         want = fpr[np.argmax(tpr >= rate - 1e-12)]
         np.testing.assert_allclose(metrics.fpr_at_tpr(scores, positive, rate), want)
+
+
+@pytest.mark.parametrize("tpr", ["0.55", "0.95", "0.7", "0.3"])
+def test_the_rate_is_reached_where_it_is_in_decimals(tpr):
+    """0.55 * 100 is 55.00000000000001 in float64."""
+    for count in (20, 100, 180, 200, 340, 1000):
+        scores = -np.arange(2 * count)  # positives and negatives by turns
+        need = math.ceil(Fraction(tpr) * count)
+        found = metrics.fpr_at_tpr(scores, np.arange(2 * count) % 2 == 0, float(tpr))
+        assert found == (need - 1) / count
 
 
 def test_auroc_is_the_fraction_of_pairs_in_order():
@@ -167,6 +181,31 @@ def test_rounding_does_not_decide_ties(seed):
     )
     for score in ("confidence", "entropy", "mutual_information"):
         assert metrics.ood_auroc(examples[:, :25], examples[:, 25:], score) == 0.5
+
+
+def test_sure_predictions_in_float32_are_ranked_by_what_others_leave():
+    """Their own logarithm is 0 throughout; the logits are of a torchmetrics report."""
+    logits = [98.0950, 98.4612, 98.1145, 98.1506, 97.6037, 98.9425, 99.2644, 99.5014]
+    logits += [99.7280, 99.6595, 99.6931, 99.4667, 99.9623, 99.8949, 99.8768]
+    labels = np.array([0] + [1] * 14)
+    rows = np.stack([np.zeros(15), logits], axis=1).astype(np.float32)
+    log_probs = np.asarray(jax.nn.log_softmax(rows))
+    assert not log_probs[:, 1].any()
+    p = metrics.check(log_probs, labels, log_probs=True)
+    want = sk.roc_auc_score(labels, logits)
+    assert want == pytest.approx(13 / 14)
+    for found in (
+        metrics.ovr_auroc(p, labels),
+        metrics.misclassification_auroc(p, labels),
+        metrics.summary(log_probs, labels, log_probs=True)["ovr_auroc"],
+    ):
+        assert found == pytest.approx(want)
+    assert metrics.ovr_auroc(np.exp(log_probs), labels) == pytest.approx(0.5, abs=0.25)
+
+
+def test_sets_of_different_models_are_refused():
+    with pytest.raises(ValueError, match="one model, but they have 2 and 3 classes"):
+        metrics.ood_auroc(RIGHT, [[0.3, 0.3, 0.4]])
 
 
 RIGHT = np.array([[0.9, 0.1], [0.8, 0.2]])

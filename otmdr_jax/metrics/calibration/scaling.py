@@ -44,6 +44,11 @@ class Scaling:
     def __call__(self, logits: Array) -> np.ndarray:
         """The calibrated log-probabilities."""
         logits = check_logits(logits)
+        if np.ndim(self.weight) and logits.shape[1] != len(self.weight):
+            raise ValueError(
+                f"the scaling was fitted on {len(self.weight)} classes, got logits of "
+                f"{logits.shape[1]}."
+            )
         matrix = np.ndim(self.weight) == 2
         scaled = logits @ self.weight.T if matrix else logits * self.weight
         return log_softmax(scaled + self.bias)
@@ -90,9 +95,11 @@ def fit_temperature(logits: Array, labels: Array) -> float:
 
     # The NLL is convex in 1 / T: its slopes at the ends say on which side it is least.
     if _slope(logits, labels, 1.0 / high) >= 0.0:
-        return _end(high, "the logits are no better than guessing")
+        return _end(
+            high, "above", "logits are no better than guessing, or far too large"
+        )
     if _slope(logits, labels, 1.0 / low) <= 0.0:
-        return _end(low, "the label has the largest logit in every example")
+        return _end(low, "below", "all predictions are right, or logits far too small")
     start = {"log_weight": np.zeros(()), "bias": np.zeros(())}
     found = _fit(logits, labels, start, 0.0, "temperature")
     return float(np.exp(-found["log_weight"]))
@@ -204,10 +211,11 @@ def _slope(logits: np.ndarray, labels: np.ndarray, weight: float) -> float:
     return float(np.mean(np.sum(probs * logits, axis=1) - of_label))
 
 
-def _end(temperature: float, why: str) -> float:
+def _end(temperature: float, side: str, why: str) -> float:
     warnings.warn(
-        f"no temperature is best, since {why}: {temperature} is an end of the range, "
-        "and may be far worse than 1 for other examples. Give more examples.",
+        f"the NLL still falls {side} the temperature {temperature}, the end of the "
+        f"range: {why}. It may be far worse than 1 for other examples: give more, or "
+        "rescale the logits.",
         stacklevel=3,
     )
     return temperature
