@@ -169,8 +169,10 @@ class _Search:
         self.count += 1
         self.steps += not self._restarted
         product = self._times(self._next)
-        self._next, column = self._outside(product)
-        self._rest = float(np.linalg.norm(self._next))
+        size = float(np.abs(product).max()) or 1.0  # squares of float32 have an end
+        self._next, column = self._outside(product / self._next.dtype.type(size))
+        self._norm = float(np.linalg.norm(self._next))
+        self._rest, column = size * self._norm, size * column
         last = self.count - 1
         self._projected[: self.count, last] = column
         self._projected[last, : self.count] = column
@@ -186,7 +188,7 @@ class _Search:
         if self.exhausted:
             self.start()
         else:
-            self._next /= self._rest
+            self._next /= self._norm
 
     def keep(self, ritz: _Ritz, number: int) -> None:
         """Replaces the basis by the leading Ritz vectors, in its own memory."""

@@ -22,7 +22,8 @@ SPECTRA = {
     "six of each": np.repeat(NORMAL[:64] ** 2 + 0.1, 6),
     "both signs": np.concatenate([[4.0, -3.0] * 3, NORMAL[:500] / 3]),
     "small": np.arange(-20.0, 23.0),
-    "tiny": 1e-12 * NORMAL[:100],
+    "tiny": 1e-30 * np.repeat(np.arange(1.0, 21.0), 5),
+    "huge": 1e30 * np.repeat(np.arange(1.0, 21.0), 5),
 }
 
 
