@@ -478,9 +478,9 @@ def test_entropy_is_never_negative():
 @pytest.mark.parametrize("log_probs", [False, True])
 def test_every_sample_must_be_a_distribution(log_probs):
     """Their mean is [0.5, 0.5]."""
-    samples = np.array([[[0.2, 0.2]], [[0.8, 0.8]]])
+    samples = np.array([[[0.5, 0.5]], [[0.2, 0.2]], [[0.8, 0.8]]])
     given = np.log(samples) if log_probs else samples
-    with pytest.raises(ValueError, match=r"row 0 of sample 0.*sum"):
+    with pytest.raises(ValueError, match=r"row 0 of sample 1.*sum"):
         metrics.check(given, [0], log_probs=log_probs)
     state = streaming.update(streaming.init(2), given, [0], log_probs=log_probs)
     with pytest.raises(ValueError, match="1 of 1 examples are no distributions"):
