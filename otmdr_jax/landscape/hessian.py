@@ -111,8 +111,8 @@ def hessian_eigenvalues(
     is at most 0.001 (see :mod:`otmdr_jax.landscape.lanczos`).
 
     Products are computed on the device. The host holds :math:`\max(20, 2 k + 1) + k`
-    vectors. Random vectors are fixed, so the result is the same each time. The whole
-    matrix is built for up to 40 weights, or that many.
+    vectors, and four more at work. Random vectors are fixed, so the result is the same
+    each time. The whole matrix is built for up to 40 weights, or that many.
 
     Args:
       loss_sum: (params, batch) -> (sum of losses, number of examples). It is compiled
