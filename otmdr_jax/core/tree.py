@@ -45,9 +45,10 @@ def arrays(params: PyTree) -> PyTree:
             raise TypeError(
                 "parameters must be real or complex floating numbers to be "
                 f"differentiated, got {type(leaf).__name__ if x is None else x.dtype} "
-                f"at params{jax.tree_util.keystr(path)}. Make it floating, or hand the "
-                "parameters of a model over alone, and let the loss put back the rest: "
-                "nnx.split(model, nnx.Param, ...), variables['params'] of Linen, "
+                f"at params{jax.tree_util.keystr(path)}. Make it floating, or a "
+                "further argument of the loss. Of a model pass the parameters alone; "
+                "the loss puts the rest back: nnx.split(model, nnx.Param, ...), "
+                "variables['params'] of Linen, "
                 "equinox.partition(model, equinox.is_inexact_array)."
             )
         return x

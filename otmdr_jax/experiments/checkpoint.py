@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, kept to a number."""
 
+import logging
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -35,6 +36,11 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax warns that what is opened for reading only is read only."""
+    return "read_only" not in record.msg and "read only" not in record.msg
+
+
 class Checkpoints:
     """The checkpoints in a folder; a context manager that waits for the last one.
 
@@ -61,6 +67,8 @@ class Checkpoints:
         self.run = pathlib.Path(folder).parent  # as the user calls it
         self.folder = pathlib.Path(folder).absolute()
         self._scored = scored
+        if read_only:
+            logging.getLogger("absl").addFilter(_is_news)
         policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),

@@ -133,7 +133,9 @@ def check(name: str, value: Any, kind: Any) -> None:
 
 def _must(name: str, value: Any, holds: bool, be: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {be}, got {value!r}.")
+        plain = isinstance(value, str | int | float | tuple | list | dict | None)
+        got = repr(value) if plain else f"a {type(value).__name__}"
+        raise ValueError(f"{name} must be {be}, got {got}.")
 
 
 def alternatives(kind: Any) -> tuple[list[Any], bool]:

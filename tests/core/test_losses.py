@@ -251,6 +251,50 @@ def test_wrong_weights_are_refused(key):
         bnn.value_and_grad(weighted, num_data=100, weights=weights_of)
 
 
+# -- pairs -----------------------------------------------------------------------------
+
+
+def pairs(z):
+    """A contrastive loss: every example is a negative of every other one."""
+    return jnp.mean(jax.nn.logsumexp(z @ z.T, axis=1) - jnp.sum(z * z, axis=1))
+
+
+def test_pairs_of_a_part_are_those_inside_of_it():
+    w, x = np.eye(3, 2, dtype=np.float32), toy.regression_problem(dim=3)[1]["x"]
+
+    def loss(w, x):
+        return pairs(jnp.tanh(x @ w))
+
+    found = otmdr_jax.robust_gradient(loss, RHO, split="ordered")(w, x)
+    first = jax.grad(loss)(w, x[:6])
+    np.testing.assert_allclose(found.diagnostics.center_loss, loss(w, x[:6]), rtol=1e-5)
+    moved = w + 0.3 * first / np.linalg.norm(first)
+    second = jax.grad(loss)(moved, x[6:])
+    moved = moved + 0.2 * second / np.linalg.norm(second)
+    close((found.value, found.grads), jax.value_and_grad(loss)(moved, x))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_pairs_over_devices_are_gathered_inside_of_the_loss(check_vma):
+    w, x = np.eye(3, 2, dtype=np.float32), toy.regression_problem(dim=3)[1]["x"]
+
+    def gathered(w, x):
+        return pairs(jax.lax.all_gather(jnp.tanh(x @ w), "data", tiled=True))
+
+    fn = otmdr_jax.value_and_grad(gathered, 0.3, split="shared", axis_name="data")
+    mapped = jax.shard_map(
+        fn,
+        mesh=jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    whole = otmdr_jax.value_and_grad(
+        lambda w, x: pairs(jnp.tanh(x @ w)), 0.3, split="shared"
+    )
+    close(jax.jit(mapped)(w, x), whole(w, x))
+
+
 # -- no batch, or one of graphs --------------------------------------------------------
 
 W = jnp.array([1.0, -2.0, 0.5])

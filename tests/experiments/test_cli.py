@@ -15,6 +15,7 @@ import types
 import typing
 
 import pytest
+from flax import nnx
 
 from otmdr_jax.experiments import cli, config, methods, options
 
@@ -199,6 +200,9 @@ def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
             "gives equal particles",
         ),
         (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["train", "--num-particles", "two"], "--num-particles"),
+        (["train", "--preset", "demo", "--num_particles", "two"], "--num-particles"),
+        (["train", "--base-method"], "no option base_method"),
         (["evaluate", "nowhere"], "no run folder"),
         (["compare", "nowhere"], "nowhere"),
         (["compare"], "at least one run"),
@@ -215,7 +219,25 @@ def test_bad_input_is_one_line_without_a_traceback(args, message, capsys, tmp_pa
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert "__main__" not in error and "usage: pytest" not in error
     assert not list(tmp_path.iterdir())  # refused before anything is written
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_enough_ends_a_command_without_a_word(tmp_path):
+    """Its output is a pipe that nobody reads: head has gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(
+        [sys.executable, "-m", "otmdr_jax", "info"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(writer)
+    assert found.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in found.stderr and "BrokenPipe" not in found.stderr
 
 
 def help_of(capsys, *args):
@@ -374,6 +396,13 @@ class TestOptions:
             sam.replace(method="sgd")
         plain = sam.replace(method="sgd", rho=None, num_subbatches=None)
         assert plain == config.TrainConfig(method="sgd")
+
+    def test_a_model_is_a_name(self):
+        for model in (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Linear):
+            with pytest.raises(
+                ValueError, match=r"name of a network.*got a \w+\. docs"
+            ):
+                config.TrainConfig(model=model)
 
     def test_unknown_ones_are_refused(self):
         with pytest.raises(TypeError, match="unknown options lr"):

@@ -208,6 +208,26 @@ def test_the_best_checkpoint_and_the_latest_are_kept_over_processes(tmp_path):
             saved.restore(state(0), 3)
 
 
+@pytest.mark.slow
+def test_reading_a_checkpoint_makes_no_warnings(tmp_path):
+    """In a process of its own: the loggers of this one are pytest's."""
+    code = """
+import sys, warnings
+warnings.simplefilter("error")
+from otmdr_jax.experiments.checkpoint import Checkpoints
+with Checkpoints(sys.argv[1], read_only=len(sys.argv) > 2):
+    pass
+"""
+    for more in ((), ("read",)):
+        found = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "checkpoints", *more],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "WARNING" not in found.stderr
+
+
 def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
     """Written field by field, before there were loss scales and states of methods."""
     import orbax.checkpoint as ocp

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,9 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
       SystemExit: With status 0 after a help text, 1 if a run diverged, 2 if the request
-        is not possible, and 128 + n if signal n stopped a run.
+        is not possible, and 128 + n if signal n stopped a run, or a reader of its
+        output that had enough (`otmdr info | head -1`).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Else Python fails once more as it closes its output at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
         return

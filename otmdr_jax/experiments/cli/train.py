@@ -164,11 +164,10 @@ def _start_of(argv: Sequence[str]) -> TrainConfig:
     """Returns the options of --preset, --config or --resume, changed to --method."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     flags = ("preset", "config", "resume")
-    for flag in (*flags, "method"):
-        parser.add_argument(f"--{flag}")
-    # Tyro takes both spellings.
-    parser.add_argument("--base-method", "--base_method")
-    parser.add_argument("--num-particles", "--num_particles", type=int, default=1)
+    # Tyro takes both spellings, and says what is wrong with a value.
+    for flag in (*flags, "method", "base-method", "num-particles"):
+        spellings = {f"--{flag}", f"--{flag.replace('-', '_')}"}
+        parser.add_argument(*spellings, dest=flag.replace("-", "_"), nargs="?")
     known, _ = parser.parse_known_args(argv)
     sources = [flag for flag in flags if getattr(known, flag) is not None]
     if len(sources) > 1:
@@ -179,7 +178,10 @@ def _start_of(argv: Sequence[str]) -> TrainConfig:
     config = TrainConfig()
     if known.preset is not None:
         # The released code splits the batch differently for K > 1.
-        config = config_lib.preset(known.preset, known.num_particles)
+        particles = known.num_particles or ""
+        config = config_lib.preset(
+            known.preset, int(particles) if particles.isdecimal() else 1
+        )
     elif known.config is not None:
         config = config_lib.load(known.config)
     elif known.resume is not None:

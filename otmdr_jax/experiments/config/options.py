@@ -73,6 +73,12 @@ class TrainConfig:
             names = {field.name for field in dataclasses.fields(self)}
             new = ", ".join(f"{n}={x!r}" for n, x in options.items() if n not in names)
             raise TypeError(f"options are changed by config.replace({new}).")
+        if not isinstance(given := options.get("model"), str | None):
+            raise ValueError(
+                "model must be the name of a network, which a run's folder records, "
+                f"got a {type(given).__name__}. docs/extending.md shows how to give "
+                "one of your own a name; value_and_grad and methods.create need none."
+            )
         for word in ("method", "base_method"):
             if not isinstance(given := options.get(word), str | None):
                 raise ValueError(f"{word} must be a name, got {given!r}.")
