@@ -10,6 +10,8 @@ is computed and :math:`g_s` used; the other steps take one pass and use
 
 .. math:: g + \alpha \frac{\|g\|}{\|g_v\|} g_v
 
+or g where :math:`g_s` is parallel to g up to rounding.
+
 Reference: Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
 <https://arxiv.org/abs/2203.02714>`_, CVPR 2022, Algorithm 1.
 """
@@ -113,6 +115,12 @@ def looksam(
     )
 
 
+def _rounding(grads: PyTree) -> float:
+    """The error of a gradient, of whose coarsest leaf and of sums in float32."""
+    leaves = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(grads)]
+    return max(8 * float(jnp.finfo(jnp.float32).eps), *leaves)
+
+
 def start(params: PyTree) -> LookMemory:
     """The memory before the first step, which climbs."""
     zeros = jax.tree.map(
@@ -152,8 +160,12 @@ def looksam_gradient(
     def with_direction(step):
         found, first = from_one_gradient(step)
         grads = step.shared(found.grads)
-        aux = found.aux, orthogonal(grads, first)
-        return found._replace(aux=aux, grads=grads)
+        direction = orthogonal(grads, first)
+        # What rounding leaves of parallel gradients (a radius of 0, a linear loss)
+        # points anywhere, and would be given a length.
+        there = tree.norm(direction) > _rounding(grads) * tree.norm(grads)
+        direction = jax.tree.map(lambda v: jnp.where(there, v, 0.0), direction)
+        return found._replace(aux=(found.aux, direction), grads=grads)
 
     climbing = build(loss_fn, radii, chosen, with_direction)
     plain = build(

@@ -181,7 +181,9 @@ def average(
     def finish(state, seen):
         total, number = seen
         statistics = jax.tree.map(
-            lambda x: x / number.reshape(-1, *[1] * (x.ndim - 1)), total
+            # Of members that are stacked there is an axis more.
+            lambda x: x / jnp.expand_dims(number, tuple(range(number.ndim, x.ndim))),
+            total,
         )
         kept = state.method_state._replace(statistics=statistics)
         return state._replace(method_state=kept)

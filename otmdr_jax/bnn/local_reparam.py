@@ -15,8 +15,8 @@ that a kernel has noise of each example's own only where the program uses it onc
 product whose input has the examples on its first axis. All others (kernels that are
 tied, that an unrolled or a siamese network uses again, that stand in a loop or are
 indexed, depthwise kernels on CPUs, biases) are sampled as weights, once for all
-examples of a micro-batch on a device, and a warning names such kernels. If there is no
-product at all, there is an error.
+examples of a micro-batch on a device. A warning names those of them that a product
+uses; if there is no product at all, there is an error.
 
 A dense layer may have several rows of an example, as the tokens of a sentence, which
 one kernel makes depend on each other: their noise is Flipout's in either case. In a
@@ -84,7 +84,7 @@ def call(
         kernel.
 
     Warns:
-      UserWarning: Some kernels are drawn once for all examples.
+      UserWarning: The kernels of some products are drawn once for all examples.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,7 +120,7 @@ def call(
 
     uses = _Uses()
     jax.eval_shape(lambda: _arrays(_run(program, inputs, uses), uses))
-    if not uses.products:
+    if not uses.kernels:
         raise ValueError(
             f"estimator={estimator!r} found no dense layer or convolution that uses a "
             "stochastic kernel directly, so no example would have its own noise. Use "
@@ -128,7 +128,7 @@ def call(
         )
     noisy.once = {leaf for leaf, count in uses.count.items() if count == 1}
     found = _arrays(_run(program, inputs, noisy), noisy)
-    _warn_of_shared(posterior.mean(q), inputs, noisy)
+    _warn_of_shared(posterior.mean(q), uses.kernels - noisy.own, noisy)
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
@@ -143,12 +143,12 @@ def _count_examples(args):
     return sizes.pop()
 
 
-def _warn_of_shared(params, inputs, noisy):
+def _warn_of_shared(params, shared, noisy):
     """Names the kernels whose noise examples share."""
     names = [
         jax.tree_util.keystr(path) or "the kernel"
-        for i, (path, leaf) in enumerate(jax.tree.leaves_with_path(params))
-        if isinstance(inputs[i], _Gaussian) and leaf.ndim > 1 and i not in noisy.own
+        for i, (path, _) in enumerate(jax.tree.leaves_with_path(params))
+        if i in shared
     ]
     if names:
         listed = ", ".join(names[:3])
@@ -194,11 +194,11 @@ class _Layer(NamedTuple):
 
 
 class _Uses:
-    """Counts where the program uses each parameter."""
+    """Counts the places where the program uses each parameter."""
 
     def __init__(self):
         self.count: dict[int, int] = {}
-        self.products = 0
+        self.kernels: set[int] = set()  # those of a product
 
     def array(self, value):
         self.count[value.leaf] = self.count.get(value.leaf, 0) + 1
@@ -206,7 +206,7 @@ class _Uses:
 
     def product(self, multiply, x, kernel, layer):
         del layer
-        self.products += 1
+        self.kernels.add(kernel.leaf)
         return multiply(x, self.array(kernel))
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, kept to a number."""
 
 import logging
+import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -22,6 +23,12 @@ PyTree = Any
 
 # The score of a checkpoint between evaluations: never the best.
 UNSCORED = float("-inf")
+
+
+def _score(value: Any) -> float:
+    """A score as a number, UNSCORED where it is none: NaN has no order."""
+    number = UNSCORED if value is None else float(value)
+    return number if math.isfinite(number) else UNSCORED
 
 
 class Restored(NamedTuple):
@@ -73,7 +80,7 @@ class Checkpoints:
             [
                 policies.LatestN(keep),
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["score"],
+                    get_metric_fn=lambda metrics: _score(metrics["score"]),
                     n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -84,7 +91,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 # Without it Orbax forgets the scores with the process.
-                best_fn=(lambda metrics: metrics["score"]) if scored else None,
+                best_fn=(lambda metrics: _score(metrics["score"])) if scored else None,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 create=not read_only,
@@ -101,6 +108,7 @@ class Checkpoints:
           state: The training state; it may be donated once this returns.
           meta: Anything that JSON holds.
           score: What "best" means, higher is better; None where it was not measured.
+            NaN and infinities count as not measured.
         """
         step = steps_taken(state)
         if step in self._manager.all_steps():
@@ -111,9 +119,7 @@ class Checkpoints:
                 state=ocp.args.StandardSave(_stored(state)),
                 meta=ocp.args.JsonSave(meta),
             ),
-            metrics={"score": UNSCORED if score is None else score}
-            if self._scored
-            else None,
+            metrics={"score": _score(score)} if self._scored else None,
         )
 
     def steps(self) -> list[int]:
@@ -125,7 +131,7 @@ class Checkpoints:
         scores = {}
         for step in self.steps():
             metrics = self._manager.metrics(step)
-            if metrics is not None and metrics["score"] > UNSCORED:
+            if metrics is not None and _score(metrics["score"]) > UNSCORED:
                 scores[step] = metrics["score"]
         return max(scores, key=lambda step: scores[step]) if scores else None
 

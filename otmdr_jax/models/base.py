@@ -51,7 +51,18 @@ class BatchNorm(nnx.BatchNorm):
     """
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # type: ignore[override]
-        """Normalises x: (..., channels)."""
+        """Normalises x: (..., channels).
+
+        Raises:
+          ValueError: It trains on one value a channel, whose variance is 0.
+        """
+        if train and self.axis_name is None and math.prod(x.shape[:-1]) == 1:
+            raise ValueError(
+                "BatchNorm needs two values a channel to train on, got an input of "
+                f"{x.shape}, (images, height, width, channels): its output would be "
+                "its bias whatever the image. Train on more images, or larger ones, in "
+                "each pass (parts, micro-batches and devices divide a batch)."
+            )
         return super().__call__(x, use_running_average=not train).astype(x.dtype)
 
 

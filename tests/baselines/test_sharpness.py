@@ -333,6 +333,38 @@ class TestLooksam:
         jax.effects_barrier()
         assert len(passes) == 2 * 2 + 4
 
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    @pytest.mark.parametrize("case", ["radius of 0", "linear loss"])
+    def test_rounding_is_no_direction(self, case, dtype):
+        """Where SAM's gradient is the plain one, the steps in between take it too."""
+        scale = jnp.asarray([0.3, -1.7, 2.9], dtype)
+
+        def loss(w, batch):
+            value = scale * w if case == "linear loss" else 0.5 * scale * w**2
+            return jnp.sum(value) + 0.0 * jnp.mean(batch)
+
+        w, batch = jnp.asarray([0.37, -1.3, 0.77], dtype), jnp.ones(4, dtype)
+        rho = 0.05 if case == "linear loss" else 0.0
+        tx = baselines.looksam(loss, rho, every=2)
+        _, state = tx.update(w, tx.init(w), w, batch=batch)
+        got, _ = tx.update(w, state, w, batch=batch)
+        assert_allclose(
+            np.float32(got), np.float32(jax.grad(loss)(w, batch)), rtol=1e-6
+        )
+
+    def test_a_small_radius_keeps_its_direction(self):
+        """1e-4: the direction is a ten-thousandth of the gradient, and no rounding."""
+        a, w = np.array([1.0, 3.0, 10.0]), np.array([0.37, -1.3, 0.77])
+        tx = baselines.looksam(toy.quadratic, 1e-4, every=2, alpha=0.7)
+        p, batch = jnp.float32(w), jnp.ones(4)
+        _, state = tx.update(p, tx.init(p), p, batch=batch)
+        got, _ = tx.update(p, state, p, batch=batch)
+        g = a * w
+        v = a * (w + 1e-4 * g / np.linalg.norm(g))
+        v -= (v @ g) / (g @ g) * g
+        want = g + 0.7 * np.linalg.norm(g) * v / np.linalg.norm(v)
+        assert_allclose(got, want, rtol=2e-2)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [(dict(every=0), "every must be at least 1"), (dict(alpha=-1.0), "alpha must")],

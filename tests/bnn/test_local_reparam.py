@@ -219,6 +219,9 @@ def test_a_warning_names_the_kernels_that_examples_share(estimator, key):
         y = call(function, q, estimator, key, x, 2)
     assert not np.allclose(y[0], y[1])  # the other kernel is not shared
 
+    # A bias of two axes is no kernel: nothing is said of it.
+    wide = {**params, "b": jnp.ones((1, 4))}
+    call(lambda p, x: x @ p["in"] + p["b"], bnn.init(wide), estimator, key, x)
     with pytest.warns(UserWarning, match="the 5 examples"):
         call(lambda p, x: function(p, jnp.tile(x, (2, 1)), 1), q, estimator, key, x)
 

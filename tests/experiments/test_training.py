@@ -228,6 +228,44 @@ with Checkpoints(sys.argv[1], read_only=len(sys.argv) > 2):
         assert "WARNING" not in found.stderr
 
 
+@pytest.mark.parametrize(
+    "scores",
+    [
+        (0.5, math.nan, None, 0.2, None, None),
+        (math.nan, 0.5, None, math.nan, None, None),
+        (0.5, None, math.inf, math.nan, -math.inf, 0.1),
+        (math.nan, jnp.float32(math.nan), np.float64(0.5), None, None, math.nan),
+    ],
+)
+def test_a_score_that_is_no_number_does_not_replace_the_best(scores, tmp_path):
+    from otmdr_jax.experiments.checkpoint import Checkpoints
+
+    for step, score in enumerate(scores, 1):
+        numbers = [jnp.asarray(n, jnp.int32) for n in (step, 0, 0)]
+        state = methods.TrainState(
+            {"w": jnp.ones(2)}, {}, {}, jax.random.key(0), *numbers
+        )
+        with Checkpoints(tmp_path / "c", keep=2) as saved:
+            saved.save(state, {}, score)
+    best = scores.index(0.5) + 1
+    with Checkpoints(tmp_path / "c", read_only=True) as saved:
+        assert saved.best_step() == best and saved.steps() == [best, 5, 6]
+
+
+def test_a_folder_whose_scores_are_all_nan_has_no_best(tmp_path):
+    from otmdr_jax.experiments.checkpoint import Checkpoints
+
+    for step in (1, 2, 3):
+        numbers = [jnp.asarray(n, jnp.int32) for n in (step, 0, 0)]
+        state = methods.TrainState(
+            {"w": jnp.ones(2)}, {}, {}, jax.random.key(0), *numbers
+        )
+        with Checkpoints(tmp_path / "c", keep=2) as saved:
+            saved.save(state, {}, math.nan)
+    with Checkpoints(tmp_path / "c", read_only=True) as saved:
+        assert saved.best_step() is None and saved.steps()[-2:] == [2, 3]
+
+
 def test_a_checkpoint_of_an_older_version_is_read(tmp_path):
     """Written field by field, before there were loss scales and states of methods."""
     import orbax.checkpoint as ocp

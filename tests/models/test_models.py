@@ -579,3 +579,19 @@ def test_missing_flax_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "flax", None)
     with pytest.raises(ImportError, match=r"pip install otmdr-jax\[models\]"):
         importlib.import_module("otmdr_jax.models")
+
+
+def test_one_value_a_channel_is_refused(key):
+    """Its variance is 0: the logits would be the same whatever the image."""
+    model = models.create("resnet_10", num_classes=3)
+
+    def train(count, size):
+        images = jax.ShapeDtypeStruct((count, size, size, 3), jnp.float32)
+        params, state = jax.eval_shape(model.init, key, images)
+        run = lambda p, s, x: model.apply(p, s, x, train=True)  # noqa: E731
+        return jax.eval_shape(run, params, state, images)
+
+    with pytest.raises(ValueError, match=r"two values a channel .* \(1, 1, 1, 512\)"):
+        train(1, 8)
+    for enough in ((2, 8), (1, 16)):
+        assert train(*enough)[0].shape == (enough[0], 3)

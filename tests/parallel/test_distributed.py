@@ -113,6 +113,8 @@ def test_a_run_goes_on_on_other_devices(small, same, tmp_path, capsys):
         ({"batch_size": 64, "split": "shared"}, 8),
         ({"batch_size": 64, "sync_batchnorm": True}, None),
         ({"batch_size": 64, "mesh": "data=1"}, None),
+        ({"batch_size": 128, "num_subbatches": 16}, 4),
+        ({"batch_size": 512, "microbatch_size": 5}, 5),
     ],
 )
 def test_few_images_a_device_are_named(options, images):
@@ -120,6 +122,35 @@ def test_few_images_a_device_are_named(options, images):
     found = programs.few_images(config, programs.make_mesh(config))
     assert (found is None) == (images is None)
     assert images is None or f"only {images} images a pass on each of 8" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "way"),
+    [
+        ({"method": "sgd", "batch_size": 1}, 1, "larger --batch-size"),
+        ({"method": "sgd", "batch_size": 15}, 15, "larger --batch-size"),
+        ({"method": "sgd", "batch_size": 16}, None, ""),
+        ({"method": "sam", "batch_size": 16}, None, ""),
+        ({"method": "otmdr", "batch_size": 5}, 2, "--split shared"),
+        ({"method": "otmdr", "batch_size": 16, "split": "shared"}, None, ""),
+        ({"method": "otmdr", "rho": (0.1,) * 4, "batch_size": 63}, 15, "split"),
+        ({"method": "sam", "batch_size": 64, "num_subbatches": 8}, 8, "subbatches"),
+        ({"method": "sgd", "batch_size": 64, "microbatch_size": 3}, 3, "microbatch"),
+        ({"method": "swa", "base_method": "otmdr", "batch_size": 4}, 2, "split"),
+    ],
+)
+def test_few_images_on_one_device_are_named(options, images, way):
+    config = TrainConfig(mesh="data=1", **options)
+    found = programs.few_images(config, programs.make_mesh(config))
+    assert (found is None) == (images is None)
+    assert images is None or f"only {images} image" in found and way in found
+    assert images is None or "devices" not in found
+
+
+def test_shared_statistics_are_of_all_devices():
+    config = TrainConfig(method="sgd", batch_size=8, sync_batchnorm=True)
+    found = programs.few_images(config, programs.make_mesh(config))
+    assert "only 8 images a pass, fewer" in found
 
 
 @pytest.mark.slow
