@@ -354,6 +354,28 @@ class TestThePage:
             report.write(tmp_path / "p", [make()], "x")
         assert not (tmp_path / "p").exists()
 
+    def test_calibration_has_a_line_for_each_metric(self):
+        nll = {"raw": 0.5, "raw_std": None, "calibrated": 0.25, "calibrated_std": 0.125}
+        ece = {"raw": 0.1, "raw_std": 0.5, "calibrated": None, "calibrated_std": None}
+        temperature = {"name": "temperature", "temperature": 2.0}
+        found = {
+            "methods": [
+                {**temperature, "metrics": {"nll": nll, "ece": ece}},
+                {"name": "matrix", "why": "too few examples"},
+            ]
+        }
+        assert records.calibration_table(found) == (
+            ["Metric", "raw", "temperature", "matrix"],
+            [
+                ["Temperature", "-", "2.000", "-"],
+                ["NLL ↓", "0.5000", "0.2500 ± 0.1250", "failed"],
+                ["ECE ↓", "0.1000 ± 0.5000", "-", "failed"],
+            ],
+        )
+        found["methods"] = found["methods"][1:]
+        table = records.calibration_table(found)
+        assert table == (["Metric", "matrix"], [["Temperature", "-"]])
+
     def test_a_broken_record_is_named(self, tmp_path):
         (tmp_path / "shift.json").write_text("[1")
         run = make(folder=tmp_path)
