@@ -66,8 +66,17 @@ class TestContours:
         bars = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
         assert [bar.get_ylabel() for bar in bars] == ["Mean loss (nats)"] * 2
         assert bars[0].get_ylim() == bars[1].get_ylim()
+        assert bars[0].get_yticks().tolist() == [0.01, 0.1, 1, 10]
         assert one.get_xlabel() == "Axis 0 (unit)"
         assert one.get_ylabel() == "Axis 1 (unit)"
+
+    def test_the_colour_bar_has_round_numbers(self):
+        losses = np.linspace(1.93, 6.338, 9).reshape(3, 3)
+        figure = report.contour_figure([("a", record(losses))])
+        (bar,) = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+        assert bar.get_ylim() == (1.93, 6.338)
+        shown = [x for x in bar.get_yticks() if 1.93 <= x <= 6.338]
+        np.testing.assert_allclose(shown, np.arange(2.4, 6.1, 0.6))
 
     def test_the_first_axis_runs_to_the_right(self):
         losses = np.array([[1.0, 1.1], [2.0, 2.1], [3.0, 3.1]])  # grows along axis 0
@@ -207,7 +216,7 @@ def test_a_report_shows_the_landscapes_of_its_runs(tmp_path):
         run.folder.mkdir()
         one = record(bowl(scale), seed=0, split="train", num_examples=1000)
         (run.folder / "landscape.json").write_text(json.dumps(one))
-    found = page.compose("Title", runs, whole=True)
+    found = page.compose("Title", runs, report.summarise(runs), whole=True)
     text = found.text.split("## Loss landscape")[1].split("\n## ")[0]
     assert "1000 images of the train set" in text and "own norm" in text
     names = ("landscape", "landscape_surface")

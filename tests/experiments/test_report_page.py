@@ -1,20 +1,27 @@
 """The whole report: what its page holds, and that its numbers are right."""
 
 import base64
+import html
 import html.parser
 import io
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from otmdr_jax import data, metrics
+from otmdr_jax.bnn import summary
 from otmdr_jax.experiments import report
 from otmdr_jax.experiments.report import (
     document,
     examples,
+    page,
+    plots,
     predictions,
     records,
     significance,
@@ -160,6 +167,51 @@ class TestThePage:
         assert 'class="panels" style="--panel: 2' in text
         assert "repeat(auto-fit, minmax(min(100%" in text
 
+    @pytest.mark.slow
+    @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no browser")
+    @pytest.mark.parametrize("width", [320, 400, 1280])
+    def test_a_screen_shows_every_number(self, written, tmp_path, width):
+        """Only tables are scrolled sideways, to their last number, beside the names."""
+        framed = html.escape(written[0].read_text())
+        (tmp_path / "frame.html").write_text(
+            f'<iframe style="width:{width}px" srcdoc="{framed}"></iframe>'
+            + """<script>
+            onload = () => {
+              const page = document.querySelector("iframe").contentDocument;
+              const box = x => x.getBoundingClientRect();
+              const found = {
+                page: page.documentElement.scrollWidth, wide: 0, cut: 0, tables: 0,
+              };
+              for (const image of page.images)
+                if (box(image).right > page.documentElement.clientWidth) found.cut++;
+              for (const table of page.querySelectorAll(".scroll")) {
+                found.tables++;
+                if (box(table).left < 0) found.cut++;
+                if (table.scrollWidth > table.clientWidth + 1) found.wide++;
+                table.scrollLeft = 1e6;
+                for (const row of table.querySelectorAll("tr")) {
+                  const names = box(row.firstElementChild);
+                  const last = box(row.lastElementChild);
+                  if (Math.abs(names.left - box(table).left) > 1) found.cut++;
+                  if (last.right > box(table).right + 1) found.cut++;
+                  if (last.left < names.right - 1) found.cut++;
+                }
+              }
+              document.title = JSON.stringify(found);
+            };
+            </script>"""
+        )
+        shown = subprocess.run(
+            ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu",
+             f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+             (tmp_path / "frame.html").as_uri()],
+            capture_output=True, text=True, check=True, timeout=120,
+        ).stdout  # fmt: skip
+        found = json.loads(re.search("<title>(.*?)</title>", shown)[1])
+        assert found["tables"] > 5 and found["cut"] == 0
+        assert found["page"] <= width
+        assert found["wide"] == 0 or width < 1280
+
     def test_names_what_is_missing_and_what_makes_it(self, written):
         missing = Page(written[0].read_text()).missing
         for command, runs in (
@@ -200,7 +252,7 @@ class TestThePage:
         assert "gone: its images cannot be read" in missing
         assert "sick: its predictions are not finite" in missing
         assert "other: the data here differ from its test set" in missing
-        assert "sick, other: their test sets are not gone's" in missing
+        assert "sick, other: their test sets differ from gone's" in missing
 
     @pytest.mark.slow
     def test_a_run_cannot_write_into_the_page(self, tmp_path):
@@ -239,7 +291,7 @@ class TestThePage:
         text = (path.parent / "report.md").read_text()
         # The mean of contrast 5 and rotation 1, which both have.
         assert "| SGD | 100.00 | 30.00 |" in text and "| SAM | 100.00 | 30.00 |" in text
-        assert "the 2 pairs of corruption and severity that all have" in text
+        assert "the 2 pairs of corruption and severity that all methods have" in text
         assert "SGD on 360, SAM on 100 examples" in text
         assert "SAM (b) was measured at step 3, but its result" in text
         assert "result is that of step 7." in text
@@ -302,6 +354,28 @@ class TestThePage:
             report.write(tmp_path / "p", [make()], "x")
         assert not (tmp_path / "p").exists()
 
+    def test_calibration_has_a_line_for_each_metric(self):
+        nll = {"raw": 0.5, "raw_std": None, "calibrated": 0.25, "calibrated_std": 0.125}
+        ece = {"raw": 0.1, "raw_std": 0.5, "calibrated": None, "calibrated_std": None}
+        temperature = {"name": "temperature", "temperature": 2.0}
+        found = {
+            "methods": [
+                {**temperature, "metrics": {"nll": nll, "ece": ece}},
+                {"name": "matrix", "why": "too few examples"},
+            ]
+        }
+        assert records.calibration_table(found) == (
+            ["Metric", "raw", "temperature", "matrix"],
+            [
+                ["Temperature", "-", "2.000", "-"],
+                ["NLL ↓", "0.5000", "0.2500 ± 0.1250", "failed"],
+                ["ECE ↓", "0.1000 ± 0.5000", "-", "failed"],
+            ],
+        )
+        found["methods"] = found["methods"][1:]
+        table = records.calibration_table(found)
+        assert table == (["Metric", "matrix"], [["Temperature", "-"]])
+
     def test_a_broken_record_is_named(self, tmp_path):
         (tmp_path / "shift.json").write_text("[1")
         run = make(folder=tmp_path)
@@ -326,7 +400,66 @@ class TestSignificance:
             interval = metrics.bootstrap(metric, p, LABELS)
             test = metrics.paired_test(metric, p, other, LABELS)
             np.testing.assert_allclose(found.intervals[name], interval, rtol=1e-9)
-            np.testing.assert_allclose(found.against[name], test, rtol=1e-7)
+            mine = found.against[name]
+            assert mine.difference == pytest.approx(test.difference, rel=1e-7)
+            assert mine.p_value == test.p_value
+
+    def test_the_interval_holds_what_the_test_does_not_reject(self):
+        """By a loop over swaps, of differences just inside and outside of its ends."""
+        rng = np.random.default_rng(3)
+        gaps = np.stack([rng.gamma(0.4, size=30) - 0.3, rng.normal(0.3, size=30)], 1)
+        found = significance.compare_means(
+            gaps + 7.0, np.full_like(gaps, 7.0), num_samples=199, seed=5
+        )
+        rng = np.random.default_rng(5)
+        swaps = [np.where(rng.random(30) < 0.5, -1.0, 1.0) for _ in range(199)]
+
+        def p_of(own, difference):
+            shifted = own - difference
+            as_large = [abs(x @ shifted) >= abs(shifted.sum()) - 1e-12 for x in swaps]
+            return (1 + sum(as_large)) / 200
+
+        for own, one in zip(gaps.T, found, strict=True):
+            assert one.difference == pytest.approx(own.mean())
+            assert one.p_value == p_of(own, 0.0)
+            step = 1e-9
+            for end, inwards in ((one.low, step), (one.high, -step)):
+                assert p_of(own, end + inwards) >= 0.05 > p_of(own, end - inwards)
+            student = stats.ttest_1samp(own, 0.0).confidence_interval()
+            assert one.low == pytest.approx(student.low, abs=0.07)
+            assert one.high == pytest.approx(student.high, abs=0.07)
+
+    @pytest.mark.parametrize(
+        ("wins", "unlike"), [(5, 5), (6, 6), (8, 9), (7, 9), (4, 9), (0, 9), (0, 5)]
+    )
+    def test_no_interval_excludes_0_beside_a_large_p_value(self, wins, unlike):
+        """Of right and wrong predictions the test is McNemar's; few differ of 60."""
+        gaps = np.zeros((60, 1))
+        gaps[:unlike] = np.where(np.arange(unlike) < wins, 1.0, -1.0)[:, None]
+        (found,) = significance.compare_means(gaps, 0 * gaps, num_samples=3000)
+        want = stats.binomtest(wins, unlike).pvalue
+        assert found.p_value == pytest.approx(want, abs=0.025)
+        assert (found.p_value < 0.05) == (want < 0.05)
+        assert (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
+        if (wins, unlike) == (5, 5):  # p = 0.06, where a bootstrap interval excludes 0
+            rows = np.random.default_rng(0).integers(0, 60, (999, 60))
+            assert np.quantile(gaps[rows].mean(axis=1), 0.025) > 0
+
+    def test_the_interval_and_the_p_value_agree_on_any_data(self):
+        rng = np.random.default_rng(0)
+        seen = set()
+        for seed in range(150):
+            count = int(rng.integers(2, 40))
+            thirds = rng.integers(-3, 4, (count, 1)) / 3  # means over three runs
+            gaps = thirds + rng.choice([0.0, 0.3, rng.normal()])
+            (found,) = significance.compare_means(
+                gaps, 0 * gaps, num_samples=int(rng.choice([10, 99, 200])), seed=seed
+            )
+            excluded = not found.low <= 0 <= found.high
+            assert excluded == (found.p_value < 0.05)
+            assert found.low <= found.difference <= found.high
+            seen.add(excluded)
+        assert seen == {True, False}
 
     def test_seeds_are_averaged_example_by_example(self):
         runs = [make("SGD", 0, 2.0), make("SGD", 1, 2.0), make("SAM", 2, 3.0)]
@@ -354,14 +487,111 @@ class TestSignificance:
             runs[i] = runs[i]._replace(log_probs=log_probs)
         found = significance.compare(runs)
         assert np.isnan(found[1].against["nll"].p_value)
-        (line,) = [x for x in significance.table(found)[1] if x[:2] == ["NLL ↓", "SAM"]]
-        assert line[-3:] == ["-", "-", "-"] and line[2] == "inf"
+        _, nll, _ = significance.tables(found)
+        (line,) = [x for x in nll.lines if x[0] == "SAM"]
+        assert nll.header[0] == "NLL ↓"
+        assert line[-3:] == ["-", "-", "-"] and line[1] == "inf"
+        # One infinite loss alone: any difference is as likely.
+        one = np.array([[np.inf, 0.5], [0.1, 0.7], [0.2, 0.6]])
+        infinite, known = significance.compare_means(one, np.zeros((3, 2)))
+        assert infinite == (np.inf, -np.inf, np.inf, 1.0)
+        assert np.isfinite(known.difference)
 
     def test_marks_what_is_significant(self):
         far = significance.compare([make("SGD", 0, 1.0), make("SAM", 1, 4.0)])
         near = significance.compare([make("SGD", 0, 3.0), make("SAM", 1, 3.0)])
-        assert "**< 0.001**" in [line[-1] for line in significance.table(far)[1]]
-        assert not any("*" in line[-1] for line in significance.table(near)[1])
+        far, near = (
+            [line[-1] for table in significance.tables(found) for line in table.lines]
+            for found in (far, near)
+        )
+        assert "**< 0.001**" in far and not any("*" in p for p in near)
+
+
+def drawn_colours(found):
+    """Label -> the colours of its lines in the pictures and legends of a page."""
+    from matplotlib.colors import to_hex
+
+    colours, pictures = {}, {}
+    for name, picture in found.pictures.items():
+        figure = picture.figure()
+        for ax in figure.axes:
+            for line in ax.lines:
+                kind, _, label = str(line.get_gid()).partition(":")
+                if label:
+                    colours.setdefault(label, set()).add(to_hex(line.get_color()))
+                    pictures.setdefault(label, set()).add(name)
+        for legend in figure.legends:
+            texts = [text.get_text() for text in legend.get_texts()]
+            for text, handle in zip(texts, legend.legend_handles, strict=True):
+                label = text.partition(", n = ")[0]
+                if label in colours and hasattr(handle, "get_color"):
+                    colour = handle.get_color()  # of error bars: one for each bar
+                    colours[label].add(to_hex(colour if len(colour) > 1 else colour[0]))
+    return colours, pictures
+
+
+def test_a_method_has_one_colour_in_all_pictures_of_a_page(tmp_path):
+    """Also in pictures that leave out other methods: diverged, or without a record."""
+    labels = ["bad", "SGD", "SAM", "BNN", "SGVB"]
+    runs = [make(x, i, folder=tmp_path / x) for i, x in enumerate(labels)]
+    runs.append(make("SAM", 9, folder=tmp_path / "SAM2"))
+    runs[0] = runs[0]._replace(log_probs=np.full_like(runs[0].log_probs, np.nan))
+    values = {"accuracy": 0.5, "nll": 1.0, "ece": 0.1}
+    for run in runs:
+        run.folder.mkdir()
+        landscape = {
+            "step": 8, "kind": "random", "split": "test", "num_examples": 9, "seed": 0,
+            "axes": [[-1.0, 0.0, 1.0]], "axis_names": ["Direction"], "points": None,
+            "labels": [], "losses": [2.0, 1.0, 3.0],
+        }  # fmt: skip
+        row = {"name": "contrast", "severity": 1, **values}
+        shifted = {
+            "step": 8, "num_examples": 9, "clean": values, "corruptions": [row],
+            "sets": [], "ood": [], "missing": [],
+        }  # fmt: skip
+        if run.label in ("SAM", "SGVB"):
+            (run.folder / "landscape.json").write_text(json.dumps(landscape))
+        if run.label == "SGVB":
+            (run.folder / "shift.json").write_text(json.dumps(shifted))
+        if run.label in ("BNN", "SGVB"):
+            counts = [0, 3, 5] + [0] * (summary.NUM_BINS - 3)
+            posterior = {"snr_counts": counts, "snr_db": {"dense": 1.0}}
+            run.result["posterior"] = posterior
+    costs = [
+        {"label": label, "status": "finished", "seed": 0, "accuracy": accuracy,
+         "gradient_evaluations": 10, "seconds": 1.0, "memory_mib": 1.0}
+        for label, accuracy in (
+            ("gone", 0.1), ("bad", None), ("SGVB", 0.7), ("SAM", 0.8), ("SGD", 0.9),
+        )
+    ]  # fmt: skip
+    found = page.compose(
+        "Title", runs, report.summarise(runs), whole=True, baseline="SGD", costs=costs
+    )
+    colours, pictures = drawn_colours(found)
+    for i in (2, 5):  # a picture of single runs names them
+        own = colours.pop(f"SAM ({runs[i].folder.name})")
+        assert own == colours["SAM"]
+    assert pictures["SGVB"] == {
+        "cost", "learning_curves", "risk_coverage", "shift", "landscape_line",
+        "signal_to_noise",
+    }  # fmt: skip
+    assert set(colours) == {*labels, "gone"}
+    assert all(len(own) == 1 for own in colours.values())
+    assert len(set().union(*colours.values())) == len(colours)
+    # Two lines of one colour have other dashes.
+    (ax,) = found.pictures["landscape_line"].figure().axes
+    dashes = [x.get_linestyle() for x in ax.lines if "SAM" in str(x.get_gid())]
+    assert len(set(dashes)) == len(dashes) == 2
+
+
+def test_of_a_single_method_each_corruption_has_its_own_colour():
+    values = {"accuracy": 0.5, "nll": 1.0, "ece": 0.1}
+    names = ("contrast", "rotation", "noise")
+    rows = [{"name": name, "severity": 1, **values} for name in names]
+    ax = report.shift_figure([("SAM", {"clean": values, "corruptions": rows})]).axes[0]
+    colours = {line.get_gid(): line.get_color() for line in ax.lines}
+    assert len(set(colours.values())) == 4
+    assert colours["mean:SAM"] == plots.COLOURS[0]
 
 
 class TestPictures:
@@ -412,8 +642,6 @@ class TestPictures:
         predicted = np.concatenate([run.log_probs.argmax(axis=1) for run in runs])
         want = confusion_matrix(np.tile(LABELS, 2), predicted, normalize="true")
         np.testing.assert_allclose(ax.images[0].get_array(), 100 * want)
-        with pytest.raises(ValueError, match="names must be those of the 10 classes"):
-            predictions.confusion_figure(runs, ["cat", "dog"])
 
     def test_risk_at_full_coverage_is_the_error(self):
         runs = [make(seed=seed, skill=1.0) for seed in (0, 1)]
@@ -448,6 +676,23 @@ class TestPictures:
             title = f"{LABELS[row]} {between} {predicted}\n{confidence:.0%}"
             assert ax.get_title() == title
 
+    def test_panels_have_one_scale_beside_one_without_numbers(self):
+        runs = [make("a", 0, 0.5), make("b", 1, 9.0), make("sick")]
+        runs[2] = runs[2]._replace(log_probs=np.full_like(runs[2].log_probs, np.nan))
+        for figure, what in (
+            (predictions.confidence_figure(runs), "confidence"),
+            (predictions.reliability_figure(runs), "histogram"),
+        ):
+            low, high = (self.axes(figure, f"{what}:{x}") for x in "ab")
+            assert low.get_ylim() == high.get_ylim()
+            tops = [x.get_y() + x.get_height() for x in [*low.patches, *high.patches]]
+            assert high.get_ylim()[1] == pytest.approx(1.05 * max(tops))
+
+    def test_the_colour_bar_of_a_confusion_has_ticks_where_errors_are(self):
+        figure = predictions.confusion_figure([make()])
+        (bar,) = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+        assert bar.get_yticks().tolist() == [0, 1, 5, 20, 50, 100]
+
     def test_panels_without_numbers_say_so(self):
         sick = make("sick")
         sick = sick._replace(log_probs=np.full_like(sick.log_probs, np.nan))
@@ -455,5 +700,7 @@ class TestPictures:
             (predictions.confidence_figure([make(), sick]), "confidence:sick"),
             (predictions.confusion_figure([make(), sick]), "confusion:sick"),
         ):
-            (text,) = self.axes(figure, gid).texts
+            ax = self.axes(figure, gid)
+            (text,) = ax.texts
             assert text.get_text() == "no finite predictions"
+            assert not len(ax.get_xticks()) and not len(ax.get_yticks())

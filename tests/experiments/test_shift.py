@@ -835,7 +835,7 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
     record = {**record_of(), "ood": [ood_row("entropy", 0.75)]}
     record["step"] = run.result["steps"]
     (folder / "shift.json").write_text(json.dumps(record))
-    found = page.compose("Title", [run], whole=True)
+    found = page.compose("Title", [run], report.summarise([run]), whole=True)
     text = found.text.split("## Shift")[1].split("## Sharpness")[0]
     assert "![Accuracy, NLL and ECE against the severity of corruptions]" in text
     axes = found.pictures["shift"].figure().axes
@@ -845,7 +845,7 @@ def test_a_report_shows_the_shift_of_several_methods(photograph_run, tmp_path):
     assert "| Mine | noise | 9 | entropy | 0.7500 |" in text
     assert "otmdr shift RUN" not in text
     (folder / "shift.json").unlink()
-    found = page.compose("Title", [run], whole=True)
+    found = page.compose("Title", [run], report.summarise([run]), whole=True)
     text = found.text.split("## Shift")[1].split("## Sharpness")[0]
     assert "otmdr shift RUN" in text and "shift" not in found.pictures
 

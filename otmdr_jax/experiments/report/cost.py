@@ -5,7 +5,7 @@ Rows are those of :func:`otmdr_jax.experiments.sweep.run`.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -96,13 +96,15 @@ def paired_difference(
     return mean, p, len(gaps)
 
 
-def figure(rows: Rows) -> Any:
+def figure(rows: Rows, *, places: Mapping[str, int] | None = None) -> Any:
     """Draws accuracy, ± one standard deviation, against the gradients of a run.
 
     Points of equal cost stand side by side.
 
     Args:
       rows: The rows.
+      places: Places that set the colours, see :func:`labels.places`. Default: those in
+        this picture.
 
     Returns:
       A `matplotlib.figure.Figure` of one axes; a point's gid is "cost:LABEL".
@@ -121,6 +123,7 @@ def figure(rows: Rows) -> Any:
         for label, group in groups.items()
         if group
     }
+    styles = plots.line_styles(groups, places)
     for i, (label, group) in enumerate(groups.items()):
         if not group:
             continue
@@ -132,7 +135,7 @@ def figure(rows: Rows) -> Any:
             x,
             y.mean(),
             y.std(ddof=1) if len(y) > 1 else 0.0,
-            color=plots.line_style(i)["color"],
+            color=styles[i]["color"],
             marker="osD^v<>P"[i % 8],
             markersize=6,
             capsize=3,

@@ -94,7 +94,9 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
     # Raw HTML in a text, such as a run's name, stays text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.add_render_rule("image", image)
-    parser.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
+    parser.add_render_rule(
+        "table_open", lambda *_: '<div class="scroll" tabindex="0"><table>\n'
+    )
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     tokens = parser.parse(page.text)
     sections = []

@@ -105,15 +105,12 @@ def _load(config: TrainConfig) -> Any:
     return programs.load_data(config)
 
 
-def examples_figure(
-    images: Any, chosen: Chosen, names: Sequence[str] | None = None
-) -> Any:
+def examples_figure(images: Any, chosen: Chosen) -> Any:
     """Draws images with their true and their predicted class.
 
     Args:
       images: (N, H, W, C) images of the whole set, or any object that rows can index.
       chosen: The examples to draw.
-      names: Names of the classes. Default: their numbers.
 
     Returns:
       A `matplotlib.figure.Figure` with an axes for each example, titled
@@ -127,12 +124,9 @@ def examples_figure(
     for i, part in zip(range(len(shown)), parts, strict=False):
         ax = part.subplots()
         ax.set_axis_off()
-        label, predicted = (
-            str(x[i]) if names is None else names[x[i]]
-            for x in (chosen.labels, chosen.predicted)
-        )
+        label, predicted = chosen.labels[i], chosen.predicted[i]
         ax.imshow(_visible(shown[i]), cmap="gray", interpolation="nearest")
-        right = "=" if chosen.labels[i] == chosen.predicted[i] else "→"
+        right = "=" if label == predicted else "→"
         ax.set_title(
             plots.plain(f"{label} {right} {predicted}\n{chosen.confidence[i]:.0%}"),
             fontsize=plots.SMALL,

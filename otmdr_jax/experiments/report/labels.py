@@ -144,6 +144,20 @@ def by_label(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def places(runs: Sequence[Run], others: Iterable[str] = ()) -> dict[str, int]:
+    """Returns the place of each label, which sets its colour in all pictures of a page.
+
+    Args:
+      runs: All runs of the page.
+      others: Labels without runs; they come last.
+
+    Returns:
+      Place of each label, and of each run by its name.
+    """
+    order = {x: i for i, x in enumerate(dict.fromkeys([*by_label(runs), *others]))}
+    return {name_of(run, runs): order[run.label] for run in runs} | order
+
+
 def name_of(run: Run, runs: Sequence[Run]) -> str:
     """Names a run among others: its label, and the end of its path that is unique."""
     if run.folder is None:

@@ -187,11 +187,15 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
     return figure
 
 
-def line_figure(records: Sequence[Labelled]) -> Any:
+def line_figure(
+    records: Sequence[Labelled], *, places: Mapping[str, int] | None = None
+) -> Any:
     """Draws one-dimensional landscapes as lines on the same axes.
 
     Args:
       records: Pairs of a label and a record.
+      places: Places that set the colours, see :func:`labels.places`. Default: those in
+        this picture.
 
     Returns:
       A `matplotlib.figure.Figure` of one axes. A line's gid is "landscape:LABEL"; the
@@ -205,12 +209,12 @@ def line_figure(records: Sequence[Labelled]) -> Any:
     scale = _Scale([losses for _, _, losses in found])
     figure = plots.new_figure(plots.ALONE, 3.6)
     ax = figure.subplots()
-    for i, (label, record, losses) in enumerate(found):
+    styles = plots.line_styles([label for label, _ in records], places)
+    for (label, record, losses), own in zip(found, styles, strict=True):
         axis = np.asarray(record["axes"][0])
         shown = np.where(np.isfinite(losses), losses, np.nan)
         name, gid = plots.plain(_with_details(label, record)), f"landscape:{label}"
-        style = {"linewidth": 1.6, **plots.line_style(i)}
-        ax.plot(axis, shown, gid=gid, label=name, **style)
+        ax.plot(axis, shown, gid=gid, label=name, linewidth=1.6, **own)
         for j, (name, at) in enumerate(_points(record) if record["points"] else ()):
             style = {"color": "black", "markersize": 5, **_marker(j, name)}
             ax.plot(at, np.interp(at, axis, shown), **style)
@@ -262,6 +266,8 @@ class _Scale:
 
     def label(self, ax: Any, side: str, bar: Any = None) -> None:
         """Puts ticks in nats on an axis or a colour bar."""
+        from matplotlib import ticker
+
         if self.wide:
             ticks = self.ticks()
             names = [f"{x:g}" for x in ticks]
@@ -272,6 +278,8 @@ class _Scale:
                 ax.set_zticks(np.log10(ticks), labels=names)
             else:
                 ax.set_yticks(ticks, labels=names)
+        elif bar is not None:  # round numbers, not the limits of the contours
+            bar.set_ticks(ticker.MaxNLocator(8))
         getattr(ax, f"set_{side}label")("Mean loss (nats)", fontsize=plots.SMALL)
         ax.tick_params(labelsize=plots.SMALL)
 

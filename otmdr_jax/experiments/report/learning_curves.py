@@ -34,6 +34,7 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
       ValueError: There are no runs.
     """
     groups = by_label(runs)
+    styles = plots.line_styles(groups)
     split = _evaluated_split([run for group in groups.values() for run in group])
     figure, parts = plots.panels(3, lambda width: 2.7)
     for part, (source, name, scale, title) in zip(
@@ -46,15 +47,14 @@ def learning_curves_figure(runs: Iterable[Run]) -> Any:
         strict=True,
     ):
         ax = part.subplots()
-        for i, (label, group) in enumerate(groups.items()):
-            curves = _curves(group, source, name, scale)
-            _draw_group(ax, label, plots.line_style(i), curves)
+        for (label, group), style in zip(groups.items(), styles, strict=True):
+            _draw_group(ax, label, style, _curves(group, source, name, scale))
         if not ax.lines:
             plots.say(ax, "not recorded")
         elif name != "accuracy":
             _log_if_wide(ax)
         plots.dress(ax, title, "Epoch")
-    plots.legend_of_labels(figure, groups)
+    plots.legend_of_labels(figure, groups, styles)
     return figure
 
 
@@ -91,7 +91,8 @@ def _draw_group(ax: Any, label: str, style: dict, curves: list[dict]) -> None:
 
 def _draw(ax: Any, gid: str, curve: dict, style: dict) -> None:
     points = np.array([curve[step] for step in sorted(curve)], np.float64)  # (n, 2)
-    marker = "o" if len(points) < 3 else ""  # a single point makes no line
+    # A single point makes no line; a run that diverged may have no more.
+    marker = "o" if np.isfinite(points).all(axis=1).sum() < 3 else ""
     ax.plot(*points.T, gid=gid, marker=marker, markersize=4, **style)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from otmdr_jax import __version__, metrics
 from otmdr_jax.experiments.report import document, plots, significance, summary
-from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.labels import by_label, places
 from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
@@ -67,7 +67,7 @@ def write(
     check_distinct(runs)
     rows = summary.summarise(runs, summary.known_columns(runs))
     page = compose(
-        title, runs, command=command, whole=whole, baseline=baseline, costs=costs
+        title, runs, rows, command=command, whole=whole, baseline=baseline, costs=costs
     )
     drawn = {}
     with Progress(len(page.pictures), 0, "drawing", show_progress, "pictures") as bar:
@@ -94,6 +94,7 @@ def write(
 def compose(
     title: str,
     runs: Sequence[Run],
+    rows: Sequence[summary.Row],
     *,
     command: str | None = None,
     whole: bool = False,
@@ -104,7 +105,8 @@ def compose(
     return document.page(
         title,
         runs=runs,
-        rows=summary.summarise(runs, summary.known_columns(runs)),
+        rows=rows,
+        places=places(runs, [row["label"] for row in costs or ()]),
         command=command,
         whole=whole,
         baseline=significance.find_baseline(by_label(runs), baseline),

@@ -7,11 +7,12 @@ place the panels of a drawn figure side by side on a wide screen, and below each
 on a narrow one.
 """
 
+import collections
 import io
 import math
 import pathlib
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,10 +95,29 @@ def name_of_panel(label: str) -> str:
     return plain(textwrap.fill(label, 30))
 
 
-def line_style(i: int) -> dict[str, Any]:
-    """Returns colour and dashes of the i-th label."""
-    style = _STYLES[i // len(COLOURS) % len(_STYLES)]
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": style}
+def line_styles(
+    names: Iterable[str], places: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """Returns the colour and the dashes of each name.
+
+    Args:
+      names: The names in a picture.
+      places: Place of each name among all of a page, which sets its colour, see
+        :func:`labels.places`. Names that share a place differ in their dashes. Default:
+        the place in this picture.
+    """
+    styles, used = [], collections.Counter[int]()
+    for i, name in enumerate(names):
+        place = i if places is None else places[name]
+        dashes = place // len(COLOURS) + used[place]
+        used[place] += 1
+        styles.append(
+            {
+                "color": COLOURS[place % len(COLOURS)],
+                "linestyle": _STYLES[dashes % len(_STYLES)],
+            }
+        )
+    return styles
 
 
 def mean_curve(curves: Sequence[dict[int, Any]]) -> dict[int, Any]:
@@ -106,13 +126,13 @@ def mean_curve(curves: Sequence[dict[int, Any]]) -> dict[int, Any]:
     return {x: np.mean([curve[x] for curve in curves], axis=0) for x in common}
 
 
-def legend_of_labels(figure: Any, groups: dict[str, list[Run]]) -> None:
-    """Puts a legend of all labels under a figure."""
+def legend_of_labels(
+    figure: Any, groups: dict[str, list[Run]], styles: Sequence[dict[str, Any]]
+) -> None:
+    """Puts a legend of all labels and their styles under a figure."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], linewidth=1.6, **line_style(i)) for i in range(len(groups))
-    ]
+    handles = [Line2D([], [], linewidth=1.6, **style) for style in styles]
     names = [
         plain(f"{label}, n = {len(group)}" if len(group) > 1 else label)
         for label, group in groups.items()
@@ -140,7 +160,8 @@ def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
 
 
 def say(ax: Any, text: str) -> None:
-    """Writes a text into empty axes."""
+    """Writes a text into empty axes, which get no scale: there is nothing to read."""
+    ax.set(xticks=[], yticks=[])
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", fontsize=LARGE)
 
 

@@ -1,7 +1,7 @@
 """Draws the signal-to-noise ratios of the weights of Bayesian networks."""
 
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ def plot_signal_to_noise(runs: Iterable[Run], path: str | pathlib.Path) -> pathl
     return plots.save(signal_to_noise_figure(runs), path)
 
 
-def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
+def signal_to_noise_figure(
+    runs: Iterable[Run], *, places: Mapping[str, int] | None = None
+) -> Any:
     r"""Draws the distribution of \|mu\| / sigma over weights, and its mean per layer.
 
     The left axes show the share of weights in bins of 2 dB, with one line for each
@@ -33,6 +35,8 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
 
     Args:
       runs: The runs; runs without a posterior are left out.
+      places: Places that set the colours, see :func:`labels.places`. Default: those in
+        this picture.
 
     Returns:
       A `matplotlib.figure.Figure` of two axes. A line's gid is "share:LABEL" or
@@ -48,15 +52,15 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     left, right = (part.subplots() for part in parts)
     centers = summary.LOWEST + summary.WIDTH * (np.arange(summary.NUM_BINS) + 0.5)
     every: list[str] = []
-    for i, (label, group) in enumerate(groups.items()):
+    styles = plots.line_styles(groups, places)
+    for (label, group), style in zip(groups.items(), styles, strict=True):
         counts = np.array([run.result["posterior"]["snr_counts"] for run in group])
         shares = 100.0 * counts / counts.sum(axis=1, keepdims=True)
-        style = plots.line_style(i)
         left.plot(centers, shares.mean(axis=0), gid=f"share:{label}", **style)
         layers, means = _layers(group)
         gid = f"layers:{label}"
-        places = np.arange(len(layers)) + 1
-        right.plot(places, means, marker="o", markersize=3, gid=gid, **style)
+        numbers = np.arange(len(layers)) + 1
+        right.plot(numbers, means, marker="o", markersize=3, gid=gid, **style)
         every = layers if len(layers) > len(every) else every
     used = np.nonzero(np.sum([line.get_ydata() for line in left.lines], axis=0))[0]
     left.set_xlim(centers[used[0]] - 2, centers[used[-1]] + 2)
@@ -73,7 +77,7 @@ def signal_to_noise_figure(runs: Iterable[Run]) -> Any:
     else:
         right.xaxis.get_major_locator().set_params(integer=True)
         right.set_xlabel("Array, in the order of result.json", fontsize=plots.LARGE)
-    plots.legend_of_labels(figure, groups)
+    plots.legend_of_labels(figure, groups, styles)
     return figure
 
 

@@ -16,11 +16,13 @@ from otmdr_jax.experiments.report.labels import by_label
 from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.metrics.reliability import edges_of
 
-# With more classes than these, a confusion matrix has no room for numbers or for names.
+# With more classes than these, a confusion matrix has no room for shares or for all
+# classes on its axes.
 MAX_NUMBERS, MAX_NAMES = 12, 20
 _ACCURACY: dict[str, Any] = {"color": "#004B76", "linewidth": 1.8}
 _DIAGONAL: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.0}
 _EXAMPLES: dict[str, Any] = {"facecolor": "#666666", "edgecolor": "white"}
+_SHARES = (0, 1, 5, 20, 50, 100)  # ticks of the colour bar, in percent
 _GRID = np.linspace(0.0, 1.0, 201)[1:]  # coverages at which risks are averaged
 
 
@@ -160,19 +162,18 @@ def confidence_figure(runs: Iterable[Run], num_bins: int = metrics.NUM_BINS) -> 
     return figure
 
 
-def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) -> Any:
+def confusion_figure(runs: Iterable[Run]) -> Any:
     """Draws confusion matrices: the shares of predictions of each true class (row).
 
     Args:
       runs: The runs.
-      names: Names of the classes. Default: their numbers.
 
     Returns:
       A `matplotlib.figure.Figure`: for each label an axes with gid "confusion:LABEL"
       and an image of (C, C) percentages, NaN for classes without examples.
 
     Raises:
-      ValueError: There are no runs, or there are not C names.
+      ValueError: There are no runs.
     """
     from matplotlib.colors import PowerNorm
 
@@ -187,23 +188,17 @@ def confusion_figure(runs: Iterable[Run], names: Sequence[str] | None = None) ->
         pooled = _pooled(group)
         if pooled is None:
             plots.say(ax, "no finite predictions")
+            ax.set_box_aspect(1.0)
             continue
         shares = confusion(pooled)
         classes = len(shares)
-        if names is not None and len(names) != classes:
-            raise ValueError(
-                f"names must be those of the {classes} classes, got {len(names)}."
-            )
         # A root scale keeps the few errors visible beside the right predictions.
         image = ax.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0.0, 100.0))
         if classes <= MAX_NAMES:
-            shown = list(map(str, range(classes))) if names is None else list(names)
-            long = max(map(len, shown)) > 2
-            ax.set_xticks(range(classes), shown, rotation=90 if long else 0)
-            ax.set_yticks(range(classes), shown)
+            ax.set(xticks=range(classes), yticks=range(classes))
         if classes <= MAX_NUMBERS:
             _write_shares(ax, shares)
-        bar = part.colorbar(image, ax=ax, shrink=0.8)
+        bar = part.colorbar(image, ax=ax, shrink=0.8, ticks=_SHARES)
         bar.set_label("Share of the class (%)", fontsize=plots.LARGE)
         bar.ax.tick_params(labelsize=plots.SMALL)
     return figure
@@ -249,7 +244,8 @@ def risk_coverage_figure(runs: Iterable[Run]) -> Any:
     groups = by_label(runs)
     figure = plots.new_figure(plots.ALONE, 3.2)
     ax = figure.subplots()
-    for i, (label, group) in enumerate(groups.items()):
+    styles = plots.line_styles(groups)
+    for (label, group), style in zip(groups.items(), styles, strict=True):
         risks = []
         for run in plots.pool(group):
             checked = metrics.check(run.log_probs, run.labels, log_probs=True)
@@ -257,14 +253,14 @@ def risk_coverage_figure(runs: Iterable[Run]) -> Any:
             risks.append(np.interp(_GRID, found.coverage, found.risk))
         if risks:
             mean = 100.0 * np.mean(risks, axis=0)
-            gid, style = f"risk:{label}", plots.line_style(i)
+            gid = f"risk:{label}"
             ax.plot(100.0 * _GRID, mean, gid=gid, linewidth=1.6, **style)
     if not ax.lines:
         plots.say(ax, "no finite predictions")
     ax.set_xlim(0.0, 100.0)
     ax.set_ylim(bottom=0.0)
     plots.dress(ax, x="Coverage: predictions kept (%)", y="Risk: error among them (%)")
-    plots.legend_of_labels(figure, groups)
+    plots.legend_of_labels(figure, groups, styles)
     return figure
 
 
@@ -282,7 +278,7 @@ def _pooled(runs: Sequence[Run]) -> metrics.Predictions | None:
 
 def _same_height(panels: Sequence[Any]) -> None:
     """Gives axes of bars a common scale, so that they can be compared."""
-    highest = max(ax.dataLim.ymax for ax in panels)
-    if np.isfinite(highest) and highest > 0:
-        for ax in panels:
-            ax.set_ylim(0.0, 1.05 * highest)
+    # The limits of axes without bars are infinite.
+    highest = [x for ax in panels if np.isfinite(x := ax.dataLim.ymax) and x > 0]
+    for ax in panels if highest else ():
+        ax.set_ylim(0.0, 1.05 * max(highest))

@@ -132,13 +132,17 @@ def _measure_title(name: str) -> str:
 
 
 def calibration_table(record: dict[str, Any]) -> Table:
-    """Makes the table of a record of `experiments.measure.calibrate.calibrate`."""
+    """Makes the table of a record of `experiments.measure.calibrate.calibrate`.
+
+    Each metric has a line; the raw values and each method have a column.
+    """
     fitted = [method for method in record["methods"] if "metrics" in method]
     names = list(fitted[0]["metrics"]) if fitted else []
-    lines = []
+    titles = [_TITLES[name].replace(" (%)", "") for name in names]
+    columns = [["Metric", "Temperature", *titles]]
     if fitted:
         raw = fitted[0]["metrics"]  # the same for all methods
-        lines.append(["raw", "-", *(_pair(raw[n], "raw") for n in names)])
+        columns.append(["raw", "-", *(_pair(raw[n], "raw") for n in names)])
     for method in record["methods"]:
         temperature = method.get("temperature")
         shown = "-" if temperature is None else f"{temperature:.3f}"
@@ -146,9 +150,9 @@ def calibration_table(record: dict[str, Any]) -> Table:
             pairs = [_pair(method["metrics"][n], "calibrated") for n in names]
         else:
             pairs = ["failed"] * len(names)
-        lines.append([method["name"], shown, *pairs])
-    titles = [_TITLES[name].replace(" (%)", "") for name in names]
-    return Table(["Calibration", "Temperature", *titles], lines)
+        columns.append([method["name"], shown, *pairs])
+    header, *lines = map(list, zip(*columns, strict=True))
+    return Table(header, lines)
 
 
 def conformal_table(record: dict[str, Any]) -> Table:

@@ -5,7 +5,7 @@ shift.json. A foreign set is one of other classes.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -40,17 +40,18 @@ def plot_shift(
 def shift_figure(
     found: Sequence[tuple[str, Record]],
     *,
-    order: Sequence[str] | None = None,
+    places: Mapping[str, int] | None = None,
 ) -> Any:
     """Draws accuracy, NLL and ECE against the severity of corruptions; 0 is clean.
 
-    A thick line is the mean over corruptions; a thin line is one corruption. With one
-    method, each corruption has its own colour; with several, each method has. With more
-    than two methods only the means are drawn.
+    A thick line is the mean over corruptions; a thin line is one corruption. If there
+    is one method, each corruption has its own colour; otherwise each method has. With
+    more than two methods only the means are drawn.
 
     Args:
       found: (label, record) of each method; records without corruptions are left out.
-      order: Labels in the order of their colours. Default: those of `found`.
+      places: Places that set the colours, see :func:`labels.places`. Default: those in
+        this picture.
 
     Returns:
       A `matplotlib.figure.Figure` of three axes. A line's gid is "mean:LABEL" or
@@ -65,18 +66,19 @@ def shift_figure(
     shown = [(label, record) for label, record in found if record["corruptions"]]
     if not shown:
         raise ValueError("a picture of shifts needs a record with corruptions.")
-    alone = len(shown) == 1
+    # Where other pictures show other methods, a colour means a method.
+    alone = len(shown) == 1 and len(set((places or {}).values())) <= 1
+    styles = plots.line_styles([label for label, _ in shown], places)
     figure, parts = plots.panels(len(_SHOWN), lambda width: 2.7)
     handles: dict[str, Any] = {}
     for part, column in zip(parts, _SHOWN, strict=True):
         ax = part.subplots()
-        for i, (label, record) in enumerate(shown):
+        for (label, record), thick in zip(shown, styles, strict=True):
             curves = _curves(record["clean"], record["corruptions"], column)
-            place = i if order is None else list(order).index(label)
-            thick = {"color": "black"} if alone else plots.line_style(place)
-            single = curves.items() if len(shown) <= _MOST_WITH_LINES else ()
-            for k, (name, curve) in enumerate(single):
-                thin = plots.line_style(k) if alone else {**thick, "alpha": 0.35}
+            single = curves if len(shown) <= _MOST_WITH_LINES else {}
+            own = plots.line_styles([label, *single])[1:]  # not those of the mean
+            for (name, curve), style in zip(single.items(), own, strict=False):
+                thin = style if alone else {**thick, "alpha": 0.35}
                 gid = f"{name}:{label}"
                 line = _draw(ax, curve, gid, linewidth=0.9, **thin)
                 if alone:

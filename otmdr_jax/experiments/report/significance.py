@@ -6,6 +6,7 @@ the examples are resampled. The standard deviation in the table of results shows
 effect of seeds.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -67,13 +68,87 @@ def compare(runs: Iterable[Run], baseline: str | None = None) -> list[Tested]:
         if baseline in values and label != baseline:
             of_baseline, other = values[baseline]
             if np.array_equal(labels, of_baseline):
-                against = {
-                    name: metrics.paired_test(_mean, one[:, None], two[:, None], labels)
-                    for name, one, two in zip(TESTED, mine.T, other.T, strict=True)
-                }
+                against = dict(zip(TESTED, compare_means(mine, other), strict=True))
         intervals = metrics.bootstrap_all(_means, mine, labels)
         found.append(Tested(label, len(plots.pool(groups[label])), intervals, against))
     return found
+
+
+def compare_means(
+    values: np.ndarray,
+    others: np.ndarray,
+    *,
+    num_samples: int = metrics.intervals.NUM_SAMPLES,
+    level: float = metrics.intervals.LEVEL,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Compares means of two models over the same examples, by one test.
+
+    The p-value is that of :func:`otmdr_jax.metrics.paired_test`: the two values of each
+    example are swapped at random. The interval has the differences that this test does
+    not reject: it holds 0 exactly if the p-value is at least 1 - level. (A bootstrap
+    interval may exclude 0 where the test finds nothing.) Swapping the values of some
+    examples yields no larger difference than D exactly if D lies between the mean
+    difference of these examples and that of the rest, so both follow from the means of
+    random halves.
+
+    Args:
+      values: (N, K) values of the first model, K numbers of each example.
+      others: (N, K) values of the second one.
+      num_samples: Number of random swaps.
+      level: Probability of the interval, in (0, 1).
+      seed: Seed of the swaps.
+
+    Returns:
+      A :class:`otmdr_jax.metrics.Comparison` for each of the K means. A difference that
+      is infinite is never significant, and nothing is known of one that is NaN.
+
+    Reference: Hartigan, `Using Subsample Values as Typical Values
+    <https://doi.org/10.1080/01621459.1969.10501057>`_, 1969.
+    """
+    rng = np.random.default_rng(seed)
+    sizes, sums = [], []
+    with np.errstate(invalid="ignore"):  # infinity less infinity, 0 times infinity
+        gaps = np.asarray(values, np.float64) - np.asarray(others, np.float64)
+        for _ in range(num_samples):
+            swapped = rng.random(len(gaps)) < 0.5
+            sizes.append(np.sum(swapped))
+            sums.append(swapped @ gaps)
+    return [
+        _compare_mean(gap, np.array(sizes), own, level)
+        for gap, own in zip(gaps.T, np.array(sums).T, strict=True)
+    ]
+
+
+def _compare_mean(
+    gaps: np.ndarray, sizes: np.ndarray, sums: np.ndarray, level: float
+) -> Comparison:
+    """Compares one mean, given the sizes of random halves and the sums over them."""
+    mean = float(np.mean(gaps))
+    if not np.isfinite(mean):
+        unknown = np.isnan(mean)
+        ends = (np.nan, np.nan, np.nan) if unknown else (-np.inf, np.inf, 1.0)
+        return Comparison(mean, *ends)
+    with np.errstate(invalid="ignore", divide="ignore"):  # an empty half
+        means = np.stack(
+            [sums / sizes, (len(gaps) * mean - sums) / (len(gaps) - sizes)]
+        )
+    means[np.abs(means) < 1e-12 * np.mean(np.abs(gaps))] = 0.0  # rounding
+    low, high = np.min(means, axis=0), np.max(means, axis=0)
+    empty = (sizes == 0) | (sizes == len(gaps))
+    low[empty], high[empty] = -np.inf, np.inf
+    draws = len(sizes)
+    p_value = (1 + np.sum((low <= 0) & (0 <= high))) / (draws + 1)
+    # As many halves as this leave a p-value of 1 - level or more.
+    needed = math.ceil(round((1 - level) * (draws + 1), 9)) - 1
+    if needed < 1:  # so few draws reject nothing
+        return Comparison(mean, -np.inf, np.inf, float(p_value))
+    return Comparison(
+        mean,
+        min(mean, float(np.sort(low)[needed - 1])),
+        max(mean, float(np.sort(high)[-needed])),
+        float(p_value),
+    )
 
 
 def num_examples(runs: Sequence[Run], baseline: str) -> int:
@@ -112,20 +187,23 @@ def find_baseline(labels: Iterable[str], baseline: str | None) -> str:
     return alike[0]
 
 
-def table(rows: Sequence[Tested]) -> Table:
+def tables(rows: Sequence[Tested]) -> list[Table]:
     """Tabulates values with 95 % intervals, and differences from the baseline.
 
-    Each metric of each label has a line; each difference has an interval and a p-value.
+    Each metric has a table with a line for each label; each difference has an interval
+    and a p-value.
     """
-    lines = []
+    found = []
     for name in TESTED:
         column = _COLUMNS[name]
+        lines = []
         for row in rows:
             value, low, high = map(column.text, row.intervals[name])
-            line = [column.title, row.label, value, f"{low} to {high}"]
+            line = [row.label, value, f"{low} to {high}"]
             lines.append(line + _difference(column, row.against.get(name)))
-    header = ["Metric", "Method", "Value", "95 %", "Δ", "95 % of Δ", "p"]
-    return Table(header, lines)
+        header = [column.title, "Value", "95 %", "Δ", "95 % of Δ", "p"]
+        found.append(Table(header, lines))
+    return found
 
 
 def _difference(column: Column, found: Comparison | None) -> list[str]:
@@ -156,11 +234,6 @@ def _brier(found: metrics.Predictions) -> np.ndarray:
 
 def _same_set(runs: Sequence[Run]) -> bool:
     return all(np.array_equal(runs[0].labels, run.labels) for run in runs)
-
-
-def _mean(values, labels) -> float:
-    del labels
-    return float(np.mean(values))
 
 
 # The table of all metrics: name -> heading.
