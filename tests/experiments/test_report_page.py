@@ -512,7 +512,10 @@ def drawn_colours(found):
     from matplotlib.colors import to_hex
 
     colours, pictures = {}, {}
+    panels = ("reliability", "confidence", "confusion", "worst", "uncertain")
     for name, picture in found.pictures.items():
+        if name.startswith(panels):  # a panel for each label, no lines
+            continue
         figure = picture.figure()
         for ax in figure.axes:
             for line in ax.lines:
