@@ -115,6 +115,10 @@ def laplace(
 
     def of_batch(state, batch):
         images, mask = batch
+        # An image that is not finite was in no step of training either.
+        axes = tuple(range(1, images.ndim))
+        finite = jnp.all(jnp.isfinite(images), axis=axes, keepdims=True)
+        images, mask = jnp.where(finite, images, 0), mask * finite.reshape(mask.shape)
         return curvature.of_batch(
             model, state.params, state.model_state, images, mask, structure
         )

@@ -220,6 +220,19 @@ class TestPosterior:
     def images(self):
         return points(40)
 
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_an_image_that_is_not_finite_is_left_out(self, structure, bad):
+        """It is as if it were not there; training had skipped its batches."""
+        images = points(12)
+        method, state = state_of(Net(), images, structure=structure, num_samples=2)
+        of_batch = method.finalize.of_batch
+        got = of_batch(state, (images.at[3].set(bad), jnp.ones(12)))
+        want = of_batch(state, (images, jnp.ones(12).at[3].set(0.0)))
+        jax.tree.map(
+            lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want
+        )
+
     @pytest.mark.slow
     @pytest.mark.parametrize("structure", STRUCTURES)
     def test_logits_have_its_mean_and_covariance(self, structure):
