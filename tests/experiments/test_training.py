@@ -74,9 +74,11 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
     assert straight.metrics["accuracy"] > 0.5  # of three classes, in six steps
     assert straight.metrics["steps"] == 3 * (160 // 64)
     names = {path.name for path in straight.folder.iterdir()}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "result.json"} <= names
+    assert {"config.json", "data.json", "metrics.jsonl", "result.json"} <= names
+    assert "checkpoints" in names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert run_folder.read_config(straight.folder) == TINY
+    found = run_folder.read_config(straight.folder)
+    assert found == TINY.replace(data="arrays:small")
     lines = (straight.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == straight.history
     with np.load(straight.folder / "predictions.npz") as saved:
