@@ -178,7 +178,7 @@ def check_trained(labels: dict[str, np.ndarray], counted: bool) -> None:
     if counted and len(skipped := np.setdiff1d(np.arange(seen[-1] + 1), shown)):
         raise ValueError(
             f"the training labels must show every class from 0 to {seen[-1]}, the "
-            f"largest label, and {_listed(skipped)} have no example. If they start at "
+            f"largest label, but none is {_listed(skipped)}. If they start at "
             "1 or are codes, renumber them over all splits at once: np.unique(labels, "
             "return_inverse=True)[1]. If these classes exist, give num_classes="
             f"{seen[-1] + 1}."

@@ -372,7 +372,8 @@ def _read_npz(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:
     if not path.is_file():
         raise FileNotFoundError(
             f"a name that ends in .npz must be a file, and {str(path)!r} is none "
-            f"(looked in {str(path.absolute().parent)!r}). Correct the path."
+            f"(looked in {str(path.absolute().parent)!r}). Correct the path, or say "
+            "where the file is now: data_dir, --data-dir on the command line."
         )
     splits, used = {}, set()
     try:

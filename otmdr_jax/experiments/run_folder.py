@@ -81,7 +81,9 @@ def check_free(path: str | os.PathLike) -> None:
     """Raises FileExistsError unless a folder may be that of a new run."""
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if is_run(path):
+        if is_run(path) and is_finished(path):
+            advice = "It is a finished run; leave it as it is"
+        elif is_run(path):
             advice = f"Go on with it (otmdr train --resume {path})"
         else:
             advice = "It is no run of otmdr_jax; leave it alone"

@@ -382,10 +382,10 @@ def test_channels_are_the_last_axis(shape, refused):
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        ([1, 2, 3, 4, 5], [1, 2], r"from 0 to 5.* 0 have no .*num_classes=6"),
+        ([1, 2, 3, 4, 5], [1, 2], r"from 0 to 5.* none is 0\..*num_classes=6"),
         ([0, 10, 20], [0], r"from 0 to 20.* 1, 2, 3, 4, 5, \.\.\. \(18 classes\)"),
-        ([0, 1, 2], [0, 3], r"from 0 to 3, .* 3 have no .*num_classes=4"),
-        ([0, 2], [0, 1], "1 have no example"),
+        ([0, 1, 2], [0, 3], r"from 0 to 3, .* none is 3\..*num_classes=4"),
+        ([0, 2], [0, 1], "none is 1"),
         ([0, 1, 2], [0, 0], None),
     ],
 )

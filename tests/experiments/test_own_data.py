@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -208,3 +209,30 @@ def test_a_report_shows_no_images_of_a_file_that_has_changed(tmp_path, one_layer
     np.savez(tmp_path / "a.npz", **arrays)
     (shown,) = examples.of_labels([run])
     assert shown.images is None and "differ from its test set" in shown.why
+
+
+def test_warnings_of_the_command_line_are_one_line(tmp_path, one_layer, capfd):
+    images, labels = images_of(0, 60)
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
+    common = ["--steps", "1", "--batch-size", "20", "--mesh", "data=1", "--quiet"]
+    model = ["--model", one_layer, "--method", "sgd", "--output", str(tmp_path / "run")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # here they are errors
+        cli.main(["train", "--data", str(tmp_path / "a.npz"), *common, *model])
+    err = capfd.readouterr().err
+    assert "otmdr: warning: " in err and "12 of its 60 examples" in err
+    assert "UserWarning" not in err and "data_lib.load" not in err
+
+
+def test_a_result_shows_its_numbers_alone(run):
+    _, result = run
+    text = repr(result)
+    assert text.startswith("Result(accuracy=0.") and "steps=2, folder=" in text
+    assert len(text) < 300
+    with pytest.raises(TypeError, match="must be a TrainConfig.*got 'digits'"):
+        training.train("digits")
+
+
+def test_a_finished_run_is_not_gone_on_with(run, mine):
+    with pytest.raises(FileExistsError, match="It is a finished run"):
+        training.train(TINY, mine, run[0], show_progress=False)

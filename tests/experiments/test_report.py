@@ -742,8 +742,10 @@ def test_methods_that_differ_in_more_than_themselves_are_noted(options, note):
 def test_methods_on_other_test_sets_are_noted():
     one, other = make("SAM"), make("SGD")
     other = other._replace(labels=other.labels[::-1].copy())
-    (note,) = report.cautions([one, other])
-    assert "the data are of 60 test examples" in note and "in SGD" in note
+    for option in ({}, {"label_noise": 0.2}, {"data": "arrays:mine"}):
+        other.config.update(option)
+        (note,) = report.cautions([one, other])
+        assert "the data are of 60 test examples" in note and "in SGD" in note
 
 
 def test_a_run_that_is_given_twice_is_refused_before_anything_is_shown(

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         output that had enough (`otmdr info | head -1`).
     """
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:
         # Else Python fails once more as it closes its output at the exit.
@@ -111,6 +114,11 @@ def _cache_programs() -> None:
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         folder = cache.default_directory() / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _say_warning(message: Any, *_: Any, **__: Any) -> None:
+    """Shows a warning without the line of code that it comes from."""
+    print(f"otmdr: warning: {message}", file=sys.stderr)
 
 
 def _overview() -> str:

@@ -32,7 +32,8 @@ class Calibrate:
     seed: int = 0
     """Seed of the halves."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it has moved since the run."""
+    """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
+    since the run."""
     overwrite: bool = False
     """Replace a calibration.json of other settings, or of another step."""
 

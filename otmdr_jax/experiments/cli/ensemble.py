@@ -25,7 +25,8 @@ class Ensemble:
     keep: tuple[int, ...] | None = None
     """Members to keep, counted from 0 over all runs in order. Default: all."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it has moved since the runs."""
+    """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
+    since the runs."""
 
 
 def run(options: Ensemble) -> None:

@@ -30,7 +30,8 @@ class Evaluate:
     checkpoint: str = "latest"
     """Checkpoint: latest, best (on the validation set), or a step."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it has moved since the run."""
+    """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
+    since the run."""
     num_samples: int | None = None
     """Number of samples that a posterior, SWAG, MC dropout or a Laplace approximation
     predicts with. Default: the run's own."""

@@ -60,7 +60,8 @@ class Landscape:
     at each point; auto: point for the kinds runs and trajectory, running for the
     others."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it has moved since the run."""
+    """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
+    since the run."""
     output: str | None = None
     """Folder of the files. Default: the run's own; landscape-comparison for several
     runs, and landscape-runs for the kind runs."""

@@ -55,7 +55,8 @@ class Shift:
     checkpoint: str = "latest"
     """Checkpoint: latest, best (on the validation set), or a step."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data, if it has moved since the run."""
+    """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
+    since the run."""
     overwrite: bool = False
     """Replace a shift.json of other settings, or of another step."""
     quiet: bool = False

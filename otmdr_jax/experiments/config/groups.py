@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 from typing import Annotated, Any, ClassVar, Literal
 
+from otmdr_jax.data.dataset import check_augmentations
 from otmdr_jax.experiments.options import (
     Bound,
     Count,
@@ -66,6 +67,15 @@ class Data(Group):
     data_seed: Seed = 0
     """Seed of the validation split and the label noise: the same for all runs that are
     compared."""
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        check_augmentations(self.augment or ())
+        if self.validation > 1 and self.validation != int(self.validation):
+            raise ValueError(
+                "validation must be a fraction below 1 or a whole number of examples, "
+                f"got {self.validation!r}."
+            )
 
     def __post_init__(self) -> None:
         """Makes the path of a file absolute: a run is opened from other folders too."""

@@ -244,7 +244,9 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
             if name in shared
         )
     ]
-    if _of_several_data(runs):
+    # Metrics of other test sets cannot be compared, whatever the options say.
+    named_apart = differing([{"data": run.config.get("data")} for run in runs])
+    if named_apart or _of_several_tests(runs) or _of_several_data(runs):
         values = _values(groups, _name_of_data)
         found.append(
             "the data are "
@@ -279,10 +281,15 @@ def _of_several_data(runs: Sequence[Run]) -> bool:
     """Says whether runs have several data that their options do not tell apart."""
     if differing([{n: run.config.get(n) for n in _OF_DATA} for run in runs]):
         return False  # the label names these options
-    if len({np.asarray(run.labels).tobytes() for run in runs}) > 1:
+    if _of_several_tests(runs):
         return True
     known = [run.data["fingerprint"] for run in runs if run.data is not None]
     return any(not same_data(known[0], other) for other in known[1:])
+
+
+def _of_several_tests(runs: Sequence[Run]) -> bool:
+    """Says whether runs were tested on examples with other labels."""
+    return len({np.asarray(run.labels).tobytes() for run in runs}) > 1
 
 
 def _name_of_data(run: Run) -> str:

@@ -36,6 +36,12 @@ class Result(NamedTuple):
     labels: np.ndarray
     folder: pathlib.Path | None
 
+    def __repr__(self) -> str:
+        """The numbers in one line; weights and predictions would fill the screen."""
+        names = ("accuracy", "nll", "ece", "steps")
+        shown = [f"{x}={self.metrics[x]:.4g}" for x in names if x in self.metrics]
+        return f"Result({', '.join(shown)}, folder={str(self.folder)!r})"
+
 
 def final_result(
     config: TrainConfig,

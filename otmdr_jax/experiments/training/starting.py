@@ -66,6 +66,11 @@ def train(
       >>> result.metrics["steps"], result.log_probs.shape
       (11, (360, 10))
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(
+            "config must be a TrainConfig, as TrainConfig(method='sam'), got "
+            f"{config!r}."
+        )
     mesh = make_mesh(config)
     # What cannot work is refused before the data are read.
     check_models(config)
