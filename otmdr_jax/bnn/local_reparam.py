@@ -157,7 +157,8 @@ def _warn_of_shared(params, shared, noisy):
             f"estimator={noisy.estimator!r} draws {listed}{more} once for all "
             "examples, as 'weights' does: a kernel has noise of each example's own "
             "where it is used once, in a dense layer or a convolution whose input has "
-            f"the {noisy.examples} examples of the batch on its first axis.",
+            f"the {noisy.examples} examples of the batch on its first axis. A penalty "
+            "in the loss is a use too: the prior is the place for it.",
             stacklevel=3,
         )
 

@@ -43,7 +43,9 @@ class Diagnostics(NamedTuple):
       center_loss: Mean over particles of the loss at the center, on the first part of
         the batch: with `split="shared"` on all of it.
       robust_loss: Mean over particles of the loss of all of the batch at the particle.
-      gap: `robust_loss - center_loss`, a running estimate of sharpness.
+      gap: `robust_loss - center_loss`, a running estimate of sharpness. With `weights`
+        and a batch that is cut, the loss of the first part counts by its weight, and
+        the gap says nothing.
       ascent_norms: (S,) gradient norms of the ascent steps, mean over particles; None
         in the state of a transformation that takes no such steps.
       grad_norm: Norm of the gradient that is returned.

@@ -50,8 +50,8 @@ _NPZ_KEYS = {
     ),
 }
 
-# What `save` writes beside the arrays.
-_NPZ_OPTIONS = ("num_classes", "mean", "std", "augment")
+# What `save` writes beside the arrays, by names that nobody else has.
+_NPZ_OPTIONS = {x: f"otmdr_jax_{x}" for x in ("num_classes", "mean", "std", "augment")}
 
 # A training set alone leaves this part of it to test on, drawn by a stream of the seed
 # of its own: dataset.py has the first two, measure/shift the third.
@@ -192,8 +192,8 @@ def save(dataset: Dataset, path: str | os.PathLike) -> None:
     for name in ("train", "validation", "test"):
         if (split := getattr(dataset, name)) is not None:
             arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
-    for name in _NPZ_OPTIONS:
-        arrays[name] = np.asarray(getattr(dataset, name))
+    for name, key in _NPZ_OPTIONS.items():
+        arrays[key] = np.asarray(getattr(dataset, name))
     files.write_arrays(path, arrays)
 
 
@@ -233,7 +233,8 @@ def load_test(
     text = os.fspath(name)
     if text.endswith(".npz"):
         path = _npz_path(text, data_dir)
-        test, num_classes = _read_npz(path, "test")[0]["test"], None
+        splits, saved = _read_npz(path, "test")
+        test, num_classes = splits["test"], saved.get("num_classes")
     elif text == "digits":
         test, num_classes = _digits()[1], 10
     else:
@@ -320,7 +321,8 @@ def _npz_path(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
     moved = pathlib.Path(data_dir).expanduser()
     if moved.suffix == ".npz":
         return moved
-    return path if path.is_file() else moved / path.name
+    there = moved / path.name
+    return there if there.is_file() else path
 
 
 def _npz_splits(path, validation, label_noise, seed) -> dict[str, Any]:
@@ -385,7 +387,8 @@ def _read_npz(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:
                 used |= {key for pair in choices for key in pair} & set(keys)
                 if keys and (split == needed or needed == "train"):
                     splits[split] = Split(*(file[key] for key in keys))
-            options = {x: file[x].tolist() for x in _NPZ_OPTIONS if x in found}
+            saved = {n: k for n, k in _NPZ_OPTIONS.items() if k in found}
+            options = {name: file[key].tolist() for name, key in saved.items()}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} must be an .npz file of plain arrays, and reading it "
@@ -398,7 +401,7 @@ def _read_npz(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:
             f"{str(path)!r} must hold the arrays {names}, and it holds {found}. Rename "
             "them where you save the file."
         )
-    if unused := sorted(set(found) - used - set(_NPZ_OPTIONS)):
+    if unused := sorted(set(found) - used - set(_NPZ_OPTIONS.values())):
         warnings.warn(
             f"{str(path)!r} also holds {', '.join(unused)}, which are not used.",
             stacklevel=4,

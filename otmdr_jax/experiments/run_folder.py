@@ -72,9 +72,20 @@ def create(
     path = pathlib.Path(path)
     check_free(path)
     path.mkdir(parents=True, exist_ok=True)
+    describe(path, config, data)
+    return RunFolder(path)
+
+
+def describe(path: pathlib.Path, config: TrainConfig, data: dict[str, Any]) -> None:
+    """Writes what a run is, into its folder; see :func:`create`."""
     files.write_json(path / "data.json", data)
     config_lib.save(config, path / "config.json")  # the last: it makes it a run
-    return RunFolder(path)
+
+
+def read_data(path: str | os.PathLike) -> dict[str, Any] | None:
+    """What is recorded of a run's data; None of a run of an older version."""
+    path = pathlib.Path(path) / "data.json"
+    return files.read_json(path) if path.is_file() else None
 
 
 def check_free(path: str | os.PathLike) -> None:

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from otmdr_jax import data
-from otmdr_jax.experiments import cli, report, restore, training
+from otmdr_jax.experiments import (
+    cli,
+    combine,
+    programs,
+    report,
+    restore,
+    training,
+)
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.report import examples
 
@@ -105,7 +112,7 @@ def test_a_run_on_arrays_is_resumed_whatever_they_are_called(run, mine):
     "option", [{"label_noise": 0.2}, {"validation": 0.1}, {"data_seed": 1}]
 )
 def test_options_of_loading_are_refused_with_a_dataset(mine, option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))} would do nothing"):
+    with pytest.raises(ValueError, match=rf"\({next(iter(option))}\) do nothing"):
         training.train(TINY.replace(**option), mine, show_progress=False)
 
 
@@ -236,3 +243,47 @@ def test_a_result_shows_its_numbers_alone(run):
 def test_a_finished_run_is_not_gone_on_with(run, mine):
     with pytest.raises(FileExistsError, match="It is a finished run"):
         training.train(TINY, mine, run[0], show_progress=False)
+
+
+def test_a_run_without_a_checkpoint_is_not_resumed_on_other_data(run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "data.json"):
+        (folder / name).write_bytes((run[0] / name).read_bytes())
+    (folder / "metrics.jsonl").touch()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    other = data.from_arrays(images_of(5, 60), images_of(1, 30), name="mine")
+    with pytest.raises(ValueError, match="was trained on mine-51-.*now mine-60-"):
+        training.train(TINY, other, folder, resume=True, show_progress=False)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_loaded_dataset_keeps_the_name_of_what_it_is():
+    """Others are recorded as given, whatever they are called."""
+    config = TINY.replace(validation=0.1, label_noise=0.2)
+    same = data.load("digits", validation=0.1, label_noise=0.2)
+    assert programs.named(config, same) == config
+    with pytest.raises(ValueError, match="do nothing to the dataset 'digits'"):
+        programs.named(config, data.load("digits"))
+    found = programs.named(TINY, data.load("digits", validation=0.1))
+    assert found.data.name == "arrays:digits"
+
+
+def test_arrays_of_other_names_in_an_npz_change_nothing(tmp_path):
+    (images, labels), test = images_of(0, 60), images_of(1, 30)
+    names = "train_images", "train_labels", "test_images", "test_labels"
+    arrays = dict(zip(names, (images, labels, *test), strict=True))
+    np.savez(tmp_path / "a.npz", **arrays, mean=[127.0], std=[60.0], num_classes=[9])
+    with pytest.warns(UserWarning, match="also holds mean, num_classes, std, which"):
+        found = data.load(tmp_path / "a.npz")
+    want = data.from_arrays((images, labels), test)
+    assert (found.mean, found.std, found.num_classes) == (want.mean, want.std, 3)
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_runs_on_other_data_is_refused(run, mine, tmp_path):
+    other = data.from_arrays(images_of(5, 60), images_of(1, 30), name="mine")
+    training.train(TINY, other, tmp_path / "other", show_progress=False)
+    with pytest.raises(ValueError, match="was trained on mine-60-.*now mine-51-"):
+        combine.combine([run[0], tmp_path / "other"], tmp_path / "both", dataset=mine)
+    assert not (tmp_path / "both").exists()

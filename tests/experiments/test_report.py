@@ -712,6 +712,24 @@ def test_runs_on_several_data_are_no_seeds_of_one_method():
     ]  # fmt: skip
 
 
+def test_data_are_told_apart_within_what_options_tell_apart():
+    whole = ["p00000001", "p00000002", "p00000001"]
+    runs = [make(seed=i)._replace(data=described(whole=w)) for i, w in enumerate(whole)]
+    for run, noise in zip(runs, (0.0, 0.0, 0.2), strict=True):
+        run.config["label_noise"] = noise
+    labels = [run.label for run in report.with_distinct_labels(runs)]
+    assert len(set(labels)) == 3
+    assert labels[2] == "SAM, label_noise = 0.2" and "p00000002" in labels[1]
+
+
+def test_one_set_of_data_by_two_names_is_one():
+    runs = [make(seed=seed)._replace(data=described()) for seed in range(2)]
+    for run, name in zip(runs, ("/x/a.npz", "/y/b.npz"), strict=True):
+        run.config["data"] = name
+    assert [run.label for run in report.with_distinct_labels(runs)] == ["SAM", "SAM"]
+    assert not report.cautions([runs[0], runs[1]._replace(label="SGD")])
+
+
 def test_an_unfinished_run_is_no_seed_of_the_finished_ones():
     done, stopped = make(seed=0, finished=True), make(seed=1, checkpoint="latest")
     stopped.result["steps"] = 29

@@ -15,7 +15,7 @@ from otmdr_jax.data import corruptions
 from otmdr_jax.experiments import cli, programs, report, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation, shift
-from otmdr_jax.experiments.measure.shift import sets
+from otmdr_jax.experiments.measure.shift import detection, sets
 from otmdr_jax.experiments.report import page
 from otmdr_jax.experiments.report import shift as tables
 from tests.sets import encoded, gray_examples, gray_features, real_cifar10
@@ -876,3 +876,25 @@ def test_a_mesh_of_devices_predicts_the_same_of_corrupted_images(small):
     everywhere = spread.init(programs.run_keys(config.run.seed)[0])
     got = evaluation.predict(config, everywhere, small.test, spread, change=change)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_members_that_agree_have_no_information(samples):
+    """Rounding does not rank examples: chance is exactly a half."""
+    rng = np.random.default_rng(0)
+
+    def predicted(count):
+        logits = rng.normal(size=(count, 5))
+        log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        within = None
+        if samples > 1:
+            within = np.stack([metrics.entropy(np.exp(log_probs))] * 3)
+        members = np.stack([log_probs] * 3)
+        mean = evaluation._mean(members)
+        return evaluation.Predicted(mean, members, within, [0, 1, 2])
+
+    inside, outside = (
+        detection.scores(predicted(count))["mutual_information"] for count in (200, 300)
+    )
+    assert not inside.any() and not outside.any()
+    assert detection.detect(inside, outside)["auroc"] == 0.5

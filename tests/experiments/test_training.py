@@ -383,7 +383,7 @@ def test_a_checkpoint_cut_short_is_not_used(small, straight, tmp_path):
 
 class TestRefusals:
     def test_a_folder_with_another_run(self, small, straight):
-        with pytest.raises(FileExistsError, match="otmdr train --resume"):
+        with pytest.raises(FileExistsError, match="It is a finished run"):
             training.train(TINY, small, straight.folder, show_progress=False)
 
     def test_a_folder_with_anything_else(self, small, tmp_path):

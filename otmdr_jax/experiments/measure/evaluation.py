@@ -22,9 +22,13 @@ from otmdr_jax.experiments import members as members_lib
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs import Programs, compile_programs
 from otmdr_jax.io.progress import Progress
-from otmdr_jax.metrics import diversity
+from otmdr_jax.metrics import diversity, uncertainty
 
 PyTree = Any
+
+
+# Of entropies in float64, far below any that matters.
+_ROUNDING = 1e-12
 
 
 class Evaluation(NamedTuple):
@@ -73,13 +77,12 @@ class Predicted(NamedTuple):
         kept = self.members[self.kept]
         if np.isnan(kept).any() or (self.within is None and len(kept) == 1):
             return None
-        each = (
-            [metrics.entropy(np.exp(one)) for one in kept]
-            if self.within is None
-            else self.within[self.kept]
-        )
+        if self.within is None:
+            return uncertainty.comparable_information(np.exp(kept))
         total = metrics.entropy(np.exp(self.log_probs))
-        return np.maximum(total - np.mean(each, axis=0), 0.0)
+        found = total - np.mean(self.within[self.kept], axis=0)
+        # A difference of equal entropies is rounding, which must not rank examples.
+        return np.where(found < _ROUNDING, 0.0, found)
 
 
 def evaluate(

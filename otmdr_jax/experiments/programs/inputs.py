@@ -11,6 +11,7 @@ from otmdr_jax import data as data_lib
 from otmdr_jax import parallel
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.programs.provenance import fingerprint, same_data
 
 # With fewer images than this in a pass on a device, batch statistics are noise: in Wu &
 # He, 2018 ("Group Normalization", figure 1) errors rise below 16.
@@ -23,28 +24,40 @@ ARRAYS = "arrays:"
 _OF_LOADING = ("validation", "label_noise", "data_seed")
 
 
-def named(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+def named(config: TrainConfig, dataset: Dataset, resume: bool = False) -> TrainConfig:
     """The options of a run on a dataset that the caller has given.
+
+    They stay as they are if the dataset is the one that they load.
 
     Args:
       config: The options.
       dataset: The data, which the options may name or not.
+      resume: Whether the run is resumed, and its options are known.
 
     Raises:
       ValueError: Options that are applied where a set is loaded, for another dataset
-        than the one that they name.
+        than the one that they load.
     """
     name = config.data.name
     own = pathlib.Path(name).stem if name.endswith(".npz") else name
-    if own.removeprefix(ARRAYS) == dataset.name:
+    if own == dataset.name and _is_loaded(config, dataset):
         return config
     changed = [x for x in config.changed() if x in _OF_LOADING]
-    if changed:
+    if changed and not resume:
         raise ValueError(
-            f"{', '.join(changed)} would do nothing to the dataset {dataset.name!r} "
-            "that was given: leave them out, and give them to data.from_arrays."
+            f"options of loading ({', '.join(changed)}) do nothing to the dataset "
+            f"{dataset.name!r} that was given: leave them out here, and give them to "
+            "data.from_arrays or data.load."
         )
     return config.replace(data=ARRAYS + dataset.name)
+
+
+def _is_loaded(config: TrainConfig, dataset: Dataset) -> bool:
+    try:
+        loaded = load_data(config)
+    except (ValueError, TypeError, OSError, ImportError):
+        return False
+    return same_data(fingerprint(loaded), fingerprint(dataset))
 
 
 def load_data(config: TrainConfig) -> Dataset:

@@ -41,8 +41,8 @@ _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # Options that may differ between averaged runs: the seed, and those that change no
 # number.
 _FREE = {"seed"} | config_lib.RESUMABLE
-# Options that change the data of a run.
-_OF_DATA = ("data", "validation", "label_noise", "data_seed")
+# Options that change the data of a run, whatever set it names.
+_OF_LOADING = ("validation", "label_noise", "data_seed")
 # Options that labels name.
 _IN_LABELS = {"members", "ensemble", "member_data", "dropout", "optimizer"}
 
@@ -194,10 +194,8 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
       ['SAM, epochs = 2', 'SAM, epochs = 4']
     """
     runs = [run._replace(label=run.label + _unfinished(run)) for run in runs]
-    groups = by_label(runs) if runs else {}
-    options = {label: beyond_the_seed(group) for label, group in groups.items()}
-    apart = {label: _of_several_data(group) for label, group in groups.items()}
-    return [
+    options = {x: beyond_the_seed(group) for x, group in _groups(runs).items()}
+    runs = [
         run._replace(
             label=", ".join(
                 [run.label]
@@ -205,11 +203,22 @@ def with_distinct_labels(runs: Iterable[Run]) -> list[Run]:
                     f"{name} = {text_of(run.config, name).strip(chr(34))}"
                     for name in options[run.label]
                 ]
-                + ([f"data {_name_of_data(run)}"] if apart[run.label] else [])
             )
         )
         for run in runs
     ]
+    # Options need not tell data apart: a file may have been written anew.
+    several = {x: _of_several_data(group) for x, group in _groups(runs).items()}
+    return [
+        run._replace(label=f"{run.label}, data {_name_of_data(run)}")
+        if several[run.label]
+        else run
+        for run in runs
+    ]
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    return by_label(runs) if runs else {}
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
@@ -245,8 +254,9 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
         )
     ]
     # Metrics of other test sets cannot be compared, whatever the options say.
-    named_apart = differing([{"data": run.config.get("data")} for run in runs])
-    if named_apart or _of_several_tests(runs) or _of_several_data(runs):
+    explained = differing([{n: r.config.get(n) for n in _OF_LOADING} for r in runs])
+    unexplained = _of_several_data(runs) and not explained
+    if "data" in beyond_the_seed(runs) or _of_several_tests(runs) or unexplained:
         values = _values(groups, _name_of_data)
         found.append(
             "the data are "
@@ -278,13 +288,10 @@ def _unfinished(run: Run) -> str:
 
 
 def _of_several_data(runs: Sequence[Run]) -> bool:
-    """Says whether runs have several data that their options do not tell apart."""
-    if differing([{n: run.config.get(n) for n in _OF_DATA} for run in runs]):
-        return False  # the label names these options
-    if _of_several_tests(runs):
-        return True
+    """Says whether runs are known to have several data."""
     known = [run.data["fingerprint"] for run in runs if run.data is not None]
-    return any(not same_data(known[0], other) for other in known[1:])
+    apart = any(not same_data(known[0], other) for other in known[1:])
+    return apart or _of_several_tests(runs)
 
 
 def _of_several_tests(runs: Sequence[Run]) -> bool:
@@ -304,7 +311,11 @@ def _name_of_data(run: Run) -> str:
 
 def beyond_the_seed(runs: Sequence[Run]) -> list[str]:
     """Names the options other than the seed that differ and change a run's numbers."""
-    return [n for n in differing([run.config for run in runs]) if n not in _FREE]
+    names = [n for n in differing([run.config for run in runs]) if n not in _FREE]
+    known = all(run.data is not None for run in runs)
+    if "data" in names and known and not _of_several_data(runs):
+        names.remove("data")  # the same data by another name, or in another place
+    return names
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

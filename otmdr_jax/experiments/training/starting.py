@@ -12,7 +12,6 @@ import jax
 
 from otmdr_jax import parallel
 from otmdr_jax.data import Dataset
-from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.building import check_models
 from otmdr_jax.experiments.config import TrainConfig, differences
@@ -79,11 +78,13 @@ def train(
     if dataset is None:
         dataset = load_data(config)
     else:
-        config = named(config, dataset)
+        config = named(config, dataset, resume)
     described = describe(dataset)
     data = described["fingerprint"]
     if jax.process_count() > 1:
-        same = config.replace(data_dir=None, cache_dir=None)
+        same = config.replace(data_dir=None, cache_dir=None).flat()
+        # Hosts may have a file in folders of their own.
+        same["data"] = pathlib.Path(same["data"]).name
         parallel.check_agreement(repr(same), "the configuration")
         parallel.check_agreement(data, "the data")
     programs = compile_programs(config, dataset, mesh)
@@ -99,7 +100,8 @@ def train(
     folder = None
     if resume:
         _check_same_run(run_folder.read_config(output), config, output)
-        parallel.on_main(lambda: config_lib.save(config, output / "config.json"))
+        if (known := run_folder.read_data(output)) is not None:
+            check_same_data(known["fingerprint"], data, output)
     else:
         folder = parallel.on_main(lambda: run_folder.create(output, config, described))
     with checkpoint.Checkpoints(
@@ -117,6 +119,7 @@ def train(
             check_same_data(saved.meta(step)["data"], data, output)
             state, meta = saved.restore(state, step)
         if resume:
+            parallel.on_main(lambda: run_folder.describe(output, config, described))
             folder = parallel.on_main(lambda: run_folder.reopen(output, step))
         try:
             loop = Loop(config, dataset, programs, data, show_progress, folder, saved)

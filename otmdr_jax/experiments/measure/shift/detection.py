@@ -4,6 +4,8 @@ import numpy as np
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments.measure.evaluation import Predicted
+from otmdr_jax.metrics import uncertainty
+from otmdr_jax.metrics.predictions import check_unlabelled
 
 # A higher score is more uncertain. The names are those of metrics.ood_auroc.
 SCORES = ("confidence", "entropy", "mutual_information")
@@ -36,7 +38,7 @@ def scores(found: Predicted) -> dict[str, np.ndarray]:
     values = {
         # Taken from logarithms, because probabilities close to 1 would tie.
         "confidence": -log_probs.max(axis=1),
-        "entropy": metrics.entropy(np.exp(log_probs)),
+        "entropy": uncertainty.comparable_entropy(check_unlabelled(np.exp(log_probs))),
     }
     information = found.mutual_information()
     if information is not None:
