@@ -739,17 +739,14 @@ def test_a_run_from_disk_is_one_from_memory_on_cifar10(
 
 @pytest.mark.slow
 def test_auto_takes_the_first_memory_that_holds_the_images(one_layer, monkeypatch):
-    streamed = []
-    monkeypatch.setattr(
-        feed.Feed, "open", lambda self, _: streamed.append(self.examples)
-    )
     config = RUN.replace(steps=1, mesh="data=1", augment=())
-    training.train(config, show_progress=False)
-    assert streamed.pop() is not None
+    dataset = data.load("digits")
+    compiled = compile_programs(config, dataset)
+    with feed.Feed(config, dataset, compiled, 0) as fed:
+        assert fed.examples is not None and fed.stream is None
     monkeypatch.setattr(data, "fits_on_device", lambda *_: False)
-    with pytest.raises(TypeError):  # the stream was not opened
-        training.train(config, show_progress=False)
-    assert streamed.pop() is None
+    with feed.Feed(config, dataset, compiled, 0) as fed:
+        assert fed.examples is None and fed.stream is not None
 
 
 def assert_same_bits(a, b):

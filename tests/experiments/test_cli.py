@@ -82,7 +82,7 @@ def test_train_writes_a_run_with_its_options(session):
 def test_a_second_run_into_the_same_folder_is_refused(session):
     done = otmdr("train", "--method", "sgd", *QUICK, cwd=session, check=False)
     assert done.returncode == 2
-    assert "is not empty" in done.stderr and "--resume" in done.stderr
+    assert "is not empty. It is a finished run" in done.stderr
     assert "Traceback" not in done.stderr
 
 
