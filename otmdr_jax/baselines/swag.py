@@ -180,11 +180,16 @@ def average(
 
     def finish(state, seen):
         total, number = seen
-        statistics = jax.tree.map(
-            # Of members that are stacked there is an axis more.
-            lambda x: x / jnp.expand_dims(number, tuple(range(number.ndim, x.ndim))),
-            total,
-        )
+
+        def mean(x, now):
+            # Of members that are stacked there is an axis more. Where no batch was
+            # finite the statistics of training stay.
+            count = jnp.expand_dims(number, tuple(range(number.ndim, x.ndim)))
+            if x.ndim > now.ndim:  # of several weight vectors of a member
+                now = jnp.expand_dims(now, number.ndim - 1)
+            return jnp.where(count > 0, x / jnp.maximum(count, 1), now)
+
+        statistics = jax.tree.map(mean, total, state.model_state)
         kept = state.method_state._replace(statistics=statistics)
         return state._replace(method_state=kept)
 

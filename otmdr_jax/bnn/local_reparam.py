@@ -318,9 +318,8 @@ def _bind(eqn, values):
 def _rematerialised(eqn, values, noisy):
     """Keeps a block that the backward pass computes again as one block."""
     body = ClosedJaxpr(eqn.params["jaxpr"], ())
-    leaves: list[
-        int | None
-    ] = []  # of what comes out: a block may hand its parameters on
+    # Of what comes out: a block may hand its parameters on.
+    leaves: list[int | None] = []
 
     def block(parts):
         inputs = [

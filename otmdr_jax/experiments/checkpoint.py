@@ -45,7 +45,8 @@ class Restored(NamedTuple):
 
 def _is_news(record: logging.LogRecord) -> bool:
     """Orbax warns that what is opened for reading only is read only."""
-    return "read_only" not in record.msg and "read only" not in record.msg
+    text = str(record.msg)  # any object may be logged
+    return "read_only" not in text and "read only" not in text
 
 
 class Checkpoints:

@@ -436,6 +436,9 @@ class TestAverage:
         want = np.mean(np.reshape(images, (3, 6, 4)), axis=(0, 1))
         assert_allclose(finished(*seen), np.tile(want, (4, 1)), rtol=1e-4, atol=1e-6)
         assert_array_equal(finished(bad, *seen), finished(*seen))
+        # Where none is finite those of training stay.
+        own = np.asarray(state.model_state["mean"])
+        assert_array_equal(finished(bad, bad), np.tile(own, (4, 1)))
 
     def test_a_model_must_say_how_its_statistics_move(self, key):
         class Other:

@@ -24,8 +24,8 @@ from otmdr_jax.experiments.programs.provenance import (
     describe,
     environment,
     fingerprint,
+    fingerprint_of_test,
     same_data,
-    test_fingerprint,
 )
 
 __all__ = [
@@ -44,5 +44,5 @@ __all__ = [
     "run_keys",
     "same_data",
     "step_memory_mib",
-    "test_fingerprint",
+    "fingerprint_of_test",
 ]

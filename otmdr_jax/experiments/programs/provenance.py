@@ -39,7 +39,7 @@ def fingerprint(dataset: Dataset) -> str:
     return f"{dataset.name}-{dataset.train.num_examples}-{_checksums(splits, start)}"
 
 
-def test_fingerprint(dataset: Dataset) -> str:
+def fingerprint_of_test(dataset: Dataset) -> str:
     """The same of the images and labels of the test set alone."""
     return f"{dataset.name}-{dataset.test.num_examples}-{_checksums([dataset.test], 0)}"
 
@@ -73,7 +73,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,
         "fingerprint": fingerprint(dataset),
-        "test_fingerprint": test_fingerprint(dataset),
+        "test_fingerprint": fingerprint_of_test(dataset),
         "num_classes": dataset.num_classes,
         "image_shape": list(dataset.image_shape),
         "dtype": str(dataset.train.images.dtype),

@@ -93,7 +93,7 @@ def _test_images(run: Run) -> Any:
         raise ValueError(f"its images cannot be read: {error}") from error
     same = list(dataset.test.labels) == list(run.labels)
     if run.data is not None:
-        here = programs.test_fingerprint(dataset)
+        here = programs.fingerprint_of_test(dataset)
         same = same and programs.same_data(run.data["test_fingerprint"], here)
     if not same:
         raise ValueError("the data here differ from its test set.")
