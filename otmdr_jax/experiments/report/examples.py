@@ -2,12 +2,13 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from otmdr_jax import metrics
+from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import programs
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.report import plots
@@ -63,6 +64,8 @@ def most_uncertain(run: Run, count: int = COUNT) -> Chosen:
 
 def of_labels(runs: Sequence[Run]) -> list[Shown]:
     """Returns the first run of each label, with the images of its test set."""
+    # Methods share a data set; the next page reads it again, as files change.
+    load = functools.cache(programs.load_data)
     shown = []
     for group in by_label(runs).values():
         run = next(iter(plots.pool(group)), group[0])
@@ -72,13 +75,13 @@ def of_labels(runs: Sequence[Run]) -> list[Shown]:
             shown.append(Shown(run, name, None, why))
             continue
         try:
-            shown.append(Shown(run, name, _test_images(run)))
+            shown.append(Shown(run, name, _test_images(run, load)))
         except (ValueError, TypeError, OSError, ImportError) as error:
             shown.append(Shown(run, name, None, f"{name}: {error}"))
     return shown
 
 
-def _test_images(run: Run) -> Any:
+def _test_images(run: Run, load: Callable[[TrainConfig], Dataset]) -> Any:
     """Reads the images of a run's test set; an error says why it cannot."""
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -88,7 +91,7 @@ def _test_images(run: Run) -> Any:
     if "data" not in options:
         raise ValueError("its configuration names no data.")
     try:
-        dataset = _load(TrainConfig(**options))
+        dataset = load(TrainConfig(**options))
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ValueError(f"its images cannot be read: {error}") from error
     same = list(dataset.test.labels) == list(run.labels)
@@ -98,11 +101,6 @@ def _test_images(run: Run) -> Any:
     if not same:
         raise ValueError("the data here differ from its test set.")
     return dataset.test.images
-
-
-@functools.lru_cache(maxsize=2)
-def _load(config: TrainConfig) -> Any:
-    return programs.load_data(config)
 
 
 def examples_figure(images: Any, chosen: Chosen) -> Any:
