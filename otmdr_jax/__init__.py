@@ -18,6 +18,7 @@ from otmdr_jax.core.gradient import (
     value_and_grad,
 )
 from otmdr_jax.core.presets import PRESETS, preset
+from otmdr_jax.core.sample import SamplingDiagnostics, sample_particles
 from otmdr_jax.core.transform import OtmdrState, asam, otmdr, sam
 
 if TYPE_CHECKING:  # who reads types follows the parts to where they stand
@@ -48,12 +49,14 @@ __all__ = [
     "Diagnostics",
     "OtmdrState",
     "RobustGradient",
+    "SamplingDiagnostics",
     "__version__",
     "asam",
     "otmdr",
     "preset",
     "robust_gradient",
     "sam",
+    "sample_particles",
     "value_and_grad",
 ]
 

@@ -37,6 +37,8 @@ from otmdr_jax.core.options import (
     PartOptions,
     PassOptions,
     RobustOptions,
+    SamplerChoice,
+    SamplerOptions,
     ShapeOptions,
     check_number,
     check_rho,
@@ -116,6 +118,8 @@ class MeanFieldOptions(
     ObjectiveOptions,
     MeansOptions,
     ParticleOptions,
+    SamplerChoice,
+    SamplerOptions,
     ShapeOptions,
     PartOptions,
     PassOptions,
@@ -258,6 +262,12 @@ def robust_gradient(
         "has_aux": True,
     }
     opts = Options(**shared)
+    if norm == "joint" and opts.sampler != "ascent":
+        raise ValueError(
+            f'norm="joint" counts scales in the length of a step, and '
+            f"sampler={opts.sampler!r} draws in a ball of the means: use "
+            'norm="per_leaf" or "global".'
+        )
     objective = _objective(loss_fn, given)
     radii = check_rho(given["rho"])
     default = _check_weight(given["kl_weight"])
@@ -448,7 +458,7 @@ def _scales_at_center(step: Step, *, whole: bool) -> Particle:
         return replaced(one(keys, parts, first), scales)
 
     keys, count = step.keys, step.num_particles
-    completes = whole and len(step.radii) > 1
+    completes = whole and step.options.num_parts(len(step.radii)) > 1
     if step.options.split != "random":
         parts = step.split(keys)
         first, scales = begin(parts)

@@ -132,7 +132,7 @@ def ascend(
         uphill = t[i] * (t[i] * jnp.conj(_wide(d[i])))
         step = uphill / divisor * _radius(rho, length)
         if noise_std is not None:
-            step = step + noise_std * _noise(key, i, step)
+            step = step + noise_std * noise(key, i, step)
         new[i] = w[i] + step
     return tree.like(jax.tree.unflatten(treedef, new), params), total
 
@@ -191,8 +191,8 @@ def _radius(rho: jax.typing.ArrayLike, length: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(length), radius, jnp.nan)
 
 
-def _noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
-    # fold_in by leaf index: leaf i gets the same noise whatever the mask.
+def noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
+    """Normal numbers for a leaf, by its index: the same ones whatever the mask is."""
     if key is None:
         raise ValueError("noise_std needs a PRNG key: pass key=jax.random.key(...).")
     drawn = shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)

@@ -205,47 +205,16 @@ def build(
 
 
 def _of_batch(rho, options, particles, *, joined=False):
-    """The gradient whose particles climb on all of the batch, its aux marked."""
-    default_rho = rho
-    data_axes = collectives.axes_of(options.axis_name)
+    """The gradient whose particles move on all of the batch, its aux marked."""
+    default_rho = suited(rho, options)
     particle_axes = collectives.axes_of(options.particle_axis_name)
-    all_axes = data_axes + particle_axes
+    all_axes = collectives.axes_of(options.axis_name) + particle_axes
 
     def compute(loss, params, batch, /, *args, key=None, rho=None, **kwargs):
-        params, key = tree.arrays(params), one_key(key)
-        if options.random and key is None:
-            raise ValueError(
-                f"split={options.split!r} and noise_std={options.noise_std!r} need "
-                "randomness: pass key=jax.random.key(...), a fresh one each step, or "
-                'use split="ordered" or "shared" with noise_std=0.'
-            )
-        collectives.check_bound(all_axes)
-        pieces = joined or options.microbatch_size is not None
-        parted = pieces or bool(data_axes) or options.split != "shared"
-        of_loss = rows.marked(loss, joined=pieces) if parted else loss
-        gradient_of = jax.value_and_grad(of_loss, has_aux=True)
-        if options.weights is not None:
-            gradient_of = weights.scaled(gradient_of)
-        keys, count = _particle_keys(key, options, data_axes, particle_axes)
-        # The gradient of a replicated value is summed over devices behind our back
-        # (shard_map with check_vma); of a value marked as varying it is not.
-        center = collectives.vary(params, all_axes)
+        params = tree.arrays(params)
+        radii = default_rho if rho is None else suited(check_rho(rho), options)
         found = particles(
-            Step(
-                center=center,
-                batch=batch,
-                radii=default_rho if rho is None else check_rho(rho),
-                options=options,
-                mask=resolve_mask(options.mask, params),
-                metric=metric_of(options),
-                key=key,
-                keys=keys,
-                num_particles=count,
-                loss_and_gradient=lambda w, part, **own: gradient_of(
-                    w, part, *args, **kwargs, **own
-                ),
-                varying=collectives.varying_axes((center, batch, args, kwargs, keys)),
-            )
+            step_of(loss, params, batch, args, kwargs, key, radii, options, joined)
         )
         if options.random:
             distances = collectives.slots(found.distance, particle_axes)
@@ -263,6 +232,62 @@ def _of_batch(rho, options, particles, *, joined=False):
         return RobustGradient(value, aux, grads, diagnostics)
 
     return compute
+
+
+def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False):
+    """What the particles of one call have in common; see :class:`Step`."""
+    data_axes = collectives.axes_of(options.axis_name)
+    particle_axes = collectives.axes_of(options.particle_axis_name)
+    all_axes = data_axes + particle_axes
+    key = one_key(key)
+    if options.random and key is None:
+        raise ValueError(
+            f"sampler={options.sampler!r} with split={options.split!r} and "
+            f"noise_std={options.noise_std!r} needs randomness: pass "
+            "key=jax.random.key(...), a fresh one each step, or climb with "
+            'split="ordered" or "shared" and noise_std=0.'
+        )
+    collectives.check_bound(all_axes)
+    pieces = joined or options.microbatch_size is not None
+    parted = pieces or bool(data_axes) or options.split != "shared"
+    of_loss = rows.marked(loss, joined=pieces) if parted else loss
+    gradient_of = jax.value_and_grad(of_loss, has_aux=True)
+    if options.weights is not None:
+        gradient_of = weights.scaled(gradient_of)
+    keys, count = _particle_keys(key, options, data_axes, particle_axes)
+    # The gradient of a replicated value is summed over devices behind our back
+    # (shard_map with check_vma); of a value marked as varying it is not.
+    center = collectives.vary(params, all_axes)
+    return Step(
+        center=center,
+        batch=batch,
+        radii=radii,
+        options=options,
+        mask=resolve_mask(options.mask, params),
+        metric=metric_of(options),
+        key=key,
+        keys=keys,
+        num_particles=count,
+        loss_and_gradient=lambda w, part, **own: gradient_of(
+            w, part, *args, **kwargs, **own
+        ),
+        varying=collectives.varying_axes((center, batch, args, kwargs, keys)),
+    )
+
+
+def suited(radii, options):
+    """Radii, as many as the sampler has steps for."""
+    if options.sampler != "ascent" and len(radii) != 1:
+        raise ValueError(
+            f"sampler={options.sampler!r} has one radius, that of its ball; got "
+            f"{len(radii)}: pass rho=0.1, say."
+        )
+    if options.project and len(radii) < 2 and not options.noisy:
+        raise ValueError(
+            "project=True does nothing for one step without noise, which ends on the "
+            "ball: leave it out."
+        )
+    return radii
 
 
 def _over_subbatches(rho, options, particles):

@@ -73,6 +73,59 @@ class ParticleOptions(TypedDict, total=False):
     ]
 
 
+class SamplerChoice(TypedDict, total=False):
+    """What makes the particles."""
+
+    sampler: Annotated[
+        Literal["ascent", "first_order", "langevin"],
+        "ascent",
+        """"ascent" (the steps of Eq. 9), "first_order" (draws of the worst distribution
+        of Theorem 4.2, exact for the loss linearised at the center: one gradient of all
+        of B serves all particles), or "langevin" (a Markov chain for the loss itself).
+        See :func:`otmdr_jax.sample_particles`.""",
+    ]
+
+
+class SamplerOptions(TypedDict, total=False):
+    """How a sampler draws, and how an ascent is kept in its ball."""
+
+    inverse_temperature: Annotated[
+        jax.typing.ArrayLike | None,
+        None,
+        r""":math:`\lambda` of a sampler, per unit of the loss: 0 is uniform in the
+        ball, infinity is SAM. What a value does depends on the number of weights; what
+        a `tilt` does, does not.""",
+    ]
+    tilt: Annotated[
+        jax.typing.ArrayLike | None,
+        None,
+        r"""In place of :math:`\lambda`: the wanted mean of the particle's coordinate
+        along the gradient, in units of the radius, for the linearised loss. 0 to 1.""",
+    ]
+    num_steps: Annotated[
+        int | None,
+        None,
+        """Steps of "langevin", 10 by default: with `split="shared"` each is MALA's, on
+        all of B, and takes a gradient of it; otherwise each sees its own part of B, is
+        held in the ball and never rejected.""",
+    ]
+    step_size: Annotated[
+        jax.typing.ArrayLike | None,
+        None,
+        r"""Standard deviation of a step's noise per coordinate, in units of the radius,
+        for "langevin". By default :math:`1/(n + \kappa)` for MALA, with n weights and
+        :math:`\kappa = \lambda \rho \|g\|`, and :math:`\sqrt{2 / (S (n + 2))}` for S
+        parts.""",
+    ]
+    project: Annotated[
+        bool,
+        False,
+        """Whether each step of "ascent" is taken back to the ball around the center
+        whose radius is the largest of the radii: the ball of the theorem, which two
+        steps and noise leave.""",
+    ]
+
+
 class BallOptions(TypedDict, total=False):
     """How far the leaves of the weights move."""
 
@@ -171,7 +224,14 @@ class LossOptions(PassOptions, total=False):
 
 
 class RobustOptions(
-    ParticleOptions, BallOptions, ShapeOptions, PartOptions, LossOptions, total=False
+    ParticleOptions,
+    SamplerChoice,
+    SamplerOptions,
+    BallOptions,
+    ShapeOptions,
+    PartOptions,
+    LossOptions,
+    total=False,
 ):
     """Of the robust gradient: all there are."""
 
@@ -221,6 +281,14 @@ def filled(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _FIELDS = fields_of(RobustOptions)
+# Those of the sampler's options that do something.
+_OF_SAMPLER = {
+    "ascent": ("project",),
+    "first_order": ("inverse_temperature", "tilt"),
+    "langevin": ("inverse_temperature", "tilt", "num_steps", "step_size"),
+}
+# Steps of "langevin".
+NUM_STEPS = 10
 _Fields: Any = dataclasses.make_dataclass(
     "_Fields",
     [(name, kind, default) for name, (kind, default, _) in _FIELDS.items()],
@@ -244,8 +312,11 @@ class Options(_Fields):
                 raise TypeError(f"{name} must be True or False, got {value!r}.")
             elif kind is int or (kind == int | None and value is not None):
                 check_count(name, value)
-            elif kind == jax.typing.ArrayLike:
-                check_number(name, value)
+            elif kind == jax.typing.ArrayLike or (
+                kind == jax.typing.ArrayLike | None and value is not None
+            ):
+                check_number(name, value, infinite=name == "inverse_temperature")
+        self._check_sampler()
         if self.adaptive and self.curved:
             raise ValueError(
                 f"adaptive=True and fisher={self.fisher!r} are two shapes of the ball: "
@@ -262,6 +333,63 @@ class Options(_Fields):
                 "own, but axis_name is None: name the axis, or use num_subbatches for "
                 "parts of the batch that climb on their own anywhere."
             )
+
+    def _check_sampler(self):
+        """What the options of a sampler, and those that it has no use for, must be."""
+        sampler = self.sampler
+        used = _OF_SAMPLER[sampler]
+        for name in fields_of(SamplerOptions):
+            value = getattr(self, name)
+            if value is not None and value is not False and name not in used:
+                raise ValueError(
+                    f"{name} does nothing with sampler={sampler!r}, which takes "
+                    f"{', '.join(used)}."
+                )
+        shaped = self.adaptive or self.curved or self.norm != "global"
+        if sampler == "ascent":
+            if self.project and shaped:
+                raise ValueError(
+                    "project=True needs a ball, and one radius for all weights: leave "
+                    "adaptive, fisher and norm out, or project."
+                )
+            return
+        given = self.inverse_temperature, self.tilt
+        if (given[0] is None) == (given[1] is None):
+            raise ValueError(
+                f"sampler={sampler!r} needs either inverse_temperature (0: uniform in "
+                "the ball, infinity: SAM) or tilt (the same from 0 to 1); got "
+                f"inverse_temperature={given[0]!r}, tilt={given[1]!r}."
+            )
+        if _is_known(self.tilt) and self.tilt > 1:
+            raise ValueError(f"tilt must be from 0 to 1, got {self.tilt!r}.")
+        if self.noisy or self.merge is not None:
+            raise ValueError(
+                f"sampler={sampler!r} takes no steps of ascent, whose noise_std and "
+                "merge are: leave them out."
+            )
+        if sampler == "langevin":
+            limits = zip(given, (math.inf, 1), strict=True)
+            if shaped or any(_is_known(x) and x == limit for x, limit in limits):
+                raise ValueError(
+                    'sampler="langevin" needs a ball of all weights (leave adaptive, '
+                    "fisher and norm out) and a finite inverse_temperature, or a tilt "
+                    'below 1: for the rest use sampler="first_order".'
+                )
+        elif self.norm == "none" or self.split == "ordered":
+            raise ValueError(
+                'sampler="first_order" draws in a ball, from one gradient of all of '
+                'the batch: norm="none" has no ball, split="ordered" does nothing.'
+            )
+        else:
+            object.__setattr__(self, "split", "shared")
+
+    def num_parts(self, num_radii: int) -> int:
+        """How many parts of the batch a particle sees before the last pass."""
+        if self.sampler == "ascent":
+            return num_radii
+        if self.sampler == "first_order" or self.split == "shared":
+            return 1
+        return self.num_steps or NUM_STEPS
 
     @property
     def noisy(self) -> bool:
@@ -282,7 +410,7 @@ class Options(_Fields):
     @property
     def random(self) -> bool:
         """Whether a PRNG key is needed."""
-        return self.noisy or self.split == "random"
+        return self.noisy or self.split == "random" or self.sampler != "ascent"
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -378,13 +506,16 @@ def check_rho(rho: Any) -> tuple[jax.typing.ArrayLike, ...]:
     return radii
 
 
-def check_number(name: str, value: Any, *, positive: bool = False) -> None:
+def check_number(
+    name: str, value: Any, *, positive: bool = False, infinite: bool = False
+) -> None:
     """Raises unless a value is a finite number that is not negative, or a traced one.
 
     Args:
       name: What it is called in errors.
       value: A number, a scalar array, or a traced scalar, whose value is not checked.
       positive: Whether 0 is refused too.
+      infinite: Whether infinity is taken.
 
     Raises:
       TypeError: It is no number; ValueError: it is not finite, negative, or no scalar.
@@ -403,9 +534,15 @@ def check_number(name: str, value: Any, *, positive: bool = False) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number and not (hasattr(value, "dtype") and jnp.shape(value) == ()):
         raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
-    if not math.isfinite(float(value)) or float(value) < 0 or (positive and not value):
+    known = math.isfinite(float(value)) or (infinite and float(value) == math.inf)
+    if not known or float(value) < 0 or (positive and not value):
         must = "positive and finite" if positive else "finite and not negative"
+        must = "at least 0" if infinite else must
         raise ValueError(f"{name} must be {must}, got {value!r}.")
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not isinstance(value, jax.core.Tracer)
 
 
 def check_count(name: str, value: Any) -> None:

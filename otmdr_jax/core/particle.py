@@ -1,7 +1,9 @@
-"""One particle: it climbs from the center, one step of Eq. 9 on each part of the batch.
+"""One particle: it leaves the center, then the gradient is taken where it arrives.
+
+How it leaves is the sampler's: :mod:`otmdr_jax.core.samplers`.
 
 A :class:`Step` is what the particles of one step have in common. :func:`particle` is
-one of them, :func:`all_particles` their mean. A method that climbs in another way
+one of them, :func:`all_particles` their mean. A method that moves in another way
 (:mod:`otmdr_jax.bnn`, bSAM, GSAM, LookSAM) has a function of its own in the place of
 :func:`all_particles`: it replaces a field of the step, or what the particles return.
 
@@ -15,9 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax.core import collectives, loops, rows, tree
-from otmdr_jax.core.ascent import Metric, absolute_weights, ascend, fisher, sphere
+from otmdr_jax.core.ascent import Metric, absolute_weights, fisher, sphere
 from otmdr_jax.core.batches import accumulate, split_batch
 from otmdr_jax.core.options import Options
+from otmdr_jax.core.samplers import SAMPLERS
 
 PyTree = Any
 # What a pass returns: ((loss, aux), gradient).
@@ -108,10 +111,42 @@ class Step(NamedTuple):
 
     def split(self, keys: Any) -> Sequence[PyTree]:
         """The S parts of the batch for the particle with these keys."""
+        count = self.options.num_parts(len(self.radii))
         if self.options.split == "shared":
-            return [self.batch] * len(self.radii)
+            return [self.batch] * count
         key = keys[0] if self.options.split == "random" else None
-        return split_batch(self.batch, len(self.radii), key)
+        return split_batch(self.batch, count, key)
+
+    # Displacements from the center: lists of arrays, one for each leaf that may move.
+
+    def uphill(self, grads: PyTree) -> list[jax.Array]:
+        """The direction of steepest ascent, in float32 or wider."""
+        # Of complex weights it is the conjugate of JAX's gradient.
+        return [
+            jnp.conj(g.astype(tree.accumulation_dtype(g))) for g in self._moving(grads)
+        ]
+
+    def away(self, params: PyTree) -> list[jax.Array]:
+        """How far weights are from the center."""
+        both = zip(self._moving(params), self._moving(self.center), strict=True)
+        return [w.astype(tree.accumulation_dtype(w)) - center for w, center in both]
+
+    def moved(self, away: list[jax.Array]) -> PyTree:
+        """The weights at a displacement, of the dtypes of the center."""
+        leaves, treedef = jax.tree.flatten(self.center)
+        displaced = iter(away)
+        moving = self._mask_of(leaves)
+        new = [
+            w + next(displaced) if m else w for w, m in zip(leaves, moving, strict=True)
+        ]
+        return tree.like(jax.tree.unflatten(treedef, new), self.center)
+
+    def _moving(self, values):
+        leaves = jax.tree.leaves(values)
+        return [x for x, m in zip(leaves, self._mask_of(leaves), strict=True) if m]
+
+    def _mask_of(self, leaves):
+        return [True] * len(leaves) if self.mask is None else jax.tree.leaves(self.mask)
 
     def average(
         self,
@@ -166,50 +201,26 @@ def particle(
     parts: Sequence[PyTree],
     first: Pass | None = None,
 ) -> Particle:
-    """Takes one ascent step on each part, then the gradient on all of the batch.
+    """Leaves the center, then takes the gradient on all of the batch.
 
     Args:
       step: What it has in common with the others.
       keys: (of the split, of the noise).
-      parts: S parts of the batch.
-      first: The first ascent step's gradient, where it is known already.
+      parts: The parts of the batch.
+      first: The first pass' loss and gradient, where they are known already.
     """
-    options, (_, noise_key) = step.options, keys
-    w, total, norms, center = step.center, None, [], None
-    for s, (part, radius) in enumerate(zip(parts, step.radii, strict=True)):
-        if s == 0 and first is not None:
-            seen, grads = first
-        else:
-            seen, grads = step.ascent_gradient(w, part, s)
-        center = seen if s == 0 else center
-        direction = None
-        if options.merge is not None:
-            # The released code never clears the gradients: g1, then g1 + g2, ...
-            # over the norm of the last one alone.
-            total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-            seen_parts = s + 1 if options.merge == "mean" else 1
-            direction = jax.tree.map(lambda g, n=seen_parts: g / n, total)
-        w, length = ascend(
-            w,
-            grads,
-            radius,
-            metric=step.metric,
-            direction=direction,
-            norm=options.norm,
-            mask=step.mask,
-            norm_mask=step.norm_mask,
-            noise_std=options.noise_std if options.noisy else None,
-            key=None if noise_key is None else jax.random.fold_in(noise_key, s),
-        )
-        norms.append(length)
-    # Never differentiated through: the gradient is taken afresh at the particle.
-    last, grads = step.gradient(w, step.batch, len(norms))
-    center_loss, aux = last if center is None else center
-    if options.split != "shared":
-        aux = rows.replaced(aux, last[1])
+    arrive = SAMPLERS[step.options.sampler]
+    w, first, norms, last, _ = arrive(step, keys, parts, first)
+    if last is None:
+        # Never differentiated through: the gradient is taken afresh at the particle.
+        last = step.gradient(w, step.batch, len(norms))
+    seen, grads = last
+    center_loss, aux = seen if first is None else first[0]
+    if step.options.split != "shared":
+        aux = rows.replaced(aux, seen[1])
     distance = _distance(w, step.center) if norms else jnp.zeros(())
     ascent_norms = jnp.stack(norms) if norms else jnp.zeros(0)
-    return Particle(last[0], aux, grads, center_loss, ascent_norms, distance)
+    return Particle(seen[0], aux, grads, center_loss, ascent_norms, distance)
 
 
 def metric_of(options: Options) -> Metric:

@@ -96,7 +96,8 @@ def otmdr(
       key: A PRNG key, typed or raw. It lives in the state, as a typed one, and is split
         at each update. May be None where nothing is random.
       rho: Radii as for :func:`otmdr_jax.value_and_grad`; each one, or the whole, may
-        be an Optax schedule of the number of updates so far.
+        be an Optax schedule of the number of updates so far. So may the options
+        `inverse_temperature` and `tilt` of a sampler.
       aux_init: With `has_aux`: a pytree of arrays of the structure, shapes and dtypes
         of aux, the initial BatchNorm statistics, say. The state then holds aux:
         `optax.tree.get(opt_state, "aux")`.
@@ -135,10 +136,21 @@ def otmdr(
       <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023.
     """
     _, num_radii = schedule_of(rho)
-    compute = robust_gradient(loss_fn, (0.0,) * num_radii, **options)
+    schedules: dict[str, Any] = {
+        name: options.get(name)
+        for name in ("inverse_temperature", "tilt")
+        if callable(options.get(name))
+    }
+
+    def compute_at(count):
+        strength = {name: schedule(count) for name, schedule in schedules.items()}
+        return robust_gradient(loss_fn, (0.0,) * num_radii, **{**options, **strength})
+
+    compute = compute_at(jnp.zeros((), jnp.int32))
     return from_gradient(
         compute,
         key,
+        compute_at=compute_at if schedules else None,
         rho=rho,
         num_particles=options.get("num_particles", 1),
         has_aux=options.get("has_aux", False),
@@ -264,6 +276,7 @@ def from_gradient(
     has_aux: bool = False,
     aux_init: PyTree = None,
     start: Callable[[PyTree], PyTree] | None = None,
+    compute_at: Callable[[jax.Array], Callable[..., Any]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A function that computes a gradient from a batch, as a transformation.
 
@@ -279,6 +292,8 @@ def from_gradient(
       aux_init: The first aux, as for :func:`otmdr_jax.otmdr`.
       start: What the gradient remembers from step to step, made of the parameters. The
         state is then a :class:`MemoryState`.
+      compute_at: The count of updates so far -> the function that takes the place of
+        `compute`, whose options follow a schedule.
 
     Raises:
       ValueError: `has_aux` without `aux_init`, or `aux_init` without `has_aux`.
@@ -341,7 +356,8 @@ def from_gradient(
         if radii_at is not None:
             options["rho"] = radii_at(state.count)
         if start is None:
-            result = compute(*arguments, **options, **(loss_kwargs or {}))
+            run = compute_at(state.count) if compute_at else compute
+            result = run(*arguments, **options, **(loss_kwargs or {}))
         else:
             result, memory = compute(
                 state.memory, *arguments, **options, **(loss_kwargs or {})

@@ -140,6 +140,18 @@ def _norm_jvp(primals, tangents):
     return length, sum(products, start=jnp.zeros(())).astype(length.dtype)
 
 
+def num_coordinates(tree: PyTree) -> int:
+    """The number of real coordinates of all leaves: complex numbers have two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax.core import tree
+      >>> tree.num_coordinates([jnp.zeros((2, 3)), jnp.zeros(2, complex)])
+      10
+    """
+    return sum(x.size * (1 + jnp.iscomplexobj(x)) for x in jax.tree.leaves(tree))
+
+
 def weighted_mean(
     first: PyTree, second: PyTree, weight: float, other_weight: float
 ) -> PyTree:
