@@ -104,7 +104,7 @@ def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[Py
     if size < num_parts:
         raise ValueError(
             f"a batch of {size} cannot be cut into {num_parts} parts, one for each "
-            'radius in rho: use a larger batch, fewer radii, or split="shared".'
+            'step: use a larger batch, fewer radii or num_steps, or split="shared".'
         )
     each, longer = divmod(size, num_parts)
     bounds = [i * each + min(i, longer) for i in range(num_parts + 1)]

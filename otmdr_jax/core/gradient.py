@@ -241,11 +241,14 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
     all_axes = data_axes + particle_axes
     key = one_key(key)
     if options.random and key is None:
+        source = (
+            f"split={options.split!r} and noise_std={options.noise_std!r}"
+            if options.sampler == "ascent"
+            else f"draws of sampler={options.sampler!r}"
+        )
         raise ValueError(
-            f"sampler={options.sampler!r} with split={options.split!r} and "
-            f"noise_std={options.noise_std!r} needs randomness: pass "
-            "key=jax.random.key(...), a fresh one each step, or climb with "
-            'split="ordered" or "shared" and noise_std=0.'
+            f"{source} need randomness: pass key=jax.random.key(...), a fresh one each "
+            'step, or climb with split="ordered" or "shared" and noise_std=0.'
         )
     collectives.check_bound(all_axes)
     pieces = joined or options.microbatch_size is not None

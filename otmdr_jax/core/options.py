@@ -105,7 +105,7 @@ class SamplerOptions(TypedDict, total=False):
     num_steps: Annotated[
         int | None,
         None,
-        """Steps of "langevin", 10 by default: with `split="shared"` each is MALA's, on
+        """Steps of "langevin", which needs it: with `split="shared"` each is MALA's, on
         all of B, and takes a gradient of it; otherwise each sees its own part of B, is
         held in the ball and never rejected.""",
     ]
@@ -287,8 +287,6 @@ _OF_SAMPLER = {
     "first_order": ("inverse_temperature", "tilt"),
     "langevin": ("inverse_temperature", "tilt", "num_steps", "step_size"),
 }
-# Steps of "langevin".
-NUM_STEPS = 10
 _Fields: Any = dataclasses.make_dataclass(
     "_Fields",
     [(name, kind, default) for name, (kind, default, _) in _FIELDS.items()],
@@ -368,6 +366,8 @@ class Options(_Fields):
                 "merge are: leave them out."
             )
         if sampler == "langevin":
+            if self.num_steps is None:
+                raise ValueError('sampler="langevin" needs num_steps, the steps taken.')
             limits = zip(given, (math.inf, 1), strict=True)
             if shaped or any(_is_known(x) and x == limit for x, limit in limits):
                 raise ValueError(
@@ -389,7 +389,8 @@ class Options(_Fields):
             return num_radii
         if self.sampler == "first_order" or self.split == "shared":
             return 1
-        return self.num_steps or NUM_STEPS
+        assert self.num_steps is not None  # it has been checked
+        return self.num_steps
 
     @property
     def noisy(self) -> bool:

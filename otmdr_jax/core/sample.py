@@ -36,6 +36,8 @@ class SamplingDiagnostics(NamedTuple):
 
     Attributes:
       center_loss: The loss of the first pass, at the center.
+      aux: The auxiliary output of each particle's first pass, with a leading axis of K,
+        or None. One pass serves all, but for parts cut at random.
       grad_norm: The norm of the gradient there, over the leaves that may move.
       distances: (K,) distance of each particle from the center.
       tilts: (K,) coordinate of each particle along that gradient, in units of the
@@ -50,6 +52,7 @@ class SamplingDiagnostics(NamedTuple):
     """
 
     center_loss: jax.Array
+    aux: PyTree
     grad_norm: jax.Array
     distances: jax.Array
     tilts: jax.Array
@@ -147,21 +150,22 @@ def sample_particles(
 
     def one(keys):
         found: Any = SAMPLERS[sampler](step, keys, step.split(keys), first)
-        (loss, _), grads = found.first
+        (loss, aux), grads = found.first
         uphill, away = step.uphill(grads), step.away(found.params)
         length = tree.norm(uphill)
         unit = [g / jnp.where(length == 0, 1.0, length) for g in uphill]
         tilt = langevin.tilt(away, unit, step.radii[-1])
-        seen = loss, length, tree.norm(away), tilt, found.chain and found.chain[2:]
-        return {}, (found.params, seen)
+        seen = loss, rows.unmarked(aux), length, tree.norm(away), tilt
+        return {}, (found.params, seen, found.chain and found.chain[2:])
 
     if particle_map == "auto":
         few = step.num_particles <= loops.MAX_UNROLLED
         particle_map = "vmap" if sampler == "first_order" else "auto" if few else "scan"
-    _, (particles, (losses, lengths, distances, tilts, chains)) = loops.average(
+    _, (particles, seen, chains) = loops.average(
         one, step.keys, step.num_particles, particle_map, step.vary
     )
-    center_loss, length = losses.mean(), lengths.mean()
+    losses, aux, lengths, distances, tilts = seen
+    length = lengths.mean()
     heat = None
     if sampler != "ascent" and made.norm == "global":
         size = tree.num_coordinates(step.uphill(params))
@@ -173,5 +177,5 @@ def sample_particles(
         rate = accepted.mean(axis=1)
         worth = langevin.effective_sample_size(along)
     return particles, SamplingDiagnostics(
-        center_loss, length, distances, tilts, heat, energies, rate, worth
+        losses.mean(), aux, length, distances, tilts, heat, energies, rate, worth
     )

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from otmdr_jax.core import langevin, sampling, tree
 from otmdr_jax.core.ascent import ascend
-from otmdr_jax.core.options import NUM_STEPS
 
 if TYPE_CHECKING:
     from otmdr_jax.core.particle import Pass, Step
@@ -129,7 +128,7 @@ def chain(step: "Step", keys: Any, parts: Any, first: "Pass | None" = None) -> A
         w, _ = sampling.draw(
             step.center, first[1], rho, for_start, strength=strength, mask=step.mask
         )
-        count = options.num_steps or NUM_STEPS
+        count = options.num_steps
         found = langevin.metropolis(
             at(step.batch), step.away(w), for_chain, rho, num_steps=count,
             vary=step.vary, **how,

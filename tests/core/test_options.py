@@ -102,8 +102,21 @@ def differ(one, other):
     )
 
 
+def with_steps(run, options):
+    chain = options["sampler"] == "langevin"
+    return run(options | ({"num_steps": 2} if chain else {}))
+
+
+_DRAW = {"sampler": "first_order", "rho": 0.3, "norm": "global"}
+_CHAIN = {"sampler": "langevin", "rho": 0.3, "norm": "global", "tilt": 0.5}
 # Options of gradients, wherever they are; a function may say otherwise.
 COMMON = {
+    "sampler": Seen("langevin", _DRAW | {"tilt": 0.5}, "first_order", with_steps),
+    "inverse_temperature": Seen(5.0, _DRAW, before=0.1),
+    "tilt": Seen(0.9, _DRAW, before=0.1),
+    "num_steps": Seen(3, _CHAIN, before=2),
+    "step_size": Seen(0.9, _CHAIN | {"num_steps": 2}),
+    "project": Seen(True, {"norm": "global"}),
     "rho": Seen((0.6, 0.8)),
     "num_particles": Seen(2),
     "noise_std": Seen(0.5),
@@ -134,7 +147,7 @@ def loss_of(options, loss=toy.regression):
     """The loss, with an aux where the options say so."""
     if not options.get("has_aux"):
         return loss
-    return lambda params, batch: (loss(params, batch), params["w"])
+    return lambda params, *rest: (loss(params, *rest), params["w"])
 
 
 def without_diagnostics(found):
@@ -196,6 +209,16 @@ def rule(build, **base):
 def plain(function, *args, **base):
     """How a function that returns arrays is run."""
     return lambda options: function(*args, **(base | options))
+
+
+def sampled(options, batch=BATCH):
+    """The particles, and what is known of them."""
+
+    def loss(params, batch, factor=1.0):
+        return factor * factor * toy.regression(params, batch)
+
+    options = {"batch": batch, "key": KEY, "rho": RHO, "sampler": "ascent"} | options
+    return otmdr_jax.sample_particles(loss_of(options, loss), PARAMS, **options)
 
 
 def member_gradient(build):
@@ -367,6 +390,15 @@ TABLE = {
     otmdr_jax.otmdr: (transformation(otmdr_jax.otmdr, key=KEY, rho=RHO), {}),
     otmdr_jax.sam: (transformation(otmdr_jax.sam, rho=RHO), {}),
     otmdr_jax.asam: (transformation(otmdr_jax.asam, rho=RHO), {}),
+    otmdr_jax.sample_particles: (
+        sampled,
+        {
+            "microbatch_size": Seen(2, by=program),
+            "particle_map": Seen("scan", {"num_particles": 2}, by=program),
+            "loss_args": Seen((2.0,), before=(1.0,)),
+            "batch": Seen(jax.tree.map(jnp.cos, BATCH), before=BATCH),
+        },
+    ),
     otmdr_jax.preset: (
         lambda options: str(otmdr_jax.preset("released-cifar10", **options)),
         {"num_particles": Seen(2)},

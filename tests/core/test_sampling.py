@@ -255,10 +255,12 @@ def test_without_a_slope_it_is_uniform_and_at_the_limit_stays():
 @pytest.mark.parametrize("sampler", ["first_order", "langevin"])
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_what_is_not_finite_is_seen_and_a_radius_of_zero_stays(sampler, rho):
-    particles, seen = draws(linear([2.0, 1.0]), 10, sampler=sampler, tilt=0.9, rho=0.0)
+    options = {"num_steps": 3} if sampler == "langevin" else {}
+    options |= {"sampler": sampler, "tilt": 0.9}
+    particles, seen = draws(linear([2.0, 1.0]), 10, **options, rho=0.0)
     assert not particles.any() and not seen.tilts.any()
     bad = linear([np.nan, 1.0])
-    particles, _ = draws(bad, 10, sampler=sampler, tilt=0.9, rho=rho)
+    particles, _ = draws(bad, 10, **options, rho=rho)
     assert np.isnan(particles).any(axis=1).all()
 
 
@@ -497,6 +499,9 @@ def test_one_gradient_serves_all_particles():
         assert got * 2 == one * (1 + count)
 
 
+CHAIN = {"sampler": "langevin", "num_steps": 2, "tilt": 0.5}
+
+
 def test_strength_may_follow_a_schedule():
     loss = linear([3.0, 4.0])
     tx = otmdr_jax.otmdr(
@@ -526,11 +531,15 @@ def test_strength_may_follow_a_schedule():
         ({"sampler": "first_order", "tilt": 0.5, "norm": "none"}, "has no ball"),
         ({"sampler": "first_order", "tilt": 0.5, "split": "ordered"}, "does nothing"),
         ({"sampler": "first_order", "tilt": 0.5, "project": True}, "project does not"),
-        ({"sampler": "langevin", "tilt": 1.0}, "a tilt below 1"),
-        ({"sampler": "langevin", "inverse_temperature": math.inf}, "a tilt below 1"),
-        ({"sampler": "langevin", "tilt": 0.5, "adaptive": True}, "ball of all weights"),
-        ({"sampler": "langevin", "tilt": 0.5, "num_steps": 0}, "at least 1"),
-        ({"sampler": "langevin", "tilt": 0.5, "step_size": -1.0}, "not negative"),
+        ({"sampler": "langevin", "tilt": 0.5}, "needs num_steps"),
+        ({**CHAIN, "tilt": 1.0}, "a tilt below 1"),
+        (
+            {"sampler": "langevin", "num_steps": 2, "inverse_temperature": math.inf},
+            "fi",
+        ),
+        ({**CHAIN, "adaptive": True}, "ball of all weights"),
+        ({**CHAIN, "num_steps": 0}, "at least 1"),
+        ({**CHAIN, "step_size": -1.0}, "not negative"),
         ({"inverse_temperature": 0.0}, "does nothing with sampler='ascent'"),
         ({"project": True, "norm": "per_leaf"}, "needs a ball, and one radius"),
         ({"project": True}, "does nothing for one step without noise"),
