@@ -73,6 +73,7 @@ Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
 NotNegative = Annotated[float, Must("at least 0", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Must("positive", lambda x: 0 < x < math.inf)]
 Bound = Annotated[float, Must("positive", lambda x: x > 0)]
+Tilt = Annotated[float, Must("in [0, 1]", lambda x: 0 <= x <= 1)]
 Share = Annotated[float, Must("in (0, 1)", lambda x: 0 < x < 1)]
 Rate = Annotated[float, Must("in [0, 1)", lambda x: 0 <= x < 1)]
 # What JAX keeps of a seed: a larger one would be another one's run. NumPy has no

@@ -124,6 +124,15 @@ OPTIONS = {
     "micro-batches": dict(split="shared", rho=0.1, microbatch_size=8, merge="sum"),
     "micro-batches, uneven": dict(split="shared", rho=0.1, microbatch_size=7),
     "sub-batches": dict(split="shared", rho=0.1, num_subbatches=2),
+    "first order": dict(rho=0.1, sampler="first_order", tilt=0.5, num_particles=2),
+    "first order, by leaf": dict(
+        rho=0.1, sampler="first_order", tilt=0.5, norm="per_leaf", fisher=1.0
+    ),
+    "chain": dict(rho=0.1, sampler="langevin", tilt=0.5, num_steps=2, split="shared"),
+    "chain on parts": dict(
+        rho=0.1, sampler="langevin", tilt=0.5, num_steps=2, split="ordered"
+    ),
+    "projected": dict(split="ordered", rho=(0.2, 0.3), project=True),
 }
 GRADIENTS = {
     name: gradient(otmdr_jax.robust_gradient, **options)

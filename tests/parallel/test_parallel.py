@@ -55,10 +55,10 @@ def on_one(loss, params, data, key=None, **options):
     return jax.jit(grad_fn)(params, data, key=key)
 
 
-def joined(data, devices):
+def joined(data, devices, parts=2):
     """The batch whose ordered halves are the devices' ordered halves, joined."""
     size = len(jax.tree.leaves(data)[0])
-    order = np.arange(size).reshape(devices, 2, -1).swapaxes(0, 1).ravel()
+    order = np.arange(size).reshape(devices, parts, -1).swapaxes(0, 1).ravel()
     return jax.tree.map(lambda x: x[order], data)
 
 
@@ -242,6 +242,75 @@ class TestData:
             step = parallel.shard_map_step(step, parallel.make_mesh())
         with pytest.raises(ValueError, match="batch of 12 .* 8 devices: use 8"):
             step(jnp.ones(2), jnp.ones((12, 2)))
+
+
+class TestSamplers:
+    """The same draws on many devices as on one: chains that share them stay alike."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("options", "count"),
+        [
+            ({"sampler": "first_order", "tilt": 0.6}, 2),
+            ({"sampler": "first_order", "tilt": 0.6, "num_particles": 2}, 2),
+            (
+                {"sampler": "langevin", "split": "shared", "inverse_temperature": 20.0},
+                None,
+            ),
+            (
+                {
+                    "sampler": "langevin",
+                    "split": "ordered",
+                    "inverse_temperature": 20.0,
+                },
+                4,
+            ),
+        ],
+        ids=str,
+    )
+    def test_on_devices_they_are_those_of_one(self, options, count, key):
+        params, data = toy.regression_problem(batch=24)
+        if options["sampler"] == "langevin":
+            options = {**options, "num_steps": 3, "step_size": 0.3}
+        found = {}
+        for axis in (None, "data"):
+            gradient = otmdr_jax.robust_gradient(
+                toy.regression, 0.2, axis_name=axis, **options
+            )
+            found[axis] = lambda p, b, k, gradient=gradient: gradient(p, b, key=k)
+        mesh = parallel.make_mesh("data=4")
+        many = jax.jit(
+            jax.shard_map(
+                found["data"], mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=P()
+            )
+        )
+        got = many(params, data, key)
+        one = joined(data, 4, 3) if options.get("split") == "ordered" else data
+        assert_close(got, jax.jit(found[None])(params, one, key))
+        assert got.diagnostics.distances.max() <= 0.2 * (1 + 1e-5)
+        if count:  # the draw's or each step's, and the result's
+            assert all_reduces(many, params, data, key) == count
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("sampler", ["first_order", "langevin"])
+    def test_particles_on_their_own_devices_are_those_of_one(self, sampler, key):
+        params, data = toy.regression_problem(batch=16)
+        options = dict(num_particles=4, sampler=sampler, tilt=0.5, split="shared")
+        if sampler == "langevin":
+            options["num_steps"] = 2
+        gradient = otmdr_jax.robust_gradient(
+            toy.regression, 0.2, particle_axis_name="particle", **options
+        )
+        many = jax.jit(
+            jax.shard_map(
+                lambda p, b, k: gradient(p, b, key=k),
+                mesh=parallel.make_mesh("particle=2"),
+                in_specs=P(),
+                out_specs=P(),
+            )
+        )
+        alone = otmdr_jax.robust_gradient(toy.regression, 0.2, **options)
+        assert_close(many(params, data, key), alone(params, data, key=key))
 
 
 class TestParticles:

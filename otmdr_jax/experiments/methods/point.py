@@ -20,7 +20,14 @@ from otmdr_jax.core.gradient import PAPER_RHO
 from otmdr_jax.core.transform import asam, otmdr, plain, sam
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import MethodOptions, Run
-from otmdr_jax.experiments.options import Count, NotNegative, Radii
+from otmdr_jax.experiments.options import (
+    Count,
+    NotNegative,
+    OnlyWith,
+    Positive,
+    Radii,
+    Tilt,
+)
 
 PyTree = Any
 
@@ -286,9 +293,24 @@ class FisherSam(Sam):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Particles(Climbing):
-    """What methods have whose particles climb on parts of the batch."""
+    """What methods have whose particles climb on parts of the batch, or are drawn."""
 
     has_particles = True
+    only_with = (
+        *(
+            OnlyWith(n, "sampler", ("ascent",))
+            for n in ("noise_std", "merge", "project")
+        ),
+        OnlyWith("split", "sampler", ("ascent", "langevin")),
+        *(
+            OnlyWith(name, "sampler", ("first_order", "langevin"))
+            for name in ("tilt", "inverse_temperature")
+        ),
+        *(
+            OnlyWith(name, "sampler", ("langevin",))
+            for name in ("chain_steps", "chain_step_size")
+        ),
+    )
 
     rho: Radii = PAPER_RHO
     num_particles: Count = 1
@@ -298,6 +320,25 @@ class Particles(Climbing):
     paper (appendix B.1)."""
     split: Literal["random", "ordered", "shared"] = "random"
     """How the ascent steps share the batch. Default: random for otmdr, otmdr-bnn."""
+    sampler: Literal["ascent", "first_order", "langevin"] = "ascent"
+    """What makes particles: the paper's steps of ascent, exact draws of the worst
+    distribution of its Theorem 4.2 for the loss linearised at the center, or a Langevin
+    chain for the loss itself. The latter two have one radius, --rho 0.05 say, and need
+    --tilt or --inverse-temperature."""
+    tilt: Tilt | None = None
+    """Mean coordinate of drawn particles along the gradient in units of the radius, 0
+    to 1: 0 is uniform in the ball (random weight perturbation), 1 is sam."""
+    inverse_temperature: NotNegative | None = None
+    """The same as lambda in exp(lambda L): what a number does depends on the number of
+    weights."""
+    chain_steps: Count | None = None
+    """Steps of --sampler langevin: each on a part of the batch of its own, or with
+    --split shared on all of it, and then accepted or rejected."""
+    chain_step_size: Positive | None = None
+    """Standard deviation of their noise per coordinate in units of the radius. Default:
+    see the option step_size of sample_particles."""
+    project: bool = False
+    """Take each ascent step back to the ball whose radius is the largest of --rho."""
     merge: Literal["sum", "mean"] | None = None
     """The released code's merged second direction. Default: none, as in the paper."""
     sum_particles: bool = False
@@ -312,6 +353,12 @@ class Particles(Climbing):
             "num_particles": self.num_particles,
             "noise_std": self.noise_std,
             "split": self.split,
+            "sampler": self.sampler,
+            "tilt": self.tilt,
+            "inverse_temperature": self.inverse_temperature,
+            "num_steps": self.chain_steps,
+            "step_size": self.chain_step_size,
+            "project": self.project,
             "merge": self.merge,
             "particle_map": self.particle_map,
             "sum_particles": self.sum_particles,
@@ -320,23 +367,53 @@ class Particles(Climbing):
 
     @property
     def num_parts(self) -> int:
-        """Ascent steps that share the batch divide it."""
-        return 1 if self.split == "shared" else len(self.rho)
+        """Steps that share the batch divide it."""
+        if self.split == "shared" or self.sampler == "first_order":
+            return 1
+        return len(self.rho) if self.sampler == "ascent" else self.chain_steps or 1
 
     @property
     def gradients(self) -> float:
-        """Of each particle one of the batch for ascent steps that share it, and one."""
-        climb = len(self.rho) if self.split == "shared" else 1.0
-        return self.num_particles * (1.0 + climb)
+        """Of each particle one where it arrives, and those on its way there.
+
+        Steps that share the batch take one of it, others one each; the first one is
+        that of all particles where it is taken on all of the batch.
+        """
+        if self.sampler == "first_order":
+            return 1.0 + self.num_particles
+        if self.split != "shared":
+            return self.num_particles * 2.0
+        if self.sampler == "langevin":
+            return 1.0 + self.num_particles * (1.0 + (self.chain_steps or 1))
+        return self.num_particles * (1.0 + len(self.rho))
 
     def check(self, config: Any) -> None:
+        # What the transformation refuses is refused here, before there is a model.
+        self._check_sampler()
         alike = self.split in ("ordered", "shared") and not self.noise_std
+        alike = alike and self.sampler == "ascent"
         if self.num_particles > 1 and alike:
             raise ValueError(
                 f"num_particles={self.num_particles} with split={self.split!r} and "
                 'no noise gives equal particles: use split="random", set noise_std, or '
                 "leave num_particles at 1."
             )
+
+    def _check_sampler(self):
+        if self.sampler == "ascent":
+            return
+        if (self.tilt is None) == (self.inverse_temperature is None):
+            raise ValueError(
+                f"sampler={self.sampler!r} needs either tilt (0: uniform in the ball, "
+                "1: SAM) or inverse_temperature."
+            )
+        if len(self.rho) != 1:
+            raise ValueError(
+                f"sampler={self.sampler!r} has one radius, that of its ball, got "
+                f"{self.rho}: pass --rho 0.05, say."
+            )
+        if self.sampler == "langevin" and self.chain_steps is None:
+            raise ValueError("sampler='langevin' needs chain_steps, the steps taken.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ class Posterior(Sampled):
 
     function: ClassVar[Any]
     is_posterior = True
-    only_with = (OnlyWith("posterior_std", "posterior_init", ("model",)),)
+    only_with: ClassVar[tuple[OnlyWith, ...]] = (
+        OnlyWith("posterior_std", "posterior_init", ("model",)),
+    )
 
     posterior_std: Positive = bnn.SIGMA
     """Standard deviation that every weight starts with: softplus(-5), released code."""
@@ -218,6 +220,8 @@ class OtmdrBnn(Posterior, Particles):
     name = "otmdr-bnn"
     function = staticmethod(bnn.robust_gradient)
 
+    only_with = (*Posterior.only_with, *Particles.only_with)
+
     rho: Radii = bnn.PAPER_RHO
     posterior_norm: Literal["per_leaf", "global", "joint"] = "per_leaf"
     """Gradient norm of otmdr-bnn: for each array (the paper), over all means, or over
@@ -241,7 +245,7 @@ class OtmdrBnn(Posterior, Particles):
     def gradients(self) -> float:
         """Those of the means, and of the scales at the center."""
         count = super().gradients
-        if self.sigma_gradient == "center" and self.split != "shared":
+        if self.sigma_gradient == "center":
             # The first part's gradient at the center is there already.
-            count += 1.0 - 1.0 / len(self.rho)
+            count += 1.0 - 1.0 / self.num_parts
         return count

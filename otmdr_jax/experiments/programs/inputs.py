@@ -138,8 +138,8 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
     if batch_size // max(data, parts) < gradient.num_parts:
         raise ValueError(
             f"batch_size={batch_size} over {data} devices leaves each fewer "
-            f"examples than the {gradient.num_parts} radii in rho, each of which needs "
-            "a part: use a larger batch or fewer devices on data."
+            f"examples than the {gradient.num_parts} steps, each of which needs a "
+            "part: use a larger batch or fewer devices on data."
         )
     return mesh if mesh.size > 1 else None
 

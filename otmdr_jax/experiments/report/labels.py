@@ -44,7 +44,9 @@ _FREE = {"seed"} | config_lib.RESUMABLE
 # Options that change the data of a run, whatever set it names.
 _OF_LOADING = ("validation", "label_noise", "data_seed")
 # Options that labels name.
-_IN_LABELS = {"members", "ensemble", "member_data", "dropout", "optimizer"}
+_IN_LABELS = {
+    "members", "ensemble", "member_data", "dropout", "optimizer", "sampler", "tilt",
+}  # fmt: skip
 
 
 def label_of(config: Mapping[str, Any]) -> str:
@@ -52,8 +54,8 @@ def label_of(config: Mapping[str, Any]) -> str:
 
     Args:
       config: The run's options. The label depends on "method", "base_method",
-        "num_particles", "optimizer", "laplace", "dropout", "prediction", "members" and
-        "ensemble".
+        "num_particles", "sampler", "tilt", "optimizer", "laplace", "dropout",
+        "prediction", "members" and "ensemble".
 
     Returns:
       The method's usual name, with K for OT-MDR. An unknown method keeps its own name.
@@ -80,6 +82,11 @@ def label_of(config: Mapping[str, Any]) -> str:
     label = _NAMES.get(method, method)
     if method in ("otmdr", "otmdr-bnn") and "num_particles" in config:
         label += f" (K = {config['num_particles']})"
+        if config.get("sampler", "ascent") != "ascent":
+            label += f", {config['sampler'].replace('_', '-')}"
+            label += (
+                f", tilt {config['tilt']:g}" if config.get("tilt") is not None else ""
+            )
     if method == "sgd" and config.get("optimizer") in _OPTIMIZERS:
         label = _OPTIMIZERS[config["optimizer"]]
     if config.get("base_method", "sgd") != "sgd":
