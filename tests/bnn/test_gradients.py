@@ -66,6 +66,43 @@ def test_sgvb_is_the_gradient_of_the_objective_at_a_sample(problem, key):
     assert_close((value, grads), (want, want_grads))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "first_order", "tilt": 0.5, "num_particles": 3},
+        {"sampler": "first_order", "inverse_temperature": 5.0, "norm": "global"},
+        {"sampler": "langevin", "tilt": 0.5, "norm": "global", "num_steps": 2},
+        {"sampler": "ascent", "norm": "global", "project": True},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_samplers_draw_means_as_they_draw_one_model(key, options):
+    """Without sigma and divergence; scales are not perturbed and count in no ball."""
+    params, data = toy.regression_problem()
+    q = bnn.init(jax.tree.map(jnp.asarray, params), sigma=1e-12, mask=True)
+    options = {"norm": "per_leaf", "split": "ordered"} | options
+    if options["sampler"] == "first_order":
+        options["split"] = "shared"
+    rho = RHO if options["sampler"] == "ascent" else 0.2
+    found = bnn.robust_gradient(
+        toy.regression, num_data=N, kl_weight=0.0, rho=rho, **options
+    )(q, data, key=key)
+    want = otmdr_jax.robust_gradient(toy.regression, rho, **options)(
+        params, data, key=jax.random.split(key)[1]
+    )
+    assert_close((found.value, found.grads.mean), (want.value, want.grads))
+    assert_close(found.diagnostics.distances, want.diagnostics.distances)
+
+
+def test_a_norm_over_scales_has_no_ball():
+    with pytest.raises(ValueError, match='norm="joint" counts scales'):
+        bnn.robust_gradient(
+            toy.regression, num_data=N, rho=0.1, norm="joint",
+            sampler="first_order", tilt=0.5,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("particles", [1, 3])
 @pytest.mark.parametrize("norm", ["global", "per_leaf"])
 def test_without_sigma_and_divergence_it_is_otmdr_of_one_model(key, particles, norm):

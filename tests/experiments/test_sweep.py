@@ -281,6 +281,13 @@ class TestCost:
             ({"method": "otmdr-bnn"}, 2.5),
             ({"method": "otmdr-bnn", "num_particles": 2}, 4.5),
             ({"method": "otmdr-bnn", "sigma_gradient": "particle"}, 2),
+            ({"sampler": "first_order", "rho": (0.1,), "num_particles": 3}, 4),
+            ({"sampler": "langevin", "rho": (0.1,), "chain_steps": 3}, 2),
+            (
+                {"sampler": "langevin", "chain_steps": 3, "split": "shared"}
+                | {"num_particles": 2, "rho": (0.1,)},
+                9,
+            ),
             ({"method": "sgvb", "members": "2"}, 2),
             ({"method": "looksam", "look_every": 4}, 1.25),
             ({"method": "bsam", "num_subbatches": 4}, 2),
@@ -288,6 +295,8 @@ class TestCost:
         ],
     )
     def test_counts(self, options, count):
+        if "sampler" in options:
+            options = {**options, "tilt": 0.5}
         assert cost.gradient_evaluations(TrainConfig(**options)) == count
 
 

@@ -1,0 +1,196 @@
+"""The pictures and numbers of docs/theory.md: the worst distribution in two dimensions.
+
+    python benchmarks/theory.py --pictures docs/theory \
+        --json benchmarks/results/theory.json          # a minute on 2 CPU cores
+    python benchmarks/theory.py --smoke
+
+A loss of two weights whose mean over a batch is known, in the unit ball around 0: its
+worst distribution at three temperatures by quadrature, beside draws of the linearised
+loss, of Markov chains, and the paper's two steps. The numbers are total variation
+distances: half the sum, over the cells of a grid, of |share of the draws - probability|.
+A finite number of exact draws has one too, which is given.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from _common import environment
+from _record import markdown, write_json
+
+import otmdr_jax
+
+HEATS = (0.0, 1.5, 6.0)
+CELLS, FINE = 16, 32
+KEY = jax.random.key(0)
+
+
+def loss_fn(w, batch):
+    """Two hills and a valley; each example tilts the plane, their mean does not."""
+    x, y = w[0], w[1]
+    hills = jnp.sin(3 * x) * jnp.cos(2 * y) + 0.5 * x * y**2
+    return hills + jnp.mean(batch @ w)
+
+
+def make_batch(size=64, spread=1.0):
+    batch = np.random.default_rng(0).normal(size=(size, 2)) * spread
+    return jnp.asarray(batch - batch.mean(axis=0), jnp.float32)
+
+
+def density(heat, points):
+    """exp(heat L) on a grid of `points` each way over the square, 0 outside the ball."""
+    at = (np.arange(points) + 0.5) / points * 2 - 1
+    x, y = np.meshgrid(at, at, indexing="ij")
+    w = jnp.asarray(np.stack([x.ravel(), y.ravel()]), jnp.float32)
+    loss = jax.vmap(lambda w: loss_fn(w, jnp.zeros((1, 2))), -1)(w)
+    found = np.exp(heat * np.asarray(loss, np.float64)).reshape(x.shape)
+    return at, np.where(x**2 + y**2 <= 1, found, 0.0)
+
+
+def cells(heat):
+    """The probability of each cell of the grid."""
+    _, found = density(heat, CELLS * FINE)
+    found = found.reshape(CELLS, FINE, CELLS, FINE).sum(axis=(1, 3))
+    return found / found.sum()
+
+
+def distance(particles, heat):
+    """The total variation distance of draws from the worst distribution."""
+    edges = np.linspace(-1, 1, CELLS + 1)
+    seen, *_ = np.histogram2d(*np.asarray(particles).T, bins=[edges, edges])
+    return 0.5 * float(np.abs(seen / len(particles) - cells(heat)).sum())
+
+
+def draw(count, batch, key=KEY, **options):
+    """Particles (K, 2) around 0, by one program."""
+    options = {"rho": 1.0, "num_particles": count, "particle_map": "vmap"} | options
+    sample = jax.jit(
+        lambda key: otmdr_jax.sample_particles(
+            loss_fn, jnp.zeros(2), batch, key, **options
+        )
+    )
+    particles, seen = sample(key)
+    return np.asarray(particles), seen
+
+
+def samplers(heat, steps):
+    """What the columns of the picture draw, by name."""
+    chain = {"sampler": "langevin", "inverse_temperature": heat}
+    return {
+        "linearised loss": {"inverse_temperature": heat},
+        "MALA": {**chain, "split": "shared", "num_steps": steps, "step_size": 0.3},
+        "chain on 2 halves": {**chain, "split": "random", "num_steps": 2},
+    }
+
+
+def exact(heat, count):
+    """Draws of the grid's own distribution, for what their number alone does."""
+    _, found = density(heat, CELLS * FINE)
+    rng = np.random.default_rng(1)
+    rows = rng.choice(found.size, count, p=(found / found.sum()).ravel())
+    at = (np.stack(np.unravel_index(rows, found.shape), 1) + 0.5) / (CELLS * FINE)
+    return at * 2 - 1
+
+
+def measure(count):
+    """Total variation distances by temperature: of samplers, and of chains' lengths."""
+    batch, found = make_batch(), []
+    for heat in HEATS:
+        row = {"inverse_temperature": heat, "as many exact draws": distance(
+            exact(heat, count), heat)}  # fmt: skip
+        for name, options in samplers(heat, 100).items():
+            particles, seen = draw(count, batch, **options)
+            row[name] = distance(particles, heat)
+            if name == "MALA":
+                row["acceptance"] = float(seen.acceptance_rate.mean())
+                row["draws of a chain of 100"] = (
+                    float(seen.effective_sample_size) / count
+                )
+        for parts in (4, 16, 64):
+            particles, _ = draw(
+                count, batch, sampler="langevin", split="random", num_steps=parts,
+                inverse_temperature=heat,
+            )  # fmt: skip
+            row[f"chain on {parts} parts"] = distance(particles, heat)
+        found.append(row)
+    return found
+
+
+def picture(path, count):
+    """The ball: densities, draws, and the paper's two steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batch = make_batch()
+    titles = ["worst distribution", *samplers(0.0, 1)]
+    figure, axes = plt.subplots(4, 4, figsize=(10, 10.6), layout="constrained")
+    circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
+    at, levels = density(1.0, 200)
+    levels = np.where(levels > 0, np.log(np.where(levels > 0, levels, 1)), np.nan)
+    for ax in axes.flat:
+        ax.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+        ax.contour(at, at, levels.T, 9, colors="0.6", linewidths=0.6)
+        ax.plot(circle.real, circle.imag, "k", linewidth=1)
+        ax.plot(0, 0, "k+", markersize=9)
+
+    def scatter(ax, particles):
+        ax.scatter(*particles.T, s=2, color="C0", alpha=0.6, linewidths=0)
+
+    for row, heat in zip(axes, HEATS, strict=False):
+        row[0].set_ylabel(f"$\\lambda$ = {heat:g}", fontsize=12)
+        shown = density(heat, 200)[1]
+        row[0].pcolormesh(
+            at, at, np.where(shown > 0, shown, np.nan).T / shown.max(), cmap="Blues",
+            vmin=0, vmax=1.2,
+        )  # fmt: skip
+        for ax, options in zip(row[1:], samplers(heat, 100).values(), strict=True):
+            scatter(ax, draw(count, batch, **options)[0])
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=12)
+    climb = {"sampler": "ascent", "rho": (0.33, 0.66)}
+    axes[3][0].set_ylabel("two steps (Eq. 9)", fontsize=12)
+    for ax, title, options in zip(
+        axes[3],
+        ("as in the paper", "with noise, σ = 0.3", "noise, projected", "tilt 0.7"),
+        (
+            climb,
+            {**climb, "noise_std": 0.3},
+            {**climb, "rho": (0.5, 1.0), "noise_std": 0.3, "project": True},
+            {"tilt": 0.7},
+        ),
+        strict=True,
+    ):
+        ax.set_title(title if title != "tilt 0.7" else "linearised loss, tilt 0.7")
+        scatter(ax, draw(count, batch, **options)[0])
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pictures", help="folder that ball.png is written to")
+    parser.add_argument("--json", help="also write the numbers to this file")
+    parser.add_argument("--draws", type=int, default=50_000)
+    parser.add_argument("--smoke", action="store_true", help="few draws")
+    options = parser.parse_args()
+    count = 500 if options.smoke else options.draws
+    results = measure(count)
+    print(
+        markdown(
+            list(results[0]), [[f"{x:.3f}" for x in row.values()] for row in results]
+        )
+    )
+    write_json(options.json, {**environment(), "draws": count, "results": results})
+    if options.pictures:
+        folder = pathlib.Path(options.pictures)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(folder / "ball.png", min(count, 2_000))
+
+
+if __name__ == "__main__":
+    main()
