@@ -36,12 +36,13 @@ class Step(NamedTuple):
     passes: int
 
 
-def make_steps(model, particles=(), **options):
+def make_steps(model, particles=(), draws=(), **options):
     """SGD, Optax's SAM, ours, and OT-MDR by number of particles and particle map.
 
     Args:
       model: Of `otmdr_jax.models`.
       particles: Pairs (K, particle map) for OT-MDR beside K = 1.
+      draws: Numbers K of particles that are drawn from one gradient.
       **options: Of `otmdr_jax.value_and_grad`, for our SAM and OT-MDR.
 
     Returns:
@@ -87,7 +88,8 @@ def make_steps(model, particles=(), **options):
         grad_fn = otmdr_jax.value_and_grad(
             loss_fn, rho, has_aux=True, **{**options, **own}
         )
-        return with_gradient(grad_fn, 2 * own.get("num_particles", 1))
+        count = own.get("num_particles", 1)
+        return with_gradient(grad_fn, 1 + count if "tilt" in own else 2 * count)
 
     steps = {
         "SGD": with_gradient(plain, 1, keyed=False),
@@ -97,6 +99,10 @@ def make_steps(model, particles=(), **options):
     }
     for k, how in particles:
         steps[f"OT-MDR K={k} {how}"] = robust(num_particles=k, particle_map=how)
+    for k in draws:
+        steps[f"draws K={k}"] = robust(
+            RHO[:1], sampler="first_order", tilt=0.5, num_particles=k
+        )
     return steps
 
 

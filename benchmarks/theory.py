@@ -7,7 +7,7 @@
 A loss of two weights whose mean over a batch is known, in the unit ball around 0: its
 worst distribution at three temperatures by quadrature, beside draws of the linearised
 loss, of Markov chains, and the paper's two steps. The numbers are total variation
-distances: half the sum, over the cells of a grid, of |share of the draws - probability|.
+distances: half the sum of |share of draws - probability| over the cells of a grid.
 A finite number of exact draws has one too, which is given.
 """
 
@@ -40,7 +40,7 @@ def make_batch(size=64, spread=1.0):
 
 
 def density(heat, points):
-    """exp(heat L) on a grid of `points` each way over the square, 0 outside the ball."""
+    """exp(heat L) on a grid of `points` each way over the square; 0 off the ball."""
     at = (np.arange(points) + 0.5) / points * 2 - 1
     x, y = np.meshgrid(at, at, indexing="ij")
     w = jnp.asarray(np.stack([x.ravel(), y.ravel()]), jnp.float32)

@@ -201,10 +201,13 @@ def _in_ball(tg, rho, keys, strength):
     uphill = {i: jnp.conj(x) / divisor for i, x in tg.items()}
     normal = {i: noise(for_leaves, i, x) for i, x in tg.items()}
     along = sum(jnp.sum(jnp.real(normal[i] * jnp.conj(uphill[i]))) for i in tg)
-    across = {i: normal[i] - along * uphill[i] for i in tg}
+    squares = sum(jnp.sum(jnp.real(z * jnp.conj(z))) for z in normal.values())
+    # The part across the gradient is z - (z g) g: it is never there as a whole.
+    across = jnp.maximum(squares - along * along, 0.0)
     last_two = 2 * jax.random.exponential(for_last_two)
-    scale = rest / jnp.hypot(tree.norm(across), jnp.sqrt(last_two))
-    return {i: radius * (t * uphill[i] + scale * across[i]) for i in tg}
+    scale = rest / jnp.sqrt(across + last_two)
+    lead = t - scale * along
+    return {i: radius * (lead * uphill[i] + scale * normal[i]) for i in tg}
 
 
 def _coordinate(key, kappa, size):

@@ -485,7 +485,7 @@ def test_a_projected_climb_is_one_in_numpy():
     ids=str,
 )
 def test_one_gradient_serves_all_particles(options, count):
-    """The passes that are made over the whole batch: 1 + K, of a chain 1 + K (1 + S)."""
+    """1 + K passes over the whole batch, of a chain 1 + K (1 + S)."""
     passes = []
 
     def loss(w, batch):
