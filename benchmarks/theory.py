@@ -81,7 +81,7 @@ def samplers(heat, steps):
     return {
         "linearised loss": {"inverse_temperature": heat},
         "MALA": {**chain, "split": "shared", "num_steps": steps, "step_size": 0.3},
-        "chain on 2 halves": {**chain, "split": "random", "num_steps": 2},
+        "chain on 2 parts": {**chain, "split": "random", "num_steps": 2},
     }
 
 
@@ -108,7 +108,7 @@ def measure(count):
                 row["draws of a chain of 100"] = (
                     float(seen.effective_sample_size) / count
                 )
-        for parts in (4, 16, 64):
+        for parts in (4, 16, 64):  # beside the 2 of the picture
             particles, _ = draw(
                 count, batch, sampler="langevin", split="random", num_steps=parts,
                 inverse_temperature=heat,
@@ -116,6 +116,23 @@ def measure(count):
             row[f"chain on {parts} parts"] = distance(particles, heat)
         found.append(row)
     return found
+
+
+def table(results):
+    """A line for each temperature."""
+    names = {
+        "as many exact draws": "exact draws",
+        "linearised loss": "`first_order`",
+        "MALA": "MALA, 100 steps",
+        **{f"chain on {n} parts": f"chain on {n} parts" for n in (2, 4, 16, 64)},
+    }
+    rows = [
+        [f"{row['inverse_temperature']:g}", *(f"{row[name]:.3f}" for name in names)]
+        + [f"{row['acceptance']:.2f}", f"{row['draws of a chain of 100']:.1f}"]
+        for row in results
+    ]
+    header = ["λ", *names.values(), "MALA's acceptance", "draws its 100 are worth"]
+    return markdown(header, rows)
 
 
 def picture(path, count):
@@ -132,7 +149,9 @@ def picture(path, count):
     at, levels = density(1.0, 200)
     levels = np.where(levels > 0, np.log(np.where(levels > 0, levels, 1)), np.nan)
     for ax in axes.flat:
-        ax.set(aspect="equal", xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), xticks=[], yticks=[])
+        ax.set(
+            aspect="equal", xlim=(-1.35, 1.35), ylim=(-1.35, 1.35), xticks=[], yticks=[]
+        )
         ax.contour(at, at, levels.T, 9, colors="0.6", linewidths=0.6)
         ax.plot(circle.real, circle.imag, "k", linewidth=1)
         ax.plot(0, 0, "k+", markersize=9)
@@ -180,11 +199,7 @@ def main():
     options = parser.parse_args()
     count = 500 if options.smoke else options.draws
     results = measure(count)
-    print(
-        markdown(
-            list(results[0]), [[f"{x:.3f}" for x in row.values()] for row in results]
-        )
-    )
+    print(table(results))
     write_json(options.json, {**environment(), "draws": count, "results": results})
     if options.pictures:
         folder = pathlib.Path(options.pictures)

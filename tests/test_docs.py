@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import pathlib
 import re
@@ -355,6 +356,23 @@ def shown(page, name):
     """What stands on a page of docs/ between two comments of this name."""
     text = (ROOT / "docs" / page).read_text()
     return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "record", "name"),
+    [
+        ("theory", "theory.json", "theory"),
+        ("sweeps", "sweep_tilt.json", "sweep tilt"),
+        ("draws", "draws_cpu.json", "draws"),
+    ],
+)
+def test_theory_page_shows_the_committed_measurements(
+    script, record, name, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module(script).table
+    results = json.loads((RESULTS / record).read_text())["results"]
+    assert table(results) in shown("theory.md", name)
 
 
 def test_performance_page_shows_the_committed_measurement(monkeypatch):
