@@ -40,7 +40,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
-from otmdr_jax.core import shards
+from otmdr_jax.core import rows, shards
 
 PyTree = Any
 
@@ -71,9 +71,9 @@ def call(
       estimator: "local" or "flipout".
       key: A PRNG key.
       *args: Further arguments of `function`. The first is the batch, a pytree of arrays
-        with a leading axis of the examples. An input whose first axis is as long is
-        taken to have the examples there: as many views of one example would be taken
-        for examples.
+        with a leading axis of the examples. An input has the examples on its first axis
+        if a batch of twice the size, which is traced alone, makes that twice as long;
+        if the function takes no other size, if the axis is as long as the batch.
       **kwargs: Keyword arguments of `function`.
 
     Returns:
@@ -108,7 +108,8 @@ def call(
         return function(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
 
     program, shape = jax.make_jaxpr(flat, return_shape=True)(leaves, arrays)
-    noisy = _Noisy(estimator, key, _count_examples(args))
+    examples = _count_examples(args)
+    noisy = _Noisy(estimator, key, examples)
     inputs: list[Any] = list(leaves)
     stds, kappas = posterior.std(q), posterior.noise(q, noisy.next_key())
     parts = [iter(jax.tree.leaves(part)) for part in (q.mean, stds, kappas)]
@@ -118,17 +119,30 @@ def call(
             inputs[i] = _Gaussian(i, mean, std, std * kappa)
     inputs += jax.tree.leaves(arrays)
 
-    uses = _Uses()
-    jax.eval_shape(lambda: _arrays(_run(program, inputs, uses), uses))
+    uses, of_batch = _Uses(), len(jax.tree.leaves(args[:1]))
+
+    def larger(leaves, arrays):
+        twice = {i: rows.repeated(x, 2) for i, x in arrays.items() if i < of_batch}
+        return flat(leaves, arrays | twice)
+
+    try:  # whatever it is that a function of one size raises
+        traced, examples = jax.make_jaxpr(larger)(leaves, arrays), 2 * examples
+    except Exception:
+        traced = program
+    jax.eval_shape(lambda: _arrays(_run(traced, inputs, uses), uses))
     if not uses.kernels:
         raise ValueError(
             f"estimator={estimator!r} found no dense layer or convolution that uses a "
             "stochastic kernel directly, so no example would have its own noise. Use "
             "estimator='weights'."
         )
-    noisy.once = {leaf for leaf, count in uses.count.items() if count == 1}
+    noisy.own = {
+        leaf
+        for leaf, length in uses.kernels.items()
+        if uses.count[leaf] == 1 and length == examples
+    }
     found = _arrays(_run(program, inputs, noisy), noisy)
-    _warn_of_shared(posterior.mean(q), uses.kernels - noisy.own, noisy)
+    _warn_of_shared(posterior.mean(q), uses.kernels.keys() - noisy.own, noisy)
     return jax.tree.unflatten(jax.tree.structure(shape), found)
 
 
@@ -199,15 +213,15 @@ class _Uses:
 
     def __init__(self):
         self.count: dict[int, int] = {}
-        self.kernels: set[int] = set()  # those of a product
+        # Of those that are a product's kernel: the length of its input's first axis.
+        self.kernels: dict[int, int] = {}
 
     def array(self, value):
         self.count[value.leaf] = self.count.get(value.leaf, 0) + 1
         return value.mean
 
     def product(self, multiply, x, kernel, layer):
-        del layer
-        self.kernels.add(kernel.leaf)
+        self.kernels[kernel.leaf] = x.shape[layer.of_input[0]]
         return multiply(x, self.array(kernel))
 
 
@@ -217,8 +231,7 @@ class _Noisy:
     def __init__(self, estimator, key, examples):
         self.estimator, self._key, self._count = estimator, key, 0
         self.examples = examples
-        self.once: set[int] = set()  # the parameters that are used in one place
-        self.own: set[int] = set()  # those of them that have noise for each example
+        self.own: set[int] = set()  # the parameters that have noise for each example
 
     def next_key(self):
         self._count += 1
@@ -236,10 +249,8 @@ class _Noisy:
           kernel: The layer's kernel, a _Gaussian.
           layer: Its _Layer.
         """
-        of_examples = x.shape[layer.of_input[0]] == self.examples
-        if kernel.leaf not in self.once or not of_examples:
+        if kernel.leaf not in self.own:
             return multiply(x, self.array(kernel))
-        self.own.add(kernel.leaf)
         mean = multiply(x, kernel.mean)
         one_row = all(x.shape[i] == 1 for i in layer.positions)
         if self.estimator == "local" and (one_row or not layer.is_dense):

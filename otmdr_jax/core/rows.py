@@ -147,16 +147,21 @@ def _follows(loss, aux, joined, params, batch, args, kwargs):
     return jax.tree_util.tree_map_with_path(follows, aux, other)
 
 
-def _of_larger(times, loss, params, batch, args, kwargs):
-    """What the loss returns for a batch of a multiple of the size: the shapes alone."""
+def repeated(batch: PyTree, times: int) -> PyTree:
+    """A batch of a multiple of the size, to trace what follows its examples."""
 
-    def repeated(x):
+    def of(x):
         x = jnp.asarray(x)
         if not x.ndim:
             return x
         return shards.take(x, jnp.arange(times * x.shape[0]) % x.shape[0])
 
-    larger = jax.tree.map(repeated, batch)
+    return jax.tree.map(of, batch)
+
+
+def _of_larger(times, loss, params, batch, args, kwargs):
+    """What the loss returns for a batch of a multiple of the size: the shapes alone."""
+    larger = repeated(batch, times)
     return jax.eval_shape(lambda: loss(params, larger, *args, **kwargs))
 
 

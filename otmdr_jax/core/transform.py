@@ -388,23 +388,34 @@ def keep(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """What a step leaves behind: the new state if all was finite, else the old one.
 
     A schedule's count goes on in any case, as the state's own does: or the learning
-    rate would lag behind the step, and never reach its end.
+    rate would lag behind the step, and never reach its end. A schedule has a state that
+    is a count alone (that of Adam belongs to its moments), or is one of
+    `optax.inject_hyperparams`.
 
     Args:
       finite: A scalar, whether all that the step saw was finite.
       new: The state after it.
       old: The state before it, of the same structure.
     """
+
+    def kept(n, o):
+        if _is_count(n):
+            return n
+        if _has_schedules(n):
+            return n._replace(inner_state=keep(finite, n.inner_state, o.inner_state))
+        return jnp.where(finite, n, o)
+
     return jax.tree.map(
-        lambda n, o: n if _is_count(n) else jnp.where(finite, n, o),
-        new,
-        old,
-        is_leaf=_is_count,
+        kept, new, old, is_leaf=lambda x: _is_count(x) or _has_schedules(x)
     )
 
 
 def _is_count(node):
-    return isinstance(node, optax.ScaleByScheduleState)
+    return isinstance(node, tuple) and getattr(node, "_fields", None) == ("count",)
+
+
+def _has_schedules(node):
+    return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 
 def schedule_of(rho: Any) -> tuple[Callable[[jax.Array], tuple], int]:

@@ -338,7 +338,8 @@ def _npz_splits(path, validation, label_noise, seed) -> dict[str, Any]:
         if validation:
             raise ValueError(
                 f"{str(path)!r} has a validation set of its own: leave "
-                f"validation={validation!r} out."
+                f"validation={validation!r} out. A run of an older version, which did "
+                "not read it, needs a file without it."
             )
         options["validation"] = splits["validation"]
     train, test = splits["train"], splits.get("test")

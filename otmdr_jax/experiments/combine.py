@@ -147,7 +147,7 @@ def _load(paths, configs, dataset, kept, stacked):
     for path, found in zip(paths, configs, strict=True):
         compiled = programs.compile_programs(found, dataset)
         with checkpoint.Checkpoints(path / "checkpoints", read_only=True) as saved:
-            programs.check_same_data(saved.meta()["data"], data, path)
+            programs.check_same_data(saved.meta()["data"], data, path, dataset)
         state, own_meta = restore.restore(found, compiled, path)
         diverged += [len(states) + i for i in own_meta.get("diverged", [])]
         states += members.separate(state)

@@ -79,7 +79,7 @@ def open_run(
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         step = step_of(which, saved)
         # Before the state is read: other data may mean other shapes.
-        programs.check_same_data(saved.meta(step)["data"], data, folder)
+        programs.check_same_data(saved.meta(step)["data"], data, folder, dataset)
     compiled = programs.compile_programs(config, dataset)
     restored = restore(config, compiled, folder, step)
     diverged = tuple(restored.meta.get("diverged", ()))

@@ -16,6 +16,10 @@ top Ritz value :math:`\theta` after m steps from a random vector fulfils
 where this is at most 1e-3 for all :math:`\mu` beyond the k-th eigenvalue, or where the
 best Ritz pair outside of the k has itself converged. Where the k-th eigenvalue stands
 apart, that takes some fifteen steps.
+
+For few enough rows there are no restarts: the basis grows. Where it has a vector for
+each row, its projected matrix is the whole one in other coordinates, and nothing is
+left to search for. Ends of a spectrum where eigenvalues crowd take that way.
 """
 
 import math
@@ -34,6 +38,10 @@ ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "magnitude": lambda values: -np.abs(values),
 }
 
+# Up to so many rows the basis may grow to the whole space, 16 MB in float32.
+WHOLE = 2000
+# The share of the rows that rounds may multiply by beside those of a whole basis.
+_SPARE = 0.25
 # The probability of missing an eigenvalue in a round.
 _RISK = 1e-3
 # The share of the tolerance that a residual may take. A mixture of two eigenvectors
@@ -43,6 +51,8 @@ _SHARE = 0.1
 _LEAST_STEPS = 8
 # Columns that are rotated at once in a restart.
 _COLUMNS = 2**16
+# The size of a basis from which on not each step looks at the result.
+_RARELY = 128
 
 
 class Pairs(NamedTuple):
@@ -53,7 +63,7 @@ class Pairs(NamedTuple):
 
 
 def room(k: int) -> int:
-    """The number of vectors that :func:`leading` holds at most."""
+    """The number of vectors that :func:`leading` holds of more than WHOLE rows."""
     return first_steps(k) + k
 
 
@@ -85,18 +95,29 @@ def leading(
       max_restarts: The number of restarts in a round.
 
     Returns:
-      :class:`Pairs`.
+      :class:`Pairs`. Up to WHOLE rows they take at most 5/4 `size` products, for k = 1
+      at most `size`.
 
     Raises:
-      RuntimeError: The pairs, or the search for others, have not converged.
+      RuntimeError: The pairs, or the search for others, have not converged; of more
+        than WHOLE rows.
     """
-    search = _Search(times, size, dtype, room(k))
+    few = size <= WHOLE
+    search = _Search(times, size, dtype, size if few else room(k))
+    # From here on, to look for the end of the search costs more than it can save.
+    many = min(max(_RARELY, size // 2), size) if few else math.inf
     found = None
     while True:  # rounds
         search.start()
         restarts = 0
         while True:  # steps
-            ritz = search.step(which)
+            search.step()
+            if search.count >= many:
+                return search.whole(which, k)
+            if not search.due:
+                search.go_on()
+                continue
+            ritz = search.ritz(which)
             limits = _limits(ritz.values, tol, dtype)
             converged = ritz.errors <= _SHARE * limits
             if converged[:k].all() and (
@@ -112,13 +133,15 @@ def leading(
                 search.keep(ritz, k + (search.count - k) // 2)
             search.go_on()
         values = ritz.values[:k]
-        search.keep(ritz, k)
         # Of one eigenvalue there is one vector in each space.
         if k == 1 or (
             found is not None and (np.abs(values - found) <= limits[:k]).all()
         ):
-            return Pairs(values, search.vectors[:k])
+            return search.keep(ritz, k)
         found = values
+        if few and search.products - k > _SPARE * size:
+            return search.whole(which, k)
+        search.keep(ritz, k)
 
 
 class _Ritz(NamedTuple):
@@ -137,7 +160,7 @@ class _Search:
         self.vectors = np.empty((most, size), dtype)
         self._projected = np.zeros((most, most))
         self._random = np.random.default_rng(0)
-        self.count = 0
+        self.count = self.products = 0
         # Steps since the last random vector, up to a restart.
         self.steps = 0
         self._restarted = False
@@ -145,6 +168,12 @@ class _Search:
     @property
     def full(self) -> bool:
         return self.count == len(self.vectors)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look at the result, which costs count cubed."""
+        each = self.count // 8 if self.count >= _RARELY else 1
+        return self.full or self.count % each == 0
 
     @property
     def size(self) -> int:
@@ -163,10 +192,11 @@ class _Search:
         self._next /= np.linalg.norm(self._next)
         self.steps, self._restarted = 0, False
 
-    def step(self, which: str) -> _Ritz:
+    def step(self) -> None:
         """Multiplies the next vector and adds it to the basis."""
         self.vectors[self.count] = self._next
         self.count += 1
+        self.products += 1
         self.steps += not self._restarted
         product = self._times(self._next)
         size = float(np.abs(product).max()) or 1.0  # squares of float32 have an end
@@ -176,6 +206,9 @@ class _Search:
         last = self.count - 1
         self._projected[: self.count, last] = column
         self._projected[last, : self.count] = column
+
+    def ritz(self, which: str) -> _Ritz:
+        """The Ritz pairs of the basis."""
         values, coordinates = np.linalg.eigh(
             self._projected[: self.count, : self.count]
         )
@@ -190,7 +223,14 @@ class _Search:
         else:
             self._next /= self._norm
 
-    def keep(self, ritz: _Ritz, number: int) -> None:
+    def whole(self, which: str, number: int) -> Pairs:
+        """The leading pairs of the basis that has a vector for each row."""
+        while self.count < self.size:
+            self.go_on()
+            self.step()
+        return self.keep(self.ritz(which), number)
+
+    def keep(self, ritz: _Ritz, number: int) -> Pairs:
         """Replaces the basis by the leading Ritz vectors, in its own memory."""
         chosen = ritz.coordinates[:, :number].T.astype(self.vectors.dtype)
         for start in range(0, self.size, _COLUMNS):
@@ -202,6 +242,7 @@ class _Search:
         self._projected[:number, :number] = np.diag(ritz.values[:number])
         self.count = number
         self._restarted = True
+        return Pairs(ritz.values[:number], self.vectors[:number])
 
     def _outside(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The part of a vector outside of the basis, and coordinates of the rest."""

@@ -94,12 +94,8 @@ class Predictions:
 
         They are the same to the bit in whatever order classes and samples come.
         """
-        if self.samples is None:
-            for rows, block in self.rows():
-                yield rows, np.sort(block, axis=1)
-        else:
-            for rows, block in self.rows_of_samples():
-                yield rows, np.sort(np.sort(block, axis=0).mean(axis=0), axis=1)
+        for rows, block in self.rows():
+            yield rows, np.sort(block, axis=1)
 
     def rows_of_samples(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yields blocks of rows and their samples' probabilities (S, rows, C)."""
@@ -147,7 +143,8 @@ class Predictions:
         if self.log:
             sure = np.flatnonzero(highest > -_ROUNDED)
             probs[sure, predicted[sure]] = 0.0
-            highest[sure] = -probs[sure].sum(axis=1)
+            # Sorted, so that the order of classes does not decide ties.
+            highest[sure] = -np.sort(probs[sure], axis=1).sum(axis=1)
         else:
             with np.errstate(divide="ignore"):
                 of_label = np.log(of_label)
@@ -190,9 +187,9 @@ def check(probs: Array, labels: Array, *, log_probs: bool = False) -> Prediction
     name = "log_probs" if log_probs else "probs"
     numbers = _numbers(probs, name)
     allowed = tolerance(np.asarray(probs).dtype)
-    values = _mean(numbers, log_probs)
+    samples = numbers if numbers.ndim == 3 and len(numbers) else None
+    values = numbers if samples is None else mean_of_samples(samples, log_probs)
     labels = check_labels(labels, values, np.shape(probs), name)
-    samples = numbers if numbers.ndim == 3 else None
     for index in range(0 if samples is None else len(samples)):
         check_sample(numbers[index], log_probs, allowed, f" of sample {index}")
     return Predictions(values, labels, log_probs, allowed, samples)
@@ -359,14 +356,31 @@ def _numbers(probs: Array, name: str) -> np.ndarray:
     return values
 
 
-def _mean(values: np.ndarray, log_probs: bool) -> np.ndarray:
-    """The mean probability over samples: (S, N, C) -> (N, C)."""
-    if values.ndim != 3 or not len(values):
-        return values
-    if not log_probs:
-        return values.mean(axis=0, dtype=np.float64)
-    total = np.logaddexp.reduce(values.astype(np.float64), axis=0)
-    return total - np.log(len(values))
+def mean_of_samples(samples: np.ndarray, log_probs: bool) -> np.ndarray:
+    """The mean probability, or its logarithm: (S, N, C) -> (N, C) in float64.
+
+    It is the same to the bit in whatever order samples come: else rounding would rank
+    examples, or classes, whose samples are equal but for their order.
+    """
+    found = np.empty(samples.shape[1:])
+
+    def fill(rows: slice) -> None:
+        block = samples[:, rows].astype(np.float64)
+        block.sort(axis=0)
+        if not log_probs:
+            found[rows] = block.mean(axis=0)
+            return
+        highest = block[-1].copy()
+        highest[np.isneginf(highest)] = 0.0
+        # What is not a number is refused by whoever checks the samples.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            block -= highest
+            found[rows] = np.log(np.exp(block, out=block).mean(axis=0)) + highest
+
+    size = max(1, _BLOCK // max(1, len(samples) * samples.shape[2]))
+    starts = range(0, samples.shape[1], size)
+    parallel(fill, (slice(i, i + size) for i in starts), samples.size)
+    return found
 
 
 def _refuse(

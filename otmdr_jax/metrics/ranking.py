@@ -13,7 +13,6 @@ from otmdr_jax.metrics.detection import (
 )
 from otmdr_jax.metrics.predictions import (
     Array,
-    Predictions,
     Ranked,
     check,
     check_unlabelled,
@@ -303,9 +302,9 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
     """
     sets = check_unlabelled(probs), check_unlabelled(ood_probs)
     # Logarithms rank what underflows, but only beside other logarithms.
-    keys = all(p.log and p.samples is None for p in sets)
+    keys = all(p.log for p in sets)
     scores = {
-        "confidence": lambda p: -(p.confidence_key if keys else _confidence(p)),
+        "confidence": lambda p: -(p.confidence_key if keys else p.confidence),
         "entropy": comparable_entropy,
         "mutual_information": comparable_information,
     }
@@ -319,11 +318,6 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
     inside, outside = map(scores[score], sets)
     positive = np.arange(len(inside) + len(outside)) >= len(inside)
     return auroc(np.concatenate([inside, outside]), positive)
-
-
-def _confidence(p: Predictions) -> np.ndarray:
-    """Top probabilities, the same to the bit for any order of samples."""
-    return np.concatenate([block[:, -1] for _, block in p.sorted_rows()])
 
 
 def _right_and_wrong(probs: Array, labels: Array) -> tuple[np.ndarray, np.ndarray]:

@@ -303,6 +303,45 @@ class TestDynamic:
         for steps in ((0,), (1,), (2,), (0, 1, 2)):
             assert_same_bits(run(*steps), clean)
 
+    @pytest.mark.parametrize(
+        ("make", "beside"),
+        [
+            (optax.sgd, 0),
+            (optax.inject_hyperparams(optax.sgd), 0),
+            (optax.inject_hyperparams(lambda rate: optax.sgd(rate, 0.0)), 0),
+            (
+                lambda rate: optax.chain(optax.add_decayed_weights(rate), optax.sgd(1)),
+                1,
+            ),
+            (
+                lambda rate: optax.masked(
+                    optax.inject_hyperparams(optax.sgd)(rate), True
+                ),
+                0,
+            ),
+            (
+                lambda rate: optax.inject_hyperparams(
+                    lambda factor: optax.chain(optax.scale(factor), optax.sgd(rate))
+                )(1.0),
+                0,
+            ),
+        ],
+    )
+    def test_a_bad_batch_counts_for_any_schedule(self, make, beside, key):
+        """The rate is that of the step, also where steps before it were skipped."""
+        tx = baselines.dynamic(
+            make(lambda step: 0.5**step), key, density=0.2, rate=0.5, steps=()
+        )
+        dense = {"kernel": jnp.ones((20, 10)), "bias": jnp.ones(10)}
+        state = tx.init(dense)
+        params = dst.apply(state.masks, dense)
+        poison = jax.tree.map(lambda x: x.at[0].set(jnp.nan), dense)
+        for step in range(5):
+            bad = step in (1, 2)
+            updates, state = tx.update(poison if bad else dense, state, params)
+            right = 0 if bad else 0.5**step + beside
+            np.testing.assert_allclose(updates["bias"], -right)
+
 
 class TestSchedule:
     def test_edst_has_the_rates_of_its_authors_code(self):

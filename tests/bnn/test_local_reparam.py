@@ -65,6 +65,41 @@ def test_dense_layers_have_the_distribution_of_sampled_weights(layer, estimator)
     assert_allclose(between, shared, atol=0.07)
 
 
+POSITIONS = jnp.cos(jnp.arange(24.0).reshape(4, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*draws")
+@pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
+@pytest.mark.parametrize("times", [3, 4, 5])
+@pytest.mark.parametrize("how", ["time first", "a table", "examples first"])
+def test_an_axis_as_long_as_the_batch_is_not_taken_for_it(how, times, estimator):
+    """4 examples of so many steps: the sum over steps is that of one network."""
+    rng = np.random.default_rng(0)
+    s = rng.uniform(0.1, 1.0, size=(6, 2))
+    x = np.float32(rng.normal(size=(4, times, 6)))
+    q = bnn.init(jnp.zeros((6, 2)), jnp.float32(s))
+
+    def function(w, x):
+        if how == "a table":  # of rows that are no examples
+            return x[:, 0, :1] * jnp.sum(POSITIONS @ w, axis=0)[None]
+        if how == "examples first":
+            return jnp.sum(x @ w, axis=1)
+        return jnp.sum(x.swapaxes(0, 1) @ w, axis=0)
+
+    seen = x.sum(axis=1)
+    if how == "a table":
+        seen = x[:, 0, :1] * np.asarray(POSITIONS).sum(axis=0)
+    check_moments(function, q, x, estimator, 0.0, np.sqrt(seen**2 @ s**2))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_function_of_one_size_has_noise_for_each_example(estimator, key):
+    q = bnn.init(jnp.zeros((6, 2)), sigma=1.0)
+    x = jnp.ones((4, 6))
+    y = local_reparam.call(lambda w, x: x.reshape(4, 6) @ w, q, estimator, key, x)
+    assert len(np.unique(y[:, 0])) > 1
+
+
 dense = jax.jit(lambda w, x: x @ w)
 
 # One example's output by several uses of a kernel. They are linear in it, so that with

@@ -17,6 +17,7 @@ from otmdr_jax.experiments import (
     training,
 )
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.programs import inputs
 from otmdr_jax.experiments.report import examples
 
 TINY = TrainConfig(
@@ -266,6 +267,55 @@ def test_a_loaded_dataset_keeps_the_name_of_what_it_is():
         programs.named(config, data.load("digits"))
     found = programs.named(TINY, data.load("digits", validation=0.1))
     assert found.data.name == "arrays:digits"
+
+
+def test_a_dataset_is_loaded_again_only_to_record_what_it_is(
+    one_layer, tmp_path, monkeypatch
+):
+    loads = []
+    real = inputs.load_data
+    monkeypatch.setattr(inputs, "load_data", lambda c: loads.append(c) or real(c))
+    digits = data.load("digits")
+    training.train(TINY.replace(steps=1), digits, show_progress=False)
+    assert not loads
+    small = data.load("digits", validation=0.1)
+    config = TINY.replace(steps=1, validation=0.1)
+    training.train(config, small, show_progress=False)  # do its options say so?
+    assert len(loads) == 1
+    training.train(TINY, digits, tmp_path / "run", show_progress=False)
+    assert len(loads) == 2
+    other = dataclasses.replace(digits, name="other")
+    training.train(TINY, other, tmp_path / "other", show_progress=False)
+    assert len(loads) == 2
+
+
+def test_a_run_that_did_not_read_the_validation_set_of_its_file_says_so(
+    tmp_path, one_layer
+):
+    """As runs of older versions; the way out that the message names is one."""
+    dataset = data.from_arrays(
+        images_of(0, 60), images_of(1, 30), name="own", validation=images_of(2, 9)
+    )
+    ignored = dataclasses.replace(dataset, validation=None)
+    folder = tmp_path / "run"
+    training.train(TINY, ignored, folder, show_progress=False)
+    data.save(dataset, tmp_path / "own.npz")
+    data.save(ignored, tmp_path / "without.npz")
+    config = TINY.replace(data=str(tmp_path / "own.npz"))
+    (folder / "config.json").write_text(json.dumps(config.flat()))
+    message = "validation set alone, which older versions did not read"
+    with pytest.raises(ValueError, match=message):
+        restore.open_run(folder)
+    with pytest.raises(ValueError, match=message):
+        training.train(config, None, folder, resume=True, show_progress=False)
+    found = restore.open_run(folder, data_dir=str(tmp_path / "without.npz"))
+    assert found.dataset.validation is None
+    changed = data.from_arrays(
+        images_of(5, 60), images_of(1, 30), validation=images_of(2, 9)
+    )
+    with pytest.raises(ValueError, match="Restore the data, say where") as raised:
+        restore.open_run(folder, dataset=changed)
+    assert "older versions" not in str(raised.value)
 
 
 def test_arrays_of_other_names_in_an_npz_change_nothing(tmp_path):

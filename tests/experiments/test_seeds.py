@@ -4,11 +4,14 @@ Beyond it JAX would run another seed's run under this one's name, and NumPy woul
 once the run has been trained.
 """
 
+import json
+import re
+
 import jax
 import numpy as np
 import pytest
 
-from otmdr_jax.experiments import cli, demo, sweep
+from otmdr_jax.experiments import cli, config, demo, sweep
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import calibrate, sharpness, shift
 from otmdr_jax.experiments.measure.surface import Plan
@@ -48,6 +51,23 @@ def test_commands_refuse_them_before_the_run_is_read(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "no-such-run", "--seed", "-1"])
     assert "seed must be in 0..2**32 - 1, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old", [-1, 2**32, 2**40 + 7, -(2**40) + 7, 2**63 - 1])
+def test_a_run_of_an_older_version_says_what_seed_it_had(old, tmp_path):
+    """Its keys were those of the seed that the message names."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"method": "sam", "seed": old}))
+    with pytest.raises(ValueError, match=rf"got {old}\. JAX keeps") as raised:
+        config.load(path)
+    new = int(re.search(r"is that of seed (\d+),", str(raised.value))[1])
+    words = [jax.random.key_data(jax.random.key(seed)) for seed in (old, new)]
+    np.testing.assert_array_equal(*words)
+    path.write_text(json.dumps({"method": "sam", "seed": new}))
+    assert config.load(path).run.seed == new
+    path.write_text(json.dumps({"data_seed": old}))
+    with pytest.raises(ValueError, match=rf"data_seed .* {old}\. No other seed"):
+        config.load(path)
 
 
 def test_a_sweep_and_the_demo_refuse_them_before_the_first_run(tmp_path):

@@ -209,8 +209,8 @@ class TestEigenvalues:
     def test_says_when_it_has_not_converged(self):
         with pytest.raises(RuntimeError, match=r"0 of 3 eigenvalues .* max_restarts"):
             landscape.hessian_eigenvalues(
-                quadratic(np.diag(np.linspace(0, 1, 400))),
-                jnp.ones(400),
+                lambda w, batch: (0.5 * jnp.linspace(0, 1, 2001) @ w**2, 1),
+                jnp.ones(2001),
                 ONE,
                 3,
                 which="smallest",

@@ -476,6 +476,27 @@ def test_entropy_is_never_negative():
 
 
 @pytest.mark.parametrize("log_probs", [False, True])
+def test_the_order_of_samples_changes_no_bit(log_probs):
+    """The mean is that of exact sums, also of members that rule a class out."""
+    rng = np.random.default_rng(0)
+    samples = rng.dirichlet(np.full(6, 0.2), (9, 50))
+    samples[::2, :9, 1] = samples[:, :3, 2] = 0.0
+    samples /= samples.sum(axis=-1, keepdims=True)
+    labels = rng.integers(3, 6, 50)
+    with np.errstate(divide="ignore"):
+        given = np.log(samples) if log_probs else samples
+    want = metrics.summary(given, labels, log_probs=log_probs)
+    for order in (np.arange(9)[::-1], rng.permutation(9)):
+        found = metrics.summary(given[order], labels, log_probs=log_probs)
+        # A sum over samples of its own, which ranks nothing.
+        found["mutual_information"] = pytest.approx(found["mutual_information"])
+        assert want == found
+    ((_, found),) = metrics.check(given, labels, log_probs=log_probs).rows()
+    exact = np.apply_along_axis(math.fsum, 0, samples) / 9
+    np.testing.assert_allclose(found, exact, rtol=1e-13)
+
+
+@pytest.mark.parametrize("log_probs", [False, True])
 def test_every_sample_must_be_a_distribution(log_probs):
     """Their mean is [0.5, 0.5]."""
     samples = np.array([[[0.5, 0.5]], [[0.2, 0.2]], [[0.8, 0.8]]])

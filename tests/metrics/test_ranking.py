@@ -183,6 +183,35 @@ def test_rounding_does_not_decide_ties(seed):
         assert metrics.ood_auroc(examples[:, :25], examples[:, 25:], score) == 0.5
 
 
+@pytest.mark.parametrize("log_probs", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_samples_does_not_decide_ties(seed, log_probs):
+    """Examples that have the same samples, in any order, are ranked alike: 0.5."""
+    rng = np.random.default_rng(seed)
+    members = rng.dirichlet(np.full(5, 0.3), 7).astype(np.float32)
+    examples = np.stack([rng.permutation(members) for _ in range(200)], axis=1)
+    values = np.log(examples) if log_probs else examples
+    p = metrics.check(values, rng.integers(0, 5, 200), log_probs=log_probs)
+    assert metrics.ovr_auroc(p, p.labels) == 0.5
+    assert metrics.misclassification_auroc(p, p.labels) == 0.5
+    assert np.unique(metrics.risk_coverage(p, p.labels).risk.round(12)).size == 1
+    if log_probs:
+        other = metrics.check(values[:, ::-1], p.labels, log_probs=True)
+        for score in ("confidence", "entropy", "mutual_information"):
+            assert metrics.ood_auroc(p, other, score) == 0.5
+
+
+def test_the_order_of_classes_does_not_decide_how_sure_it_is():
+    """One distribution that float32 rounds to 1, its classes in any order."""
+    rng = np.random.default_rng(0)
+    one = np.append(0.0, rng.uniform(-25, -16, 9)).astype(np.float32)
+    log_probs = np.stack([rng.permutation(one) for _ in range(200)])
+    p = metrics.check(log_probs, rng.integers(0, 10, 200), log_probs=True)
+    assert np.unique(p.confidence_key).size == 1
+    right = -math.fsum(np.exp(one[1:].astype(float)))
+    assert p.confidence_key[0] == pytest.approx(right, rel=1e-15)
+
+
 def test_sure_predictions_in_float32_are_ranked_by_what_others_leave():
     """Their own logarithm is 0 throughout; the logits are of a torchmetrics report."""
     logits = [98.0950, 98.4612, 98.1145, 98.1506, 97.6037, 98.9425, 99.2644, 99.5014]

@@ -53,9 +53,28 @@ def load(path: str | os.PathLike) -> TrainConfig:
         raise ValueError(f"{path} must hold a JSON object of options.")
     try:
         check_names(values)
+        _check_seeds(values)
         return TrainConfig(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_seeds(values: dict[str, Any]) -> None:
+    """Says what became of the seeds that older versions took."""
+    seed, of_data = values.get("seed"), values.get("data_seed")
+    if type(seed) is int and not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed must be in 0..2**32 - 1, got {seed}. JAX keeps the lower 32 bits of "
+            "a seed, so that a run of an older version with this one is that of seed "
+            f"{seed % 2**32}, and no run of its own beside that: write {seed % 2**32} "
+            "into this file to open it."
+        )
+    if type(of_data) is int and not 0 <= of_data < 2**32:
+        raise ValueError(
+            f"data_seed must be in 0..2**32 - 1, got {of_data}. No other seed gives "
+            "the validation split and the label noise of this one: a run that has it "
+            "is opened by the version that made it."
+        )
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

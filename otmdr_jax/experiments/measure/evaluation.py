@@ -23,6 +23,7 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs import Programs, compile_programs
 from otmdr_jax.io.progress import Progress
 from otmdr_jax.metrics import diversity, uncertainty
+from otmdr_jax.metrics.predictions import mean_of_samples
 
 PyTree = Any
 
@@ -335,7 +336,7 @@ def _uncertainty(log_probs, within, members):
 def _mean(samples):
     """The logarithm of the mean of S probabilities. # (S, N, C) -> (N, C)."""
     with np.errstate(invalid="ignore"):  # NaN stays NaN: see _metrics
-        total = np.logaddexp.reduce(samples, axis=0)
+        total = mean_of_samples(samples, log_probs=True)
         return total - np.logaddexp.reduce(total, axis=-1, keepdims=True)
 
 

@@ -24,7 +24,12 @@ ARRAYS = "arrays:"
 _OF_LOADING = ("validation", "label_noise", "data_seed")
 
 
-def named(config: TrainConfig, dataset: Dataset, resume: bool = False) -> TrainConfig:
+def named(
+    config: TrainConfig,
+    dataset: Dataset,
+    resume: bool = False,
+    recorded: bool = True,
+) -> TrainConfig:
     """The options of a run on a dataset that the caller has given.
 
     They stay as they are if the dataset is the one that they load.
@@ -33,6 +38,8 @@ def named(config: TrainConfig, dataset: Dataset, resume: bool = False) -> TrainC
       config: The options.
       dataset: The data, which the options may name or not.
       resume: Whether the run is resumed, and its options are known.
+      recorded: Whether the options are written down. If not, and if none of them is
+        applied where a set is loaded, a dataset of the name is not loaded to compare.
 
     Raises:
       ValueError: Options that are applied where a set is loaded, for another dataset
@@ -40,9 +47,10 @@ def named(config: TrainConfig, dataset: Dataset, resume: bool = False) -> TrainC
     """
     name = config.data.name
     own = pathlib.Path(name).stem if name.endswith(".npz") else name
-    if own == dataset.name and _is_loaded(config, dataset):
-        return config
     changed = [x for x in config.changed() if x in _OF_LOADING]
+    matters = recorded or changed
+    if own == dataset.name and (not matters or _is_loaded(config, dataset)):
+        return config
     if changed and not resume:
         raise ValueError(
             f"options of loading ({', '.join(changed)}) do nothing to the dataset "

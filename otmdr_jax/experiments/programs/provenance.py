@@ -1,5 +1,6 @@
 """What a run's numbers come from: versions, the device, and the data's checksums."""
 
+import dataclasses
 import platform
 import zlib
 from collections.abc import Sequence
@@ -92,20 +93,35 @@ def same_data(one: str, other: str) -> bool:
     return before == after and (whole == other_whole or whole[0] != other_whole[0])
 
 
-def check_same_data(was: str, now: str, output: Any) -> None:
+def check_same_data(
+    was: str, now: str, output: Any, dataset: Dataset | None = None
+) -> None:
     """Refuses data other than those that a run was trained on.
 
     Args:
       was: :func:`fingerprint` of the run's data, from its checkpoint.
       now: That of the data at hand.
       output: The run's folder, for the error.
+      dataset: The data at hand, to find out in what they differ.
 
     Raises:
       ValueError: They are not the :func:`same_data`.
     """
-    if not same_data(was, now):
-        raise ValueError(
-            f"{output} was trained on {was}, but the data are now {now} (name, "
-            "examples, checksums). Restore the data, say where they are with "
-            "--data-dir, or start a new run."
-        )
+    if same_data(was, now):
+        return
+    way_out = (
+        "Restore the data, say where they are with --data-dir, or start a new run."
+    )
+    if dataset is not None and dataset.validation is not None:
+        without = dataclasses.replace(dataset, validation=None)
+        if same_data(was, fingerprint(without)):
+            way_out = (
+                "They differ in the validation set alone, which older versions did not "
+                "read from an .npz. Write a file without it, otmdr_jax.data.save("
+                "dataclasses.replace(dataset, validation=None), 'without.npz'), and "
+                "say --data-dir without.npz."
+            )
+    raise ValueError(
+        f"{output} was trained on {was}, but the data are now {now} (name, examples, "
+        f"checksums). {way_out}"
+    )

@@ -78,7 +78,7 @@ def train(
     if dataset is None:
         dataset = load_data(config)
     else:
-        config = named(config, dataset, resume)
+        config = named(config, dataset, resume, recorded=output is not None)
     described = describe(dataset)
     data = described["fingerprint"]
     if jax.process_count() > 1:
@@ -101,7 +101,7 @@ def train(
     if resume:
         _check_same_run(run_folder.read_config(output), config, output)
         if (known := run_folder.read_data(output)) is not None:
-            check_same_data(known["fingerprint"], data, output)
+            check_same_data(known["fingerprint"], data, output, dataset)
     else:
         folder = parallel.on_main(lambda: run_folder.create(output, config, described))
     with checkpoint.Checkpoints(
@@ -116,7 +116,7 @@ def train(
         (latest,) = parallel.agree(-max(saved.steps(), default=-1))
         if resume and latest <= 0:
             step = -int(latest)
-            check_same_data(saved.meta(step)["data"], data, output)
+            check_same_data(saved.meta(step)["data"], data, output, dataset)
             state, meta = saved.restore(state, step)
         if resume:
             parallel.on_main(lambda: run_folder.describe(output, config, described))
