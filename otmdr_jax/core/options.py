@@ -549,7 +549,12 @@ def _is_known(value: Any) -> bool:
 def check_count(name: str, value: Any) -> None:
     """Raises unless a value is an integer of at least 1, known at trace time."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer known at trace time, got {value!r}")
+        made = isinstance(value, jax.Array)
+        raise TypeError(
+            f"{name} must be an integer known at trace time, got {value!r}."
+            + " optax.inject_hyperparams makes arrays of all numbers: hand it a "
+            "function of those alone that may change." * made
+        )
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}.")
 
