@@ -142,7 +142,7 @@ def orthogonal(vector: PyTree, to: PyTree) -> PyTree:
     products = jax.tree.map(
         lambda v, u: jnp.sum(jnp.real(v.astype(u.dtype) * jnp.conj(u))), vector, unit
     )
-    along = sum(jax.tree.leaves(products), start=jnp.zeros(()))
+    along = sum(jax.tree.leaves(products), start=0.0)  # of the leaves' dtype
     return jax.tree.map(lambda v, u: v.astype(u.dtype) - along * u, vector, unit)
 
 

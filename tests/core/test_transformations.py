@@ -123,6 +123,21 @@ def test_auxiliary_output_is_in_the_state(name, problem):
 
 
 @every_one
+def test_float32_stays_float32_beside_float64(name, problem):
+    """With 64-bit numbers enabled, a scan and a branch want equal dtypes too."""
+    params, data = problem
+    want = steps(MAKE[name](toy.regression), params, data)[0]
+    with jax.enable_x64(True):
+        close(steps(MAKE[name](toy.regression), params, data)[0], want)
+
+
+@every_one
+def test_a_model_may_have_no_parameters(name, problem):
+    got, _, updates = steps(MAKE[name](lambda p, b: jnp.mean(b["y"])), {}, problem[1])
+    assert got == updates == {}
+
+
+@every_one
 def test_dtypes_are_kept(name, problem):
     params, data = problem
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
