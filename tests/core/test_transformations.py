@@ -132,6 +132,17 @@ def test_float32_stays_float32_beside_float64(name, problem):
 
 
 @every_one
+def test_no_nan_is_made_where_none_comes_in(name, problem):
+    """Under jax.debug_nans a state that starts at NaN cannot even be made."""
+    params, data = problem
+    with jax.debug_nans(True):
+        tx = MAKE[name](lambda p, b: 0.0 * toy.regression(p, b))  # a gradient of 0
+        state = jax.jit(tx.init)(params)
+        steps(tx, params, data)
+    assert state.diagnostics.robust_loss == np.inf
+
+
+@every_one
 def test_a_model_may_have_no_parameters(name, problem):
     got, _, updates = steps(MAKE[name](lambda p, b: jnp.mean(b["y"])), {}, problem[1])
     assert got == updates == {}
