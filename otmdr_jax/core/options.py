@@ -528,6 +528,10 @@ def check_number(
             "otmdr_jax.otmdr(loss_fn, key) has a key; value_and_grad and "
             "robust_gradient take it at the call, by name; sam and its like need none."
         )
+    if not jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(
+        dtype, jnp.floating
+    ):
+        raise TypeError(f"{name} must be a real number, got one of dtype {dtype}.")
     if isinstance(value, jax.core.Tracer):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got a {value.aval}.")
