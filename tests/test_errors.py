@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import otmdr_jax
-from otmdr_jax import baselines, ensemble
+from otmdr_jax import baselines, ensemble, methods
 from tests import toy
 
 PARAMS, DATA = toy.regression_problem()
@@ -25,8 +25,11 @@ CONSTRUCTION = [
     (dict(rho=(0.1, float("nan"))), ValueError, "rho must be finite"),
     (dict(rho="big"), TypeError, "rho must be a number"),
     (dict(rho=None), TypeError, "rho must be a number"),
+    (dict(rho=np.complex64(1)), TypeError, "rho must be a real number.* complex64"),
+    (dict(rho=np.array([True])), TypeError, "rho must be a real number.* bool"),
     (dict(num_particles=0), ValueError, "num_particles must be at least 1, got 0"),
     (dict(num_particles=1.5), TypeError, "num_particles must be an integer"),
+    (dict(num_particles=jnp.array(2)), TypeError, "inject_hyperparams makes arrays"),
     (dict(noise_std=-1.0), ValueError, "noise_std must be finite and not negative"),
     (dict(split="half"), ValueError, "'random', 'ordered', 'shared'; got 'half'"),
     (dict(norm="l1"), ValueError, "'global', 'per_leaf', 'none'; got 'l1'"),
@@ -76,7 +79,12 @@ CALLS = [
         ValueError,
         "mask must have the structure of the parameters",
     ),
-    (dict(mask={"w": 1.0, "b": True}, split="ordered"), TypeError, "must hold bools"),
+    (dict(mask={"w": 1.0, "b": True}, split="ordered"), TypeError, "hold one bool"),
+    (
+        dict(mask={"w": np.ones(3, bool), "b": True}, split="ordered"),
+        TypeError,
+        "one bool for each leaf, got array",
+    ),
     (
         dict(loss=lambda p, b: (b["x"] @ p["w"]) ** 2, split="ordered"),
         TypeError,
@@ -188,6 +196,17 @@ def test_a_loss_without_aux_says_what_it_returned():
         call(split="shared", has_aux=True)
     with pytest.raises(TypeError, match=r"\(loss, aux\), got a tuple of 3"):
         call(loss=lambda p, b: (0.0, 1, 2), split="shared", has_aux=True)
+
+
+def test_labels_that_would_be_broadcast_are_refused():
+    """Of (B, 1) each label met each example, and the loss was another."""
+    logits, labels = jnp.zeros((4, 3)), jnp.arange(4) % 3
+    assert float(methods.cross_entropy(logits, labels)) == pytest.approx(np.log(3))
+    for wrong in (labels[:, None], jax.nn.one_hot(labels, 3), labels[:3]):
+        with pytest.raises(ValueError, match=r"of shape \(4,\), got"):
+            methods.cross_entropy(logits, wrong)
+    with pytest.raises(TypeError, match="labels must be integers, got dtype float32"):
+        methods.cross_entropy(logits, labels * 1.0)
 
 
 class TestTransformation:

@@ -24,6 +24,7 @@ import optax
 
 from otmdr_jax.core import shards, tree
 from otmdr_jax.core.keys import one_key
+from otmdr_jax.core.options import check_number
 from otmdr_jax.core.transform import keep
 
 PyTree = Any
@@ -181,7 +182,11 @@ def renew(
         if not mask.ndim:
             pairs.append((mask, mask))
             continue
-        number = jnp.ceil(rate * jnp.sum(mask)).astype(jnp.int32)
+        # Whole numbers in decimals stay whole: .3 * 100 is just above 30 in float32.
+        # A schedule's rate may be anything; NaN drops nothing.
+        there = jnp.sum(mask)
+        number = jnp.ceil(rate * (1 - 1e-6) * there)
+        number = jnp.clip(jnp.nan_to_num(number), 0, there).astype(jnp.int32)
         size = jnp.abs(weight.astype(jnp.float32))
         kept = mask & ~_smallest(jnp.where(mask, size, jnp.inf), number)
         if growth == "random":
@@ -219,8 +224,8 @@ def dynamic(
       optimizer: The transformation that turns the masked gradient into an update.
       key: The PRNG key of the first masks and of random growth.
       density: The share of all kernels' weights to keep.
-      rate: The share that an update of the masks drops: a number, or a schedule of the
-        step.
+      rate: The share that an update of the masks drops: a number in [0, 1], or a
+        schedule of the step.
       steps: The numbers of steps after which masks are updated.
       growth: The place where weights grow, "gradient" or "random".
       escapes: Further numbers of steps, after which `escape_rate` is dropped.
@@ -230,7 +235,8 @@ def dynamic(
       A transformation whose state is a :class:`Sparse`; `update` needs `params`.
 
     Raises:
-      ValueError: The growth is unknown, or the density is not in (0, 1).
+      ValueError: The growth is unknown, the density is not in (0, 1), or a rate is not
+        in [0, 1].
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -247,6 +253,11 @@ def dynamic(
     """
     if growth not in GROWTHS:
         raise ValueError(f"growth must be one of {', '.join(GROWTHS)}; got {growth!r}.")
+    for name, share in (("rate", rate), ("escape_rate", escape_rate)):
+        if not callable(share):
+            check_number(name, share)
+            if not isinstance(share, jax.core.Tracer) and float(share) > 1:
+                raise ValueError(f"{name} is a share, 0 to 1, got {share!r}.")
     optimizer = optax.with_extra_args_support(optimizer)
     key = one_key(key)
 

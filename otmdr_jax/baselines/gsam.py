@@ -142,7 +142,7 @@ def orthogonal(vector: PyTree, to: PyTree) -> PyTree:
     products = jax.tree.map(
         lambda v, u: jnp.sum(jnp.real(v.astype(u.dtype) * jnp.conj(u))), vector, unit
     )
-    along = sum(jax.tree.leaves(products), start=jnp.zeros(()))
+    along = sum(jax.tree.leaves(products), start=0.0)  # of the leaves' dtype
     return jax.tree.map(lambda v, u: v.astype(u.dtype) - along * u, vector, unit)
 
 
@@ -163,7 +163,8 @@ def follow(
       rho_max: The radius at the highest learning rate.
       rho_min: The one at the lowest.
       rate_max: The highest learning rate.
-      rate_min: The lowest.
+      rate_min: The lowest. Where eta is outside, as below it in a warmup, the radius
+        stays at its end.
 
     Example:
       >>> import optax
@@ -180,6 +181,7 @@ def follow(
 
     def rho(step):
         share = (learning_rate(step) - rate_min) / (rate_max - rate_min)
-        return rho_min + (rho_max - rho_min) * share
+        # A negative radius would descend, by a warmup from 0 or by rounding alone.
+        return rho_min + (rho_max - rho_min) * jnp.clip(share, 0.0, 1.0)
 
     return rho

@@ -76,7 +76,7 @@ def laplace(
 
     Raises:
       ValueError: The structure is unknown, or the number of samples or the precision is
-        not valid.
+        not valid; in `finish` a matrix that is 0, without a precision.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -147,6 +147,8 @@ def laplace(
             posterior = jax.lax.map(lambda row: fitted(*row), (kept, found))
         else:
             posterior = fitted(kept, found)
+        if prior_precision is None:
+            _check_curvature(posterior.effective_parameters)
         return state._replace(method_state=posterior)
 
     def predict(state, images):
@@ -222,7 +224,7 @@ def _eigen(found, structure, shape):
         values = values.reshape(shape)  # of eigenvectors, in any order
     else:
         of_features, left = spectrum(found["features"])
-        of_logits, right = spectrum(found["logits"] / found["count"])
+        of_logits, right = spectrum(found["logits"] / jnp.maximum(found["count"], 1))
         values = of_features[:, None] * of_logits[None]
 
         def rotate(scaled):
@@ -233,6 +235,16 @@ def _eigen(found, structure, shape):
             return rotate(noise / jnp.sqrt(values + delta)[None])
 
     return values, draw
+
+
+def _check_curvature(effective_parameters):
+    """The likelihood is then highest at delta = 0: draws of any length."""
+    if jnp.any(effective_parameters == 0):
+        raise ValueError(
+            "the Gauss-Newton matrix is 0, from which no precision of a prior follows: "
+            "all predictions of the training set are certain to rounding, or no "
+            "example counted. Give a prior_precision, or a network that is less sure."
+        )
 
 
 def _check_last_layer(found):

@@ -118,7 +118,7 @@ def looksam(
 def _rounding(grads: PyTree) -> float:
     """The error of a gradient, of whose coarsest leaf and of sums in float32."""
     leaves = [float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(grads)]
-    return max(8 * float(jnp.finfo(jnp.float32).eps), *leaves)
+    return max([8 * float(jnp.finfo(jnp.float32).eps), *leaves])
 
 
 def start(params: PyTree) -> LookMemory:
@@ -199,7 +199,9 @@ def looksam_gradient(
                 memory.direction,
             )
             info = result.diagnostics._replace(
-                ascent_norms=jnp.tile(length, len(radii)), grad_norm=tree.norm(grads)
+                ascent_norms=jnp.tile(length, len(radii)),
+                grad_norm=tree.norm(grads),
+                distances=jnp.zeros(1, length.dtype),
             )
             return (
                 result._replace(grads=grads, diagnostics=info),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
-from otmdr_jax.core import loops
+from otmdr_jax.core import loops, tree
 from otmdr_jax.core.options import MEMBER_MAPS, check_word
 from otmdr_jax.ensemble import log_mean_probs
 
@@ -108,8 +108,9 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
       log_probs: (S, ..., C) log-probabilities of S samples; not logits.
 
     Returns:
-      An :class:`Uncertainty` of arrays (...). The epistemic part is never negative and
-      at most log S.
+      An :class:`Uncertainty` of arrays (...), float32 or wider. The epistemic part is
+      never negative, at most log S, and exactly 0 where all samples are equal. NaN
+      stays NaN.
 
     Raises:
       ValueError: There is no axis of samples, or the values are not log-probabilities
@@ -125,7 +126,8 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
     Reference: Depeweg et al., `Decomposition of Uncertainty in Bayesian Deep Learning
     <https://arxiv.org/abs/1710.07283>`_, ICML 2018.
     """
-    if jnp.ndim(log_probs) < 2:
+    log_probs = jnp.asarray(log_probs)
+    if log_probs.ndim < 2:
         raise ValueError(
             "log_probs must be of shape (samples, ..., classes), got "
             f"{jnp.shape(log_probs)}."
@@ -139,12 +141,17 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
                 f"last axis; one sums to exp({worst:.3g}) or exp(-{worst:.3g}). Apply "
                 "jax.nn.log_softmax to logits."
             )
-    total = _entropy(log_mean_probs(log_probs))
-    aleatoric = jnp.mean(_entropy(log_probs), axis=0)
-    return Uncertainty(total, aleatoric, jnp.maximum(total - aleatoric, 0.0))
+    log_probs = log_probs.astype(tree.accumulation_dtype(log_probs))
+    equal = jnp.all(log_probs == log_probs[:1], axis=0)
+    mean = jnp.where(equal, log_probs[0], log_mean_probs(log_probs))
+    total, aleatoric = _mean_of(mean, -mean), _mean_of(log_probs, -log_probs)
+    epistemic = _mean_of(log_probs, log_probs - mean[None])
+    return Uncertainty(
+        total, jnp.mean(aleatoric, axis=0), jnp.maximum(jnp.mean(epistemic, axis=0), 0)
+    )
 
 
-def _entropy(log_probs):
-    """-sum p log p, with 0 log 0 = 0."""
+def _mean_of(log_probs, values):
+    """The sum of p values, 0 where p is 0; of NaN it is NaN."""
     p = jnp.exp(log_probs)
-    return -jnp.sum(jnp.where(p > 0, p * log_probs, 0.0), axis=-1)
+    return jnp.sum(jnp.where(p == 0, 0.0, p * values), axis=-1)

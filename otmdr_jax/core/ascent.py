@@ -163,10 +163,10 @@ def resolve_mask(mask: Any, params: PyTree) -> PyTree | None:
             "Build it with jax.tree.map(lambda leaf: ..., params)."
         )
     for leaf in jax.tree.leaves(mask):
-        if not isinstance(leaf, bool) and jnp.result_type(leaf) != jnp.bool_:
+        if jnp.shape(leaf) or jnp.result_type(leaf) != jnp.bool_:
             raise TypeError(
-                f"mask must hold bools, got {leaf!r}: use True where a leaf may be "
-                "perturbed and False where it stays."
+                f"mask must hold one bool for each leaf, got {leaf!r}: use True where "
+                "a leaf may be perturbed and False where it stays."
             )
     return jax.tree.map(bool, mask)
 

@@ -528,6 +528,10 @@ def check_number(
             "otmdr_jax.otmdr(loss_fn, key) has a key; value_and_grad and "
             "robust_gradient take it at the call, by name; sam and its like need none."
         )
+    if not jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(
+        dtype, jnp.floating
+    ):
+        raise TypeError(f"{name} must be a real number, got one of dtype {dtype}.")
     if isinstance(value, jax.core.Tracer):
         if value.shape != ():
             raise ValueError(f"{name} must be a scalar, got a {value.aval}.")
@@ -549,7 +553,12 @@ def _is_known(value: Any) -> bool:
 def check_count(name: str, value: Any) -> None:
     """Raises unless a value is an integer of at least 1, known at trace time."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer known at trace time, got {value!r}")
+        made = isinstance(value, jax.Array)
+        raise TypeError(
+            f"{name} must be an integer known at trace time, got {value!r}."
+            + " optax.inject_hyperparams makes arrays of all numbers: hand it a "
+            "function of those alone that may change." * made
+        )
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value!r}.")
 

@@ -47,7 +47,8 @@ class OtmdrState(NamedTuple):
       aux: The auxiliary output of the center pass of the last update whose losses and
         gradients were finite; `aux_init` at first. A leaf that is not finite then stays
         what it was.
-      diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; NaN at first.
+      diagnostics: The last update's :class:`otmdr_jax.Diagnostics`; infinite at
+        first, since `jax.debug_nans` stops at NaN.
     """
 
     count: jax.Array  # type: ignore[assignment]  # as in Optax: hides tuple.count
@@ -319,7 +320,7 @@ def from_gradient(
         # state must neither donate one buffer twice nor lose what is theirs.
         shapes = ((), (), (), (num_radii,), (), (num_particles,))
         diagnostics = Diagnostics(
-            *[jnp.full(shape, jnp.nan, jnp.float32) for shape in shapes]
+            *[jnp.full(shape, jnp.inf, jnp.float32) for shape in shapes]
         )
         if num_radii == 0:
             diagnostics = diagnostics._replace(ascent_norms=None)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 PyTree = Any
 
-# The sum of squares is taken of x, x / 2^60 and x 2^60; one of them is in range. The
-# factors are constants, so that, unlike with max|x|, a leaf can be reduced as soon as
-# it is there and in one pass, and nothing of its size is kept.
-_SHIFT = 2.0**60
-_LARGE, _SMALL = 1e30, 1e-20
+# The sum of squares is taken of x, x / shift and x shift; one of them is in range for
+# all numbers of a dtype. The factors are constants, so that, unlike with max|x|, a leaf
+# can be reduced as soon as it is there and in one pass, and nothing of its size is
+# kept. By the bits of a real number: (shift, large and small sums of squares).
+_RANGES = {32: (2.0**80, 1e30, 1e-20), 64: (2.0**600, 1e200, 1e-200)}
 
 
 def arrays(params: PyTree) -> PyTree:
@@ -95,9 +95,11 @@ def norm(tree: PyTree) -> jax.Array:
       tree: A pytree of inexact arrays.
 
     Returns:
-      A scalar; 0 for no leaves. Exact to rounding where `optax.tree.norm` overflows or
-      underflows; not finite if a leaf is not. So is its derivative, x / norm, which is
-      taken to be 0 where the norm is.
+      A scalar; 0 for no leaves. Exact to rounding for all normal numbers, where
+      `optax.tree.norm` overflows or underflows; not finite if a leaf is not, or above
+      the reciprocal of the smallest normal number (8.5e37 in float32), which nothing
+      can be divided by: XLA multiplies by the reciprocal. So is its derivative, x /
+      norm, which is taken to be 0 where the norm is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,24 +108,35 @@ def norm(tree: PyTree) -> jax.Array:
       Array(5.e+30, dtype=float32)
     """
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
-    return _norm([x.astype(accumulation_dtype(x)) for x in leaves])
+    leaves = [x.astype(accumulation_dtype(x)) for x in leaves]
+    if any(jnp.finfo(x.dtype).bits == 64 for x in leaves):
+        leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float64)) for x in leaves]
+    return _norm(leaves)
 
 
 @jax.custom_jvp
 def _norm(leaves: list[jax.Array]) -> jax.Array:
+    bits = jnp.finfo(leaves[0].dtype).bits if leaves else 32
+    shift, large, small = _RANGES[int(bits)]
+
     def root_sum_of_squares(factor):
         squares = [_sum_of_squares(x, factor) for x in leaves]
-        return jnp.sqrt(sum(squares, start=jnp.zeros(())))
+        return jnp.sqrt(sum(squares, start=0.0))  # of the leaves' dtype
 
     plain = root_sum_of_squares(1.0)
-    down, up = root_sum_of_squares(1 / _SHIFT), root_sum_of_squares(_SHIFT)
-    in_range = jnp.where(plain**2 < _SMALL, up / _SHIFT, plain)
-    return jnp.where(plain**2 > _LARGE, down * _SHIFT, in_range)
+    down, up = root_sum_of_squares(1 / shift), root_sum_of_squares(shift)
+    in_range = jnp.where(plain**2 < small, up / shift, plain)
+    found = jnp.where(plain**2 > large, down * shift, in_range)
+    return jnp.where(found > 1 / jnp.finfo(found.dtype).tiny, jnp.inf, found)
 
 
 def _sum_of_squares(x: jax.Array, factor: float) -> jax.Array:
+    if jnp.iscomplexobj(x):  # a product of complex numbers that overflows is NaN
+        return _sum_of_squares(x.real, factor) + _sum_of_squares(x.imag, factor)
     scaled = x * factor
-    return jnp.sum(jnp.real(scaled * jnp.conj(scaled)))
+    if x.size == 1:  # of a scalar XLA makes x^2 factor^2, which is out of range again
+        scaled = jax.lax.optimization_barrier(scaled)
+    return jnp.sum(scaled * scaled)
 
 
 @_norm.defjvp
@@ -137,7 +150,7 @@ def _norm_jvp(primals, tangents):
         jnp.sum(jnp.real(jnp.conj(unit) * dx))
         for unit, dx in zip(units, moves, strict=True)
     ]
-    return length, sum(products, start=jnp.zeros(())).astype(length.dtype)
+    return length, jnp.asarray(sum(products, start=0.0), length.dtype)
 
 
 def num_coordinates(tree: PyTree) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import tree
+from otmdr_jax.core.options import check_count
 from otmdr_jax.landscape import lanczos
 from otmdr_jax.landscape.objective import LossSum, Objective
 
@@ -169,7 +170,8 @@ def hessian_eigenvalues(
     shapes = [w.shape for w in whole.center]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     size = int(ends[-1])
-    if not 1 <= k <= size:
+    check_count("k", k)
+    if k > size:
         raise ValueError(f"k must be between 1 and the {size} weights, got {k}.")
     dtype = np.result_type(*(tree.accumulation_dtype(w) for w in whole.center))
 

@@ -68,6 +68,7 @@ class Objective:
                 "True."
             )
         self.center: Leaves = [jnp.asarray(x) for x in moving]
+        self._precision = np.result_type(*map(tree.accumulation_dtype, self.center))
         self._batches = list(batches) if isinstance(batches, Iterator) else batches
         self._programs = _compiled(loss_sum, self._treedef, self._moving)
 
@@ -92,7 +93,7 @@ class Objective:
         Returns:
           (G,) losses in float64.
         """
-        coefficients = np.asarray(points, np.float32)
+        coefficients = np.asarray(points, self._precision)
         count = len(coefficients)
         # Calls of one size are one program: the last ones are filled up.
         filled = np.arange(-(-count // at_once) * at_once) % count
@@ -112,7 +113,7 @@ class Objective:
 
     def bytes_of_a_point(self, directions: Sequence[Leaves]) -> int:
         """Bytes that a point of :meth:`losses` takes beside weights and batch."""
-        block = np.zeros((1, len(directions)), np.float32)
+        block = np.zeros((1, len(directions)), self._precision)
         for batch in self._batches:
             program = self._programs.losses_at.lower(
                 self.center, directions, block, self._fixed, batch

@@ -94,8 +94,10 @@ def random_direction(
         d = jax.random.normal(jax.random.fold_in(key, i), w.shape, dtype)
         others = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
 
-        def norms(x, axes=others):
-            return jnp.sqrt(jnp.sum(x**2, axis=axes, keepdims=True))
+        def norms(x, axes=others):  # of x over a power of 2, with squares in range
+            _, bits = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+            squares = jnp.ldexp(x, -bits) ** 2
+            return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True)), bits)
 
         found.append(d * norms(w.astype(dtype)) / norms(d))
     return jax.tree.unflatten(treedef, found)
@@ -132,6 +134,10 @@ def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subsp
         check_like(first, other)
     x = _difference(second, first)
     length = float(tree.norm(x))
+    if not np.isfinite(length):
+        raise ValueError(
+            "the solutions must be finite: the first or the second holds NaN or inf."
+        )
     if not length > 0:
         raise ValueError(
             "the first and the second solution coincide, so there is no line."
@@ -139,9 +145,11 @@ def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subsp
     if third is None:
         return Subspace(first, (x,), np.array([[0.0], [1.0]]))
     away = _difference(third, first)
-    along = _dot(away, x) / length**2
+    along = _dot(_over(away, length), _over(x, length))
     across = jax.tree.map(lambda d, e: d - jnp.asarray(along, d.dtype) * e, away, x)
     height = float(tree.norm(across))
+    if not np.isfinite(height):
+        raise ValueError("the solutions must be finite: the third holds NaN or inf.")
     if not height > 1e-5 * float(tree.norm(away)):
         raise ValueError(
             "the three solutions lie on one line: leave the third out, and read the "
@@ -306,6 +314,13 @@ def _difference(first, second):
         return x.astype(dtype) - y.astype(dtype)
 
     return jax.tree.map(minus, first, second)
+
+
+def _over(solution, length):
+    return jax.tree.map(
+        lambda x: x / jnp.asarray(length, x.dtype) if tree.is_floating(x) else x,
+        solution,
+    )
 
 
 def _dot(first, second):

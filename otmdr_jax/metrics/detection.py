@@ -118,12 +118,17 @@ def operating_points(
     """The numbers of examples and of positives that reach each distinct score."""
     order = np.argsort(scores)[::-1]
     descending = scores[order]
-    last = np.append(np.flatnonzero(np.diff(descending)), len(scores) - 1)
+    # Compared, not subtracted: infinite scores are ties too.
+    last = np.flatnonzero(np.append(descending[1:] != descending[:-1], True))
     return last + 1, np.cumsum(positive[order])[last]
 
 
 def _check(scores: Array, positive: Array) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.asarray(scores, np.float64)
+    scores = np.asarray(scores)
+    if scores.dtype.kind in "bV":  # bools, and bfloat16, which is exact in float32
+        scores = scores.astype(np.float32)
+    if scores.dtype.kind not in "iuf":  # integers as they are: float64 makes some equal
+        raise TypeError(f"scores must be real numbers, got dtype {scores.dtype}.")
     positive = np.asarray(positive)
     if scores.ndim != 1 or scores.shape != positive.shape:
         raise ValueError(

@@ -118,6 +118,8 @@ def brier_ambiguity(log_probs: Array) -> float:
 
 def _checked(log_probs: Array) -> np.ndarray:
     allowed = tolerance(np.asarray(log_probs).dtype)
+    if np.iscomplexobj(log_probs):
+        raise TypeError("log_probs must be real numbers, got complex ones.")
     log_probs = np.asarray(log_probs, np.float64)
     if log_probs.ndim != 3 or log_probs.shape[0] < 2 or not log_probs.shape[1]:
         raise ValueError(

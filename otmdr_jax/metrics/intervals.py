@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from otmdr_jax.metrics.predictions import Array, generator
+from otmdr_jax.metrics.predictions import Array, Predictions, generator
 
 NUM_SAMPLES = 1_000
 LEVEL = 0.95
@@ -133,7 +133,7 @@ def bootstrap_all(
       >>> found["accuracy"].value, list(found)
       (0.5, ['accuracy', 'nll', 'brier', 'ece'])
     """
-    probs, labels = np.asarray(probs), np.asarray(labels)
+    probs, labels = _array(probs), np.asarray(labels)
     _check(num_samples, level, labels)
     rng = generator(seed)
     values = measure(probs, labels)
@@ -195,7 +195,7 @@ def paired_test(
       >>> round(found.difference, 4), round(found.p_value, 3)
       (-0.4055, 0.001)
     """
-    first, second, labels = np.asarray(probs), np.asarray(other), np.asarray(labels)
+    first, second, labels = _array(probs), _array(other), np.asarray(labels)
     if first.shape != second.shape:
         raise ValueError(
             "a paired test needs predictions of the same examples, got shapes "
@@ -237,6 +237,15 @@ def paired_test(
     )
     (drawn,) = _drawn(on_rows, len(labels), num_samples, rng_of_rows)
     return Comparison(observed, *_ends(drawn, level), float(tested.pvalue))
+
+
+def _array(probs: Array) -> np.ndarray:
+    if isinstance(probs, Predictions):
+        raise TypeError(
+            "examples are drawn anew, and checked each time: give the predictions "
+            "themselves, not what metrics.check returned."
+        )
+    return np.asarray(probs)
 
 
 def _drawn(

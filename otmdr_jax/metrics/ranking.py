@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from otmdr_jax.core.options import check_count
 from otmdr_jax.metrics.detection import (
     auroc,
     auroc_of_ranked,
@@ -62,7 +63,8 @@ def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
     """
     p = check(probs, labels)
     count = p.shape[0]
-    if not 1 <= num_steps <= count:
+    check_count("num_steps", num_steps)
+    if num_steps > count:
         raise ValueError(
             f"aac needs 1 <= num_steps <= N, got num_steps = {num_steps} for N = "
             f"{count}: give it more examples or fewer steps."

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from otmdr_jax.core.options import check_count
 from otmdr_jax.metrics.predictions import Array, Predictions, Ranked, check, rank
 
 # Nguyen et al., 2023, appendix B.2, and the usual choice.
@@ -122,7 +123,7 @@ def top_bins(p: Predictions, num_bins: int, cut: str) -> tuple[Ranked, np.ndarra
 
 def width_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
     """(bins + 1,) bounds of the bins (lo, hi] of [0, 1]; 0 counts in the first one."""
-    _check_bins(num_bins)
+    check_count("num_bins", num_bins)
     bounds = np.searchsorted(ordered, edges_of(num_bins), side="right")
     bounds[0] = 0
     return bounds
@@ -130,7 +131,7 @@ def width_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
 
 def mass_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
     """(bins + 1,) bounds of bins of n // bins scores, the last one taking the rest."""
-    _check_bins(num_bins)
+    check_count("num_bins", num_bins)
     bounds = np.arange(num_bins + 1) * (len(ordered) // num_bins)
     bounds[-1] = len(ordered)
     return bounds
@@ -141,8 +142,3 @@ def bin_sums(ranked: Ranked, bounds: np.ndarray) -> BinSums:
     pairs = zip(bounds[:-1], bounds[1:], strict=True)
     sums = np.array([ranked.probs[a:b].sum() for a, b in pairs])
     return BinSums(np.diff(bounds), sums, np.diff(ranked.positives_before(bounds)))
-
-
-def _check_bins(num_bins: int) -> None:
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1, got {num_bins}.")

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from otmdr_jax.core.options import check_count
 from otmdr_jax.metrics.predictions import Array, Measure, Ranked, check, per_class
 from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, bin_sums, width_bounds
 
@@ -45,7 +46,7 @@ def top_k_accuracy(probs: Array, labels: Array, k: int = 5) -> float:
       The accuracy, not in percent.
 
     Raises:
-      ValueError: k is not in 1..C.
+      ValueError: k is not in 1..C; TypeError: it is no integer.
 
     Example:
       >>> from otmdr_jax import metrics
@@ -53,7 +54,8 @@ def top_k_accuracy(probs: Array, labels: Array, k: int = 5) -> float:
       0.5
     """
     p = check(probs, labels)
-    if not 1 <= k <= p.shape[1]:
+    check_count("k", k)
+    if k > p.shape[1]:
         raise ValueError(
             f"k must lie in 1..{p.shape[1]}, the number of classes, got {k}."
         )

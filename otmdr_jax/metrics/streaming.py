@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import shards
+from otmdr_jax.core.options import check_count
 from otmdr_jax.metrics.predictions import tolerance
 from otmdr_jax.metrics.reliability import (
     NUM_BINS,
@@ -96,7 +97,7 @@ def init(num_classes: int, num_bins: int = NUM_BINS) -> State:
       A pytree of arrays, which can be carried, donated, sharded or saved.
 
     Raises:
-      ValueError: There are fewer than two classes or one bin.
+      ValueError: There are fewer than two classes or one bin; TypeError: no integers.
 
     Example:
       >>> from otmdr_jax.metrics import streaming
@@ -106,11 +107,10 @@ def init(num_classes: int, num_bins: int = NUM_BINS) -> State:
       >>> round(streaming.compute(state)["ece"], 4)
       0.35
     """
-    if num_classes < 2 or num_bins < 1:
-        raise ValueError(
-            f"need num_classes >= 2 and num_bins >= 1, got {num_classes} and "
-            f"{num_bins}."
-        )
+    check_count("num_classes", num_classes)
+    check_count("num_bins", num_bins)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     columns = num_classes + 1
 
     def whole(*shape):  # a buffer for each: a state may be donated
@@ -158,6 +158,9 @@ def update(
     Returns:
       The state with the batch in it. Rows that are not distributions and labels that
       are not classes are counted, and :func:`compute` raises an error.
+
+    Raises:
+      ValueError: Shapes do not fit; TypeError: labels are not integers.
     """
     columns = state.bin_counts.shape[1]
     values, labels = jnp.asarray(probs), jnp.asarray(labels)
@@ -166,7 +169,16 @@ def update(
             f"need probs of shape (B, {columns - 1}), or samples (S, B, {columns - 1}),"
             f" and labels of shape (B,), got {values.shape} and {labels.shape}."
         )
+    if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
     mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    if mask.shape != labels.shape:
+        raise ValueError(
+            f"mask must have a bool for each of the {len(labels)} examples, got shape "
+            f"{mask.shape}."
+        )
+    if not len(labels):
+        return state
     sharded = next((x for x in (values, labels, mask) if shards.of(x)), values)
     add = functools.partial(_update, log_probs)
     run = shards.left_to_compiler(add, sharded, whole=True)
@@ -260,7 +272,7 @@ def compute(state: State) -> dict[str, float]:
     brier = _value(seen.brier) / count
     reliability, resolution, uncertainty, _ = join_parts(parts, brier)
     # A probability of 0 lies in no bin of the SCE: see `metrics.sce`.
-    first = np.eye(len(top.counts), dtype=int)[0]
+    first = np.arange(len(top.counts)) == 0
     gaps = [
         bins._replace(positives=bins.positives - first * zeros).gap()
         for bins, zeros in zip(classes, seen.at_zero[:-1], strict=True)

@@ -126,7 +126,7 @@ class TestRenewal:
         weights = np.float32(rng.permutation(np.linspace(-3, 3.1, 64))) * mask
         grads = np.float32(rng.permutation(np.linspace(-2, 2.1, 64)))
         rate = np.float32(rate)
-        number = math.ceil(np.float32(rate * np.float32(active)))
+        number = math.ceil(rate * np.float32(1 - 1e-6) * np.float32(active))
         order = sorted(np.flatnonzero(mask), key=lambda i: abs(weights[i]))
         kept = set(order[number:])
         rest = sorted(set(range(64)) - kept, key=lambda i: -abs(grads[i]))
@@ -138,6 +138,34 @@ class TestRenewal:
         assert set(np.flatnonzero(got_kept["w"])) == kept
         assert set(np.flatnonzero(got["w"])) == kept | grown
         assert int(got["w"].sum()) == active
+
+    @pytest.mark.parametrize("rate", [0.3, 0.15, 0.54, 0.6, 0.8])
+    def test_a_share_that_is_whole_in_decimals_is_not_rounded_up(self, rate):
+        mask = {"w": jnp.arange(300).reshape(30, 10) < 100}
+        flat = {"w": jnp.zeros((30, 10))}
+        renew = jax.jit(
+            lambda rate: dst.renew(mask, flat, flat, rate, jax.random.key(0))[0]
+        )
+        assert int(renew(rate)["w"].sum()) == 100 - round(100 * rate)
+
+    @pytest.mark.parametrize(
+        ("rate", "kept"), [(2.0, 0), (-1.0, 40), (np.nan, 40), (np.inf, 0), (1e-9, 39)]
+    )
+    def test_a_schedule_that_returns_no_share_keeps_the_number_of_weights(
+        self, rate, kept
+    ):
+        """With a rate of 2 the network had four times its weights."""
+        mask = {"w": jnp.arange(300).reshape(30, 10) < 40}
+        flat = {"w": jnp.zeros((30, 10))}
+        stay, new = dst.renew(mask, flat, flat, jnp.asarray(rate), jax.random.key(0))
+        assert int(stay["w"].sum()) == kept and int(new["w"].sum()) == 40
+
+    @pytest.mark.parametrize("name", ["rate", "escape_rate"])
+    @pytest.mark.parametrize("share", [1.5, -0.1, math.nan])
+    def test_a_number_that_is_no_share_is_refused(self, name, share):
+        options = {"density": 0.1, "rate": 0.5, "steps": (1,), name: share}
+        with pytest.raises(ValueError, match=name):
+            dst.dynamic(optax.sgd(0.1), jax.random.key(0), **options)
 
     def test_ties_are_broken_and_counts_stay_exact(self):
         mask = {"w": jnp.arange(100).reshape(10, 10) < 40}

@@ -315,6 +315,21 @@ class TestPosterior:
             entropies.append(float(np.mean(np.var(log_probs, axis=0))))
         assert entropies == sorted(entropies)
 
+    @pytest.mark.parametrize("structure", STRUCTURES)
+    def test_no_curvature_gives_no_prior(self, structure):
+        """Draws had a length of 1e17: the marginal likelihood is highest at 0."""
+        images = points(12)
+        method, state = state_of(Net(), images, structure=structure, num_samples=2)
+        found = method.finalize.of_batch(state, (images, jnp.zeros(12)))
+        with pytest.raises(ValueError, match="Give a prior_precision"):
+            method.finalize.finish(state, found)
+        given, _ = state_of(
+            Net(), images, structure=structure, num_samples=2, prior_precision=4e8
+        )  # the prior alone is left
+        drawn = given.finalize.finish(state, found)
+        mode = method.predict(state, images)
+        assert_allclose(given.predict(drawn, images), mode.repeat(2, 0), atol=1e-2)
+
     def test_a_head_that_is_not_the_last_layer_is_refused(self):
         images = points(40)
 

@@ -254,6 +254,13 @@ class TestGsam:
         )
         assert_allclose(flat(on_devices(each, params, data, 4)), want, rtol=1e-5)
 
+    def test_a_radius_stays_at_its_ends_where_the_learning_rate_is_beyond(self):
+        """In a warmup from 0 the line through the two goes below 0."""
+        rate = optax.linear_schedule(0.0, 0.3, 30)
+        rho = baselines.follow(rate, 0.4, 0.1, rate_max=0.2, rate_min=0.1)
+        found = [float(rho(step)) for step in (0, 5, 10, 15, 20, 25)]
+        assert_allclose(found, [0.1, 0.1, 0.1, 0.25, 0.4, 0.4], rtol=1e-5)
+
     def test_a_radius_that_follows_the_learning_rate(self):
         params, data = toy.regression_problem()
         rho = baselines.follow(optax.linear_schedule(0.2, 0.0, 4), 0.4, 0.2, 0.2)

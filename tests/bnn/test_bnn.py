@@ -315,6 +315,26 @@ def test_likelihood_of_predictions_is_in_log_space():
     assert all(np.all(np.isfinite(x)) for x in found)
 
 
+def test_uncertainty_of_what_diverged_is_no_certainty(key):
+    """Where p > 0 is asked, NaN has an entropy of 0, as if it were sure."""
+    log_probs = jax.nn.log_softmax(jax.random.normal(key, (3, 4, 5)))
+    found = bnn.uncertainty(log_probs.at[1, 2].set(jnp.nan))
+    for part in found:
+        assert np.isnan(part).tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_equal_samples_have_no_epistemic_uncertainty(key, dtype):
+    one = jax.nn.log_softmax(jax.random.normal(key, (1, 50, 7)).astype(dtype))
+    one = jnp.concatenate([one, jnp.log(jnp.eye(7, dtype=dtype))[None]], axis=1)
+    found = jax.jit(bnn.uncertainty)(jnp.tile(one, (7, 1, 1)))
+    assert np.all(found.epistemic == 0) and found.epistemic.dtype == jnp.float32
+    probs = np.exp(np.asarray(one[0], np.float64))
+    want = -np.sum(probs * np.log(np.where(probs > 0, probs, 1)), axis=1)
+    assert_allclose(found.total, want, rtol=1e-5)
+    assert_allclose(found.aleatoric, want, rtol=1e-5)
+
+
 def test_uncertainty_of_logits_is_refused(key):
     logits = jax.random.normal(key, (3, 4, 5))
     with pytest.raises(ValueError, match="log_softmax to logits"):

@@ -137,6 +137,34 @@ def test_norm_is_homogeneous_over_sixty_orders_of_magnitude(values, exponent):
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_norm_of_all_normal_numbers(dtype, shape):
+    """Compiled: of a scalar XLA squares the factor that keeps its square in range."""
+    lowest, highest = (-36, 36) if dtype in ("float32", "complex64") else (-300, 300)
+    with jax.enable_x64(highest == 300):
+        norm = jax.jit(tree.norm)
+        slope = jax.jit(jax.grad(lambda x: tree.norm({"x": x})))
+        for exponent in range(lowest, highest + 1, 12):
+            x = np.full(shape, 10.0**exponent, dtype)
+            got = norm({"x": x}) if exponent % 24 else norm([x, 0 * x])
+            want = float(np.abs(x).ravel()[0]) * max(x.size, 1) ** 0.5
+            np.testing.assert_allclose(float(got), want, rtol=1e-6)
+            np.testing.assert_allclose(slope(x), max(x.size, 1) ** -0.5, rtol=1e-6)
+        assert norm([x.real, x]).dtype == x.real.dtype
+
+
+def test_norm_that_nothing_can_be_divided_by_is_not_finite():
+    """A product with 1 / 1e38, which is subnormal, would be 0: no step, and no word."""
+    assert np.isfinite(tree.norm(jnp.full(4, 4e37)))
+    assert np.isinf(tree.norm(jnp.full(4, 5e37)))
+    assert np.isnan(tree.norm(jnp.array([jnp.nan, 1.0])))
+    with jax.enable_x64(True):  # float32 beside float64
+        got = tree.norm([jnp.full(1, 3e-36, jnp.float32), jnp.full(1, 4e-36)])
+        np.testing.assert_allclose(got, 5e-36, rtol=1e-6)
+        assert float(tree.norm([jnp.ones(1, jnp.float32), jnp.full(1, 1e200)])) == 1e200
+
+
 @pytest.mark.slow
 @settings
 @hypothesis.given(st.integers(1, 5), st.integers(1, 4))

@@ -123,6 +123,32 @@ def test_auxiliary_output_is_in_the_state(name, problem):
 
 
 @every_one
+def test_float32_stays_float32_beside_float64(name, problem):
+    """With 64-bit numbers enabled, a scan and a branch want equal dtypes too."""
+    params, data = problem
+    want = steps(MAKE[name](toy.regression), params, data)[0]
+    with jax.enable_x64(True):
+        close(steps(MAKE[name](toy.regression), params, data)[0], want)
+
+
+@every_one
+def test_no_nan_is_made_where_none_comes_in(name, problem):
+    """Under jax.debug_nans a state that starts at NaN cannot even be made."""
+    params, data = problem
+    with jax.debug_nans(True):
+        tx = MAKE[name](lambda p, b: 0.0 * toy.regression(p, b))  # a gradient of 0
+        state = jax.jit(tx.init)(params)
+        steps(tx, params, data)
+    assert state.diagnostics.robust_loss == np.inf
+
+
+@every_one
+def test_a_model_may_have_no_parameters(name, problem):
+    got, _, updates = steps(MAKE[name](lambda p, b: jnp.mean(b["y"])), {}, problem[1])
+    assert got == updates == {}
+
+
+@every_one
 def test_dtypes_are_kept(name, problem):
     params, data = problem
     small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

@@ -546,6 +546,8 @@ class TestDiversity:
         for name in ("disagreement", "pairwise_kl", "brier_ambiguity"):
             with pytest.raises(ValueError, match="row 7 of member 2 sum to 2.718"):
                 getattr(diversity, name)(bad)
+        with pytest.raises(TypeError, match="real numbers"):
+            diversity.disagreement(np.log(p) + 0j)
         for wrong in (labels - 1, labels[:-1]):
             with pytest.raises(ValueError, match="labels"):
                 diversity.nll_ambiguity(np.log(p), wrong)

@@ -45,6 +45,14 @@ class TestGrid:
                 want = np.mean((data["x"] @ w + bias - data["y"]) ** 2)
                 assert found[i, j] == pytest.approx(want, rel=1e-5)
 
+    def test_points_of_float64_weights_are_float64(self):
+        with jax.enable_x64(True):
+            w = jnp.zeros(1)
+            found = landscape.loss_grid(
+                lambda w, _: (w[0], 1), w, [None], [w + 1.0], [[0.1]]
+            )
+        assert found.tolist() == [0.1]
+
     def test_along_an_eigenvector_is_a_parabola_of_its_eigenvalue(self):
         params, data = toy.regression_problem()
         batches = halves(data)
@@ -227,6 +235,13 @@ class TestRandomDirection:
         other = landscape.random_direction(params, jax.random.key(1))
         assert not np.allclose(other["conv"], one["conv"])
 
+    @pytest.mark.parametrize("size", [1e-35, 1e-25, 1e25, 1e35])
+    def test_filters_of_any_size(self, size, key):
+        """The squares of such weights are 0 or infinite in float32."""
+        plain = landscape.random_direction({"w": jnp.ones((4, 3))}, key)["w"]
+        found = landscape.random_direction({"w": jnp.full((4, 3), size)}, key)["w"]
+        np.testing.assert_allclose(found / jnp.float32(size), plain, rtol=1e-5)
+
     def test_leaves_of_one_shape_differ(self, key):
         found = landscape.random_direction([jnp.ones((4, 4)), jnp.ones((4, 4))], key)
         assert not np.isclose(found[0], found[1]).any()
@@ -260,6 +275,15 @@ class TestThrough:
         assert np.linalg.norm(flat[0]) == pytest.approx(np.linalg.norm(flat[1]), 1e-4)
         assert abs(flat[0] @ flat[1]) < 1e-4 * (flat[0] @ flat[0])
 
+    @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+    def test_solutions_of_any_size(self, size):
+        """Of 1e-30 the products of two differences are 0, of 1e30 infinite."""
+        one, two = size * jnp.array([4.0, 0.0]), size * jnp.array([1.0, 2.0])
+        plane = landscape.through(jnp.zeros(2), one, two)
+        want = [[0.0, 0.0], [1.0, 0.0], [0.25, 0.5]]
+        np.testing.assert_allclose(plane.points, want, rtol=1e-6)
+        np.testing.assert_allclose(plane.directions[1] / size, [0.0, 4.0], atol=1e-6)
+
     def test_grid_over_the_plane_holds_the_losses_of_the_solutions(self):
         solutions = [toy.regression_problem(seed)[0] for seed in range(3)]
         _, data = toy.regression_problem()
@@ -286,6 +310,8 @@ class TestThrough:
                 (LINE, LINE + 0.7, LINE + 0.3 * jnp.full(3, 0.7)),
                 "one line",
             ),
+            ((jnp.zeros(3), LINE * jnp.nan), "must be finite: the first"),
+            ((jnp.zeros(3), jnp.ones(3), LINE + jnp.inf), "the third holds NaN"),
             ((jnp.zeros(3), jnp.ones(2)), "same structure and shapes"),
             ((jnp.zeros(3), {"w": jnp.ones(3)}), "same structure and shapes"),
         ],

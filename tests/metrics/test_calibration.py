@@ -456,6 +456,7 @@ def test_a_level_that_is_whole_is_not_rounded_up():
         (np.zeros((2, 1)), [0, 0], "at least two classes"),
         (np.zeros((2, 2)), [0, 2], r"0\.\.1 for 2 classes, got 0\.\.2"),
         (np.zeros((2, 2)), [0.0, 1.0], "integers"),
+        (np.zeros((2, 2), complex), [0, 1], "real numbers"),
         (np.zeros((2, 2)), [0], r"got \(2, 2\) and \(1,\)"),
     ],
 )
@@ -471,10 +472,15 @@ def test_bad_options_are_refused():
         ({"method": "platt"}, "temperature, vector, matrix, isotonic, or a function"),
         ({"num_folds": 1}, "num_folds = 1 for N = 20"),
         ({"num_folds": 21}, "num_folds = 21 for N = 20"),
-        ({"num_repeats": 0}, "num_repeats = 0"),
+        ({"num_repeats": 0}, "num_repeats must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             calibration.cross_calibrate(logits, labels, **kwargs)
+    with pytest.raises(TypeError, match="num_folds must be an integer"):
+        calibration.cross_calibrate(logits, labels, num_folds=2.5)
+    for fit in (calibration.fit_vector, calibration.fit_isotonic):
+        with pytest.raises(ValueError, match="fitted on .* classes, got logits of 2"):
+            fit(logits, labels)(logits[:, :2])
     for kwargs, message in (
         ({"alpha": 0.0}, r"\(0, 1\), got 0"),
         ({"score": "top"}, "lac, aps, raps, got 'top'"),

@@ -194,6 +194,9 @@ def test_bad_options_are_refused():
             metrics.bootstrap(metrics.nll, probs, labels, **kwargs)
         with pytest.raises(ValueError, match="num_samples >= 1 and a level"):
             metrics.paired_test(metrics.nll, probs, probs, labels, **kwargs)
+    checked = metrics.check(probs, labels)
+    with pytest.raises(TypeError, match="not what metrics.check returned"):
+        metrics.bootstrap(metrics.nll, checked, labels)
     with pytest.raises(ValueError, match="two examples and more, got 1"):
         metrics.bootstrap(metrics.nll, probs[:1], labels[:1])
     with pytest.raises(ValueError, match=r"\(20, 3\) and \(19, 3\)"):

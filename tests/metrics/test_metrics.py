@@ -568,6 +568,17 @@ def test_bad_options_are_refused():
         metrics.tace(probs, labels, threshold=1.0)
     with pytest.raises(ValueError, match=r"1\.\.3, the number of classes, got 4"):
         metrics.top_k_accuracy(probs, labels, 4)
+    # A number between 2 and 3 counts three classes, and bins past 1.
+    for call in (
+        lambda: metrics.top_k_accuracy(probs, labels, 2.5),
+        lambda: metrics.top_k_accuracy(probs, labels, True),
+        lambda: metrics.brier_parts(probs, labels, 1.5),
+        lambda: metrics.ece(probs, labels, 15.0),
+        lambda: metrics.ece(probs, labels, 2.5, cut="mass"),
+        lambda: metrics.aac(probs, labels, 2.5),
+    ):
+        with pytest.raises(TypeError, match="must be an integer"):
+            call()
     checked = metrics.check(probs, labels)
     with pytest.raises(ValueError, match="come with their labels"):
         metrics.accuracy(checked, (labels + 1) % 3)

@@ -44,6 +44,27 @@ def test_detection_is_scikit_learns(case):
         np.testing.assert_allclose(metrics.fpr_at_tpr(scores, positive, rate), want)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]])
+def test_infinite_scores_are_ties_as_any_others(order):
+    """The difference of two infinite scores is NaN, not 0."""
+    positive = np.array([True, False, True, False])[order]
+    for low, high in ((-np.inf, 0.0), (0.0, np.inf), (-np.inf, np.inf)):
+        scores = np.array([high, high, low, low])[order]
+        equal = np.array([1.0, 1.0, 0.0, 0.0])[order]
+        for measure in (metrics.auroc, metrics.average_precision, metrics.fpr_at_tpr):
+            assert measure(scores, positive) == measure(equal, positive)
+
+
+def test_scores_are_compared_as_they_are():
+    """Of integers float64 makes some equal; of complex numbers half is nothing."""
+    positive = np.array([False, True])
+    for measure in (metrics.auroc, metrics.average_precision):
+        assert measure(np.array([2**60, 2**60 + 1]), positive) == 1.0
+        assert measure(np.array([False, True]), positive) == 1.0
+        with pytest.raises(TypeError, match="scores must be real numbers"):
+            measure(np.array([1.0, 1.0j]), positive)
+
+
 @pytest.mark.parametrize("tpr", ["0.55", "0.95", "0.7", "0.3"])
 def test_the_rate_is_reached_where_it_is_in_decimals(tpr):
     """0.55 * 100 is 55.00000000000001 in float64."""

@@ -233,6 +233,25 @@ def test_bad_shapes_are_refused_at_once():
         streaming.compute(streaming.init(3))
     with pytest.raises(ValueError, match=r"\(B, 3\), or.*got \(2, 2\) and \(2,\)"):
         streaming.update(streaming.init(3), np.full((2, 2), 0.5), [0, 1])
-    for arguments in ((1,), (3, 0)):
-        with pytest.raises(ValueError, match="num_classes >= 2 and num_bins >= 1"):
+    for arguments, message in {
+        (1,): "num_classes must be at least 2, got 1",
+        (3, 0): "num_bins must be at least 1, got 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
             streaming.init(*arguments)
+    with pytest.raises(TypeError, match="num_bins must be an integer"):
+        streaming.init(3, 1.5)
+    full = np.full((2, 3), 1 / 3)
+    for mask in (True, [[True, True]], [True]):  # a broadcast one would count twice
+        with pytest.raises(ValueError, match="a bool for each of the 2 examples"):
+            streaming.update(streaming.init(3), full, [0, 1], mask)
+    for labels in ([True, False], [0.0, 1.0]):
+        with pytest.raises(TypeError, match="labels must be integers"):
+            streaming.update(streaming.init(3), full, labels)
+
+
+def test_an_empty_batch_adds_nothing():
+    probs, labels = predictions(0, 5, 3)
+    one = streaming.update(streaming.init(3), probs, labels)
+    two = streaming.update(one, probs[:0], labels[:0])
+    assert streaming.compute(one) == streaming.compute(two)

@@ -265,8 +265,15 @@ def cross_entropy(
       A scalar in nats, float32 or wider.
 
     Raises:
-      ValueError: An unknown smoothing.
+      ValueError: An unknown smoothing, labels of another shape; TypeError: no integers.
     """
+    if labels.shape != logits.shape[:-1]:  # (B, 1) would meet every example
+        raise ValueError(
+            "labels must be class numbers, one for each example, of shape "
+            f"{logits.shape[:-1]}, got {labels.shape}: take argmax of one-hot ones."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
     if smoothing not in ("all", "others"):
         raise ValueError(f"smoothing must be 'all' or 'others', got {smoothing!r}.")
     logits = logits.astype(tree.accumulation_dtype(logits))

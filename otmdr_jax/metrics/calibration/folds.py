@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax import metrics
+from otmdr_jax.core.options import check_count
 from otmdr_jax.metrics.calibration.isotonic import fit_isotonic
 from otmdr_jax.metrics.calibration.scaling import (
     Scaling,
@@ -129,10 +130,11 @@ def cross_calibrate(
         method = METHODS[method]
     logits = check_logits(logits)
     labels = check_labels(labels, logits, logits.shape, "logits")
-    if num_repeats < 1 or not 2 <= num_folds <= len(labels):
+    check_count("num_repeats", num_repeats)
+    check_count("num_folds", num_folds)
+    if not 2 <= num_folds <= len(labels):
         raise ValueError(
-            "need num_repeats >= 1 and 2 <= num_folds <= N, got "
-            f"{num_repeats = }, {num_folds = } for N = {len(labels)}."
+            f"need 2 <= num_folds <= N, got {num_folds = } for N = {len(labels)}."
         )
     raw, calibrated, calibrators = [], [], []
     for _ in range(num_repeats):

@@ -22,6 +22,11 @@ class Isotonic:
     def __call__(self, logits: Array) -> np.ndarray:
         """The calibrated log-probabilities, of probabilities divided by their sum."""
         probs = np.exp(log_softmax(check_logits(logits)))
+        if probs.shape[1] != len(self.of_classes):
+            raise ValueError(
+                f"the regression was fitted on {len(self.of_classes)} classes, got "
+                f"logits of {probs.shape[1]}."
+            )
         columns = zip(self.of_classes, probs.T, strict=True)
         mapped = np.stack([fit.predict(column) for fit, column in columns], axis=1)
         return np.log(mapped / mapped.sum(axis=1, keepdims=True))

@@ -189,7 +189,10 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def check_logits(logits: Array) -> np.ndarray:
     """Finite logits (N, C), in float64."""
-    logits = np.asarray(logits).astype(np.float64)
+    logits = np.asarray(logits)
+    if np.iscomplexobj(logits):
+        raise TypeError(f"logits must be real numbers, got dtype {logits.dtype}.")
+    logits = logits.astype(np.float64)
     if logits.ndim != 2:
         raise ValueError(
             f"calibration needs logits of shape (N, C), got {logits.shape}. For "
