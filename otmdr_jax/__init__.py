@@ -1,13 +1,10 @@
 """OT-MDR for JAX and Optax: train against the worst distribution of models nearby.
 
 The names here need JAX and Optax alone. `models`, `data`, `training` and the rest are
-modules of their own, imported when they are asked for.
+modules, loaded when they are first asked for: `from otmdr_jax import training`.
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import sys
 from typing import TYPE_CHECKING, Any
 
 from otmdr_jax._version import __version__
@@ -105,32 +102,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PARTS])
-
-
-class _Parts(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets `import otmdr_jax.training` find a part where it stands, and once alone."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if self._home(fullname) == fullname:
-            return None
-        return importlib.machinery.ModuleSpec(fullname, self)
-
-    def create_module(self, spec):
-        # Whole from the start: another thread may take it before exec_module is done.
-        module = importlib.import_module(self._home(spec.name))
-        spec.loader_state = module.__spec__
-        return module
-
-    def exec_module(self, module):
-        # The import has put the alias's specification in the place of the module's own.
-        module.__spec__ = module.__spec__.loader_state
-
-    @staticmethod
-    def _home(name):
-        package, _, rest = name.partition(".")
-        part, dot, inner = rest.partition(".")
-        known = package == "otmdr_jax" and part in _PARTS
-        return _PARTS[part] + dot + inner if known else name
-
-
-sys.meta_path.insert(0, _Parts())

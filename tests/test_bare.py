@@ -37,7 +37,7 @@ def test_zoo_training_and_evaluation_run_on_arrays(tmp_path):
     code = """
 import numpy as np, jax
 from otmdr_jax import data, models, training
-from otmdr_jax.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation
 rng = np.random.default_rng(0)
 labels = rng.integers(0, 3, 96)

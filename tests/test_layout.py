@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 import otmdr_jax
 
 PACKAGE = pathlib.Path(otmdr_jax.__file__).parent
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
 
 # From the ground up, as in docs/architecture.md: a module imports from the floors below
 # its own. Those of one floor never import each other.
@@ -146,17 +149,36 @@ PARTS = (
 
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_are_found_by_the_name_that_users_know(name):
-    part = getattr(otmdr_jax, name)
-    assert importlib.import_module(f"otmdr_jax.{name}") is part
+    scope = {}
+    exec(f"from otmdr_jax import {name}", scope)
+    assert scope[name] is getattr(otmdr_jax, name)
     assert name in dir(otmdr_jax)
 
 
-def test_a_part_is_loaded_once_whatever_it_is_called():
-    known = importlib.import_module("otmdr_jax.training.loop")
-    here = importlib.import_module("otmdr_jax.experiments.training.loop")
-    assert known is here
-    with pytest.raises(ModuleNotFoundError, match="otmdr_jax.nothing"):
-        importlib.import_module("otmdr_jax.nothing")
+def test_type_checkers_find_the_parts_where_they_are_loaded_from():
+    (block,) = [
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.If)
+    ]
+    seen = {
+        alias.asname: f"{line.module}.{alias.name}"
+        for line in block.body
+        for alias in line.names
+    }
+    assert seen == otmdr_jax._PARTS
+    assert set(PARTS) <= set(seen)
+
+
+def test_no_part_is_imported_as_a_module_that_is_not_there():
+    """`import otmdr_jax.training` would be no module to Python and to type checkers."""
+    with pytest.raises(ModuleNotFoundError, match="otmdr_jax.training"):
+        importlib.import_module("otmdr_jax.training")
+    pattern = re.compile(r"(?:import|from) otmdr_jax\.(\w+)")
+    for path in [*PAGES, *PACKAGE.rglob("*.py")]:
+        for name in pattern.findall(path.read_text()):
+            home = PACKAGE / name
+            assert home.is_dir() or home.with_suffix(".py").exists(), (path, name)
 
 
 def test_import_is_light():
@@ -175,23 +197,21 @@ assert seconds < 0.5, seconds
 
 
 def test_threads_may_import_parts_at_once():
-    """None of them sees a part that is half there, and specifications stay whole."""
+    """None of them sees a part that is half there."""
     code = """
 import sys, threading, otmdr_jax
 failures, go = [], threading.Barrier(8)
 def work():
     go.wait()
     try:
-        from otmdr_jax.diversity import evaluate
-        from otmdr_jax.calibration import cross_calibrate
-    except ImportError as error:
+        from otmdr_jax import calibration, diversity
+        diversity.evaluate, calibration.cross_calibrate
+    except (ImportError, AttributeError) as error:
         failures.append(error)
 threads = [threading.Thread(target=work) for _ in range(8)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
 assert not failures, failures
-real = sys.modules["otmdr_jax.metrics.diversity"]
-assert sys.modules["otmdr_jax.diversity"] is real
-assert real.__spec__.name == real.__name__ == "otmdr_jax.metrics.diversity"
+assert otmdr_jax.diversity is sys.modules["otmdr_jax.metrics.diversity"]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
