@@ -32,10 +32,11 @@ LEAVES = FLOORS[4]
 CORE = [
     {"tree", "options", "keys", "shards"},
     {"collectives", "loops", "ascent", "rows"},
-    {"batches"},
+    {"batches", "langevin", "sampling"},
+    {"samplers"},
     {"particle", "weights"},
     {"gradient"},
-    {"presets", "transform"},
+    {"presets", "sample", "transform"},
 ]
 EXPERIMENTS = [
     {"interrupts", "options", "precision"},
