@@ -33,8 +33,9 @@ CORE = [
     {"tree", "options", "keys", "shards"},
     {"collectives", "loops", "ascent", "rows"},
     {"batches", "langevin", "sampling"},
+    {"step", "weights"},
     {"samplers"},
-    {"particle", "weights"},
+    {"particle"},
     {"gradient"},
     {"presets", "sample", "transform"},
 ]

@@ -47,7 +47,8 @@ from otmdr_jax.core.options import (
     filled,
     with_options,
 )
-from otmdr_jax.core.particle import Particle, Step, all_particles, particle
+from otmdr_jax.core.particle import all_particles, particle
+from otmdr_jax.core.step import Particle, Step
 
 PyTree = Any
 

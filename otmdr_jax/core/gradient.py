@@ -28,7 +28,8 @@ from otmdr_jax.core.batches import (
 )
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import Options, RobustOptions, check_rho, with_options
-from otmdr_jax.core.particle import Particle, Step, all_particles, metric_of
+from otmdr_jax.core.particle import all_particles
+from otmdr_jax.core.step import Particle, Step, metric_of
 
 PyTree = Any
 

@@ -8,16 +8,14 @@ Reference: Nguyen et al., 2023, Theorem 4.2 and section 4.2.1.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from otmdr_jax.core import langevin, sampling, tree
 from otmdr_jax.core.ascent import ascend
-
-if TYPE_CHECKING:
-    from otmdr_jax.core.particle import Pass, Step
+from otmdr_jax.core.step import Pass, Step
 
 PyTree = Any
 
@@ -35,13 +33,13 @@ class Arrival(NamedTuple):
     """
 
     params: PyTree
-    first: "Pass | None"
+    first: Pass | None
     norms: list[jax.Array]
-    last: "Pass | None" = None
+    last: Pass | None = None
     chain: langevin.Chain | None = None
 
 
-def climb(step: "Step", keys: Any, parts: Any, first: "Pass | None" = None) -> Arrival:
+def climb(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arrival:
     """One ascent step on each part (Eq. 9)."""
     options, (_, noise_key) = step.options, keys
     w, total, norms, center = step.center, None, [], None
@@ -77,7 +75,7 @@ def climb(step: "Step", keys: Any, parts: Any, first: "Pass | None" = None) -> A
     return Arrival(w, center, norms)
 
 
-def draw(step: "Step", keys: Any, parts: Any, first: "Pass | None" = None) -> Arrival:
+def draw(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arrival:
     """A draw of gamma* of the linearised loss (Theorem 4.2)."""
     options, (rho,) = step.options, step.radii
     first = first or step.ascent_gradient(step.center, parts[0])
@@ -94,7 +92,7 @@ def draw(step: "Step", keys: Any, parts: Any, first: "Pass | None" = None) -> Ar
     return Arrival(w, first, [length])
 
 
-def chain(step: "Step", keys: Any, parts: Any, first: "Pass | None" = None) -> Arrival:
+def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arrival:
     """The end of a Markov chain for gamma* of the loss.
 
     On the whole batch it begins with a draw of the linearised loss's, in which it would
