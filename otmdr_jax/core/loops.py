@@ -129,15 +129,23 @@ def each(
         return jax.vmap(together)(shards.align_rows(columns, first))
 
 
-def member_map(how: str) -> str:
-    """What `auto` stands for with members on the default backend.
+def member_map(how: str, *, fast_in_loops: bool = False) -> str:
+    """The map that `auto` stands for: the fastest one of the default backend.
 
-    On CPUs, where it is measured (benchmarks/ensemble.py), unrolled members beat vmap;
-    a scan would be better yet, if no convolution of `jax.lax` stands in the loss.
+    On accelerators that is "vmap". On CPUs, where it is measured
+    (benchmarks/ensemble.py), a scan is the fastest and takes the memory of one member,
+    unless a convolution of `jax.lax` stands in the loop; unrolled members are next.
+
+    Args:
+      how: "auto", or a map, which stays.
+      fast_in_loops: Whether members are known to hold no convolution of `jax.lax`, as
+        the networks of :mod:`otmdr_jax.models` are. A loss of the user's is not.
     """
     if how != "auto":
         return how
-    return "unroll" if jax.default_backend() == "cpu" else "vmap"
+    if jax.default_backend() != "cpu":
+        return "vmap"
+    return "scan" if fast_in_loops else "unroll"
 
 
 def after(floats: PyTree, xs: PyTree) -> PyTree:
