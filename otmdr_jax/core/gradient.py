@@ -189,50 +189,47 @@ def build(
         :mod:`otmdr_jax.core.particle`.
     """
     loss = checked(loss_fn, options.has_aux)
-    of_batch = _over_subbatches if options.num_subbatches > 1 else _of_batch
-    compute = of_batch(rho, options, particles)
+    default_rho = suited(rho, options)
     axes = collectives.axes_of(options.axis_name)
+    of_batch = _over_subbatches if options.num_subbatches > 1 else _of_batch
 
-    def of_call(params, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
+    def compute(params, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
         collectives.check_bound(axes)
         check_examples(batch)
         own = rows.only_in_batch(loss, batch_size(batch)) if options.cuts else loss
         if options.weights is not None:
             batch = weights.attach(options.weights, batch, axes)
-        found = compute(own, params, batch, *args, key=key, rho=rho, **kwargs)
+        radii = default_rho if rho is None else suited(check_rho(rho), options)
+        call = (own, tree.arrays(params), batch, args, kwargs, key, radii)
+        found = of_batch(*call, options, particles)
         return found._replace(aux=rows.unmarked(found.aux))
 
-    return of_call
+    return compute
 
 
-def _of_batch(rho, options, particles, *, joined=False):
+def _of_batch(
+    loss, params, batch, args, kwargs, key, radii, options, particles, joined=False
+):
     """The gradient whose particles move on all of the batch, its aux marked."""
-    default_rho = suited(rho, options)
     particle_axes = collectives.axes_of(options.particle_axis_name)
     all_axes = collectives.axes_of(options.axis_name) + particle_axes
-
-    def compute(loss, params, batch, /, *args, key=None, rho=None, **kwargs):
-        params = tree.arrays(params)
-        radii = default_rho if rho is None else suited(check_rho(rho), options)
-        found = particles(
-            step_of(loss, params, batch, args, kwargs, key, radii, options, joined)
-        )
-        if options.random:
-            distances = collectives.slots(found.distance, particle_axes)
-        else:  # all particles are the same one
-            distances = jnp.tile(found.distance, options.num_particles)
-        found = found._replace(distance=distances)
-        mean, of_examples = rows.split(found)
-        mean = collectives.pmean(mean, all_axes)
-        of_examples = collectives.pmean(of_examples, particle_axes)
-        value, aux, grads, center_loss, norms, distances = tree.merge(mean, of_examples)
-        grads = tree.like(grads, params)
-        diagnostics = Diagnostics(
-            center_loss, value, value - center_loss, norms, tree.norm(grads), distances
-        )
-        return RobustGradient(value, aux, grads, diagnostics)
-
-    return compute
+    found = particles(
+        step_of(loss, params, batch, args, kwargs, key, radii, options, joined)
+    )
+    if options.random:
+        distances = collectives.slots(found.distance, particle_axes)
+    else:  # all particles are the same one
+        distances = jnp.tile(found.distance, options.num_particles)
+    found = found._replace(distance=distances)
+    mean, of_examples = rows.split(found)
+    mean = collectives.pmean(mean, all_axes)
+    of_examples = collectives.pmean(of_examples, particle_axes)
+    value, aux, grads, center_loss, norms, distances = tree.merge(mean, of_examples)
+    grads = tree.like(grads, params)
+    diagnostics = Diagnostics(
+        center_loss, value, value - center_loss, norms, tree.norm(grads), distances
+    )
+    return RobustGradient(value, aux, grads, diagnostics)
 
 
 def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False):
@@ -294,42 +291,40 @@ def suited(radii, options):
     return radii
 
 
-def _over_subbatches(rho, options, particles):
+def _over_subbatches(loss, params, batch, args, kwargs, key, radii, options, particles):
     """m-sharpness: the mean over parts of the batch, each with particles of its own.
 
     With as many parts as devices it is what devices give without a shared perturbation
     (Foret et al., 2021, section 4.1). On the devices of `axis_name` each cuts its own
     part of the batch, so that the parts are those of one device.
     """
-    alone: Any = {"axis_name": None, "sync_perturbation": True, "num_subbatches": 1}
-    alone = dataclasses.replace(options, **alone)
-    of_part = _of_batch(rho, alone, particles, joined=True)
     axes = collectives.axes_of(options.axis_name)
     how = "sequential" if options.particle_map == "auto" else options.particle_map
+    alone: Any = {"axis_name": None, "sync_perturbation": True, "num_subbatches": 1}
+    alone = dataclasses.replace(options, **alone)
+    key = one_key(key)
+    parts, keys, here = subbatches(batch, key, options.num_subbatches, axes)
+    # Not averaged part by part: see `step_of` on what shard_map does otherwise.
+    params = collectives.vary(params, axes)
+    differs = collectives.varying_axes((params, parts, args, kwargs, keys))
 
-    def compute(loss, params, batch, /, *args, key=None, **kwargs):
-        params, key = tree.arrays(params), one_key(key)
-        collectives.check_bound(axes)
-        parts, keys, here = subbatches(batch, key, options.num_subbatches, axes)
-        # Not averaged part by part: see `build` on what shard_map does otherwise.
-        params = collectives.vary(params, axes)
-        differs = collectives.varying_axes((params, parts, args, kwargs, keys))
-        mean, of_examples = loops.average(
-            lambda own: rows.split(
-                of_part(loss, params, own[0], *args, key=own[1], **kwargs)
-            ),
-            (parts, keys),
-            here,
-            how,
-            lambda fresh: collectives.vary(fresh, differs),
-        )
-        mean = collectives.pmean(mean, axes)
-        grads = tree.like(mean.grads, params)
-        info = mean.diagnostics._replace(grad_norm=tree.norm(grads))
-        found = mean._replace(grads=grads, diagnostics=info)
-        return tree.merge(found, jax.tree.map(shards.flat, of_examples))
+    def of_part(own):
+        part, key = own
+        call = (loss, params, part, args, kwargs, key, radii, alone, particles)
+        return rows.split(_of_batch(*call, joined=True))
 
-    return compute
+    mean, of_examples = loops.average(
+        of_part,
+        (parts, keys),
+        here,
+        how,
+        lambda fresh: collectives.vary(fresh, differs),
+    )
+    mean = collectives.pmean(mean, axes)
+    grads = tree.like(mean.grads, params)
+    info = mean.diagnostics._replace(grad_norm=tree.norm(grads))
+    found = mean._replace(grads=grads, diagnostics=info)
+    return tree.merge(found, jax.tree.map(shards.flat, of_examples))
 
 
 def _particle_keys(key, opts, data_axes, particle_axes):

@@ -55,20 +55,13 @@ def average(
         mean, stacked = function(xs)
         return mean, jax.tree.map(lambda x: jnp.asarray(x)[None], stacked)
 
-    def parted(x):
-        mean, stacked = function(x)
-        floats, others = tree.partition(mean, tree.is_floating)
-        return floats, (others, stacked)
-
     how = _fastest(how, count)
     if how == "vmap":
-        floats, (others, stacked) = jax.vmap(parted)(xs)
-        floats = jax.tree.map(lambda x: jnp.mean(x, axis=0).astype(x.dtype), floats)
-    elif how == "scan":
-        floats, (others, stacked) = _scan(parted, xs, count, varying)
-    else:
-        floats, (others, stacked) = _unroll(parted, xs, count)
-    return tree.merge(floats, jax.tree.map(lambda x: x[0], others)), stacked
+        mean, stacked = jax.vmap(function)(xs)
+        return jax.tree.map(_mean_of_stacked, mean), stacked
+    if how == "scan":
+        return _scan(function, xs, count, varying)
+    return _unroll(function, xs, count)
 
 
 def each(
@@ -136,15 +129,23 @@ def each(
         return jax.vmap(together)(shards.align_rows(columns, first))
 
 
-def member_map(how: str) -> str:
-    """What `auto` stands for with members on the default backend.
+def member_map(how: str, *, fast_in_loops: bool = False) -> str:
+    """The map that `auto` stands for: the fastest one of the default backend.
 
-    On CPUs, where it is measured (benchmarks/ensemble.py), unrolled members beat vmap;
-    a scan would be better yet, if no convolution of `jax.lax` stands in the loss.
+    On accelerators that is "vmap". On CPUs, where it is measured
+    (benchmarks/ensemble.py), a scan is the fastest and takes the memory of one member,
+    unless a convolution of `jax.lax` stands in the loop; unrolled members are next.
+
+    Args:
+      how: "auto", or a map, which stays.
+      fast_in_loops: Whether members are known to hold no convolution of `jax.lax`, as
+        the networks of :mod:`otmdr_jax.models` are. A loss of the user's is not.
     """
     if how != "auto":
         return how
-    return "unroll" if jax.default_backend() == "cpu" else "vmap"
+    if jax.default_backend() != "cpu":
+        return "vmap"
+    return "scan" if fast_in_loops else "unroll"
 
 
 def after(floats: PyTree, xs: PyTree) -> PyTree:
@@ -186,25 +187,34 @@ def _fastest(how: str, count: int) -> str:
 
 
 def _unroll(function, xs, count):
-    floats, others = function(_take(xs, 0))
-    total, stacks = _widen(floats), [others]
+    mean, stacked = function(_take(xs, 0))
+    floats, others = tree.partition(mean, tree.is_floating)
+    total, stacks = _widen(floats), [stacked]
     for i in range(1, count):
-        more, others = function(after(total, _take(xs, i)))
+        more, stacked = function(after(total, _take(xs, i)))
+        more, _ = tree.partition(more, tree.is_floating)
         total = jax.tree.map(jnp.add, total, more)
-        stacks.append(others)
-    return _divide(total, floats, count), tree.stack(stacks)
+        stacks.append(stacked)
+    return tree.merge(_divide(total, floats, count), others), tree.stack(stacks)
 
 
 def _scan(function, xs, count, varying):
     shapes, _ = jax.eval_shape(function, _take(xs, 0))
+    shapes, _ = tree.partition(shapes, tree.is_floating)
 
     def body(total, x):
-        floats, others = function(x)
-        return jax.tree.map(jnp.add, total, floats), others
+        mean, stacked = function(x)
+        floats, others = tree.partition(mean, tree.is_floating)
+        return jax.tree.map(jnp.add, total, floats), (others, stacked)
 
     zeros = jax.tree.map(shards.zeros, shapes)
-    total, others = jax.lax.scan(body, varying(_widen(zeros)), xs)
-    return _divide(total, shapes, count), others
+    total, (others, stacked) = jax.lax.scan(body, varying(_widen(zeros)), xs)
+    others = jax.tree.map(lambda x: x[0], others)
+    return tree.merge(_divide(total, shapes, count), others), stacked
+
+
+def _mean_of_stacked(x):
+    return jnp.mean(x, axis=0).astype(x.dtype) if tree.is_floating(x) else x[0]
 
 
 def _take(xs, index):

@@ -290,7 +290,7 @@ class JointModel:
         of_members = member_log_probs(
             [of_member(m) for m in self.models],
             has_aux=True,
-            member_map=member_map(self.how),
+            member_map=loops.member_map(self.how, fast_in_loops=True),
         )
         return of_members(params, images, state, *numbers)
 
@@ -314,17 +314,7 @@ def _own(keys, number):
 def _each(functions, columns, how):
     """One function is for all members of one architecture."""
     functions = functions if len(functions) > 1 else functions[0]
-    return loops.each(functions, columns, member_map(how))
-
-
-def member_map(how: str) -> str:
-    """How members of a run are mapped: what "auto" stands for.
-
-    On CPUs a scan is the fastest map and takes the memory of one member
-    (benchmarks/ensemble.py): the zoo's convolutions are not slow in a loop, as those of
-    a loss of the user's may be, which is why `otmdr_jax.ensemble` unrolls there.
-    """
-    return "scan" if how == "auto" and jax.default_backend() == "cpu" else how
+    return loops.each(functions, columns, loops.member_map(how, fast_in_loops=True))
 
 
 def _of_all(metrics, axis_name):
