@@ -18,11 +18,11 @@ takes longer if the host waits for each. Compilation runs in several threads, so
 its seconds hold for a busy host. Memory is the compiled program's own account.
 
 Model FLOPs follow the usual convention: 2 x multiply-adds of the convolutions and
-matrix products of one forward pass, padding included, counted from the shapes in its
-jaxpr; times 3 for a gradient pass (forward, and twice that backward); times the passes
-over a whole batch a step (SGD 1, SAM 2, OT-MDR 2 K: S halves make one). Model-flop
-utilisation (MFU) is that over the time and over the peak measured for this dtype in the
-same run; for float32 the peak of products as JAX runs them by default.
+matrix products of one forward pass, padding included; times 3 for a gradient pass
+(forward, and twice that backward); times the passes over a whole batch a step (SGD 1,
+SAM 2, OT-MDR 2 K: S halves make one). Model-flop utilisation (MFU) is that over the
+time and over the peak measured for this dtype in the same run; for float32 the peak of
+products as JAX runs them by default.
 
 A measurement that fails (out of memory, say) is recorded with its error, one that does
 not fit into `--minutes` any more as skipped. The file is rewritten after each.
@@ -33,7 +33,6 @@ import argparse
 import concurrent.futures
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import signal
@@ -179,36 +178,13 @@ def _seconds(function, *args, calls=10, rounds=5):
 
 def forward_flops(model, images):
     """FLOPs of the convolutions and products of one forward pass; runs nothing."""
-    params, state = jax.eval_shape(model.init, jax.random.key(0), images)
-    jaxpr = jax.make_jaxpr(lambda p, s, x: model.apply(p, s, x, train=True)[0])(
-        params, state, images
-    )
-    return _flops(jaxpr.jaxpr)
-
-
-def _flops(jaxpr):
-    total = 0
-    for eqn in jaxpr.eqns:
-        # "convolve" is the zoo's own convolution, which it uses on CPUs.
-        if eqn.primitive.name in ("conv_general_dilated", "dot_general", "convolve"):
-            out = math.prod(eqn.outvars[0].aval.shape)
-            left, right = (v.aval.shape for v in eqn.invars)
-            if eqn.primitive.name == "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                depth = math.prod(left[axis] for axis in contracted)
-            else:  # a kernel's entries are used once for each output of its channel
-                axis = 3  # of (height, width, in, out)
-                if eqn.primitive.name == "conv_general_dilated":
-                    axis = eqn.params["dimension_numbers"].rhs_spec[0]
-                depth = math.prod(right) // right[axis]
-            total += 2 * out * depth
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)  # of a closed one
-            if hasattr(inner, "eqns"):
-                total += _flops(inner)
-    return total
+    positions = models.output_positions(model, images.shape[1:])
+    params, _ = jax.eval_shape(model.init, jax.random.key(0), images)
+    adds = 0  # a kernel's entry takes part in one at each position of its output
+    for path, leaf in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        adds += positions.get(name, 0) * leaf.size
+    return 2 * images.shape[0] * adds
 
 
 # -- steps ----------------------------------------------------------------------------

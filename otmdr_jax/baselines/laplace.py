@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.baselines import curvature
 from otmdr_jax.baselines.finalize import Finalize
+from otmdr_jax.core.options import check_count
 
 PyTree = Any
 
@@ -95,8 +96,7 @@ def laplace(
             f"laplace must be one of {', '.join(curvature.STRUCTURES)}; got "
             f"{structure!r}."
         )
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
+    check_count("num_samples", num_samples)
     if prior_precision is not None and not 0 < prior_precision < float("inf"):
         raise ValueError(
             f"prior_precision must be positive, or left out, got {prior_precision}."

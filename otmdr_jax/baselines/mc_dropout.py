@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.core import collectives
 from otmdr_jax.core.keys import one_key
+from otmdr_jax.core.options import check_count
 
 # Of Uncertainty Baselines' MC dropout (baselines/cifar/dropout.py): WideResNet-28-10.
 RATE = 0.1
@@ -101,8 +102,7 @@ def mc_dropout(
         )
     if mean_only:
         return method
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+    check_count("num_samples", num_samples)
 
     def predict(state, images):
         def sample(key):

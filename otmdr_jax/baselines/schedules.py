@@ -121,21 +121,6 @@ def fge_ends(total: int, start: int, period: int) -> tuple[int, ...]:
     return ends
 
 
-def averaging(peak: float, final: float, start: int) -> optax.Schedule:
-    """The rate of SWA and SWAG: pre-training until `start`, then a constant rate.
-
-    Args:
-      peak: The highest rate of pre-training.
-      final: The constant rate, at which weights are averaged and pre-training ends.
-      start: The number of steps of pre-training.
-
-    Reference: Izmailov et al., `Averaging Weights Leads to Wider Optima and Better
-    Generalization <https://arxiv.org/abs/1803.05407>`_, UAI 2018; train.py of their
-    code. Maddox et al., 2019, take it over.
-    """
-    return flat_then_linear(peak, final, start)
-
-
 def averaging_ends(total: int, start: int, every: int) -> tuple[int, ...]:
     """The steps whose weights are averaged: `start`, and every `every` steps after it.
 
@@ -159,10 +144,17 @@ def averaging_ends(total: int, start: int, every: int) -> tuple[int, ...]:
 def flat_then_linear(peak: float, final: float, total: int) -> optax.Schedule:
     """Constant to half of `total`, then linear to `final` at nine tenths, constant.
 
+    With `total` the steps of pre-training it is the rate of SWA and SWAG, which average
+    weights at `final`.
+
     Example:
       >>> rate = flat_then_linear(1.0, 0.2, 10)
       >>> [round(float(rate(step)), 2) for step in (0, 5, 7, 9, 20)]
       [1.0, 1.0, 0.6, 0.2, 0.2]
+
+    Reference: Izmailov et al., `Averaging Weights Leads to Wider Optima and Better
+    Generalization <https://arxiv.org/abs/1803.05407>`_, UAI 2018; train.py of their
+    code. Maddox et al., 2019, take it over.
     """
 
     def rate(step):

@@ -20,6 +20,7 @@ import optax
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.bnn.priors import Normal, check_prior
+from otmdr_jax.core.options import check_count
 
 PyTree = Any
 
@@ -66,8 +67,7 @@ def kl(
                 "key=jax.random.key(...) for an estimate."
             )
         return prior.kl(mean, std)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+    check_count("num_samples", num_samples)
     keys = jax.random.split(key, num_samples)
     return jnp.mean(
         jax.lax.map(lambda k: estimate(q, prior, posterior.noise(q, k)), keys)
@@ -176,6 +176,5 @@ def warmup(num_steps: int, weight: float = 1.0) -> Callable[[Any], jax.Array]:
     Reference: Sonderby et al., `Ladder Variational Autoencoders
     <https://arxiv.org/abs/1602.02282>`_, NIPS 2016.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps!r}.")
+    check_count("num_steps", num_steps)
     return optax.linear_schedule(0.0, weight, num_steps)

@@ -4,7 +4,6 @@ r"""Prediction with a posterior: the mean over S samples of its models.
     \theta_s \sim Q
 """
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.core import loops, tree
-from otmdr_jax.core.options import MEMBER_MAPS, check_word
+from otmdr_jax.core.options import MEMBER_MAPS, check_count, check_word
 from otmdr_jax.ensemble import log_mean_probs
 
 PyTree = Any
@@ -85,10 +84,7 @@ def predict(
     if mean_only:
         found = function(posterior.mean(q), *args)
         return jax.tree.map(lambda x: jnp.asarray(x)[None], found)
-    whole = isinstance(num_samples, numbers.Integral)
-    whole = whole and not isinstance(num_samples, bool)
-    if not whole or num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")
+    check_count("num_samples", num_samples)
     if key is None:
         raise ValueError(
             "samples of the posterior are random: pass key=jax.random.key(...), or "

@@ -28,15 +28,17 @@ logger = logging.getLogger(__name__)
 def read(
     name: str,
     *,
+    test_only: bool = False,
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
     download: bool = False,
     in_memory: bool | None = True,
-) -> tuple[Split, Split, int]:
+) -> Any:
     """Reads a prepared TFDS set, from the cache if it was decoded before.
 
     Args:
       name: A name of TFDS: "name", "name/config" or "name/config:version".
+      test_only: True to read the test split alone; the set may have no other.
       data_dir: The folder of prepared data; None for TFDS's default.
       cache_dir: The folder of decoded arrays; None for `cache.default_directory()`.
       download: True if TFDS may download and prepare a missing set.
@@ -44,87 +46,14 @@ def read(
         labels in memory; None decodes what takes at most a quarter of the memory.
 
     Returns:
-      (train, test, num_classes).
+      (train, test, num_classes), or (test, num_classes) with `test_only`.
 
     Raises:
       ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
     """
-    return _read(
-        name,
-        _split_names,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-        download=download,
-        in_memory=in_memory,
-    )
-
-
-def read_test(
-    name: str,
-    *,
-    data_dir: str | os.PathLike | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    download: bool = False,
-    in_memory: bool | None = True,
-) -> tuple[Split, int]:
-    """Reads only the test split of a prepared TFDS set, which may have no other.
-
-    Args:
-      name: A name of TFDS, as for :func:`read`.
-      data_dir: The folder of prepared data.
-      cache_dir: The folder of decoded arrays.
-      download: True if TFDS may download and prepare a missing set.
-      in_memory: True to decode all images now.
-
-    Returns:
-      (test, num_classes).
-
-    Raises:
-      ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
-    """
-    return _read(
-        name,
-        _test_name,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-        download=download,
-        in_memory=in_memory,
-    )
-
-
-def describe_test(
-    name: str, *, data_dir: str | os.PathLike | None = None
-) -> tuple[int, tuple[int | None, ...], int, np.dtype]:
-    """Describes what :func:`read_test` would read, from the metadata alone.
-
-    Args:
-      name: A name of TFDS, as for :func:`read`.
-      data_dir: The folder of prepared data.
-
-    Returns:
-      (num_examples, image shape, num_classes, dtype of the stored images); None for
-      sizes that the metadata do not have.
-
-    Raises:
-      ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
-    """
-    tfds, builder = open_builder(name, data_dir, download=False)
-    image_key, label_key = find_keys(tfds, builder, name)
-    (split,) = _test_name(builder, name)
-    features = builder.info.features
-    return (
-        builder.info.splits[split].num_examples,
-        tuple(features[image_key].shape),
-        features[label_key].num_classes,
-        np.dtype(features[image_key].np_dtype),
-    )
-
-
-def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
-    """The splits that `choose` names of a builder, and the number of classes."""
     tfds, builder = open_builder(name, data_dir, download=download)
     image_key, label_key = find_keys(tfds, builder, name)
-    splits = choose(builder, name)
+    splits = (_test_name if test_only else _split_names)(builder, name)
     if in_memory is None:
         in_memory = fits_in_memory(_nbytes(builder, splits, image_key))
     folder = pathlib.Path(builder.data_path)
@@ -136,7 +65,7 @@ def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
         "fingerprint": cache.fingerprint(folder),
         "contents": " ".join((*splits, image_key, label_key)),
     }
-    if choose is _test_name:
+    if test_only:
         identity["name"] += "-test"  # beside the file of all splits
     directory = pathlib.Path(cache_dir or cache.default_directory()).expanduser()
     columns, read_split = ("images", "labels"), _decode
@@ -164,6 +93,34 @@ def _read(name, choose, *, data_dir, cache_dir, download, in_memory) -> Any:
     return *map(made, splits), builder.info.features[label_key].num_classes
 
 
+def describe_test(
+    name: str, *, data_dir: str | os.PathLike | None = None
+) -> tuple[int, tuple[int | None, ...], int, np.dtype]:
+    """Describes what `read(name, test_only=True)` would read, from the metadata alone.
+
+    Args:
+      name: A name of TFDS, as for :func:`read`.
+      data_dir: The folder of prepared data.
+
+    Returns:
+      (num_examples, image shape, num_classes, dtype of the stored images); None for
+      sizes that the metadata do not have.
+
+    Raises:
+      ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
+    """
+    tfds, builder = open_builder(name, data_dir, download=False)
+    image_key, label_key = find_keys(tfds, builder, name)
+    (split,) = _test_name(builder, name)
+    features = builder.info.features
+    return (
+        builder.info.splits[split].num_examples,
+        tuple(features[image_key].shape),
+        features[label_key].num_classes,
+        np.dtype(features[image_key].np_dtype),
+    )
+
+
 def _nbytes(builder, splits: Sequence[str], image_key: str) -> int:
     """Bytes of all decoded images; 0 if their shape is not known beforehand."""
     shape = builder.info.features[image_key].shape
@@ -171,7 +128,7 @@ def _nbytes(builder, splits: Sequence[str], image_key: str) -> int:
     return count * math.prod(size or 0 for size in shape)
 
 
-def _split_names(builder, name: str) -> tuple[str, str]:
+def _split_names(builder, name: str) -> tuple[str, ...]:
     splits = list(builder.info.splits)
     if "train" in splits and "test" in splits:
         return "train", "test"
@@ -184,7 +141,7 @@ def _split_names(builder, name: str) -> tuple[str, str]:
     )
 
 
-def _test_name(builder, name: str) -> tuple[str]:
+def _test_name(builder, name: str) -> tuple[str, ...]:
     splits = list(builder.info.splits)
     for split in ("test", "validation"):
         if split in splits:

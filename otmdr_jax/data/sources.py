@@ -238,8 +238,9 @@ def load_test(
     elif text == "digits":
         test, num_classes = _digits()[1], 10
     else:
-        test, num_classes = prepared.read_test(
+        test, num_classes = prepared.read(
             text,
+            test_only=True,
             data_dir=data_dir,
             cache_dir=cache_dir,
             download=download,

@@ -101,7 +101,9 @@ def combine(
         record = {"step": result["steps"], "epoch": result["epochs"], "split": "test"}
         folder.log({**record, **tested.metrics})
         labels = dataset.test.labels
-        folder.finish(result, tested.log_probs, labels, tested.member_log_probs)
+        run_folder.write_result(
+            output, result, tested.log_probs, labels, tested.member_log_probs
+        )
     finally:
         folder.close()
     return result

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.methods import Course, decays
+from otmdr_jax.experiments.methods import decays
 
 # The released code's step schedule: x 0.2 at 30, 60 and 80 % of the epochs.
 STEP_FRACTIONS, STEP_FACTOR = (0.3, 0.6, 0.8), 0.2
@@ -34,7 +34,9 @@ def schedule(
       >>> [round(float(lr(step)), 3) for step in (0, 29, 30, 60, 80)]
       [1.0, 1.0, 0.2, 0.04, 0.008]
     """
-    if (course := collection(config, total_steps, steps_per_epoch)) is not None:
+    peak = config.schedule.learning_rate
+    course = config.method.course(peak, total_steps, steps_per_epoch)
+    if course is not None:
         return course.rate
     warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
@@ -42,7 +44,7 @@ def schedule(
             f"warmup_epochs={config.schedule.warmup_epochs} is {warmup} steps, but the "
             f"run has {total_steps}: shorten the warmup or lengthen the run."
         )
-    peak, rest = config.schedule.learning_rate, total_steps - warmup
+    rest = total_steps - warmup
     if config.schedule.name == "cosine":
         main = optax.cosine_decay_schedule(peak, rest)
     elif config.schedule.name == "step":
@@ -57,31 +59,6 @@ def schedule(
         return main
     ramp = optax.linear_schedule(0.0, peak, warmup)
     return optax.join_schedules([ramp, main], [warmup])
-
-
-def collection(
-    config: TrainConfig, total_steps: int, steps_per_epoch: int
-) -> Course | None:
-    """The learning rate of a method that has its own, and the steps it collects after.
-
-    Args:
-      config: Its method and learning_rate.
-      total_steps: Steps of the whole run.
-      steps_per_epoch: For options in epochs.
-
-    Returns:
-      None for other methods.
-
-    Raises:
-      ValueError: The run is too short for a member.
-
-    Example:
-      >>> from otmdr_jax.experiments.config import TrainConfig
-      >>> collection(TrainConfig(method="snapshot", cycles=4), 100, 10).ends
-      (25, 50, 75, 100)
-    """
-    method, peak = config.method, config.schedule.learning_rate
-    return method.course(peak, total_steps, steps_per_epoch)
 
 
 def create(

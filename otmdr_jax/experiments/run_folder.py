@@ -39,16 +39,6 @@ class RunFolder:
                 tag = f"{record['split']}/{name}"
                 self._board.add_scalar(tag, value, record["step"])
 
-    def finish(
-        self,
-        result: dict[str, Any],
-        log_probs: Any,
-        labels: Any,
-        member_log_probs: Any = None,
-    ) -> None:
-        """Writes the result and the predictions behind it."""
-        write_result(self.path, result, log_probs, labels, member_log_probs)
-
     def close(self) -> None:
         """Closes the logs."""
         self._lines.close()

@@ -18,6 +18,7 @@ import numpy as np
 
 from otmdr_jax.core import tree
 from otmdr_jax.core.ascent import absolute_weights, ascend, sphere
+from otmdr_jax.core.options import check_count
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
@@ -155,8 +156,7 @@ def worst_in_ball(
     Croce & Hein, 2020.
     """
     _check(rho=rho)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_count("steps", steps)
     whole = Objective(loss_sum, params, batches, mask)
     loss, grads = whole.gradient(whole.center)
     at_center = loss

@@ -16,6 +16,7 @@ import numpy as np
 
 from otmdr_jax.core import tree
 from otmdr_jax.core.ascent import resolve_mask
+from otmdr_jax.core.options import check_count
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
@@ -233,8 +234,7 @@ def loss_grid(
         )
     if at_once is None:
         at_once = _fitting(whole, moving, _free_memory())
-    if at_once < 1:
-        raise ValueError(f"at_once must be at least 1, got {at_once}.")
+    check_count("at_once", at_once)
     losses = np.empty(len(flat))
     done = len(known) if len(known) == len(flat) else len(known) // at_once * at_once
     losses[:done] = known[:done]

@@ -22,7 +22,6 @@ from otmdr_jax.experiments import (
     config,
     members,
     methods,
-    optimizers,
     programs,
     report,
     training,
@@ -103,7 +102,7 @@ class TestSchedules:
     def test_pretraining_has_the_shape_of_its_authors_code(self):
         """`schedule` of timgaripov/swa/train.py, at whole epochs."""
         lr_init, swa_lr, swa_start = 0.1, 0.05, 161
-        rate = schedules.averaging(lr_init, swa_lr, swa_start)
+        rate = schedules.flat_then_linear(lr_init, swa_lr, swa_start)
         for epoch in range(0, 300, 7):
             t, ratio = epoch / swa_start, swa_lr / lr_init
             if t <= 0.5:
@@ -119,7 +118,7 @@ class TestSchedules:
     def test_options_give_the_steps_of_the_authors_commands(self):
         def ends(method, epochs, **options):
             chosen = TrainConfig(method=method, epochs=epochs, **options)
-            return optimizers.collection(chosen, epochs * 390, 390)[1]
+            return chosen.method.course(0.1, epochs * 390, 390).ends
 
         # README of Garipov et al.: 160 epochs, then 40 in cycles of 2.
         fge = ends("fge", 200)
@@ -140,7 +139,7 @@ class TestSchedules:
     )
     def test_a_run_that_is_too_short_is_refused(self, options, message):
         with pytest.raises(ValueError, match=message):
-            optimizers.collection(TrainConfig(**options), 10, 2)
+            TrainConfig(**options).method.course(0.1, 10, 2)
 
 
 class Linear:

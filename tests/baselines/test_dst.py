@@ -18,7 +18,6 @@ from otmdr_jax.experiments import (
     cli,
     members,
     methods,
-    optimizers,
     programs,
     training,
 )
@@ -395,7 +394,7 @@ class TestSchedule:
 
     def test_defaults_are_the_authors_commands(self):
         chosen = TrainConfig(method="edst", epochs=450)
-        rate, ends = optimizers.collection(chosen, 450 * 390, 390)
+        rate, ends = chosen.method.course(0.1, 450 * 390, 390)
         assert ends == (250 * 390, 350 * 390, 450 * 390)
         run = methods.Run(chosen, 50_000, 390, 450 * 390, rate, None)
         options = chosen.method.options(run)
@@ -406,7 +405,7 @@ class TestSchedule:
     def test_a_run_that_is_too_short_is_refused(self):
         chosen = TrainConfig(method="edst", tickets=9)
         with pytest.raises(ValueError, match="9 tickets need two steps each"):
-            optimizers.collection(chosen, 20, 5)
+            chosen.method.course(0.1, 20, 5)
         chosen = TrainConfig(method="dst", mask_every=20)
         with pytest.raises(ValueError, match="leaves no update"):
             chosen.method.options(

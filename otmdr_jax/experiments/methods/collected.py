@@ -139,7 +139,7 @@ class Swa(Scheduled):
         start = max(round(self.collect_start * total_steps), 1)
         every = max(round(self.collect_every * steps_per_epoch), 1)
         return Course(
-            schedules.averaging(peak, self.average_rate, start),
+            schedules.flat_then_linear(peak, self.average_rate, start),
             schedules.averaging_ends(total_steps, start, every),
         )
 

@@ -13,6 +13,7 @@ from otmdr_jax.baselines.bsam import DAMPING, PRECISION
 from otmdr_jax.baselines.bsam import RHO as BSAM_RHO
 from otmdr_jax.baselines.ivon import B2 as IVON_B2
 from otmdr_jax.baselines.ivon import HESS
+from otmdr_jax.core.options import check_count
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
 from otmdr_jax.experiments.methods.point import (
@@ -22,7 +23,7 @@ from otmdr_jax.experiments.methods.point import (
     one_radius,
     step,
 )
-from otmdr_jax.experiments.methods.sampled import Sampled, check_samples
+from otmdr_jax.experiments.methods.sampled import Sampled
 from otmdr_jax.experiments.options import (
     Bound,
     Count,
@@ -82,7 +83,8 @@ class Gaussian(Sampled, Point):
           mean_only: Predict with the mean instead.
           **options: Of the transformation.
         """
-        check_samples(num_samples, mean_only)
+        if not mean_only:
+            check_count("num_samples", num_samples)
         options |= {"num_data": num_data, "weight_decay": weight_decay}
 
         def transformation(loss_fn, key, **aux):

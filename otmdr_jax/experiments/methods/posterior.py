@@ -7,13 +7,14 @@ import jax
 import optax
 
 from otmdr_jax import bnn
+from otmdr_jax.core.options import check_count
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
 from otmdr_jax.experiments.methods.point import (
     Particles,
     Point,
 )
-from otmdr_jax.experiments.methods.sampled import Sampled, check_samples
+from otmdr_jax.experiments.methods.sampled import Sampled
 from otmdr_jax.experiments.options import (
     NotNegative,
     OnlyWith,
@@ -92,7 +93,8 @@ class Posterior(Sampled):
         """
         if init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {init!r}.")
-        check_samples(num_samples, mean_only)
+        if not mean_only:
+            check_count("num_samples", num_samples)
         optimizer = optax.with_extra_args_support(optimizer)
         scheduled = callable(kl_weight)
         times = options.get("num_particles", 1) if sum_particles else 1

@@ -32,9 +32,3 @@ class Sampled(MethodOptions):
                 f"num_samples={self.num_samples} with prediction='mean', which has no "
                 "samples: leave one of them out."
             )
-
-
-def check_samples(num_samples: int, mean_only: bool) -> None:
-    """Refuses a number of samples that predicts nothing."""
-    if not mean_only and num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples!r}.")

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from otmdr_jax import parallel
+from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.interrupts import Interrupted, Requests
 from otmdr_jax.experiments.measure.evaluation import RunEvaluation, evaluate_run
 from otmdr_jax.experiments.programs import few_images, much_noise
@@ -268,7 +269,9 @@ class Loop:
         )
         found = of_run.splits["test"]
         labels = np.asarray(self.dataset.test.labels)
-        if self.folder is not None:
-            self.folder.finish(result, found.log_probs, labels, found.member_log_probs)
         folder = None if self.folder is None else self.folder.path
+        if folder is not None:
+            run_folder.write_result(
+                folder, result, found.log_probs, labels, found.member_log_probs
+            )
         return Result(state, result, self.log.history, found.log_probs, labels, folder)

@@ -1,6 +1,7 @@
 """Temperature, vector and matrix scaling: log_softmax(W z + b), fitted by NLL.
 
-The NLL is convex in W and b. Optax's L-BFGS minimises it, always in float64.
+The NLL is convex in W and b. Optax's L-BFGS minimises it, always in float64; of a
+temperature alone its slope has one root.
 
 Where classes can be told apart without error, and with few examples they can, the NLL
 has no minimum: weights grow without bound, and the next wrong prediction costs hundreds
@@ -11,6 +12,7 @@ diagonal and of the bias (ODIR), by factors from cross-validation.
 """
 
 import dataclasses
+import math
 import warnings
 
 import jax
@@ -100,9 +102,17 @@ def fit_temperature(logits: Array, labels: Array) -> float:
         )
     if _slope(logits, labels, 1.0 / low) <= 0.0:
         return _end(low, "below", "all predictions are right, or logits far too small")
-    start = {"log_weight": np.zeros(()), "bias": np.zeros(())}
-    found = _fit(logits, labels, start, 0.0, "temperature")
-    return float(np.exp(-found["log_weight"]))
+    from scipy import optimize  # comes with JAX
+
+    # In log T, where the slope is neither flat nor steep over the whole range.
+    return math.exp(
+        optimize.brentq(
+            lambda log_t: _slope(logits, labels, math.exp(-log_t)),
+            math.log(low),
+            math.log(high),
+            xtol=1e-12,
+        )
+    )
 
 
 def fit_vector(logits: Array, labels: Array, *, l2: float | None = None) -> Scaling:
@@ -252,15 +262,9 @@ def _minimise(logits, labels, start, l2):
     """L-BFGS from `start`; returns the norm of the final gradient too."""
 
     def loss(params):
-        if "log_weight" in params:
-            weight = jnp.exp(params["log_weight"])
-        else:
-            weight = params["weight"]
-        if weight.ndim == 2:
-            scaled = logits @ weight.T
-        else:
-            scaled = logits * jnp.broadcast_to(weight, logits.shape)
-        scaled += jnp.broadcast_to(params["bias"], logits.shape)
+        weight = params["weight"]
+        scaled = logits @ weight.T if weight.ndim == 2 else logits * weight[None]
+        scaled += params["bias"][None]
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(scaled, labels)
         moved = jax.tree.map(jnp.subtract, params, start)
         return jnp.mean(losses) + l2 / 2 * optax.tree.norm(moved, squared=True)

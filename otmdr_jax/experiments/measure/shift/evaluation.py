@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,10 +141,7 @@ def check(
     levels = _once("severities", map(data_lib.check_severity, severities))
     if names and not levels:
         raise ValueError("corruptions need severities: name some of 1..5.")
-    if max_examples is not None and not _is_count(max_examples):
-        raise ValueError(
-            f"max_examples must be an int of at least 1, got {max_examples!r}."
-        )
+    options.check("max_examples", max_examples, options.Count | None)
     return names, levels
 
 
@@ -207,11 +203,6 @@ def _once(what: str, values) -> list:
     if len(set(found)) < len(found):
         raise ValueError(f"{what} must be named once each, got {found}.")
     return found
-
-
-def _is_count(value: Any) -> bool:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return whole and value >= 1
 
 
 def _check_range(test: Split) -> None:

@@ -140,26 +140,32 @@ def mark_pictures(folder: pathlib.Path, comparison: dict[str, Any] | None) -> No
 
 
 class Files:
-    """The files of one landscape in a folder."""
+    """The files of one landscape in a folder.
+
+    Attributes:
+      finished: The record of this very landscape; None if it is not finished.
+      known: The losses so far, their seconds and the number of points at once, which is
+        None if no measurement is under way.
+    """
 
     def __init__(self, folder: pathlib.Path, settings: dict[str, Any], overwrite: bool):
         """Refuses a folder with a landscape of other settings or with foreign files."""
         check_folder(folder)
         self.folder, self.settings, self._overwrite = folder, settings, overwrite
         self.partial = folder / f"{NAME}.partial.npz"
-        self._known: tuple[np.ndarray, float, int | None] = np.empty(0), 0.0, None
+        self.known: tuple[np.ndarray, float, int | None] = np.empty(0), 0.0, None
         device = {name: environment()[name] for name in ("device", "jax")}
         self._of_partial = {**settings, **device}
-        self._record = None
+        self.finished: dict[str, Any] | None = None
         record = None if overwrite else read(folder)
         theirs, known = self._read_partial() if self.partial.exists() else ({}, None)
         if known is not None and theirs == self._of_partial:
-            self._known = known
+            self.known = known
             return
         if overwrite:
             return
         if record is not None and record["settings"] == settings:
-            self._record = record
+            self.finished = record
         elif known is not None:
             self._refuse("an unfinished landscape", theirs, self._of_partial)
         elif record is not None:
@@ -190,17 +196,6 @@ class Files:
         raise run_folder.other_settings(
             f"{self.folder} holds {what}", theirs, ours, _ELSEWHERE
         )
-
-    def finished(self) -> dict[str, Any] | None:
-        """Returns the record of this very landscape; None if it is not finished."""
-        return self._record
-
-    def known(self) -> tuple[np.ndarray, float, int | None]:
-        """Returns (losses, seconds, points at once) of the measurement so far.
-
-        The number of points at once is None if no measurement is under way.
-        """
-        return self._known
 
     def save(self, losses: np.ndarray, seconds: float, at_once: int) -> None:
         """Saves the losses so far; the same command resumes from them."""

@@ -103,7 +103,7 @@ def measure(
     """
     opened = open_runs(folders, plan, output, data_dir=data_dir, overwrite=overwrite)
     done, found, first = opened.files, opened.found, opened.found[0]
-    if (record := done.finished()) is not None:
+    if (record := done.finished) is not None:
         return record
     chosen = _slice(
         plan, opened.dimensions, found, opened.steps, opened.path, opened.loss
@@ -264,7 +264,7 @@ def _grid(
     show_progress: bool,
 ) -> tuple[np.ndarray, float]:
     """Returns the losses, and the seconds that they took in total."""
-    known, seconds, at_once = files.known()
+    known, seconds, at_once = files.known
     if at_once is None:
         at_once = landscape.points_at_once(*arguments)
     total = int(np.prod([len(axis) for axis in axes]))
