@@ -274,6 +274,7 @@ def bsam_rule(
       weight_decay: delta.
       clip_norm: Bound on the global norm of the gradient; None for none.
     """
+    preconditioned.check_learning_rate(learning_rate)
     preconditioned.check_decay("b1", b1)
     return optax.chain(
         *preconditioned.clipping(clip_norm),

@@ -221,7 +221,9 @@ def dynamic(
     counted as a step: see :mod:`otmdr_jax.core.transform`.
 
     Args:
-      optimizer: The transformation that turns the masked gradient into an update.
+      optimizer: The transformation that turns the masked gradient into an update. What
+        its state keeps of the parameters has their structure, as of all optimizers of
+        Optax but `sm3`.
       key: The PRNG key of the first masks and of random growth.
       density: The share of all kernels' weights to keep.
       rate: The share that an update of the masks drops: a number in [0, 1], or a
@@ -300,14 +302,25 @@ def dynamic(
         )
         inner = optax.tree_map_params(
             optimizer,
-            lambda x, mask: jnp.where(mask, x, jnp.zeros_like(x)),
+            _forgotten,
             inner,
             kept,
+            is_leaf=lambda node: isinstance(node, optax.MaskedNode),
         )
         new = keep(finite, Sparse(inner, masks, step, state.key), state)
         return keep(finite, updates, optax.tree.zeros_like(updates)), new
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _forgotten(values, mask):
+    """What an optimizer keeps of an array, 0 where a weight has gone.
+
+    What has another shape is of no single weight (rows and columns of Adafactor).
+    """
+    if isinstance(values, optax.MaskedNode) or jnp.shape(values) != mask.shape:
+        return values
+    return jnp.where(mask, values, jnp.zeros_like(values))
 
 
 def masked_from_the_start(method: Any) -> Any:

@@ -266,6 +266,7 @@ def ivon_rule(
       debias: Whether the momentum is corrected for its start at 0.
       rescale: Whether alpha is multiplied by h_0 + delta.
     """
+    preconditioned.check_learning_rate(learning_rate)
     preconditioned.check_decay("b1", b1)
     check_number("hess_init", hess_init, positive=True)
     parts = [

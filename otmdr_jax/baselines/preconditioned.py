@@ -118,6 +118,15 @@ def check_decay(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
 
 
+def check_learning_rate(value: Any) -> None:
+    """Raises for a number that is no learning rate; a schedule may be anything.
+
+    With NaN no update is finite, and a whole optimizer would take no step for good.
+    """
+    if not callable(value):
+        check_number("learning_rate", value)
+
+
 def check_num_data(value: Any, *, infinite: bool) -> None:
     """Raises unless N is a positive number, infinite at most where that is allowed."""
     if infinite and isinstance(value, float) and value == math.inf:

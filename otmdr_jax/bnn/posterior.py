@@ -188,8 +188,12 @@ def mean(q: MeanField) -> PyTree:
 
 
 def std(q: MeanField) -> PyTree:
-    """The standard deviations sigma = softplus(r), with None for point estimates."""
-    return jax.tree.map(jax.nn.softplus, check(q).raw_scale)
+    """The standard deviations sigma = softplus(r), with None for point estimates.
+
+    None is below 1e-37, where float32 would make it 0, the divergence infinite and its
+    gradient NaN. The derivative of its logarithm is 1 there, as in the limit.
+    """
+    return jax.tree.map(_softplus, check(q).raw_scale)
 
 
 def sample(q: MeanField, key: jax.Array) -> PyTree:
@@ -297,6 +301,17 @@ def map_means(function: Callable[[PyTree], PyTree], q: MeanField) -> PyTree:
     )
     no = jax.tree.map(lambda _: False, q)
     return MeanField(means, no.raw_scale, no.point)
+
+
+@jax.custom_jvp
+def _softplus(raw):
+    return jnp.maximum(jax.nn.softplus(raw), SMALLEST_SIGMA)
+
+
+@_softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    (raw,), (move,) = primals, tangents
+    return _softplus(raw), jnp.maximum(jax.nn.sigmoid(raw), SMALLEST_SIGMA) * move
 
 
 def _is_none(x):

@@ -47,7 +47,8 @@ def ece(
       labels: (N,) integers in 0..C-1.
       num_bins: The number of bins: 15, as is usual; 10 in the first papers.
       cut: The kind of bins: "width", or "mass" for bins of N // num_bins examples in
-        the order of confidence, the last one taking the rest.
+        the order of confidence, the last one taking the rest. Equal confidences share a
+        bin, so that the order of the examples does not matter.
 
     Returns:
       The error, not in percent.
@@ -200,9 +201,10 @@ def tace(
     It is the sum of :func:`sce` with other bins: for each class, the n probabilities
     above the threshold, in ascending order, are cut into bins of n // num_bins, the
     last one taking the rest (all, if n < num_bins). The sum is still divided by N C, so
-    what the threshold leaves out counts as no error. Equal probabilities keep the order
-    of the examples. The paper does not say whether bins that cannot be equal differ by
-    one or only in the last one; pytorch-ensembles does the latter, as here.
+    what the threshold leaves out counts as no error. Equal probabilities share a bin;
+    pytorch-ensembles cuts among them in an order that it leaves to the sort. The paper
+    does not say whether bins that cannot be equal differ by one or only in the last
+    one; pytorch-ensembles does the latter, as here.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.

@@ -260,39 +260,28 @@ def generator(seed: int) -> np.random.Generator:
 class Ranked(NamedTuple):
     """Scores in ascending order and the positives among them.
 
-    Scores are probabilities, or logarithms where those are given. Of equal scores the
-    earlier example comes first: a stable order.
+    Scores are probabilities, or logarithms where those are given.
 
     Attributes:
-      scores: (n,) scores in the order of the examples.
       ordered: (n,) scores in ascending order.
-      positive: (n,) bools, in the order of `scores`.
       of_positives: Ascending scores of the positives.
       probs: (n,) probabilities in ascending order.
     """
 
-    scores: np.ndarray
     ordered: np.ndarray
-    positive: np.ndarray
     of_positives: np.ndarray
     probs: np.ndarray
 
     def positives_before(self, bounds: np.ndarray) -> np.ndarray:
-        """The number of positives among the first `bound` examples, for each bound."""
-        found = []
-        for bound in bounds:
-            if bound >= len(self.ordered):
-                found.append(len(self.of_positives))
-                continue
-            score = self.ordered[bound]
-            before = int(np.searchsorted(self.of_positives, score))
-            # If equal scores are on both sides of the bound, their order matters.
-            ties = int(bound - np.searchsorted(self.ordered, score))
-            if ties:
-                first = np.flatnonzero(self.scores == score)[:ties]
-                before += int(np.count_nonzero(self.positive[first]))
-            found.append(before)
-        return np.array(found, int)
+        """The number of positives among the first `bound` examples, for each bound.
+
+        Equal scores must be on one side of a bound, or it would matter which comes
+        first.
+        """
+        end = bounds >= len(self.ordered)
+        scores = self.ordered[np.where(end, 0, bounds)]
+        before = np.searchsorted(self.of_positives, scores)
+        return np.where(end, len(self.of_positives), before)
 
 
 # A measure of a class.
@@ -304,7 +293,7 @@ def rank(scores: np.ndarray, positive: np.ndarray, *, log: bool = False) -> Rank
     ordered = probs = np.sort(scores)
     if log:  # the last bit of exp may be out of order; to sort what is sorted is fast
         probs = np.sort(np.exp(ordered), kind="stable")
-    return Ranked(scores, ordered, positive, np.sort(scores[positive]), probs)
+    return Ranked(ordered, np.sort(scores[positive]), probs)
 
 
 def per_class(p: Predictions, *measures: Measure) -> list[np.ndarray]:

@@ -37,7 +37,8 @@ def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
     .. math:: AAC = 1 - T / \text{num\_steps},\quad
       T = \sum_j \frac{a_j + a_{j+1}}{2}.
 
-    This is exactly the definition of the usual `acc_aac`, so that values compare. T
+    This is the definition of the usual `acc_aac`, so that values compare; of equal
+    confidences, whose order it leaves to the sort, it is the mean over all orders. T
     joins num_steps points, one interval less, so a model that is always right has 1 /
     num_steps, or less if num_steps does not divide N. pytorch-ensembles' own default is
     1,000 steps. :func:`aurc` is the same idea without these quirks.
@@ -69,11 +70,9 @@ def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
             f"aac needs 1 <= num_steps <= N, got num_steps = {num_steps} for N = "
             f"{count}: give it more examples or fewer steps."
         )
-    order = np.argsort(p.confidence_key, kind="stable")
-    right = np.cumsum(p.correct[order][::-1])  # of the k + 1 most confident ones
     starts = np.arange(1, count, count // num_steps)
-    kept = count - starts
-    return float(1.0 - np.trapezoid(right[kept - 1] / kept) / num_steps)
+    right = 1.0 - risk_coverage(p, p.labels).risk  # of the k + 1 most confident ones
+    return float(1.0 - np.trapezoid(right[count - starts - 1]) / num_steps)
 
 
 class RiskCoverage(NamedTuple):

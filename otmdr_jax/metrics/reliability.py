@@ -69,7 +69,7 @@ def reliability(
       num_bins: The number of bins.
       cut: The kind of bins. "width": bins (lo, hi] of equal width on [0, 1]. "mass":
         bins of N // num_bins examples in the order of confidence, the last one taking
-        the rest.
+        the rest; equal confidences share a bin.
 
     Returns:
       :class:`Reliability`; with "mass" the edges are 0, the highest confidence of each
@@ -130,9 +130,15 @@ def width_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
 
 
 def mass_bounds(ordered: np.ndarray, num_bins: int) -> np.ndarray:
-    """(bins + 1,) bounds of bins of n // bins scores, the last one taking the rest."""
+    """(bins + 1,) bounds of bins of n // bins scores, the last one taking the rest.
+
+    A bin goes on to the last of equal scores. Cut among them, what a bin holds would
+    depend on the order of the examples.
+    """
     check_count("num_bins", num_bins)
     bounds = np.arange(num_bins + 1) * (len(ordered) // num_bins)
+    if bounds[1]:
+        bounds[1:] = np.searchsorted(ordered, ordered[bounds[1:] - 1], side="right")
     bounds[-1] = len(ordered)
     return bounds
 

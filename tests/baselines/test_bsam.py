@@ -1,5 +1,7 @@
 """bSAM against its equations in NumPy, its limits, and as a method of training."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +152,7 @@ class TestEquations:
         ("options", "message"),
         [
             (dict(key=None), "pass a key"),
+            (dict(learning_rate=math.nan), "learning_rate must be finite"),
             (dict(b2=1.0), "b2 must be in"),
             (dict(b1=-0.1), "b1 must be"),
             (dict(num_data=0), "num_data must be positive"),

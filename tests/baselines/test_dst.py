@@ -223,6 +223,11 @@ OPTIMIZERS = {
         ),
         optax.sgd(optax.cosine_decay_schedule(0.1, 20), 0.9),
     ),
+    # Whose states are not arrays of the shapes of all parameters.
+    "adafactor": optax.adafactor(0.05, min_dim_size_to_factor=2),
+    "partition": optax.partition(
+        {"one": optax.adam(0.1), "other": optax.sgd(0.1)}, {"a": "one", "b": "other"}
+    ),
 }
 
 

@@ -144,6 +144,7 @@ class TestEquations:
         [
             (dict(key=None), "pass a key"),
             (dict(num_data=float("inf")), "num_data must be positive and finite"),
+            (dict(learning_rate=float("nan")), "learning_rate must be finite"),
             (dict(weight_decay=0.0), "weight_decay must be positive"),
             (dict(hess_init=0.0), "hess_init must be positive"),
             (dict(b2=1.0), "b2 must be in"),

@@ -277,6 +277,19 @@ def test_prediction_at_the_mean(key):
     assert_allclose(got[0], linear(bnn.mean(q), x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("raw", [-80.0, -88.0, -100.0, -1000.0])
+def test_a_posterior_that_collapsed_is_pulled_back(raw):
+    """In float32 softplus(-88) is 0: an infinite divergence, and a gradient of NaN."""
+    q = bnn.init(jnp.zeros((2, 2)))._replace(raw_scale=jnp.full((2, 2), raw))
+    divergence = lambda q: bnn.kl(q, bnn.Normal(0.1))  # noqa: E731
+    value, grads = jax.jit(jax.value_and_grad(divergence))(q)
+    sigma = max(math.exp(raw), 1e-37)
+    assert_allclose(value, 4 * (math.log(0.1 / sigma) - 0.5), rtol=1e-5)
+    assert_allclose(grads.raw_scale, -1.0, rtol=1e-5)
+    along = jax.jvp(divergence, (q,), (jax.tree.map(jnp.ones_like, q),))[1]
+    assert_allclose(along, -4.0, rtol=1e-5)
+
+
 def test_uncertainty_is_that_of_loops(key):
     log_probs = np.asarray(
         jax.nn.log_softmax(3 * jax.random.normal(key, (6, 4, 5))), np.float64

@@ -377,6 +377,25 @@ class TestExport:
 # -- derivatives ----------------------------------------------------------------------
 
 
+def test_bfloat16_loses_small_steps_and_a_cast_in_the_loss_does_not():
+    """0.05 / sqrt(P) is below half a unit in the last place of most weights."""
+    w = 0.05 * jax.random.normal(KEY, (1_000_000,))
+
+    def loss(w, batch):
+        return 0.5 * jnp.sum(w.astype(jnp.float32) ** 2)
+
+    def gap(loss, w):
+        fn = otmdr_jax.robust_gradient(loss, rho=0.05, split="shared")
+        info = jax.jit(fn)(w, jnp.zeros(1)).diagnostics
+        return float(info.gap), float(info.distances[0])
+
+    want = 0.05 * np.linalg.norm(w) + 0.05**2 / 2
+    assert gap(loss, w.astype(jnp.bfloat16)) == (0.0, 0.0)
+    found, distance = gap(lambda w, b: loss(w.astype(jnp.bfloat16), b), w)
+    assert found == pytest.approx(want, rel=0.02)
+    assert distance == pytest.approx(0.05, rel=1e-4)
+
+
 class TestDerivatives:
     """Through the norm, the ascent step and the whole robust gradient."""
 

@@ -51,6 +51,10 @@ def equal_count(pairs, num_bins):
     pairs = sorted(pairs, key=lambda pair: pair[0])
     size = len(pairs) // num_bins
     cuts = [b * size for b in range(num_bins)] + [len(pairs)]
+    for i, cut in enumerate(cuts):  # equal probabilities share the bin below
+        while 0 < cut < len(pairs) and pairs[cut][0] == pairs[cut - 1][0]:
+            cut += 1
+        cuts[i] = cut
     return [pairs[a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
@@ -146,8 +150,8 @@ def test_the_defaults_agree_with_the_definitions():
 
 @settings
 @hypothesis.given(st.integers(0, 99), st.integers(2, 40))
-def test_equal_probabilities_keep_the_order_of_the_examples(seed, n):
-    """Two digits: most bins are cut among equal values. 0 and 1 occur."""
+def test_equal_probabilities_share_a_bin(seed, n):
+    """Two digits: most bins end among equal values. 0 and 1 occur."""
     rng = np.random.default_rng(seed)
     tenths = rng.multinomial(10, [0.6, 0.3, 0.1], size=n) / 10
     labels = rng.integers(0, 3, n)
@@ -161,6 +165,29 @@ def test_equal_probabilities_keep_the_order_of_the_examples(seed, n):
         got = metrics.ece(tenths, labels, num_bins, cut="mass")
         want = ece_mass_loop(tenths, labels, num_bins)
         np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("log_probs", [False, True])
+def test_no_metric_depends_on_the_order_of_the_examples(log_probs):
+    """Data sets are often sorted by label, and sure predictions are often equal."""
+    tenths = np.random.default_rng(0).multinomial(10, [0.7, 0.2, 0.1], size=200) / 10
+    labels = np.sort(np.random.default_rng(1).integers(0, 3, 200))
+    probs = np.log(np.maximum(tenths, 1e-300)) if log_probs else tenths
+    want = metrics.summary(probs, labels, log_probs=log_probs)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(200)
+        got = metrics.summary(probs[order], labels[order], log_probs=log_probs)
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-9, err_msg=name)
+
+
+def test_a_calibrated_constant_has_no_error_whatever_the_bins():
+    probs, labels = [[0.7, 0.3]] * 1000, [0] * 700 + [1] * 300
+    for function in (metrics.ece, metrics.mce, metrics.debiased_ece):
+        assert function(probs, labels, cut="mass") == pytest.approx(0.0, abs=1e-12)
+    assert metrics.ace(probs, labels) == pytest.approx(0.0, abs=1e-12)
+    bins = metrics.reliability(probs, labels, cut="mass")
+    assert bins.counts[0] == 1000 and bins.accuracy[0] == 0.7
 
 
 def test_of_tied_classes_the_first_one_counts():

@@ -1,5 +1,6 @@
 """Rankings by confidence against scikit-learn and pairs that are counted."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -128,10 +129,19 @@ def test_aac_is_the_fields(n):
     probs, labels = predictions(n, n, 3, 3.0)
     want = aac_loop(probs, labels)
     assert abs(metrics.aac(probs, labels) - want) < 1e-12
-    probs = with_ties(probs)  # in the order of the examples
-    assert abs(metrics.aac(probs, labels) - aac_loop(probs, labels)) < 1e-12
     want = aac_loop(probs, labels, 5)
     assert abs(metrics.aac(probs, labels, num_steps=5) - want) < 1e-12
+
+
+def test_aac_of_equal_confidences_is_the_mean_over_their_orders():
+    """Sorted by label, a constant prediction had .66 or .36 in place of .3."""
+    probs, labels = predictions(3, 6, 3)
+    probs = with_ties(probs / 3 + 2 / 9)
+    orders = [list(order) for order in itertools.permutations(range(6))]
+    want = np.mean([aac_loop(probs[i], labels[i], 3) for i in orders])
+    for order in orders[:: len(orders) // 5]:
+        got = metrics.aac(probs[order], labels[order], num_steps=3)
+        assert abs(got - want) < 1e-12
 
 
 def test_risk_coverage_does_not_depend_on_the_order_of_equal_confidences():
