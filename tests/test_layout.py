@@ -33,6 +33,7 @@ CORE = [
     {"particle", "weights"},
     {"gradient"},
     {"presets", "transform"},
+    {"dual"},
 ]
 EXPERIMENTS = [
     {"interrupts", "options", "precision"},
