@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from otmdr_jax._version import __version__
+from otmdr_jax.core.dual import DualGradient, DualState, dual, dual_gradient
 from otmdr_jax.core.gradient import (
     Diagnostics,
     RobustGradient,
@@ -44,11 +45,15 @@ if TYPE_CHECKING:  # who reads types follows the parts to where they stand
 __all__ = [
     "PRESETS",
     "Diagnostics",
+    "DualGradient",
+    "DualState",
     "OtmdrState",
     "RobustGradient",
     "SamplingDiagnostics",
     "__version__",
     "asam",
+    "dual",
+    "dual_gradient",
     "otmdr",
     "preset",
     "robust_gradient",

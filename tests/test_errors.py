@@ -166,12 +166,14 @@ class TestParameters:
 KEYLESS = [
     otmdr_jax.sam,
     otmdr_jax.asam,
+    otmdr_jax.dual,
     otmdr_jax.value_and_grad,
     otmdr_jax.otmdr,
     baselines.gsam,
     baselines.looksam,
     baselines.fisher_sam,
     ensemble.value_and_grad,
+    ensemble.dual,
 ]
 
 

@@ -38,6 +38,7 @@ CORE = [
     {"particle"},
     {"gradient"},
     {"presets", "sample", "transform"},
+    {"dual"},
 ]
 EXPERIMENTS = [
     {"interrupts", "options", "precision"},

@@ -8,12 +8,14 @@ computes the gradient of the objective; `predict` evaluates samples.
     priors.py          normal, scale mixture, fitted normal
     kl_divergence.py   KL, its weight and schedules, the scale of the objective
     gradient.py        the gradients
+    dual.py            the dual form on the means
     local_reparam.py   noise for each example: local reparameterisation, Flipout
     presets.py         the paper's version and the released code's
     prediction.py      samples of predictions, epistemic and aleatoric uncertainty
     summary.py         sigma and signal-to-noise of each layer
 """
 
+from otmdr_jax.bnn.dual import dual_gradient
 from otmdr_jax.bnn.gradient import (
     PAPER_RHO,
     BayesGradient,
@@ -58,6 +60,7 @@ __all__ = [
     "check",
     "convert_beta",
     "draw",
+    "dual_gradient",
     "init",
     "kl",
     "log_mean_probs",

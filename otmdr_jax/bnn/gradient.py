@@ -256,19 +256,46 @@ def robust_gradient(
     given = filled(MeanFieldOptions, options)
     check_words(MeanFieldOptions, given)
     norm, sigma_gradient = given["norm"], given["sigma_gradient"]
-    shared = {name: given[name] for name in fields_of(RobustOptions) if name in given}
-    shared |= {
-        "norm": "global" if norm == "joint" else norm,
-        "mask": lambda q: posterior.map_means(_mask_function(given["mask"]), q),
-        "has_aux": True,
-    }
-    opts = Options(**shared)
+
+    def climb(step):
+        if norm == "joint":
+            step = step._replace(norm_mask=_with_scales(step.center))
+        if sigma_gradient == "particle":
+            return all_particles(step)
+        return _scales_at_center(step, whole=sigma_gradient == "center")
+
+    opts = options_of_means(given, norm="global" if norm == "joint" else norm)
     if norm == "joint" and opts.sampler != "ascent":
         raise ValueError(
             f'norm="joint" counts scales in the length of a step, and '
             f"sampler={opts.sampler!r} draws in a ball of the means: use "
             'norm="per_leaf" or "global".'
         )
+    return of_means(loss_fn, given, opts, climb)
+
+
+def options_of_means(given: dict[str, Any], **others: Any) -> Options:
+    """The options of a gradient whose weights are a posterior and move in its means."""
+    shared = {name: given[name] for name in fields_of(RobustOptions) if name in given}
+    mask = _mask_function(given["mask"])
+    shared["mask"] = lambda q: posterior.map_means(mask, q)
+    return Options(**{**shared, "has_aux": True, **others})
+
+
+def of_means(
+    loss_fn: Callable[..., Any],
+    given: dict[str, Any],
+    options: Options,
+    climb: Callable[[Step], Particle],
+) -> Callable[..., BayesGradient]:
+    """What :func:`robust_gradient` returns, of particles that climb in any way.
+
+    Args:
+      loss_fn: See :func:`value_and_grad`.
+      given: All options of the function.
+      options: Those of the gradient, checked.
+      climb: What becomes of a step, whose passes know the noise of the weights.
+    """
     objective = _objective(loss_fn, given)
     radii = check_rho(given["rho"])
     default = _check_weight(given["kl_weight"])
@@ -277,22 +304,17 @@ def robust_gradient(
         noise_key, key, later_key = _keys(q, key)
         steps = len(radii if rho is None else check_rho(rho))
         kappas = [posterior.noise(q, noise_key)] * steps
-        if given["weight_noise"] == "each_step":
+        if given.get("weight_noise") == "each_step":
             for s in range(1, steps):
                 kappas[s] = posterior.noise(q, jax.random.fold_in(later_key, s))
         _check_size(batch, given["num_data"])
         weight = default if kl_weight is None else _check_weight(kl_weight)
 
         def particles(step):
-            step = step._replace(
-                norm_mask=_with_scales(step.center) if norm == "joint" else None,
-                own=lambda taken: {"kappa": kappas[min(taken, steps - 1)]},
-            )
-            if sigma_gradient == "particle":
-                return all_particles(step)
-            return _scales_at_center(step, whole=sigma_gradient == "center")
+            own = lambda taken: {"kappa": kappas[min(taken, steps - 1)]}  # noqa: E731
+            return climb(step._replace(own=own))
 
-        compute = build(objective, radii, opts, particles)
+        compute = build(objective, radii, options, particles)
         return _unpacked(
             compute(q, batch, args, kwargs, key=key, rho=rho, weight=weight)
         )

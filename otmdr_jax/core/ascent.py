@@ -70,7 +70,7 @@ def fisher(eta: jax.typing.ArrayLike) -> Metric:
 def ascend(
     params: PyTree,
     grads: PyTree,
-    rho: jax.typing.ArrayLike,
+    rho: jax.typing.ArrayLike | Callable[[jax.Array], jax.Array],
     *,
     metric: Metric = sphere,
     direction: PyTree | None = None,
@@ -85,7 +85,8 @@ def ascend(
     Args:
       params: The weights w, a pytree of inexact arrays.
       grads: The gradient g at w, of the same structure; its norm sets the length.
-      rho: The radius, a scalar in the units of the weights.
+      rho: The radius, a scalar in the units of the weights, or a function of the norm
+        ||T g||_2 to it.
       metric: T of the weights and the gradient: :func:`sphere`,
         :func:`absolute_weights`, :func:`fisher` or one of your own.
       direction: The direction d; None for g itself.
@@ -185,9 +186,9 @@ def _fisher_scale_jvp(primals, tangents):
     return t, -0.5 * t * (tg * tg * deta + 2 * eta * tg * t * dsize)
 
 
-def _radius(rho: jax.typing.ArrayLike, length: jax.Array) -> jax.Array:
+def _radius(rho: Any, length: jax.Array) -> jax.Array:
     """rho, but 0 for a zero gradient and NaN for one that is not finite."""
-    radius = jnp.where(length == 0, 0.0, rho)
+    radius = jnp.where(length == 0, 0.0, rho(length) if callable(rho) else rho)
     return jnp.where(jnp.isfinite(length), radius, jnp.nan)
 
 

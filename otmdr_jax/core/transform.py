@@ -278,6 +278,7 @@ def from_gradient(
     aux_init: PyTree = None,
     start: Callable[[PyTree], PyTree] | None = None,
     compute_at: Callable[[jax.Array], Callable[..., Any]] | None = None,
+    members: Callable[[PyTree], int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A function that computes a gradient from a batch, as a transformation.
 
@@ -295,6 +296,8 @@ def from_gradient(
         state is then a :class:`MemoryState`.
       compute_at: The count of updates so far -> the function that takes the place of
         `compute`, whose options follow a schedule.
+      members: The parameters -> how many members of an ensemble they are, each of which
+        has its own diagnostics, on a leading axis; None for one model.
 
     Raises:
       ValueError: `has_aux` without `aux_init`, or `aux_init` without `has_aux`.
@@ -319,8 +322,9 @@ def from_gradient(
         # Each array is new, the caller's key and aux_init copied: whoever donates the
         # state must neither donate one buffer twice nor lose what is theirs.
         shapes = ((), (), (), (num_radii,), (), (num_particles,))
+        lead = () if members is None else (members(params),)
         diagnostics = Diagnostics(
-            *[jnp.full(shape, jnp.inf, jnp.float32) for shape in shapes]
+            *[jnp.full((*lead, *shape), jnp.inf, jnp.float32) for shape in shapes]
         )
         if num_radii == 0:
             diagnostics = diagnostics._replace(ascent_norms=None)

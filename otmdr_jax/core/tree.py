@@ -4,6 +4,7 @@ A gradient of 1e20 has a float32 square of infinity, one of 1e-30 a square of ze
 Both are ordinary in mixed precision and with scaled losses.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,7 +86,8 @@ def all_finite(tree: PyTree) -> jax.Array:
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
     numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     found = [jnp.all(jnp.isfinite(x)) for x in numbers]
-    return jnp.all(jnp.stack(found)) if found else jnp.ones((), bool)
+    # Not stacked: under vmap some may be spread over devices, and others not.
+    return functools.reduce(jnp.logical_and, found, jnp.ones((), bool))
 
 
 def norm(tree: PyTree) -> jax.Array:

@@ -136,22 +136,54 @@ def robust_gradient(
       >>> [round(float(gap), 3) for gap in found.diagnostics.gap]
       [2.625, 0.625]
     """
-    check_word("member_map", member_map, MEMBER_MAPS)
     functions = functions_of(loss_fn)
-    computes = [single.robust_gradient(f, rho, **options) for f in functions]
+    compute = over_members(
+        [single.robust_gradient(f, rho, **options) for f in functions],
+        member_map,
+        member_axis_name,
+        own_batches,
+    )
 
-    def compute(members, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
+    def of_call(members, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
+        found = compute(members, batch, *args, key=key, rho=rho, **kwargs)
+        return joined(found) if is_tuple(members) else found
+
+    return of_call
+
+
+def over_members(
+    computes: Sequence[Callable[..., PyTree]],
+    member_map: str = "auto",
+    member_axis_name: Any = None,
+    own_batches: bool = False,
+) -> Callable[..., PyTree]:
+    """What is computed of one model, of every member.
+
+    Args:
+      computes: (params, batch, *args, key, **kwargs) -> a pytree: one function for all
+        members, or one for each.
+      member_map: The way members are mapped.
+      member_axis_name: Name of the device axis that members are spread over.
+      own_batches: True if each member has its own batch.
+
+    Returns:
+      A function of members to what their functions return, with a leading axis of M;
+      for a tuple of members a tuple.
+    """
+    check_word("member_map", member_map, MEMBER_MAPS)
+
+    def compute(members, batch=NO_BATCH, *args, key=None, **kwargs):
         per_member = (*args, batch) if own_batches else args
         count = check_all(members, per_member, len(computes))
 
         def of_member(run):
             def member(wait, params, own_key, own_args, own_batch):
                 part = wait(own_batch if own_batches else batch)
-                return run(params, part, *own_args, key=own_key, rho=rho, **kwargs)
+                return run(params, part, *own_args, key=own_key, **kwargs)
 
             return member
 
-        found = loops.each(
+        return loops.each(
             each_or_one([of_member(run) for run in computes], members),
             (
                 members,
@@ -161,10 +193,11 @@ def robust_gradient(
             ),
             member_map,
         )
-        if not is_tuple(members):
-            return found
-        value, aux, grads, diagnostics = zip(*found, strict=True)
-        stacked = tree.stack(diagnostics)
-        return RobustGradient(jnp.stack(value), aux, grads, stacked)
 
     return compute
+
+
+def joined(found: Sequence[RobustGradient]) -> RobustGradient:
+    """Those of a tuple of members as one: numbers stacked, the rest a tuple."""
+    value, aux, grads, diagnostics = zip(*found, strict=True)
+    return RobustGradient(jnp.stack(value), aux, grads, tree.stack(diagnostics))

@@ -20,6 +20,7 @@ from otmdr_jax.core import collectives, loops, tree
 from otmdr_jax.ensemble.joint import member_log_probs
 from otmdr_jax.experiments.methods import Method, TrainState
 from otmdr_jax.experiments.methods.collected import number
+from otmdr_jax.experiments.methods.training import Share
 
 PyTree = Any
 Step = Callable[..., tuple[PyTree, dict[str, jax.Array]]]
@@ -32,7 +33,8 @@ def lift(
 
     Member m takes the steps of a run of its own whose state's key is the m-th: to the
     bit where members are scanned, to rounding where they are mapped in another way,
-    since XLA then groups and orders the sums of several members differently.
+    since XLA then groups and orders the sums of several members differently. In the
+    dual form members share a multiplier.
 
     Args:
       methods: One method for M members of one architecture, or a sequence of M.
@@ -61,7 +63,9 @@ def lift(
             f"{len(each)} and count={count!r}."
         )
     step = lift_step(
-        [lambda state, own, batch, m=m: m.step(state, batch) for m in each], how
+        [lambda state, own, batch, m=m: m.step(state, batch) for m in each],
+        how,
+        share=each[0].share,
     )
     return Method(
         init=lambda key, images: lift_init([m.init for m in each], count, key, images),
@@ -85,7 +89,12 @@ def lift_init(
     return jax.vmap(lambda k: inits[0](k, images))(keys)
 
 
-def lift_step(steps: Sequence[Step], how: str = "auto", axis_name: Any = None) -> Step:
+def lift_step(
+    steps: Sequence[Step],
+    how: str = "auto",
+    axis_name: Any = None,
+    share: Share | None = None,
+) -> Step:
     """Maps a step over members.
 
     Args:
@@ -94,6 +103,8 @@ def lift_step(steps: Sequence[Step], how: str = "auto", axis_name: Any = None) -
         batch, an index), which is what unrolled members wait for each other with.
       how: The map over members, as in :func:`lift`.
       axis_name: Device axis that stacked members are spread over.
+      share: What makes the members' memories one after each step, where they have one:
+        see :class:`otmdr_jax.experiments.methods.Method`.
 
     Returns:
       (states, own, token, *shared) -> (states, metrics): `own` is None or has a leading
@@ -112,11 +123,26 @@ def lift_step(steps: Sequence[Step], how: str = "auto", axis_name: Any = None) -
         found = _each([of_member(f) for f in steps], (states, own), how)
         if len(steps) > 1:
             states, metrics = zip(*found, strict=True)
-            return states, tree.stack(metrics)
-        states, metrics = found
-        return states, _of_all(metrics, axis_name)
+            states, metrics = states, tree.stack(metrics)
+        else:
+            states, metrics = found
+        if share is not None:
+            states = _sharing(share, states, metrics["skipped"] == 0, axis_name)
+        return states, metrics if len(steps) > 1 else _of_all(metrics, axis_name)
 
     return step
+
+
+def _sharing(share, states, finite, axis_name):
+    """The states of members that have a memory in common."""
+    if isinstance(states, TrainState):
+        common = share(states.memory, finite, axis_name)
+        each = jax.tree.map(
+            lambda x, own: jnp.broadcast_to(x, own.shape), common, states.memory
+        )
+        return states._replace(memory=each)
+    common = share(tree.stack([state.memory for state in states]), finite, axis_name)
+    return tuple(state._replace(memory=common) for state in states)
 
 
 def lift_predict(

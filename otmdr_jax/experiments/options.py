@@ -72,6 +72,7 @@ class Option(NamedTuple):
 Count = Annotated[int, Must("at least 1", lambda n: n >= 1)]
 NotNegative = Annotated[float, Must("at least 0", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Must("positive", lambda x: 0 < x < math.inf)]
+AtLeastOne = Annotated[float, Must("at least 1", lambda x: 1 <= x < math.inf)]
 Bound = Annotated[float, Must("positive", lambda x: x > 0)]
 Tilt = Annotated[float, Must("in [0, 1]", lambda x: 0 <= x <= 1)]
 Share = Annotated[float, Must("in (0, 1)", lambda x: 0 < x < 1)]

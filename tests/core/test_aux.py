@@ -186,7 +186,9 @@ def test_of_a_posterior_too(options, key):
     check(found.value, found.aux, data)
 
 
-@pytest.mark.parametrize("build", [otmdr_jax.sam, baselines.gsam, baselines.looksam])
+@pytest.mark.parametrize(
+    "build", [otmdr_jax.sam, otmdr_jax.dual, baselines.gsam, baselines.looksam]
+)
 def test_transformations_hold_them(build):
     params, data = problem()
     aux = jax.tree.map(jnp.zeros_like, loss_fn(params, data)[1])

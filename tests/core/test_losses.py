@@ -229,10 +229,11 @@ def test_devices_count_by_their_weights(options, rho):
     [
         otmdr_jax.sam(weighted, 0.0, weights=weights_of, microbatch_size=2),
         plain(weighted, weights=weights_of, microbatch_size=2),
+        otmdr_jax.dual(weighted, 0.0, weights=weights_of, num_subbatches=6),
         baselines.gsam(weighted, 0.0, weights=weights_of, microbatch_size=2),
         baselines.looksam(weighted, 0.0, every=1, weights=weights_of, num_subbatches=6),
     ],
-    ids=["sam", "plain", "gsam", "looksam"],
+    ids=["sam", "plain", "dual", "gsam", "looksam"],
 )
 def test_transformations_take_weights(tx):
     params, data = weighted_problem(HALVES["none in the first part"])
@@ -344,10 +345,11 @@ def test_further_arguments_without_a_batch():
     [
         otmdr_jax.sam(potential, 0.3),
         otmdr_jax.otmdr(potential, rho=0.3, split="shared"),
+        otmdr_jax.dual(potential, 0.3),  # the first step
         baselines.gsam(potential, 0.3, alpha=0.0),
         baselines.looksam(potential, 0.3, every=1),
     ],
-    ids=["sam", "otmdr", "gsam", "looksam"],
+    ids=["sam", "otmdr", "dual", "gsam", "looksam"],
 )
 def test_transformations_of_a_loss_without_a_batch(tx):
     updates, _ = jax.jit(tx.update)(W, tx.init(W), W)

@@ -231,6 +231,42 @@ def member_gradient(build):
     return run
 
 
+def stateful(build, center=PARAMS, **base):
+    """How a functional form of the dual is run: what two steps give, and the state."""
+
+    def run(options, batch=BATCH):
+        options = base | options
+        if options.get("own_batches"):
+            batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), batch)
+        dual = build(loss_of(options), **options)
+        state, found = dual.init(), []
+        for _ in range(2):
+            result, state = dual.apply(state, center, batch, key=KEY)
+            found.append(without_diagnostics(result))
+        return found, state
+
+    return run
+
+
+def member_transformation(build, **base):
+    """The same for a transformation of all members."""
+
+    def run(options, batch=BATCH):
+        options = base | options
+        if options.get("has_aux"):
+            options.setdefault("aux_init", jnp.zeros((2, 4)))
+        if options.get("own_batches"):
+            batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), batch)
+        tx = build(loss_of(options), **options)
+        state, found = tx.init(MEMBERS), [tx.init(MEMBERS).aux]
+        for _ in range(2):
+            updates, state = tx.update(MEMBERS, state, MEMBERS, batch=batch)
+            found.append(updates)
+        return found, without_diagnostics(state)
+
+    return run
+
+
 def joint(options):
     def logits(params, batch):
         out = batch["x"] * params["w"][None]
@@ -371,6 +407,14 @@ MEMBER = {
     "member_axis_name": Seen("other", by=program_on_devices),
     "own_batches": Seen(True),
 }
+DUAL = {
+    "rho": Seen(0.7),
+    "power": Seen(3.0, {"max_ratio": 1.5}),
+    "num_steps": Seen(2),
+    "max_ratio": Seen(0.5),
+    "lambda_init": Seen(2.0),
+    "lambda_optimizer": Seen(optax.sgd(1.0), {"lambda_init": 0.5}),
+}
 LOOK = {
     "alpha": Seen(0.1),
     "every": Seen(1),
@@ -381,6 +425,7 @@ LOOK = {
 _bsam = dict(num_data=50.0, weight_decay=0.1)
 _whole = dict(**_bsam, learning_rate=0.1, key=KEY)
 _ONES = jax.tree.map(jnp.ones_like, PARAMS)
+_AUX = jnp.zeros((2, 4))
 _SCHEDULE = lambda step: 0.1 - 0.01 * step  # noqa: E731
 
 # A public function -> how it is run, and how its options are seen beside `COMMON`.
@@ -390,6 +435,8 @@ TABLE = {
     otmdr_jax.otmdr: (transformation(otmdr_jax.otmdr, key=KEY, rho=RHO), {}),
     otmdr_jax.sam: (transformation(otmdr_jax.sam, rho=RHO), {}),
     otmdr_jax.asam: (transformation(otmdr_jax.asam, rho=RHO), {}),
+    otmdr_jax.dual: (transformation(otmdr_jax.dual, rho=0.3, steps=2), DUAL),
+    otmdr_jax.dual_gradient: (stateful(otmdr_jax.dual_gradient, rho=0.3), DUAL),
     otmdr_jax.sample_particles: (
         sampled,
         {
@@ -408,6 +455,14 @@ TABLE = {
         MEMBER,
     ),
     ensemble.robust_gradient: (member_gradient(ensemble.robust_gradient), MEMBER),
+    ensemble.dual: (
+        member_transformation(ensemble.dual, rho=0.3),
+        MEMBER | DUAL | {"aux_init": Seen(_AUX + 1, {"has_aux": True}, before=_AUX)},
+    ),
+    ensemble.dual_gradient: (
+        stateful(ensemble.dual_gradient, MEMBERS, rho=0.3),
+        MEMBER | DUAL,
+    ),
     ensemble.joint_loss: (joint, MEMBER),
     ensemble.per_member: (
         per_member,
@@ -428,6 +483,10 @@ TABLE = {
     bnn.robust_gradient: (
         gradient(bnn.robust_gradient, POSTERIOR, num_data=50, rho=RHO),
         BAYES,
+    ),
+    bnn.dual_gradient: (
+        stateful(bnn.dual_gradient, POSTERIOR, num_data=50, rho=0.3),
+        BAYES | DUAL,
     ),
     bnn.sgvb: (gradient(bnn.sgvb, POSTERIOR, num_data=50), BAYES),
     bnn.sgvb_gradient: (gradient(bnn.sgvb_gradient, POSTERIOR, num_data=50), BAYES),
@@ -766,6 +825,7 @@ class TestMethods:
     NEEDED = {
         "sgvb": {"num_data": 50},
         "otmdr-bnn": {"num_data": 50},
+        "otmdr-dual-bnn": {"num_data": 50},
         "bsam": {"num_data": 50, "weight_decay": 0.1, "learning_rate": 0.1},
         "ivon": {"num_data": 50, "weight_decay": 0.1, "learning_rate": 0.1},
         "snapshot": {"ends": (1, 2)},
@@ -783,7 +843,7 @@ class TestMethods:
         needed = self.NEEDED.get(name, {})
         kind = methods.METHODS[name]
         if hasattr(kind, "rho") and name != "bsam":
-            needed = needed | {"rho": RHO}
+            needed = needed | {"rho": RHO[:1] if "dual" in name else RHO}
         rule = optax.identity() if kind.has_own_update else optax.sgd(0.1)
 
         def run(options):

@@ -92,6 +92,7 @@ def transformations(loss, key=KEY):
         "otmdr": lambda: otmdr_jax.otmdr(loss, key, noise_std=0.01),
         "sam": lambda: otmdr_jax.sam(loss),
         "asam": lambda: otmdr_jax.asam(loss),
+        "dual": lambda: otmdr_jax.dual(loss, num_steps=2),
         "gsam": lambda: baselines.gsam(loss),
         "looksam": lambda: baselines.looksam(loss, every=2),
         "fisher_sam": lambda: baselines.fisher_sam(loss),
@@ -297,6 +298,7 @@ ANY_SIZE = {
         split="shared", rho=0.1, num_particles=2, noise_std=0.01, particle_map="scan"
     ),
     "fisher_sam": once(baselines.fisher_sam(scaled), AS_ARRAYS),
+    "dual": once(otmdr_jax.dual(scaled), AS_ARRAYS),
     "gsam": once(baselines.gsam(scaled), AS_ARRAYS),
     "looksam": once(baselines.looksam(scaled), AS_ARRAYS),
     "bsam": once(
@@ -512,7 +514,7 @@ class TestDerivatives:
             np.testing.assert_allclose(by_rho, numeric, rtol=1e-5, atol=1e-8)
             assert abs(float(by_rho)) > 1e-4
 
-    @pytest.mark.parametrize("name", ["gsam", "looksam", "bsam", "ivon"])
+    @pytest.mark.parametrize("name", ["dual", "gsam", "looksam", "bsam", "ivon"])
     def test_updates_of_all_transformations_at_a_zero_gradient(self, name):
         def loss(w, x):
             return jnp.sum(w**2) * jnp.mean(x)
@@ -795,12 +797,13 @@ class TestComplex:
     @pytest.mark.parametrize(
         "make",
         [
+            lambda loss: otmdr_jax.dual(loss, num_steps=2),
             lambda loss: baselines.gsam(loss, alpha=0.5),
             lambda loss: baselines.looksam(loss, every=3),
             lambda loss: baselines.looksam(loss, every=2, norm="per_leaf"),
             otmdr_jax.sam,
         ],
-        ids=["gsam", "looksam", "looksam per leaf", "sam"],
+        ids=["dual", "gsam", "looksam", "looksam per leaf", "sam"],
     )
     def test_decompositions_are_those_of_their_parts(self, make):
         got, _ = updated(make(complex_loss), Z, batch=CX)

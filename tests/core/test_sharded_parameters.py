@@ -80,10 +80,21 @@ def pruned(optimizer, growth):
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
+def functional(dual):
+    """A functional form of the dual, whose state has no differences of losses."""
+
+    def update(updates, state, params, batch):
+        found, state = dual.apply(state, params, batch)
+        return found.grads, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: dual.init(), update)
+
+
 TRANSFORMATIONS = {
     "otmdr": otmdr_jax.otmdr(loss_fn, KEY),
     "sam": otmdr_jax.sam(loss_fn),
     "asam": otmdr_jax.asam(loss_fn),
+    "dual": otmdr_jax.dual(loss_fn, num_steps=2),
     "gsam": baselines.gsam(loss_fn),
     "looksam": baselines.looksam(loss_fn, rho=1.0, every=2),
     "fisher_sam": baselines.fisher_sam(loss_fn),
@@ -94,15 +105,24 @@ TRANSFORMATIONS = {
     "dynamic": pruned(optax.sgd(0.1, 0.9), "gradient"),
     "dynamic, random growth": pruned(optax.sgd(0.1, 0.9), "random"),
 }
-MEMBERS = {
-    f"ensemble, {how}": gradient(
-        ensemble.value_and_grad, split="shared", member_map=how
-    )
-    for how in ("unroll", "vmap", "scan")
-} | {
-    f"per_member({name})": ensemble.per_member(TRANSFORMATIONS[name])
-    for name in ("looksam", "bsam", "dynamic, random growth")
-}
+MEMBERS = (
+    {
+        f"ensemble, {how}": gradient(
+            ensemble.value_and_grad, split="shared", member_map=how
+        )
+        for how in ("unroll", "vmap", "scan")
+    }
+    | {
+        f"per_member({name})": ensemble.per_member(TRANSFORMATIONS[name])
+        for name in ("looksam", "bsam", "dynamic, random growth")
+    }
+    | {
+        f"ensemble.dual, {how}": functional(
+            ensemble.dual_gradient(loss_fn, member_map=how)
+        )
+        for how in ("unroll", "vmap", "scan")
+    }
+)
 POSTERIORS = {
     "bnn": gradient(bnn.value_and_grad, num_data=100, split="shared"),
     "sgvb, local": gradient(bnn.sgvb, num_data=100, estimator="local"),
@@ -259,7 +279,8 @@ def test_explicit_axes(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["looksam", "dynamic", "per_member(bsam)", "bnn", "sub-batches"]
+    "name",
+    ["looksam", "dual", "dynamic", "per_member(bsam)", "bnn", "sub-batches"],
 )
 def test_automatic_axes(name):
     assert not of_kernels(check(name, make_mesh("auto-2d")))
@@ -272,7 +293,9 @@ def test_nothing_moves_where_the_batch_is_everywhere(kind):
     assert not moved(compiled)
 
 
-@pytest.mark.parametrize("name", ["ensemble, vmap", "per_member(looksam)"])
+@pytest.mark.parametrize(
+    "name", ["ensemble, vmap", "per_member(looksam)", "ensemble.dual, vmap"]
+)
 def test_members_may_be_spread_over_an_explicit_axis(name):
     mesh = jax.make_mesh(
         (2, 4), ("member", "model"), axis_types=(AxisType.Explicit,) * 2
@@ -322,7 +345,7 @@ def test_fully_sharded_parameters_are_gathered_by_the_loss_alone(name):
     assert len(of_kernels(compiled)) <= passes * len(of_kernels(plain.compile()))
 
 
-@pytest.mark.parametrize("name", ["looksam", "bsam", "dynamic"])
+@pytest.mark.parametrize("name", ["looksam", "dual", "bsam", "dynamic"])
 def test_a_state_may_be_made_inside_of_jit(name):
     mesh = make_mesh("explicit-2d")
     params = setup(name, mesh)

@@ -28,6 +28,7 @@ MAKE = {
     ),
     "sam": lambda loss, **o: otmdr_jax.sam(loss, **o),
     "asam": lambda loss, **o: otmdr_jax.asam(loss, **o),
+    "dual": lambda loss, **o: otmdr_jax.dual(loss, **o),
     "gsam": lambda loss, **o: baselines.gsam(loss, **o),
     "looksam": lambda loss, **o: baselines.looksam(loss, every=2, **o),
     "fisher_sam": lambda loss, **o: baselines.fisher_sam(loss, **o),

@@ -3,9 +3,9 @@
 training.py    the state, the loss and the step, which all methods share
 base.py        what a method says of itself
 point.py       of one weight vector: sgd, sam, asam, gsam, looksam, fisher-sam,
-               otmdr
+               otmdr, otmdr-dual
 sampled.py     what those share that predict with samples
-posterior.py   of means and scales: sgvb, otmdr-bnn
+posterior.py   of means and scales: sgvb, otmdr-bnn, otmdr-dual-bnn
 gaussian.py    of one weight vector and a precision: bsam, ivon
 riding.py      what those share that ride on a method of one weight vector:
 collected.py   snapshot, fge, swa, swag

@@ -66,6 +66,8 @@ class MethodOptions:
       collects: Whether it predicts with copies of its weights.
       is_fitted: Whether predictions are of a Gaussian that a pass over the training set
         fits to weights, which it does not change.
+      share: What makes one memory of those of an ensemble's members: see
+        :class:`otmdr_jax.experiments.methods.Method`.
       only_with: Options that do nothing but with some values of another one.
     """
 
@@ -77,6 +79,7 @@ class MethodOptions:
     needs_dropout: ClassVar[bool] = False
     collects: ClassVar[bool] = False
     is_fitted: ClassVar[bool] = False
+    share: ClassVar[Any] = None
 
     only_with: ClassVar[tuple[OnlyWith, ...]] = ()
 
@@ -121,6 +124,12 @@ class MethodOptions:
     def options(self, run: Run) -> dict[str, Any]:
         """The options of :meth:`make` in a run."""
         raise NotImplementedError
+
+    @staticmethod
+    def logged(memory: PyTree) -> dict[str, Any]:
+        """Further scalars for the log, of what the gradient remembers after a step."""
+        del memory
+        return {}
 
     @property
     def gradients(self) -> float:

@@ -16,11 +16,14 @@ from otmdr_jax.baselines.gsam import RHO as GSAM_RHO
 from otmdr_jax.baselines.looksam import ALPHA as LOOK_ALPHA
 from otmdr_jax.baselines.looksam import EVERY
 from otmdr_jax.baselines.looksam import RHO as LOOK_RHO
+from otmdr_jax.core import dual as dual_lib
+from otmdr_jax.core.dual import MAX_RATIO, RATE
 from otmdr_jax.core.gradient import PAPER_RHO
 from otmdr_jax.core.transform import asam, otmdr, plain, sam
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import MethodOptions, Run
 from otmdr_jax.experiments.options import (
+    AtLeastOne,
     Count,
     NotNegative,
     OnlyWith,
@@ -37,6 +40,8 @@ def rule(
     optimizer: optax.GradientTransformation,
     *,
     times: int = 1,
+    logged: Callable[[PyTree], dict[str, jax.Array]] = lambda memory: {},
+    share: training.Share | None = None,
 ) -> Callable[[Callable], training.Rule]:
     """The rule of a transformation that computes its own gradient, as `otmdr` does.
 
@@ -44,6 +49,8 @@ def rule(
       transformation: (loss_fn, key, **has_aux and aux_init) -> the transformation.
       optimizer: What turns its gradient into an update.
       times: What the gradient is multiplied by.
+      logged: The memory after a step -> further scalars for the log.
+      share: See :class:`training.Method`.
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
@@ -64,9 +71,13 @@ def rule(
                 grads, state.opt_state, state.params, value=info.robust_loss
             )
             memory = after.memory if len(after) > 4 else None
-            return training.Update(updates, opt_state, memory, after.aux, info)
+            return training.Update(
+                updates, opt_state, memory, after.aux, info, logged(memory)
+            )
 
-        return training.Rule(lambda key, params: params, init, update, at_weights)
+        return training.Rule(
+            lambda key, params: params, init, update, at_weights, share=share
+        )
 
     return of_loss
 
@@ -131,7 +142,7 @@ class Point(MethodOptions):
 
         # Here, that what cannot work is refused before there is a state.
         cls.transformation(lambda *args: None, **options)
-        made = rule(transformation, optimizer)
+        made = rule(transformation, optimizer, logged=cls.logged, share=cls.share)
         return training.build(model, loss, made, options.get("axis_name"))
 
     def options(self, run: Run) -> dict[str, Any]:
@@ -289,6 +300,64 @@ class FisherSam(Sam):
 
     def options(self, run: Run) -> dict[str, Any]:
         return {**super().options(run), "eta": self.fisher_eta}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budgeted(Climbing):
+    """What methods have whose radius adapts: the dual form (Eqs. 14, 26)."""
+
+    dual_power: AtLeastOne = 2.0
+    """p of the distance d, the p-th power of the length. Default: 2, with which
+    particles go as far as their gradients are long; 1 needs dual_max_ratio 1."""
+    dual_steps: Count = 1
+    """Ascent steps towards the inner maximum, a gradient each."""
+    dual_rate: NotNegative = RATE
+    """Learning rate of the logarithm of lambda, by plain descent: the share of the
+    distance d by which a budget that is spent twice over changes it in a step."""
+    dual_max_ratio: Positive = MAX_RATIO
+    """How many radii a particle may be away. With 1 and dual_power 1 it is sam (Theorem
+    4.3)."""
+
+    share = staticmethod(dual_lib.share)
+
+    @staticmethod
+    def logged(memory: PyTree) -> dict[str, jax.Array]:
+        return {
+            "lambda": memory.multiplier,
+            "budget_used": memory.budget_used,
+            "dual_value": memory.value,
+        }
+
+    def options(self, run: Run) -> dict[str, Any]:
+        return {
+            **super().options(run),
+            "power": self.dual_power,
+            "num_steps": self.dual_steps,
+            "max_ratio": self.dual_max_ratio,
+            "lambda_optimizer": dual_lib.lambda_optimizer(self.dual_rate),
+        }
+
+    @property
+    def gradients(self) -> float:
+        """One at the particle, one for each ascent step."""
+        return 1.0 + self.dual_steps
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        one_radius(self)
+        if self.dual_power == 1 and self.dual_max_ratio > 1:
+            raise ValueError(
+                "dual_power=1 needs --dual-max-ratio 1, the ball of Theorem 4.3, got "
+                f"{self.dual_max_ratio}: use a power above 1, as 2."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtmdrDual(Budgeted):
+    """The dual form: a radius that adapts to the gradient, with a mean of --rho."""
+
+    name = "otmdr-dual"
+    transformation = staticmethod(dual_lib.dual)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from otmdr_jax.core.options import check_count
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
 from otmdr_jax.experiments.methods.point import (
+    Budgeted,
     Particles,
     Point,
 )
@@ -104,10 +105,13 @@ class Posterior(Sampled):
 
         def rule(loss_fn):
             number: Any = 1.0 if scheduled else kl_weight
-            compute = cls.function(loss_fn, has_aux=True, kl_weight=number, **options)
+            first, compute = cls.remembering(
+                loss_fn, has_aux=True, kl_weight=number, **options
+            )
 
             def update(state, batch, scaled):
-                found = compute(
+                found, memory = compute(
+                    state.memory,
                     state.params,
                     batch,
                     state.model_state,
@@ -122,8 +126,9 @@ class Posterior(Sampled):
                     grads, state.opt_state, state.params, value=found.value
                 )
                 terms = {"likelihood_term": found.nll, "kl": found.kl}
+                terms |= cls.logged(memory)
                 return training.Update(
-                    updates, opt_state, None, found.aux, found.diagnostics, terms
+                    updates, opt_state, memory, found.aux, found.diagnostics, terms
                 )
 
             def predict(log_probs_fn, state, key):
@@ -137,13 +142,25 @@ class Posterior(Sampled):
 
             return training.Rule(
                 start,
-                lambda q: (optimizer.init(q), None),
+                lambda q: (optimizer.init(q), first()),
                 update,
                 predict,
                 lambda state: state.params,
+                cls.share,
             )
 
         return training.build(model, loss, rule, options.get("axis_name"))
+
+    @classmethod
+    def remembering(cls, loss_fn: Any, **options: Any) -> tuple[Any, Any]:
+        """() -> a memory, and the gradient: (memory, q, batch, ...) -> (found, memory).
+
+        Args:
+          loss_fn: The loss of one model.
+          **options: Of the function.
+        """
+        compute = cls.function(loss_fn, **options)
+        return lambda: None, lambda memory, *args, **own: (compute(*args, **own), None)
 
     def options(self, run: Run) -> dict[str, Any]:
         priors = {
@@ -251,3 +268,14 @@ class OtmdrBnn(Posterior, Particles):
             # The first part's gradient at the center is there already.
             count += 1.0 - 1.0 / self.num_parts
         return count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtmdrDualBnn(Posterior, Budgeted):
+    """The dual form over a posterior: draws share the budget of --rho."""
+
+    name = "otmdr-dual-bnn"
+
+    @classmethod
+    def remembering(cls, loss_fn, **options):
+        return tuple(bnn.dual_gradient(loss_fn, **options))

@@ -24,8 +24,10 @@ METHODS: dict[str, type[MethodOptions]] = {
         point.Sam,
         point.Asam,
         point.Otmdr,
+        point.OtmdrDual,
         posterior.Sgvb,
         posterior.OtmdrBnn,
+        posterior.OtmdrDualBnn,
         point.Gsam,
         point.LookSam,
         point.FisherSam,
@@ -71,10 +73,11 @@ def create(
     """Builds a method from a model and an optimizer.
 
     Args:
-      name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr";
-        for Bayesian networks "sgvb" and "otmdr-bnn"; "gsam", "looksam", "fisher-sam",
-        "bsam", "ivon", "snapshot", "fge", "swa", "swag", "dst", "edst", "mc-dropout"
-        and "laplace" of :mod:`otmdr_jax.baselines`.
+      name: "sgd" (the plain gradient, whatever the optimizer), "sam", "asam", "otmdr",
+        "otmdr-dual"; for Bayesian networks "sgvb", "otmdr-bnn" and "otmdr-dual-bnn";
+        "gsam", "looksam", "fisher-sam", "bsam", "ivon", "snapshot", "fge", "swa",
+        "swag", "dst", "edst", "mc-dropout" and "laplace" of
+        :mod:`otmdr_jax.baselines`.
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.
         Where its `dropout` is above 0 it gets a key for each example while it trains.
       optimizer: What turns the gradient into an update; gets `value=` where it takes
@@ -87,8 +90,8 @@ def create(
       loss_scaling: Scale losses dynamically, as float16 needs: see
         :mod:`otmdr_jax.experiments.precision`.
       **options: Those of the method's transformation: :func:`otmdr_jax.otmdr`, `sam`,
-        `asam`, and those of :mod:`otmdr_jax.baselines` by their names; "sgd" has
-        `axis_name` and `microbatch_size`. With `axis_name` (and for particles
+        `asam`, `dual`, and those of :mod:`otmdr_jax.baselines` by their names; "sgd"
+        has `axis_name` and `microbatch_size`. With `axis_name` (and for particles
         `particle_axis_name`) the step runs inside `jax.shard_map` or `jax.pmap`: see
         :mod:`otmdr_jax.parallel`. "sgvb" and "otmdr-bnn" have those of
         :meth:`otmdr_jax.experiments.methods.posterior.Posterior.make`, "bsam" and

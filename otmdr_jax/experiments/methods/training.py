@@ -20,6 +20,7 @@ from otmdr_jax.experiments import precision
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]
+Share = Callable[[PyTree, jax.Array, Any], PyTree]
 
 
 class TrainState(NamedTuple):
@@ -38,7 +39,8 @@ class TrainState(NamedTuple):
       loss_scale: The :class:`otmdr_jax.experiments.precision.LossScale` of float16,
         or None.
       memory: What the method's gradient remembers of the steps before, or None: the
-        precision of bSAM, the Hessian of IVON, the direction of LookSAM.
+        precision of bSAM, the Hessian of IVON, the direction of LookSAM, the multiplier
+        of the dual form.
       method_state: What a method keeps of its own, as the members that it collects, or
         None: see :mod:`otmdr_jax.baselines`.
     """
@@ -63,13 +65,17 @@ class Method(NamedTuple):
       step: (state, (images, labels)) -> (state, metrics); compile it with `jax.jit`
         and donate the state. Metrics are scalars: loss, center_loss, gap, accuracy,
         grad_norm, distance, skipped, skipped_in_row, loss_scale where there is one,
-        likelihood_term and kl for Bayesian networks.
+        likelihood_term and kl for Bayesian networks, lambda, budget_used and
+        dual_value for the dual form.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
         posterior; of one weight vector S is 1.
       posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
         without one.
       finalize: The pass over the training set that a prediction needs, or None for
         most methods, which predict with the state that they train.
+      share: (memories of all members on a leading axis, (M,) whose step was finite, the
+        device axis that members are spread over) -> the one memory that all of them go
+        on with; None where members have nothing in common.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
@@ -77,6 +83,7 @@ class Method(NamedTuple):
     predict: Callable[[TrainState, jax.Array], jax.Array]
     posterior: Callable[[TrainState], bnn.MeanField] | None = None
     finalize: baselines.Finalize | None = None
+    share: Share | None = None
 
 
 class Update(NamedTuple):
@@ -111,6 +118,7 @@ class Rule(NamedTuple):
       predict: (log_probs_fn, state, key) -> (S, B, C), with log_probs_fn from the
         model's parameters to (B, C) log-probabilities.
       posterior: state -> its posterior; None where there is none.
+      share: See :class:`Method`.
     """
 
     start: Callable[[jax.Array, PyTree], PyTree]
@@ -118,6 +126,7 @@ class Rule(NamedTuple):
     update: Callable[[TrainState, Any, dict[str, Any]], Update]
     predict: Callable[..., jax.Array]
     posterior: Callable[[TrainState], bnn.MeanField] | None = None
+    share: Share | None = None
 
 
 class Loss(NamedTuple):
@@ -242,7 +251,7 @@ def build(
         key = jax.random.split(state.key, 3)[2]
         return rule.predict(log_probs, state, key)
 
-    return Method(init, step, predict, rule.posterior)
+    return Method(init, step, predict, rule.posterior, share=rule.share)
 
 
 def cross_entropy(

@@ -138,7 +138,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     if lifted:
         axis = "member" if spread else None
         stream, train = (
-            members.lift_step(steps, config.model.member_map, axis)
+            members.lift_step(steps, config.model.member_map, axis, methods_[0].share)
             for steps in zip(*pairs, strict=True)
         )
     own_data = lifted and config.model.member_data == "own"
