@@ -1,9 +1,26 @@
 """What the benchmarks write down; imports neither JAX nor PyTorch."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+
+
+def options_of(doc, smoke=None):
+    """A parser of the options that benchmarks share, to add others to.
+
+    Args:
+      doc: What the benchmark says of itself.
+      smoke: What --smoke does; None where there is no such option.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", help="also write everything to this file")
+    if smoke is not None:
+        parser.add_argument("--smoke", action="store_true", help=smoke)
+    return parser
 
 
 def write_json(path, record):

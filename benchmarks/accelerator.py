@@ -29,7 +29,6 @@ not fit into `--minutes` any more as skipped. The file is rewritten after each.
 Expected: OT-MDR with K = 1 takes as long as SAM; see TARGETS.
 """
 
-import argparse
 import concurrent.futures
 import importlib.util
 import json
@@ -59,7 +58,7 @@ from _common import (  # noqa: E402
     measure,
     summarise,
 )
-from _record import markdown, nvidia_smi, write_json  # noqa: E402
+from _record import markdown, nvidia_smi, options_of, write_json  # noqa: E402
 
 from otmdr_jax import models  # noqa: E402
 
@@ -525,17 +524,13 @@ def plan(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "tiny networks, one round, on the CPU")
     add = parser.add_argument
     add("--minutes", type=float, default=8.0, help="begin nothing that takes longer")
-    add("--json", help="also write everything to this file, after every measurement")
     add("--only", nargs="*", default=list(PARTS), choices=PARTS)
     add("--particles", type=int, nargs="*", help="K beside 1; default 4 2, smoke 2")
     add("--rounds", type=int, default=31, help="at most")
     add("--threads", type=int, default=4, help="programs compiled at once")
-    add("--smoke", action="store_true", help="tiny networks, one round, on the CPU")
     options = parser.parse_args()
     if options.particles is None:
         options.particles = [2] if options.smoke else [4, 2]

@@ -14,7 +14,6 @@ at a posterior that was trained on digits.
 Expected: 15 minutes on 2 CPU cores.
 """
 
-import argparse
 import functools
 from unittest import mock
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import Step, compile_step, environment, make_batch, measure, summarise
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 from bnn_digits import BASE
 from memory import AS_ACCELERATORS
 
@@ -162,9 +161,7 @@ def variance_table(found):
 
 def main():
     cpu = jax.default_backend() == "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "a tiny network, three steps, one round")
     add = parser.add_argument
     add("--model", default="wide_resnet_16_2" if cpu else "resnet_10")
     add("--batch-size", type=int, default=32 if cpu else 128)
@@ -172,8 +169,6 @@ def main():
     add("--image-size", type=int, default=32)
     add("--rounds", type=int, default=9 if cpu else 31)
     add("--draws", type=int, default=200, help="for the variance")
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="a tiny network, three steps, one round")
     options = parser.parse_args()
     epochs, batches, chosen = BASE.run.epochs, BATCHES, None
     if options.smoke:

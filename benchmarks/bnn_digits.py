@@ -8,12 +8,11 @@ cold posterior. Model, epochs, optimizer, schedule, prior and samples are the sa
 all; OT-MDR-BNN has the paper's radii (0.005, 0.01), and ten times these.
 """
 
-import argparse
 import pathlib
 import tempfile
 
 from _common import environment
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax.experiments import report, training
 from otmdr_jax.experiments.config import TrainConfig
@@ -56,13 +55,9 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "one run of one epoch")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", help="also write everything to this file")
     parser.add_argument("--report", help="also write a report to this folder")
-    parser.add_argument("--smoke", action="store_true", help="one run of one epoch")
     options = parser.parse_args()
     seeds, base, weights, methods = range(options.seeds), BASE, WEIGHTS, METHODS
     if options.smoke:

@@ -9,14 +9,13 @@ Times are of a batch of CIFAR's shape on the device, in turns: the predictions o
 small network first, then each corruption. Expected: a minute on 2 CPU cores.
 """
 
-import argparse
 import statistics
 import time
 
 import jax
 import numpy as np
 from _common import environment
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import data, models
 from otmdr_jax.experiments.report import plots
@@ -102,18 +101,14 @@ def sheet(image):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "16 images, one round")
     add = parser.add_argument
     add("--batch-size", type=int, default=512)
     add("--rounds", type=int, default=15)
-    add("--json", help="also write everything to this file")
     add("--picture", help="draw a test image in all corruptions; nothing is timed")
     add("--data", default="digits", help="the picture's set")
     add("--data-dir", help="folder of prepared TFDS data")
     add("--image", type=int, default=0, help="which test image")
-    add("--smoke", action="store_true", help="16 images, one round")
     options = parser.parse_args()
     if options.picture:
         split, _ = data.load_test(options.data, data_dir=options.data_dir)

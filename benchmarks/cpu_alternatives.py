@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import compile_step, environment, make_arguments, make_batch, make_steps
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 from cpu_convolution import WAYS, gradients, layer_operands, program, step_program
 from jax import lax
 
@@ -490,15 +490,11 @@ def tables(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "tiny and once: seconds")
     add = parser.add_argument
     parts = ("layers", "steps", "flags")
     add("--only", nargs="*", default=parts, choices=parts)
     add("--rounds", type=int, default=11)
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="tiny and once: seconds")
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if jax.default_backend() != "cpu":

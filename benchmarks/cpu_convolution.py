@@ -10,7 +10,6 @@ Memory is the compiled program's own account. Expected: 10 minutes on 2 CPU core
 of it XLA's convolutions in loops.
 """
 
-import argparse
 import functools
 import statistics
 import time
@@ -18,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 from _common import compile_step, environment, make_arguments, make_batch, make_steps
-from _record import markdown, processor_name, write_json
+from _record import markdown, options_of, processor_name, write_json
 from jax import lax
 
 from otmdr_jax import models
@@ -232,16 +231,13 @@ def tables(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     add = parser.add_argument
     add("--model", default="wide_resnet_16_2")
     add("--batch-size", type=int, default=32)
     add("--rounds", type=int, default=11)
     add("--slow-rounds", type=int, default=3, help="where XLA takes seconds")
     add("--steps", nargs="*", default=STEPS, help="of benchmarks/step_time.py")
-    add("--json", help="also write everything to this file")
     options = parser.parse_args()
     if jax.default_backend() != "cpu":
         parser.error("this measures CPUs: set JAX_PLATFORMS=cpu")

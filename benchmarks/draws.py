@@ -11,7 +11,6 @@ steps as it takes gradients, in the same round: what exceeds 1 is what it does b
 them. Memory is the compiler's account, beside SAM's.
 """
 
-import argparse
 import statistics
 
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from _common import (
     make_steps,
     measure,
 )
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models
 
@@ -48,17 +47,13 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "a small network, two rounds")
     add = parser.add_argument
     add("--model", default="wide_resnet_16_2")
     add("--batch-size", type=int, default=32)
     add("--dtype", default="float32")
     add("--rounds", type=int, default=15)
     add("--draws", type=int, nargs="*", default=[1, 2, 4], help="numbers K")
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="a small network, two rounds")
     options = parser.parse_args()
     if options.smoke:
         options.model, options.rounds, options.draws = "cnn_small", 2, [1]

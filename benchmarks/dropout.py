@@ -7,12 +7,10 @@ Each round takes every step once, so that all see the same load. Expected: two m
 on 2 CPU cores.
 """
 
-import argparse
-
 import jax
 import optax
 from _common import compile_step, environment, make_batch, measure, summarise
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models
 from otmdr_jax.experiments import methods
@@ -70,15 +68,11 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "the smallest run that does everything")
     add = parser.add_argument
     add("--models", nargs="+", default=MODELS)
     add("--batch-size", type=int, default=16)
     add("--rounds", type=int, default=9)
-    add("--json", help="where to write the numbers")
-    add("--smoke", action="store_true", help="the smallest run that does everything")
     args = parser.parse_args()
     if args.smoke:
         args.models, args.batch_size, args.rounds = ["cnn_small"], 4, 2

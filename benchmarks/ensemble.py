@@ -13,7 +13,6 @@ round after round, in one process; ratios are medians over rounds of the ratio t
 Expected: 5 minutes on 2 CPU cores.
 """
 
-import argparse
 import statistics
 import time
 
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from _common import environment, make_batch, peak_mib
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models
 from otmdr_jax.experiments import members, methods
@@ -112,9 +111,7 @@ def table(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "a tiny network, two members, one round")
     add = parser.add_argument
     add("--model", default="wide_resnet_10_2")
     add("--method", default="otmdr", choices=["sgd", "sam", "otmdr"])
@@ -124,8 +121,6 @@ def main():
     add("--members", type=int, nargs="*", default=[2, 5], help="M beside 1")
     add("--maps", nargs="*", default=list(MAPS), choices=MAPS)
     add("--rounds", type=int, default=11)
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="a tiny network, two members, one round")
     options = parser.parse_args()
     if options.smoke:
         options.model, options.image_size, options.batch_size = "cnn_small", 8, 8

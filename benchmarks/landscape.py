@@ -11,7 +11,6 @@ vector, and of all that the eigenvalues and the trace take.
 Expected: 2 minutes on 2 CPU cores.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import environment, peak_mib
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import data, landscape, models
 from otmdr_jax.experiments.programs import loss_sum
@@ -128,17 +127,13 @@ def measure_hessian(problem, rounds, probes):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "3 x 3 points, 40 digits, one round")
     add = parser.add_argument
     add("--model", default="cnn_small")
     add("--points", type=int, default=51)
     add("--examples", type=int, default=1_000)
     add("--probes", type=int, default=100)
     add("--rounds", type=int, default=3)
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="3 x 3 points, 40 digits, one round")
     options = parser.parse_args()
     if options.smoke:
         options.points, options.examples, options.rounds = 3, 40, 1

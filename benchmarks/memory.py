@@ -12,12 +12,11 @@ reductions, which keep constants of the size of the parameters.
 Expected: 10 to 20 minutes on 2 CPU cores, all compilation; `--particles 2` takes half.
 """
 
-import argparse
 from unittest import mock
 
 import jax
 from _common import compile_step, environment, make_arguments, make_batch, make_steps
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models
 
@@ -44,9 +43,7 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "a tiny network and K = 1")
     add = parser.add_argument
     add("--model", default="wide_resnet_10_2")
     add("--batch-size", type=int, default=64)
@@ -55,8 +52,6 @@ def main():
     add("--particles", type=int, nargs="*", default=[2, 4], help="K beside 1")
     add("--maps", nargs="*", default=["unroll", "scan", "vmap"])
     add("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
-    add("--json", help="also write everything to this file, after every program")
-    add("--smoke", action="store_true", help="a tiny network and K = 1")
     options = parser.parse_args()
     if options.smoke:
         options.model, options.batch_size, options.image_size = "cnn_small", 8, 8

@@ -12,14 +12,13 @@ round. Gradients are those that the method has by its definition, of whole batch
 that a ratio above them is what else it does. Memory is the compiler's own account.
 """
 
-import argparse
 import statistics
 import time
 
 import jax
 import numpy as np
 from _common import environment, measure
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.experiments import methods, programs
@@ -75,9 +74,7 @@ def table(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "a tiny network, three methods")
     add = parser.add_argument
     add("--model", default="wide_resnet_16_2")
     add("--batch-size", type=int, default=32)
@@ -86,8 +83,6 @@ def main():
     add("--methods", nargs="*", default=list(methods.METHODS))
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=5, help="a round; LookSAM climbs every fifth")
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="a tiny network, three methods")
     options = parser.parse_args()
     if options.smoke:
         options.model, options.image_size, options.batch_size = "cnn_small", 8, 8

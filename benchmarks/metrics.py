@@ -10,14 +10,13 @@ allocates beyond the input, by tracemalloc, in a run that is not timed.
 Expected: 4 minutes on 2 CPU cores and 2 GB of memory.
 """
 
-import argparse
 import statistics
 import time
 import tracemalloc
 
 import numpy as np
 from _common import environment
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import metrics
 
@@ -79,16 +78,12 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "2,000 examples, 10 classes, one round")
     add = parser.add_argument
     add("--examples", type=int, default=1_000_000)
     add("--classes", type=int, default=100)
     add("--rounds", type=int, default=3)
     add("--scikit-learn", action="store_true", help="time its one-vs-rest AUROC, once")
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="2,000 examples, 10 classes, one round")
     options = parser.parse_args()
     if options.smoke:
         options.examples, options.classes, options.rounds = 2_000, 10, 1

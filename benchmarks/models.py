@@ -11,7 +11,6 @@ the median of the timed runs: a forward pass (`train=False`), and a training ste
 with momentum. Expected: 6 minutes on 2 idle CPU cores, most of it compilation.
 """
 
-import argparse
 import statistics
 import time
 from unittest import mock
@@ -19,7 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from _common import compile_step, environment, make_arguments, make_batch, make_steps
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models
 
@@ -109,15 +108,11 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "cnn_small, 8 images of 8x8, once")
     add = parser.add_argument
     add("--batch-size", type=int, default=16)
     add("--rounds", type=int, default=5)
     add("--slow-rounds", type=int, default=3, help="of wide residual networks")
-    add("--json", help="also write everything to this file, after every network")
-    add("--smoke", action="store_true", help="cnn_small, 8 images of 8x8, once")
     options = parser.parse_args()
     which, side = MODELS, 32
     if options.smoke:

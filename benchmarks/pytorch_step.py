@@ -11,12 +11,11 @@ synchronisations; each configuration is written down as soon as it is measured.
 Expected: about 2 minutes on an H100, most of it compilation.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
-from _record import write_json
+from _record import options_of, write_json
 from torch import nn
 from torch.nn import functional as F
 
@@ -123,9 +122,7 @@ def measure(step, rounds, steps, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "a tiny network, one step, on the CPU")
     add = parser.add_argument
     add("--depth", type=int, default=28)
     add("--width", type=int, default=10)
@@ -134,8 +131,6 @@ def main():
     add("--dtypes", nargs="*", default=["bfloat16"], choices=["bfloat16", "float32"])
     add("--rounds", type=int, default=11)
     add("--steps", type=int, default=10, help="steps between two synchronisations")
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="a tiny network, one step, on the CPU")
     options = parser.parse_args()
     if options.smoke:
         options.depth, options.width, options.batch_sizes = 10, 1, [8]

@@ -14,7 +14,6 @@ assumptions that are printed: it is arithmetic, not a measurement.
 Expected: about 8 minutes on 2 CPU cores.
 """
 
-import argparse
 import re
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import environment, make_batch, measure
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models, parallel
 from otmdr_jax.experiments import methods
@@ -188,16 +187,12 @@ def tables(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "two devices, a tiny network")
     add = parser.add_argument
     add("--model", default="wide_resnet_10_1")
     add("--per-device", type=int, default=8, help="examples on each device")
     add("--image-size", type=int, default=32)
     add("--rounds", type=int, default=11)
-    add("--json", help="also write everything to this file")
-    add("--smoke", action="store_true", help="two devices, a tiny network")
     options = parser.parse_args()
     devices = [1, 2, 4, 8]
     jax.config.update("jax_num_cpu_devices", devices[-1])

@@ -8,11 +8,10 @@ Trained as `otmdr demo` does, with 20 % wrong training labels; tested as `otmdr 
 does, on all six corruptions in five severities. Means over seeds.
 """
 
-import argparse
 import statistics
 
 from _common import environment
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import data
 from otmdr_jax.experiments import demo, programs, report, training
@@ -48,13 +47,9 @@ def table(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "one method, one epoch")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", help="also write everything to this file")
     parser.add_argument("--picture", help="also draw the means into this file")
-    parser.add_argument("--smoke", action="store_true", help="one method, one epoch")
     options = parser.parse_args()
     chosen, seeds, severities = demo.METHODS, range(options.seeds), data.SEVERITIES
     if options.smoke:

@@ -11,8 +11,6 @@ the compiled program's own account: temporaries + arguments + outputs - aliases.
 Expected: about 8 minutes on 2 CPU cores; see docs/performance.md for the table.
 """
 
-import argparse
-
 import jax
 import jax.numpy as jnp
 from _common import (
@@ -25,7 +23,7 @@ from _common import (
     measure,
     summarise,
 )
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax import models
 
@@ -51,9 +49,7 @@ def table(results):
 
 def main():
     cpu = jax.default_backend() == "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__)
     add = parser.add_argument
     add("--model", default="wide_resnet_16_2" if cpu else "wide_resnet_28_10")
     add("--batch-size", type=int, default=32 if cpu else 128)
@@ -61,7 +57,6 @@ def main():
     add("--rounds", type=int, default=11 if cpu else 31)
     add("--particles", type=int, nargs="*", default=[2, 4])
     add("--map-particles", type=int, nargs="*", default=[2] if cpu else [2, 4])
-    add("--json", help="also write everything to this file")
     options = parser.parse_args()
 
     model = models.create(options.model, 10, dtype=jnp.dtype(options.dtype))

@@ -11,14 +11,13 @@ numbers of each run. Means over seeds; p-values are those of the paired t-test a
 SGD over seeds.
 """
 
-import argparse
 import pathlib
 import re
 import tempfile
 
 import numpy as np
 from _common import environment
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 from otmdr_jax.experiments import sweep
 from otmdr_jax.experiments.report import cost, plots
@@ -64,14 +63,10 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "three steps, two seeds")
     parser.add_argument("file", help="the sweep, such as examples/sweep_digits.toml")
     parser.add_argument("--output", help="folder of the runs; default: a temporary one")
-    parser.add_argument("--json", help="also write the rows to this file")
     parser.add_argument("--picture", help="also draw accuracy against cost")
-    parser.add_argument("--smoke", action="store_true", help="three steps, two seeds")
     options = parser.parse_args()
     text = pathlib.Path(options.file).read_text()
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,14 +11,13 @@ distances: half the sum of |share of draws - probability| over the cells of a gr
 A finite number of exact draws has one too, which is given.
 """
 
-import argparse
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _common import environment
-from _record import markdown, write_json
+from _record import markdown, options_of, write_json
 
 import otmdr_jax
 
@@ -189,13 +188,9 @@ def picture(path, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options_of(__doc__, "few draws")
     parser.add_argument("--pictures", help="folder that ball.png is written to")
-    parser.add_argument("--json", help="also write the numbers to this file")
     parser.add_argument("--draws", type=int, default=50_000)
-    parser.add_argument("--smoke", action="store_true", help="few draws")
     options = parser.parse_args()
     count = 500 if options.smoke else options.draws
     results = measure(count)
