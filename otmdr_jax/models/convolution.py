@@ -107,14 +107,8 @@ def _explicit(x: jax.Array) -> bool:
 
 def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
     """Inside shard_map: lets all operands vary over the axes that any varies over."""
-
-    def axes(x):
-        aval = jax.typeof(x)
-        kind = getattr(aval, "mat", None)  # since JAX 0.10
-        return kind.varying if kind is not None else getattr(aval, "vma", frozenset())
-
-    union = frozenset().union(*map(axes, operands))
-    missing = [tuple(sorted(union - axes(x))) for x in operands]
+    axes = [jax.typeof(x).mat.varying for x in operands]
+    missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
     return [
         lax.pcast(x, names, to="varying") if names else x
         for x, names in zip(operands, missing, strict=True)
