@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
         "Run: pip install otmdr-jax[models]"
     ) from error
 
+from otmdr_jax.core.options import check_count, check_number
 from otmdr_jax.models.base import Model, parameter_count
 from otmdr_jax.models.cnn import SmallCNN
 from otmdr_jax.models.counting import output_positions
@@ -158,18 +159,26 @@ def create(
       <https://arxiv.org/abs/1604.06174>`_, 2016.
       Each family's module cites its architecture's source.
     """
+    check_count("num_classes", num_classes)
+    if num_classes < 2:
+        raise ValueError(
+            f"num_classes must be at least 2, got {num_classes}. A binary classifier "
+            "has two logits here."
+        )
+    if not isinstance(remat, bool):
+        raise TypeError(f"remat must be True or False, got {remat!r}.")
     family, fixed = _lookup(name)
     _check_known(name, family, fixed, options)
     family.check(**fixed, **options)
     return Model(
         name=name,
-        num_classes=_check_num_classes(num_classes),
+        num_classes=int(num_classes),
         family=family,
         options=tuple(sorted({**fixed, **options}.items())),
         dtype=_check_floating("dtype", dtype),
         param_dtype=_check_floating("param_dtype", param_dtype),
         batchnorm_axis_name=batchnorm_axis_name,
-        remat=_check_bool("remat", remat),
+        remat=remat,
         dropout=_check_rate(dropout),
     )
 
@@ -205,27 +214,9 @@ def _check_known(
             )
 
 
-def _check_num_classes(num_classes: int) -> int:
-    if isinstance(num_classes, bool) or not hasattr(num_classes, "__index__"):
-        raise TypeError(f"num_classes must be an integer, got {num_classes!r}.")
-    if num_classes < 2:
-        raise ValueError(
-            f"num_classes must be at least 2, got {num_classes}. A binary classifier "
-            "has two logits here."
-        )
-    return int(num_classes)
-
-
-def _check_bool(argument: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument} must be True or False, got {value!r}.")
-    return value
-
-
 def _check_rate(rate: Any) -> float:
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise TypeError(f"dropout must be a number in [0, 1), got {rate!r}.")
-    if not 0 <= rate < 1:
+    check_number("dropout", rate)
+    if not rate < 1:
         raise ValueError(
             f"dropout must be in [0, 1), the share that is dropped, got {rate}."
         )

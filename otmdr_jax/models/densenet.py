@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from otmdr_jax.core.options import check_word
 from otmdr_jax.models.base import Layers, global_average_pool
 
 _STEMS = ("cifar", "imagenet")
@@ -109,8 +110,7 @@ class DenseNet(nnx.Module):
     ) -> None:
         """Raises ValueError unless the stem is known."""
         del stage_sizes, growth  # the registry's
-        if stem not in _STEMS:
-            raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
+        check_word("stem", stem, _STEMS)
 
     def __call__(
         self, images: jax.Array, *, train: bool, keys: jax.Array | None = None

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from otmdr_jax.core.options import check_word
 from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 _STEMS = ("cifar", "imagenet")
@@ -139,8 +140,7 @@ class EfficientNet(Chain):
     def check(stage_sizes: tuple[int, ...], stem: str = "cifar") -> None:
         """Raises ValueError unless the stem is known."""
         del stage_sizes  # the registry's
-        if stem not in _STEMS:
-            raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
+        check_word("stem", stem, _STEMS)
 
     def __call__(
         self, images: jax.Array, *, train: bool, keys: jax.Array | None = None

@@ -11,6 +11,7 @@ convolution of a block.
 import jax
 from flax import nnx
 
+from otmdr_jax.core.options import check_word
 from otmdr_jax.models.base import Chain, Layers, global_average_pool
 
 _STEMS = ("cifar", "imagenet")
@@ -93,11 +94,8 @@ class ResNet(Chain):
     ) -> None:
         """Raises ValueError unless the stem and the activation are known."""
         del stage_sizes  # the registry's
-        if stem not in _STEMS:
-            raise ValueError(f"stem must be one of {_STEMS}, got {stem=}.")
-        if activation not in _ACTIVATIONS:
-            known = tuple(_ACTIVATIONS)
-            raise ValueError(f"activation must be one of {known}, got {activation=}.")
+        check_word("stem", stem, _STEMS)
+        check_word("activation", activation, tuple(_ACTIVATIONS))
 
     def __call__(
         self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
