@@ -66,7 +66,6 @@ class LazyImages:
         *,
         checksums: np.ndarray | None = None,
     ):
-        """See the class."""
         if len(shape) != 4 or min(shape) < 0:
             raise ValueError(f"shape must be (N, H, W, C), got {shape}.")
         if checksums is not None and checksums.shape != shape[:1]:
@@ -89,7 +88,6 @@ class LazyImages:
         return len(self._rows) * int(np.prod(self._image_shape))
 
     def __len__(self) -> int:
-        """N."""
         return len(self._rows)
 
     def __repr__(self) -> str:
@@ -97,7 +95,6 @@ class LazyImages:
         return f"LazyImages({'x'.join(map(str, self.shape))} uint8)"
 
     def __getitem__(self, index: Any) -> Any:
-        """See the class."""
         if isinstance(index, slice):
             return self._decode(self._rows[index])
         # A tuple would pass for a sequence of rows; NumPy takes it for several axes.

@@ -5,7 +5,7 @@ does not fit in memory, only its labels are read and kept, and images are decode
 demand. `builders` finds the set, `records` its records.
 """
 
-import dataclasses
+import functools
 import logging
 import math
 import os
@@ -197,26 +197,24 @@ def _lazy(
             f"images that are not held in memory must be uint8, and those of "
             f"{builder.name!r} are {first.dtype}. Load them with in_memory=True."
         )
-    read = _ReadImages(records, parse, image_key, first.shape)
+    # For threads, and to be pickled.
+    read = functools.partial(_read_images, records, parse, image_key, first.shape)
     return LazyImages(read, (len(records), *first.shape), checksums=checksums)
 
 
-@dataclasses.dataclass(frozen=True)
-class _ReadImages:
-    """The function with which `LazyImages` reads; for threads, and to be pickled."""
-
-    records: Records
-    parse: Callable[[bytes], dict[str, Any]]
-    image_key: str
-    shape: tuple[int, int, int]
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        images = np.empty((len(rows), *self.shape), np.uint8)
-        for i, record in enumerate(self.records.read(rows.tolist())):
-            image = self.parse(record)[self.image_key]
-            self.records.check_shape(image, rows[i], self.shape)
-            images[i] = image
-        return images
+def _read_images(
+    records: Records,
+    parse: Callable[[bytes], dict[str, Any]],
+    image_key: str,
+    shape: tuple[int, int, int],
+    rows: np.ndarray,
+) -> np.ndarray:
+    images = np.empty((len(rows), *shape), np.uint8)
+    for i, record in enumerate(records.read(rows.tolist())):
+        image = parse(record)[image_key]
+        records.check_shape(image, rows[i], shape)
+        images[i] = image
+    return images
 
 
 def _parser(tfds, builder, *keys: str) -> Callable[[bytes], dict[str, Any]]:

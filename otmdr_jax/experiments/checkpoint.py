@@ -1,5 +1,6 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, kept to a number."""
 
+import contextlib
 import logging
 import math
 import os
@@ -49,7 +50,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "read_only" not in text and "read only" not in text
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints in a folder; a context manager that waits for the last one.
 
     A save returns once the arrays are copied; writing goes on in the background, into
@@ -71,7 +72,6 @@ class Checkpoints:
         scored: bool = True,
         read_only: bool = False,
     ):
-        """Opens the folder."""
         self.run = pathlib.Path(folder).parent  # as the user calls it
         self.folder = pathlib.Path(folder).absolute()
         self._scored = scored
@@ -180,10 +180,6 @@ class Checkpoints:
                 + (f" of step {step}: there are {known}." if known else ".")
             )
         return known[-1] if step is None else step
-
-    def __enter__(self) -> "Checkpoints":
-        """Returns itself."""
-        return self
 
     def __exit__(self, *exc_info: Any) -> None:
         """Waits until the last save is whole."""

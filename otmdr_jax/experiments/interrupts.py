@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM: the first asks a run to save and stop, the next acts as ever."""
 
+import contextlib
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -14,37 +15,34 @@ class Interrupted(RuntimeError):
     """
 
     def __init__(self, message: str, signum: int):
-        """Keeps the signal for the exit status."""
         super().__init__(message)
         self.signum = signum
 
 
-class Requests:
-    """Turns SIGTERM and the first Ctrl-C into a request, while it is entered."""
+@contextlib.contextmanager
+def requests(request: Callable[[int], None]) -> Iterator[None]:
+    """Turns SIGTERM and the first Ctrl-C into a request, while it is entered.
 
-    def __init__(self, request: Callable[[int], None]):
-        """Keeps what to call with the signal's number."""
-        self._request = request
-        self._old: dict[int, Any] = {}
+    Args:
+      request: A function that is called with the signal's number.
+    """
+    old: dict[int, Any] = {}
 
-    def __enter__(self):
-        """Listens."""
-        # Python lets the main thread alone set handlers.
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._old[signum] = signal.signal(signum, self._handle)
-        return self
+    def restore():
+        for signum, handler in old.items():
+            signal.signal(signum, handler)
+        old.clear()
 
-    def _handle(self, signum, frame):
+    def handle(signum, frame):
         del frame
-        self._restore()
-        self._request(signum)
+        restore()
+        request(signum)
 
-    def _restore(self):
-        for signum, old in self._old.items():
-            signal.signal(signum, old)
-        self._old = {}
-
-    def __exit__(self, *exc_info):
-        """Puts back the handlers that were there."""
-        self._restore()
+    # Python lets the main thread alone set handlers.
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            old[signum] = signal.signal(signum, handle)
+    try:
+        yield
+    finally:
+        restore()

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, lines in a log."""
 
+import contextlib
 import datetime
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Any
 SECONDS_A_LINE = 10.0
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Shows the steps that are done, their rate, the time left and a few numbers.
 
     Uses rich's bar on a terminal where rich is installed, lines on stderr elsewhere.
@@ -30,7 +31,6 @@ class Progress:
         enabled: bool = True,
         unit: str = "steps",
     ):
-        """Starts the clock."""
         self.total, self.start, self.title = total, done, title
         self._enabled, self._unit = enabled, unit
         self._began = self._said = time.monotonic()
@@ -69,10 +69,6 @@ class Progress:
         self.start, self._began = step, time.monotonic()
         if self._bar is not None:
             self._bar.reset(self._bar.task_ids[0], completed=step)
-
-    def __enter__(self) -> "Progress":
-        """Returns itself."""
-        return self
 
     def __exit__(self, *exc_info: Any) -> None:
         """Leaves the last state of the bar on the screen."""

@@ -16,7 +16,6 @@ class SmallCNN(nnx.Module):
     """3x3 of 16, 3x3 of 32 with stride 2, 3x3 of 32, each BN - ReLU; pool, dense."""
 
     def __init__(self, layers: Layers, in_channels: int, num_classes: int):
-        """Builds the network."""
         self.conv1 = layers.conv(in_channels, 16, 3)
         self.norm1 = layers.batch_norm(16)
         self.dropout2, self.dropout3 = layers.dropout(), layers.dropout()

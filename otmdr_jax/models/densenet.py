@@ -56,7 +56,6 @@ class Transition(nnx.Module):
     """BN - ReLU - 1x1 to half the channels - 2x2 average."""
 
     def __init__(self, layers: Layers, in_channels: int):
-        """Builds the layer."""
         self.norm = layers.batch_norm(in_channels)
         self.conv = layers.conv(in_channels, in_channels // 2, 1)
         self.dropout = layers.dropout()

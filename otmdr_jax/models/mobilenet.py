@@ -48,7 +48,6 @@ class MobileNet(Chain):
     """The network: 3x3 stem of 32 - BN - ReLU, 13 blocks, pool, dense."""
 
     def __init__(self, layers: Layers, in_channels: int, num_classes: int):
-        """Builds the network."""
         channels = 32
         self.stem = layers.conv(in_channels, channels, 3)
         self.stem_norm = layers.batch_norm(channels)

@@ -4,6 +4,7 @@ Both give the same batches in the same order. The training set lies on the devic
 it fits, and a step gathers its batch inside the compiled program.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -18,15 +19,15 @@ from otmdr_jax.experiments.programs import Programs, run_keys
 PyTree = Any
 
 
-class Feed:
-    """Steps of a run, each with its batch. A context: it stops to read at its end."""
+class Feed(contextlib.AbstractContextManager):
+    """The steps of a run, each with its batch; a context manager."""
 
     def __init__(
         self, config: TrainConfig, dataset: Dataset, programs: Programs, step: int
     ):
         """Puts the training set on the devices, or starts to stream it from `step` on.
 
-        Of a stream this host reads its own rows of each batch.
+        Each host reads its own rows of a streamed batch.
         """
         self.programs = programs
         _, self.key = run_keys(config.run.seed)
@@ -56,12 +57,8 @@ class Feed:
             shard_count=size // (last - first),
         )
 
-    def __enter__(self) -> "Feed":
-        """Returns itself."""
-        return self
-
     def __exit__(self, *exc_info: Any) -> None:
-        """Stops to read."""
+        """Stops the threads that read."""
         if self.stream is not None:
             self.stream.close()
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from otmdr_jax import parallel
 from otmdr_jax.experiments import run_folder
-from otmdr_jax.experiments.interrupts import Interrupted, Requests
+from otmdr_jax.experiments.interrupts import Interrupted, requests
 from otmdr_jax.experiments.measure.evaluation import RunEvaluation, evaluate_run
 from otmdr_jax.experiments.programs import few_images, much_noise
 from otmdr_jax.experiments.training import divergence
@@ -47,7 +47,6 @@ class Loop:
     def __init__(
         self, config, dataset, programs, data, show_progress, folder=None, saved=None
     ):
-        """Starts nothing yet."""
         self.config, self.dataset, self.programs = config, dataset, programs
         self.data = data  # its checksums
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
@@ -61,7 +60,7 @@ class Loop:
         self._begin(meta, step)
         total = self.programs.total_steps
         self.progress = Progress(total, step, self._title(), self.show_progress)
-        with Requests(self._stop), self.progress:
+        with requests(self._stop), self.progress:
             self._say_where(meta, state)
             with Feed(self.config, self.dataset, self.programs, step) as feed:
                 while self.step < total:

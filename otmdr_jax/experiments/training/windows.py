@@ -20,7 +20,6 @@ class Windows:
     """Steps that are dispatched, whose numbers are not fetched yet."""
 
     def __init__(self):
-        """Starts without any."""
         self._open: list[dict[str, jax.Array]] = []
         self._closed: collections.deque[tuple[int, list, jax.Array]]
         self._closed = collections.deque()
