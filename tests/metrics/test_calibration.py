@@ -490,6 +490,8 @@ def test_bad_options_are_refused():
             calibration.fit_conformal(probs, labels, **kwargs)
     with pytest.raises(ValueError, match="logits"):
         calibration.fit_conformal(logits, labels)
+    with pytest.raises(ValueError, match="fitted on .* classes, got prob"):
+        calibration.fit_conformal(probs, labels).sets([[0.5, 0.5]])
     with pytest.raises(TypeError, match="bools, got dtype float64"):
         calibration.coverage(probs, labels)
     with pytest.raises(ValueError, match="l2 must be finite"):

@@ -606,6 +606,13 @@ def test_bad_options_are_refused():
     ):
         with pytest.raises(TypeError, match="must be an integer"):
             call()
+    hidden = np.ma.masked_array(labels, mask=labels == 0)
+    for masked in (
+        (probs, hidden),
+        (np.ma.masked_array(probs, mask=probs > 0.9), labels),
+    ):
+        with pytest.raises(TypeError, match="masked entries"):
+            metrics.accuracy(*masked)
     checked = metrics.check(probs, labels)
     with pytest.raises(ValueError, match="come with their labels"):
         metrics.accuracy(checked, (labels + 1) % 3)

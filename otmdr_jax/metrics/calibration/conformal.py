@@ -45,6 +45,7 @@ class Conformal(NamedTuple):
       free_ranks: RAPS' k_reg, the number of classes without a penalty.
       randomised: True if APS and RAPS draw a part of the class's own probability.
       seed: The seed of what they draw.
+      num_classes: The number of classes that it was fitted on.
     """
 
     threshold: float
@@ -53,6 +54,7 @@ class Conformal(NamedTuple):
     free_ranks: int
     randomised: bool
     seed: int
+    num_classes: int
 
     def sets(self, probs: Array) -> np.ndarray:
         """The set of classes of each example, the same in whatever batch it comes.
@@ -62,8 +64,16 @@ class Conformal(NamedTuple):
 
         Returns:
           (N, C) bools.
+
+        Raises:
+          ValueError: Another number of classes than it was fitted on.
         """
         p = check_unlabelled(probs)
+        if p.shape[1] != self.num_classes:
+            raise ValueError(
+                f"the predictor was fitted on {self.num_classes} classes, got "
+                f"probabilities of {p.shape[1]}."
+            )
         found = np.empty(p.shape, bool)
         for rows, block in p.rows():
             found[rows] = self._scores(block) <= self.threshold
@@ -160,7 +170,9 @@ def fit_conformal(
     generator(seed)  # checks it
     p = check(probs, labels)
     penalty = penalty if score == "raps" else 0.0
-    predictor = Conformal(math.inf, score, penalty, free_ranks, randomised, seed)
+    predictor = Conformal(
+        math.inf, score, penalty, free_ranks, randomised, seed, p.shape[1]
+    )
     return predictor._replace(threshold=_threshold(predictor, p, alpha))
 
 
