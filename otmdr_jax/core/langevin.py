@@ -74,33 +74,36 @@ def metropolis(
       vary: Marks arrays as differing between devices, inside shard_map.
 
     Returns:
-      The chain. A loss that is not finite inside of the ball is accepted, so that a
-      guard further on can see it.
+      The chain. A loss that is NaN inside of the ball is accepted, so that a guard
+      further on can see it.
     """
 
+    def reach(away):
+        found, loss, uphill = at(away)
+        return found, loss, _pull(uphill, inverse_temperature)
+
     def step(state, key):
-        away, (_, loss, uphill) = state
+        away, (_, loss, pull) = state
         for_noise, for_choice = jax.random.split(key)
-        new = _proposal(away, uphill, for_noise, inverse_temperature, step_size)
-        reached = at(new)
-        _, new_loss, new_uphill = reached
+        new = _proposal(away, pull, for_noise, step_size)
+        reached = reach(new)
+        _, new_loss, new_pull = reached
         # log of gamma*(d') q(d | d') / gamma*(d) q(d' | d), its large terms cancelled
         # by hand: for a linear loss it is 0.
         moved = [x - y for x, y in zip(new, away, strict=True)]
-        both = [x + y for x, y in zip(uphill, new_uphill, strict=True)]
-        rise = new_loss - loss - 0.5 * inner(moved, both)
-        steeper = inner(uphill, uphill) - inner(new_uphill, new_uphill)
-        h_lambda = step_size * inverse_temperature
-        ratio = inverse_temperature * rise + h_lambda * h_lambda / 8 * steeper
+        both = [x + y for x, y in zip(pull, new_pull, strict=True)]
+        rise = inverse_temperature * (new_loss - loss) - 0.5 * inner(moved, both)
+        steeper = inner(pull, pull) - inner(new_pull, new_pull)
+        ratio = rise + step_size * step_size / 8 * steeper
         chosen = jnp.log1p(-jax.random.uniform(for_choice)) <= ratio
-        accepted = (tree.norm(new) <= rho) & (chosen | ~jnp.isfinite(ratio))
+        accepted = (tree.norm(new) <= rho) & (chosen | jnp.isnan(ratio))
         state = jax.tree.map(
             lambda x, y: jnp.where(accepted, x, y), vary((new, reached)), state
         )
         away, (_, loss, _) = state
         return vary(state), vary((loss, tilt(away, along, rho), accepted))
 
-    start = vary((away, at(away)))
+    start = vary((away, reach(away)))
     (away, (found, _, _)), seen = jax.lax.scan(
         step, start, jax.random.split(key, num_steps)
     )
@@ -134,8 +137,8 @@ def projected(
     energies, tilts = [], []
     for s, at in enumerate(passes):
         _, loss, uphill = at(away)
-        of_step = jax.random.fold_in(key, s)
-        away = _proposal(away, uphill, of_step, inverse_temperature, step_size)
+        pull = _pull(uphill, inverse_temperature)
+        away = _proposal(away, pull, jax.random.fold_in(key, s), step_size)
         away = onto_ball(away, rho)
         energies.append(loss)
         tilts.append(tilt(away, along, rho))
@@ -200,9 +203,13 @@ def effective_sample_size(values: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 1.0, 1.0 / time) * chains * steps
 
 
-def _proposal(away, uphill, key, inverse_temperature, h):
-    drift = 0.5 * h * h * inverse_temperature
+def _pull(uphill, inverse_temperature):
+    """The gradient times lambda: the products of one alone may be out of range."""
+    return [(inverse_temperature * g).astype(g.dtype) for g in uphill]
+
+
+def _proposal(away, pull, key, h):
     return [
-        x + drift * g + h * noise(key, i, x)
-        for i, (x, g) in enumerate(zip(away, uphill, strict=True))
+        (x + 0.5 * h * h * g + h * noise(key, i, x)).astype(x.dtype)
+        for i, (x, g) in enumerate(zip(away, pull, strict=True))
     ]

@@ -37,11 +37,12 @@ class SamplingDiagnostics(NamedTuple):
     Attributes:
       center_loss: The loss of the first pass, at the center.
       aux: The auxiliary output of each particle's first pass, with a leading axis of K,
-        or None. One pass serves all, but for parts cut at random.
+        or None. One pass serves all, but for parts cut at random. It and the losses are
+        averaged over the devices of `axis_name`.
       grad_norm: The norm of the gradient there, over the leaves that may move.
       distances: (K,) distance of each particle from the center.
       tilts: (K,) coordinate of each particle along that gradient, in units of the
-        (last) radius: 1 for SAM's point.
+        (last) radius: 1 for SAM's point, in a ball of whatever shape.
       inverse_temperature: lambda, in units of 1 / loss; None for an ascent, and for
         balls of their own for each leaf.
       energies: (K, S) loss after each of the S steps of a Markov chain, on its part of
@@ -152,10 +153,14 @@ def sample_particles(
         found: Any = SAMPLERS[sampler](step, keys, step.split(keys), first)
         (loss, aux), grads = found.first
         uphill, away = step.uphill(grads), step.away(found.params)
-        length = tree.norm(uphill)
-        unit = [g / jnp.where(length == 0, 1.0, length) for g in uphill]
+        # u T g / ||T g||, where the particle is at rho T u.
+        shaped = found.norms[0]
+        unit = [g / jnp.where(shaped == 0, 1.0, shaped) for g in uphill]
         tilt = langevin.tilt(away, unit, step.radii[-1])
-        seen = loss, rows.unmarked(aux), length, tree.norm(away), tilt
+        means, of_examples = rows.split((loss, aux))
+        means = collectives.pmean(means, axes)
+        loss, aux = rows.unmarked(tree.merge(means, of_examples))
+        seen = loss, aux, tree.norm(uphill), shaped, tree.norm(away), tilt
         return {}, (found.params, seen, found.chain and found.chain[2:])
 
     if particle_map == "auto":
@@ -164,18 +169,31 @@ def sample_particles(
     _, (particles, seen, chains) = loops.average(
         one, step.keys, step.num_particles, particle_map, step.vary
     )
-    losses, aux, lengths, distances, tilts = seen
-    length = lengths.mean()
+    losses, aux, lengths, shaped, distances, tilts = seen
     heat = None
     if sampler != "ascent" and made.norm == "global":
         size = tree.num_coordinates(step.uphill(params))
         strength = sampling.Strength(made.inverse_temperature, made.tilt)
+        length = shaped.mean()
         heat = sampling.inverse_temperature_of(strength, radii[0], length, size)
     energies = rate = worth = None
+    if not made.random:  # all particles are the same one
+        particles, aux, distances, tilts = jax.tree.map(
+            lambda x: jnp.repeat(x, made.num_particles, axis=0),
+            (particles, aux, distances, tilts),
+        )
     if chains is not None:
         energies, along, accepted = chains
         rate = accepted.mean(axis=1)
         worth = langevin.effective_sample_size(along)
     return particles, SamplingDiagnostics(
-        losses.mean(), aux, length, distances, tilts, heat, energies, rate, worth
+        losses.mean(),
+        aux,
+        lengths.mean(),
+        distances,
+        tilts,
+        heat,
+        energies,
+        rate,
+        worth,
     )

@@ -161,7 +161,8 @@ def concentration(tilt: jax.typing.ArrayLike, size: int) -> jax.Array:
         # The bound times (mean / bound), which hardly changes with kappa.
         scale = _bound(kappa, size / 2) / mean_tilt(kappa, size)
         kappa = _inverse_bound(jnp.minimum(aim * scale, (1 + aim) / 2), size / 2)
-    return jnp.where(inside, kappa, jnp.where(tilt < 1, 0.0, jnp.inf))
+    end = jnp.where(tilt >= 1, jnp.inf, jnp.maximum(tilt, 0.0))  # NaN stays
+    return jnp.where(inside, kappa, end)
 
 
 def _bound(kappa, order):
@@ -185,7 +186,8 @@ def _in_ball(tg, rho, keys, strength):
     divisor = jnp.where(length == 0, 1.0, length)
     if strength.tilt is None:
         reach = jnp.asarray(rho) * length
-        kappa = jnp.where(reach == 0, 0.0, strength.inverse_temperature * reach)
+        times = jnp.where(reach == 0, 1.0, reach)  # infinity times 0 is NaN
+        kappa = jnp.where(reach == 0, 0.0, strength.inverse_temperature * times)
         certain = jnp.asarray(strength.inverse_temperature) == jnp.inf
     else:
         kappa = concentration(strength.tilt, size)
@@ -193,6 +195,8 @@ def _in_ball(tg, rho, keys, strength):
     for_ball, for_leaves = keys
     for_t, for_last_two = jax.random.split(for_ball)
     t, rest = _coordinate(for_t, kappa, size)
+    if size == 1:  # nothing is across the gradient: no rounding is divided by 0
+        rest = 0.0
     t, rest = jnp.where(length == 0, 0.0, t), jnp.where(length == 0, 1.0, rest)
     radius = jnp.where((length == 0) & certain, 0.0, 1.0)
     radius = jnp.where(jnp.isfinite(length), radius, jnp.nan)
@@ -205,6 +209,7 @@ def _in_ball(tg, rho, keys, strength):
     # The part across the gradient is z - (z g) g: it is never there as a whole.
     across = jnp.maximum(squares - along * along, 0.0)
     last_two = 2 * jax.random.exponential(for_last_two)
+    last_two = jnp.maximum(last_two, jnp.finfo(last_two.dtype).tiny)
     scale = rest / jnp.sqrt(across + last_two)
     lead = t - scale * along
     return {i: radius * (lead * uphill[i] + scale * normal[i]) for i in tg}

@@ -275,6 +275,91 @@ def test_half_precision_weights_keep_their_dtype_and_the_law():
     assert_allclose(along.mean(), 0.5, atol=0.01)
 
 
+@pytest.mark.parametrize("number", [0.0, 1e-7])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_draw_is_finite_whatever_numbers_come(n, number, monkeypatch):
+    """One in 2^23 exponential numbers is 0: the length of what is left out."""
+    monkeypatch.setattr(jax.random, "exponential", lambda k, s=(): jnp.full(s, number))
+    particles, seen = draws(linear(np.ones(n)), 10, n, tilt=0.6)
+    assert np.isfinite(particles).all()
+    if n == 1:  # t is all there is; where proposals are 0 it is the mode
+        kappa = float(sampling.concentration(0.6, 1))
+        assert_allclose(particles, math.hypot(1 / kappa, 1) - 1 / kappa, atol=2e-3)
+    assert seen.distances.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("limit", [{"tilt": 1.0}, {"inverse_temperature": math.inf}])
+def test_no_nan_is_made_on_the_way(limit):
+    for options in (limit, dict.fromkeys(limit, 0.0)):
+        for slope in (0.0, 2.0):
+            with jax.debug_nans(True):
+                otmdr_jax.sample_particles(
+                    linear([slope, 0.0]), jnp.zeros(2), key=KEY, rho=0.5, **options
+                )
+
+
+def test_a_tilt_that_is_nan_is_seen():
+    assert np.isnan(sampling.concentration(np.nan, 5))
+
+
+@pytest.mark.parametrize("shape", [{"adaptive": True}, {"fisher": 2.0}])
+def test_in_an_ellipsoid_lambda_and_tilts_are_those_of_its_ball(shape):
+    w, slope = np.array([1.0, -2.0, 3.0]), np.array([1.0, 1.0, 4.0])
+    t = np.abs(w) if "adaptive" in shape else 1 / np.sqrt(1 + 2 * slope**2)
+    options = {"center": jnp.asarray(w, jnp.float32), "rho": 0.5, **shape}
+    particles, seen = draws(linear(slope), dim=3, tilt=0.6, **options)
+    length = np.linalg.norm(t * slope)
+    along = particles / t / 0.5 @ (t * slope) / length
+    assert_allclose(seen.tilts, along, atol=1e-5)
+    assert_allclose(along.mean(), 0.6, atol=0.01)
+    kappa = seen.inverse_temperature * 0.5 * length
+    assert_allclose(kappa, sampling.concentration(0.6, 3), rtol=1e-5)
+    assert_allclose(seen.grad_norm, np.linalg.norm(slope), rtol=1e-6)
+    # With that lambda in place of the tilt the draws are the same ones.
+    again, _ = draws(
+        linear(slope), dim=3, inverse_temperature=seen.inverse_temperature, **options
+    )
+    assert_allclose(again, particles, atol=1e-5)
+
+
+def test_particles_that_are_all_the_same_one_are_as_many_as_asked_for():
+    params, batch = jax.tree.map(jnp.asarray, toy.regression_problem())
+    particles, seen = otmdr_jax.sample_particles(
+        toy.regression, params, batch, rho=(0.1, 0.2), sampler="ascent",
+        split="ordered", num_particles=3,
+    )  # fmt: skip
+    assert particles["w"].shape == (3, *params["w"].shape)
+    assert_array_equal(particles["w"][1:], particles["w"][:-1])
+    assert seen.distances.shape == seen.tilts.shape == (3,)
+
+
+def test_on_devices_what_is_seen_is_that_of_all_examples():
+    params, batch = jax.tree.map(jnp.asarray, toy.regression_problem())
+
+    def loss(params, batch):
+        residual = batch["x"] @ params["w"] + params["b"] - batch["y"]
+        return jnp.mean(residual**2), {"mean": residual.mean(), "each": residual}
+
+    def run(batch, axis):
+        return otmdr_jax.sample_particles(
+            loss, params, batch, KEY, rho=0.2, tilt=0.5, has_aux=True,
+            axis_name=axis,
+        )  # fmt: skip
+
+    halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+    particles, seen = jax.vmap(lambda b: run(b, "data"), axis_name="data")(halves)
+    want, whole = jax.jit(lambda b: run(b, None))(batch)
+    for device in range(2):
+        here = jax.tree.map(lambda x, i=device: x[i], (particles, seen))
+        aux = here[1].aux.pop("each")
+        assert_allclose(aux, np.split(whole.aux["each"], 2, axis=1)[device], rtol=1e-4)
+        jax.tree.map(
+            functools.partial(assert_allclose, rtol=1e-4, atol=1e-6),
+            here,
+            (want, whole._replace(aux={"mean": whole.aux["mean"]})),
+        )
+
+
 # -- Markov chains ---------------------------------------------------------------------
 
 
@@ -389,7 +474,8 @@ def test_the_effective_sample_size_of_an_autoregression(correlation):
     assert_allclose(got, theirs, rtol=0.03)
 
 
-def test_parts_of_the_batch_in_turn_are_a_loop_in_numpy():
+@pytest.mark.parametrize("heat", [1e6, 1e9])
+def test_parts_of_the_batch_in_turn_are_a_loop_in_numpy(heat):
     """One gradient for each part, held in the ball: the noise is what is left over."""
     params, batch = toy.regression_problem()
     ours = functools.partial(
@@ -398,7 +484,7 @@ def test_parts_of_the_batch_in_turn_are_a_loop_in_numpy():
         particle_map="vmap",
     )  # fmt: skip
     # So little noise that the chain is an ascent: lambda h^2 / 2 is its rate.
-    heat, h = 1e6, 1e-4
+    h = 1e-4
     particles, seen = ours(key=KEY, inverse_temperature=heat, step_size=h)
     rate = heat * (h * 0.2) ** 2 / 2
     w, b = params["w"].astype(np.float64), float(params["b"])
@@ -409,12 +495,57 @@ def test_parts_of_the_batch_in_turn_are_a_loop_in_numpy():
         factor = min(1.0, 0.2 / math.sqrt((dw**2).sum() + db**2))
         w, b = params["w"] + factor * dw, params["b"] + factor * db
     spread = h * 0.2 * 3**0.5
-    assert_allclose(particles["w"].mean(axis=0), w, atol=spread / 4_000**0.5 * 5)
+    error = spread / 4_000**0.5 * 5 + 2e-6
+    assert_allclose(particles["w"].mean(axis=0), w, atol=error)
     assert seen.distances.max() <= 0.2 * (1 + 1e-5)
+    if heat > 1e6:  # each step leaves the ball, and is taken back to it
+        assert_allclose(seen.distances, 0.2, rtol=1e-4)
+        return
     # With noise alone its variance is that of the steps.
     particles, _ = ours(key=KEY, inverse_temperature=0.0, step_size=0.05)
     away = np.asarray(particles["w"]) - params["w"]
     assert_allclose(away.std(axis=0), 0.05 * 0.2 * 3**0.5, rtol=0.05)
+
+
+def test_a_chain_does_not_depend_on_the_units_of_the_loss():
+    """The products of gradients of 1e-24 or 1e24 are out of float32's range."""
+
+    @jax.jit
+    def chains_of(scale):
+        particles, seen = otmdr_jax.sample_particles(
+            lambda w: scale * wavy(w), jnp.zeros(2), key=KEY, rho=1.0, tilt=0.5,
+            sampler="langevin", num_steps=30, step_size=0.35, num_particles=500,
+            particle_map="vmap",
+        )  # fmt: skip
+        return particles, seen.acceptance_rate
+
+    want = chains_of(1.0)
+    for scale in (2.0**-80, 2.0**80):
+        close = functools.partial(assert_allclose, atol=1e-5)
+        jax.tree.map(close, chains_of(scale), want)
+
+
+def test_what_has_no_probability_is_never_reached():
+    particles, seen = draws(
+        lambda w: jnp.where(w[0] > 0, -jnp.inf, jnp.sum(w)), 500, sampler="langevin",
+        split="shared", inverse_temperature=1.0, num_steps=20, step_size=0.35,
+        center=jnp.array([-1e-3, 0.0]), rho=1.0,
+    )  # fmt: skip
+    possible = np.isfinite(seen.energies)
+    assert np.all(possible[:, 1:] >= possible[:, :-1])  # left once, and for good
+    assert possible[:, -1].mean() > 0.9 and (particles[possible[:, -1], 0] < 2e-3).all()
+
+
+@pytest.mark.parametrize("split", ["shared", "ordered"])
+def test_chains_of_float32_weights_with_64_bits_enabled(split):
+    with jax.enable_x64(True):
+        params, batch = toy.regression_problem()
+        particles, seen = otmdr_jax.sample_particles(
+            toy.regression, params, batch, jax.random.key(0), rho=0.2, tilt=0.5,
+            sampler="langevin", split=split, num_steps=2, num_particles=2,
+        )  # fmt: skip
+    assert particles["w"].dtype == params["w"].dtype == np.float32
+    assert np.all(seen.distances <= 0.2 * (1 + 1e-6))
 
 
 # -- training on it --------------------------------------------------------------------
