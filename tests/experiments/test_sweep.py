@@ -282,6 +282,11 @@ class TestCost:
             ({"method": "otmdr-bnn", "num_particles": 2}, 4.5),
             ({"method": "otmdr-bnn", "sigma_gradient": "particle"}, 2),
             ({"sampler": "first_order", "rho": (0.1,), "num_particles": 3}, 4),
+            (
+                {"sampler": "first_order", "inverse_temperature": float("inf")}
+                | {"rho": (0.1,), "tilt": None},
+                2,
+            ),
             ({"sampler": "langevin", "rho": (0.1,), "chain_steps": 3}, 2),
             (
                 {"sampler": "langevin", "chain_steps": 3, "split": "shared"}
@@ -296,7 +301,7 @@ class TestCost:
     )
     def test_counts(self, options, count):
         if "sampler" in options:
-            options = {**options, "tilt": 0.5}
+            options = {"tilt": 0.5, **options}
         assert cost.gradient_evaluations(TrainConfig(**options)) == count
 
 

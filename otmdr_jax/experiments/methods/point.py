@@ -25,6 +25,7 @@ from otmdr_jax.experiments.methods.base import MethodOptions, Run
 from otmdr_jax.experiments.options import (
     AtLeastOne,
     Count,
+    Heat,
     NotNegative,
     OnlyWith,
     Positive,
@@ -397,9 +398,9 @@ class Particles(Climbing):
     tilt: Tilt | None = None
     """Mean coordinate of drawn particles along the gradient in units of the radius, 0
     to 1: 0 is uniform in the ball (random weight perturbation), 1 is sam."""
-    inverse_temperature: NotNegative | None = None
-    """The same as lambda in exp(lambda L): what a number does depends on the number of
-    weights."""
+    inverse_temperature: Heat | None = None
+    """The same as lambda in exp(lambda L), 0 to infinity (inf): what a number does
+    depends on the number of weights."""
     chain_steps: Count | None = None
     """Steps of --sampler langevin: each on a part of the batch of its own, or with
     --split shared on all of it, and then accepted or rejected."""
