@@ -221,7 +221,7 @@ def bsam_gradient(
 
     def shifted(params, batch=NO_BATCH, *args, bsam_noise=None, **kwargs):
         if bsam_noise is not None:
-            params = preconditioned.shift(params, bsam_noise)
+            params = optax.apply_updates(params, bsam_noise)
         return call(loss_fn, params, batch, *args, **kwargs)
 
     def compute(precision, params, batch, *args, key=None, rho=None, **kwargs):

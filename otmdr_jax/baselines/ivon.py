@@ -213,7 +213,7 @@ def ivon_gradient(
 
         def at_sample(key):
             drawn = preconditioned.noise(key, precision, num_data)
-            result = plain(preconditioned.shift(params, drawn), batch, *args, **kwargs)
+            result = plain(optax.apply_updates(params, drawn), batch, *args, **kwargs)
             info = result.diagnostics._replace(distances=tree.norm(drawn)[None])
             products = jax.tree.map(lambda e, g: e * g, drawn, result.grads)
             return (result._replace(diagnostics=info), products), ()

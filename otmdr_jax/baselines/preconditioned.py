@@ -6,7 +6,7 @@ weight, draw noise from it, and divide their steps by p.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,6 @@ from otmdr_jax.core.options import check_number
 from otmdr_jax.core.transform import MemoryState, keep
 
 PyTree = Any
-
-
-class DividedState(NamedTuple):
-    """State of :func:`divide_by_precision`: there is none."""
 
 
 def full(params: PyTree, value: jax.typing.ArrayLike) -> PyTree:
@@ -66,11 +62,6 @@ def noise(key: jax.Array, precision: PyTree, num_data: float) -> PyTree:
     return jax.tree.unflatten(treedef, draws)
 
 
-def shift(params: PyTree, by: PyTree) -> PyTree:
-    """`params + by`, added in float32 or wider, of the dtypes of the parameters."""
-    return jax.tree.map(lambda p, e: (p + e).astype(p.dtype), params, by)
-
-
 def posterior(params: PyTree, precision: PyTree, num_data: float) -> bnn.MeanField:
     """The Gaussian N(w, 1 / (N p)) as a posterior, for :mod:`otmdr_jax.bnn`.
 
@@ -98,9 +89,7 @@ def divide_by_precision() -> optax.GradientTransformationExtraArgs:
         divided = jax.tree.map(lambda u, p: (u / p).astype(u.dtype), updates, precision)
         return divided, state
 
-    return optax.GradientTransformationExtraArgs(
-        lambda params: DividedState(), update_fn
-    )
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def clipping(norm: float | None) -> list[optax.GradientTransformation]:
