@@ -265,6 +265,11 @@ def robust_gradient(
         return _scales_at_center(step, whole=sigma_gradient == "center")
 
     opts = options_of_means(given, norm="global" if norm == "joint" else norm)
+    if given["weight_noise"] == "each_step" and opts.sampler != "ascent":
+        raise ValueError(
+            'weight_noise="each_step" is for steps of ascent, '
+            f"sampler={opts.sampler!r} takes none: leave it out."
+        )
     if norm == "joint" and opts.sampler != "ascent":
         raise ValueError(
             f'norm="joint" counts scales in the length of a step, and '

@@ -53,6 +53,9 @@ def slots(values: jax.Array, axes: Axes) -> jax.Array:
 
 def vary(values: PyTree, axes: Axes) -> PyTree:
     """Marks arrays as differing between devices, where shard_map keeps track."""
+    # Of a vmap's axis with that name nobody does.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = tuple(axis for axis in axes if axis in manual)
     return jax.tree.map(lambda x: _mark(x, [a for a in axes if _is_same(x, a)]), values)
 
 

@@ -42,7 +42,8 @@ class SamplingDiagnostics(NamedTuple):
       grad_norm: The norm of the gradient there, over the leaves that may move.
       distances: (K,) distance of each particle from the center.
       tilts: (K,) coordinate of each particle along that gradient, in units of the
-        (last) radius: 1 for SAM's point, in a ball of whatever shape.
+        (last) radius: 1 for SAM's point, in a ball of whatever shape. With balls of
+        their own for each leaf their sum, each by its share of the gradient's norm.
       inverse_temperature: lambda, in units of 1 / loss; None for an ascent, and for
         balls of their own for each leaf.
       energies: (K, S) loss after each of the S steps of a Markov chain, on its part of
@@ -131,6 +132,11 @@ def sample_particles(
       <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023, Theorem 4.2.
     """
     given: dict[str, Any] = {**options, "sampler": sampler}
+    if sampler == "first_order" and given.get("split", "shared") != "shared":
+        raise ValueError(
+            f'split={given["split"]!r} does nothing with sampler="first_order", which '
+            "takes one gradient of the whole batch: leave it out."
+        )
     if sampler != "ascent":
         given.setdefault("split", "shared")
     made = Options(**given, particle_map=particle_map)

@@ -96,6 +96,11 @@ def test_samplers_draw_means_as_they_draw_one_model(key, options):
 
 
 def test_a_norm_over_scales_has_no_ball():
+    with pytest.raises(ValueError, match='weight_noise="each_step" is for steps'):
+        bnn.robust_gradient(
+            toy.regression, num_data=N, rho=0.1, weight_noise="each_step",
+            sampler="first_order", tilt=0.5,
+        )  # fmt: skip
     with pytest.raises(ValueError, match='norm="joint" counts scales'):
         bnn.robust_gradient(
             toy.regression, num_data=N, rho=0.1, norm="joint",

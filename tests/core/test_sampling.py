@@ -684,6 +684,13 @@ def test_what_cannot_work_is_refused_before_the_call(options, message):
         otmdr_jax.value_and_grad(bent, 0.1, **options)
 
 
+def test_particles_from_one_gradient_have_no_split():
+    with pytest.raises(ValueError, match="split='random' does nothing with"):
+        otmdr_jax.sample_particles(
+            linear([1.0]), jnp.zeros(1), key=KEY, rho=0.1, tilt=0.5, split="random"
+        )
+
+
 def test_a_sampler_has_one_radius():
     with pytest.raises(ValueError, match="has one radius, that of its ball; got 2"):
         otmdr_jax.value_and_grad(bent, sampler="first_order", tilt=0.5)

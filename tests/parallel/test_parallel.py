@@ -244,6 +244,18 @@ class TestData:
             step(jnp.ones(2), jnp.ones((12, 2)))
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_mapped_axis_is_as_good_as_devices(sync, key):
+    """Whoever tries it on one device writes jit(vmap(..., axis_name))."""
+    params, data = toy.regression_problem(batch=16)
+    options = dict(axis_name="data", sync_perturbation=sync)
+    fn, args = on_mesh("data=4", toy.regression, params, data, key, **options)
+    grad_fn = otmdr_jax.value_and_grad(toy.regression, RHO, **options)
+    parts = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), data)
+    mapped = jax.jit(jax.vmap(lambda b: grad_fn(params, b, key=key), axis_name="data"))
+    assert_close(jax.tree.map(lambda x: x[0], mapped(parts)), fn(*args))
+
+
 class TestSamplers:
     """The same draws on many devices as on one: chains that share them stay alike."""
 
