@@ -120,7 +120,8 @@ class DualState(NamedTuple):
       multiplier: lambda of the last step.
       slope: G of its last ascent step, a mean over parts, devices and members.
       budget_used: u, the mean of d over :math:`\rho^p`.
-      value: The dual objective :math:`\lambda \rho^p (1 - u) + E L(w)`; NaN at first.
+      value: The dual objective :math:`\lambda \rho^p (1 - u) + E L(w)`; infinite at
+        first.
     """
 
     log_slope: jax.Array
@@ -313,7 +314,7 @@ class Budget:
         elif self.max_ratio <= 1:  # the objective grows with lambda
             log_slope, started = jnp.asarray(-_LOG_RANGE), True
         log_slope = _bounded(log_slope)
-        zero, one, nan = (jnp.full((), x, jnp.float32) for x in (0, 1, jnp.nan))
+        zero, one, none = (jnp.full((), x, jnp.float32) for x in (0, 1, jnp.inf))
         return DualState(
             log_slope,
             jnp.asarray(started),
@@ -321,7 +322,7 @@ class Budget:
             self._multiplier(log_slope, rho),
             zero,
             one,
-            nan,
+            none,
         )
 
     def step(
