@@ -120,7 +120,8 @@ class DualState(NamedTuple):
       multiplier: lambda of the last step.
       slope: G of its last ascent step, a mean over parts, devices and members.
       budget_used: u, the mean of d over :math:`\rho^p`.
-      value: The dual objective :math:`\lambda \rho^p (1 - u) + E L(w)`; infinite at first.
+      value: The dual objective :math:`\lambda \rho^p (1 - u) + E L(w)`; infinite at
+        first.
     """
 
     log_slope: jax.Array
