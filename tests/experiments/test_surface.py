@@ -375,7 +375,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (dict(kind="star"), "kind must be one of random, hessian"),
+            (dict(kind="star"), "kind must be one of 'random', 'hessian'"),
             (dict(split="all"), "split must be one of"),
             (dict(statistics="batch"), "statistics must be one of"),
             (dict(dimensions=3), "dimensions must be one of"),

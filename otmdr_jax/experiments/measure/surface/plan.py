@@ -2,13 +2,23 @@
 
 import dataclasses
 import math
+import typing
+from typing import Annotated, Literal
 
 import numpy as np
 
-from otmdr_jax.experiments.options import Seed, check
+from otmdr_jax.experiments.options import Count, Must, Seed, check, options_of
 
-KINDS = ("random", "hessian", "runs", "trajectory")
-STATISTICS = ("auto", "running", "point")
+Kind = Literal["random", "hessian", "runs", "trajectory"]
+Points = Annotated[int, Must("at least 2", lambda n: n >= 2)]
+Range = Annotated[
+    tuple[float, float],
+    Must(
+        "two finite numbers, the lower one first",
+        lambda ends: all(map(math.isfinite, ends)) and ends[0] < ends[1],
+    ),
+]
+KINDS = typing.get_args(Kind)
 # Margin on each side of the runs or checkpoints, as a fraction of their extent.
 MARGIN = 0.25
 
@@ -44,43 +54,21 @@ class Plan:
       ValueError: A value is not possible.
     """
 
-    kind: str = "random"
-    points: int = 51
-    range: tuple[float, float] | None = None
-    dimensions: int | None = None
-    split: str = "train"
-    num_examples: int = 1_000
-    seed: int = 0
+    kind: Kind = "random"
+    points: Points = 51
+    range: Range | None = None
+    dimensions: Literal[1, 2] | None = None
+    split: Literal["train", "validation", "test"] = "train"
+    num_examples: Count = 1_000
+    seed: Seed = 0
     checkpoint: str = "latest"
     member: int | None = None
-    statistics: str = "auto"
+    statistics: Literal["auto", "running", "point"] = "auto"
 
     def __post_init__(self) -> None:
         """Checks every value."""
-        for name, known in (
-            ("kind", KINDS),
-            ("split", ("train", "validation", "test")),
-            ("statistics", STATISTICS),
-            ("dimensions", (None, 1, 2)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(str, known))}, got "
-                    f"{getattr(self, name)!r}."
-                )
-        check("seed", self.seed, Seed)
-        for name, least in (("points", 2), ("num_examples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} must be at least {least}, got {getattr(self, name)}."
-                )
-        if self.range is not None:
-            low, high = self.range
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(
-                    "range must be two finite numbers, the lower one first, got "
-                    f"{low} and {high}."
-                )
+        for name, option in options_of(type(self)).items():
+            check(name, getattr(self, name), option.kind)
 
     def dimensions_of(self, num_runs: int) -> int:
         """Returns the number of axes of a slice through `num_runs` runs.
