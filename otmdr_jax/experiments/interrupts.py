@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to save and stop, the next acts as ever."""
+"""Ctrl-C and SIGTERM: the first asks a run to save and stop, the second ends it."""
 
 import contextlib
 import signal

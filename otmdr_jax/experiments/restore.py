@@ -127,7 +127,7 @@ def with_laplace(
 
 
 def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:
-    """The step of "latest" (None), "best" or a number in words.
+    """The step that "latest" (None), "best" or a number in words stands for.
 
     Raises:
       ValueError: No such words, or no checkpoint was scored.

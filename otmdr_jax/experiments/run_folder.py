@@ -1,4 +1,4 @@
-"""The folder of a run: what a user finds there, and that nothing in it gets lost.
+"""The folder of a run, whose files are written so that nothing gets lost.
 
 config.json       every option
 data.json         the data: name, sizes, checksums
@@ -67,13 +67,13 @@ def create(
 
 
 def describe(path: pathlib.Path, config: TrainConfig, data: dict[str, Any]) -> None:
-    """Writes what a run is, into its folder; see :func:`create`."""
+    """Writes data.json and config.json into a run's folder."""
     files.write_json(path / "data.json", data)
     config_lib.save(config, path / "config.json")  # the last: it makes it a run
 
 
 def read_data(path: str | os.PathLike) -> dict[str, Any] | None:
-    """What is recorded of a run's data; None of a run of an older version."""
+    """Reads the record of a run's data; None for a run of an older version."""
     path = pathlib.Path(path) / "data.json"
     return files.read_json(path) if path.is_file() else None
 

@@ -1,4 +1,4 @@
-"""Methods x seeds x settings from one file: what is missing is run, nothing twice.
+"""Methods x seeds x settings from one file: missing runs are trained, none twice.
 
 A file in TOML names the options that all runs share, the seeds, and for each method its
 own options:
@@ -45,7 +45,7 @@ class Planned(NamedTuple):
     """A run of a sweep.
 
     Attributes:
-      label: What it is grouped by: the method's name in the file, and settings.
+      label: The name that groups it: the method's name in the file, and settings.
       config: Its options, seed included.
       folder: Where it is, or will be.
     """
@@ -56,7 +56,7 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What :func:`plan` makes of a file.
+    """The runs of a sweep's file.
 
     Attributes:
       runs: All runs, method by method.
@@ -184,7 +184,7 @@ def state_of(one: Planned) -> str:
 
 
 def _has_diverged(one, old):
-    """Whether it diverged before, and would again: more patience is another try."""
+    """Whether it diverged before and, with the same max_skipped, would again."""
     if old.get("status") != "diverged" or state_of(one) != "interrupted":
         return False
     before = run_folder.read_config(one.folder).run

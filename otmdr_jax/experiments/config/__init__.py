@@ -1,4 +1,4 @@
-"""What a training run is told: options in groups, names, files.
+"""The configuration of a training run: options in groups, presets, files.
 
 groups.py    Data, Model, Optimizer, Schedule and Run, every option with its default's
              source; a method's own are in `experiments.methods`

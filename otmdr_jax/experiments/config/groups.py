@@ -46,7 +46,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Group):
-    """Which images."""
+    """The data set."""
 
     name: str = "digits"
     """Data set: digits, cifar10, cifar100, any TFDS image set, or a path to an .npz
@@ -86,7 +86,7 @@ class Data(Group):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model(Group):
-    """Which networks, and how many."""
+    """The networks."""
 
     name: str = "cnn_small"
     """Model: cnn_small, resnet_10, resnet_18, wide_resnet_<depth>_<width>,
@@ -168,7 +168,7 @@ class Model(Group):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(Group):
-    """The loss, and what turns its (robust) gradient into an update."""
+    """The loss, and the optimizer of its (robust) gradient."""
 
     # Not adam_eps, which presets set: their optimizer may be changed.
     only_with = (OnlyWith("nesterov", "optimizer", ("sgd",)),)
@@ -223,7 +223,7 @@ class Schedule(Group):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Group):
-    """How long, on which devices, and what is written down."""
+    """The length of a run, its devices, and its records."""
 
     epochs: Count = 40
     """Passes over the training set, each without its last partial batch."""

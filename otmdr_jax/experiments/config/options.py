@@ -29,13 +29,13 @@ class TrainConfig:
     group: `config.data.name`, `config.method.rho`, `config.run.epochs`.
 
     Attributes:
-      data: Which images.
-      model: Which networks, and how many.
+      data: The data set.
+      model: The networks.
       method: How they are trained: of the type of the method that `method` names, one
         of :data:`otmdr_jax.experiments.methods.METHODS`, with its own options alone.
       optimizer: The loss, and what turns its gradient into an update.
       schedule: The learning rate.
-      run: How long, on which devices, and what is written down.
+      run: The length of the run, its devices, and its records.
 
     Raises:
       TypeError: There is no such option.

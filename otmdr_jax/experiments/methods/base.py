@@ -1,4 +1,4 @@
-"""What every method says of itself, and what it is told of the run it is built for."""
+"""The interface of a method, and the run that it is built for."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple, Self
@@ -13,7 +13,7 @@ PyTree = Any
 
 
 class Run(NamedTuple):
-    """What a method may depend on beside its own options.
+    """The run that a method is built for.
 
     Attributes:
       config: All options, a :class:`otmdr_jax.experiments.config.TrainConfig`.

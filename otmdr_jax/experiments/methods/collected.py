@@ -42,7 +42,7 @@ TwoRates = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheduled(Riding):
-    """What methods have whose learning rate is a part of them."""
+    """The options of methods whose learning rate is a part of them."""
 
     own: ClassVar[tuple[str, ...]] = ("ends",)
 
@@ -61,7 +61,7 @@ class Scheduled(Riding):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Collecting(Scheduled):
-    """What methods have that predict with copies of their weights."""
+    """The options of methods that predict with copies of their weights."""
 
     collects = True
 

@@ -38,7 +38,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gaussian(Sampled, Point):
-    """What methods have that keep a precision for each weight.
+    """The options of methods that keep a precision for each weight.
 
     Their transformation is a whole optimizer: its state is count, key, aux and
     diagnostics, then what the precision is made of, then the rule's state. A run keeps

@@ -162,7 +162,7 @@ class Sgd(Point):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Climbing(Point):
-    """What methods have that look for a worse loss nearby."""
+    """The options of methods that look for a worse loss nearby."""
 
     rho: Radii = (0.05,)
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
@@ -197,7 +197,7 @@ class Climbing(Point):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Normed(Climbing):
-    """What methods have whose steps of ascent have a given length."""
+    """The options of methods whose ascent steps are normalised."""
 
     norm: Literal["global", "per_leaf", "none"] = "global"
     """One gradient norm over all parameters, one for each array, or none: steps as long

@@ -1,4 +1,4 @@
-"""What methods have in common that ride on one of one weight vector."""
+"""The common part of methods that ride on a method of one weight vector."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from otmdr_jax.experiments.options import Option, options_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Riding(MethodOptions):
-    """What methods have that ride on another one.
+    """The options of methods that ride on another one.
 
     Attributes:
       bases: What they can ride on.

@@ -1,4 +1,4 @@
-"""What methods have in common that predict with samples."""
+"""The common part of methods that predict with samples."""
 
 import dataclasses
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from otmdr_jax.experiments.options import Count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled(MethodOptions):
-    """What methods have that predict with samples."""
+    """The options of methods that predict with samples."""
 
     num_samples: Count = bnn.NUM_SAMPLES
     """Samples of the posterior in a prediction; 30 in the OT-MDR authors' code. Of swag

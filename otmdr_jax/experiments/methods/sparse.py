@@ -25,7 +25,7 @@ MASK_EVERY, MASK_UPDATES = 1000, 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse(Riding):
-    """What methods have that train a sparse network, on SGD."""
+    """The options of methods that train a sparse network, on SGD."""
 
     is_sparse = True
     bases: ClassVar[dict[str, type[MethodOptions]]] = {"sgd": point.Sgd}

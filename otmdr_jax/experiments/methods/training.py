@@ -1,7 +1,7 @@
-"""A method around a model: what is the same whichever method it is.
+"""The parts that all methods share.
 
-The state of a run, the loss, a step that skips what is not finite, a prediction. What
-differs is a :class:`Rule`: how what is trained moves.
+They are the training state, the loss, a step that is skipped where it is not finite,
+and the prediction. What differs between methods is their :class:`Rule`.
 """
 
 from collections.abc import Callable
@@ -87,7 +87,7 @@ class Method(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a rule makes of a batch.
+    """The result of a rule's update.
 
     Attributes:
       updates: To be added to the parameters.
@@ -107,7 +107,7 @@ class Update(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How what is trained is made, moves and predicts.
+    """How a method initialises, updates and predicts.
 
     Attributes:
       start: (key, the model's parameters) -> what is trained, which is the parameters
@@ -147,7 +147,7 @@ class Loss(NamedTuple):
 def build(
     model: Any, loss: Loss, make: Callable[[Callable], Rule], axis_name: Any = None
 ) -> Method:
-    """A method out of a model, a loss and a rule.
+    """Makes a method of a model, a loss and a rule.
 
     Args:
       model: A :class:`otmdr_jax.models.Model`, or anything with its `init` and `apply`.

@@ -243,7 +243,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
 
 
 def _sparsity(networks, image_shape, state):
-    """What results hold of a sparse network, or of each member."""
+    """The record of a sparse network, or of each member's."""
     found = []
     for i, member in enumerate(members.separate(state)):
         positions = _positions(networks[i % len(networks)], image_shape)

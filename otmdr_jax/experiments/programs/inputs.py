@@ -1,4 +1,4 @@
-"""What a configuration names of its surroundings: data and devices, checked."""
+"""The data and devices that a configuration names, checked."""
 
 import math
 import pathlib

@@ -1,4 +1,4 @@
-"""What a run's numbers come from: versions, the device, and the data's checksums."""
+"""The provenance of a run's numbers: versions, the device, checksums of the data."""
 
 import dataclasses
 import platform
@@ -15,7 +15,7 @@ from otmdr_jax.data import Dataset, LazyImages, Split
 
 
 def environment() -> dict[str, str]:
-    """Versions and device: what a figure means nothing without."""
+    """Versions and device, to be recorded with every figure."""
     device = jax.devices()[0]
     return {
         "device": f"{device.device_kind} x {jax.device_count()}",
@@ -60,7 +60,7 @@ def _checksums(splits: Sequence[Split], sampled: int) -> str:
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """What data.json says of a run's data: name, sizes and checksums.
+    """The content of data.json: name, sizes and checksums of a run's data.
 
     Args:
       dataset: The data.

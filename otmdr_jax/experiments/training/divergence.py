@@ -1,6 +1,7 @@
-"""Steps that are not finite: of a run, which stops, or a member, which counts no more.
+"""Divergence: too many steps in a row that are not finite.
 
-A single such step is skipped on the device; here are those in a row that are too many.
+A run then stops, and a member of an ensemble no longer counts. A single such step is
+skipped on the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +24,10 @@ def find(
 
     Args:
       window: The steps' numbers.
-      first: Its first step, from 1.
+      first: The number of its first step, from 1.
       diverged: The members that had diverged before.
-      max_skipped: How many steps in a row may be skipped.
-      say: Told of each member that is new.
+      max_skipped: The number of steps in a row that may be skipped.
+      say: A function that is called with a message for each new member.
 
     Raises:
       NonFiniteError: None is left, or the run has one model alone.

@@ -1,4 +1,4 @@
-"""What a step reads: batches in the devices' memory, or streamed to them.
+"""The batches of a run: gathered in the devices' memory, or streamed to the devices.
 
 Both give the same batches in the same order. The training set lies on the devices where
 it fits, and a step gathers its batch inside the compiled program.

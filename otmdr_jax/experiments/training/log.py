@@ -9,14 +9,14 @@ from otmdr_jax.experiments.training.windows import Window
 
 
 class Log:
-    """What has been logged, from the start of the run, also where it goes on.
+    """The records of a run from its start, also those from before it was resumed.
 
     Attributes:
       history: The records.
     """
 
     def __init__(self, steps_per_epoch: int, folder: RunFolder | None):
-        """Reads what the folder has; None keeps records in memory alone."""
+        """Reads the folder's earlier records; without a folder all stay in memory."""
         self.steps_per_epoch, self.folder = steps_per_epoch, folder
         self.history: list[dict[str, Any]] = []
         if folder is not None:
@@ -32,7 +32,7 @@ class Log:
             self.folder.log(record)
 
     def write_evaluation(self, step: int, of_run: RunEvaluation) -> None:
-        """Adds an evaluation, once: a finished run that is resumed has it."""
+        """Adds an evaluation, unless a finished run that is resumed has it already."""
         records = {split: _with_members(x) for split, x in of_run.splits.items()}
         if of_run.posterior:
             records["posterior"] = of_run.posterior

@@ -90,7 +90,7 @@ class Loop:
         return f"{self.config.method.name}{many} seed {self.config.run.seed}"
 
     def _say_where(self, meta, state):
-        """Says what the run goes on from, and what is odd about it."""
+        """Says where the run resumes, and warns of what is unusual about it."""
         say, mesh = self.progress.say, self.meta["mesh"]
         left = self.step < self.programs.total_steps
         if self.step:
@@ -152,7 +152,7 @@ class Loop:
         return state
 
     def _between_epochs(self, state: PyTree) -> None:
-        """Evaluates, saves and stops, whatever is due."""
+        """Evaluates, saves and stops, where each of these is due."""
         epoch, score = self.step // self.programs.steps_per_epoch, None
         if epoch % self.config.run.eval_every == 0:
             score, _ = self._evaluate(state)
@@ -164,7 +164,7 @@ class Loop:
             self._interrupted(state, stop)
 
     def _close_window(self, state: PyTree) -> None:
-        """Leaves the window that ends with this step to be logged."""
+        """Closes the window that ends with this step; it is logged later."""
         # Dispatched before the next step takes the optimizer's state.
         rate = self.programs.rate(np.int32(self.step - 1), state)
         self.windows.close(self.step, rate)
@@ -198,7 +198,7 @@ class Loop:
     def _evaluate(
         self, state: PyTree, final: bool = False
     ) -> tuple[float | None, RunEvaluation]:
-        """Logs metrics; the score on the validation set, None without one, and all."""
+        """Evaluates and logs; returns the validation score, or None, and everything."""
         validation = self.dataset.validation is not None
         of_run = evaluate_run(
             self.config,
@@ -223,7 +223,7 @@ class Loop:
     # --- It saves, or stops ---
 
     def _decide(self, seconds: float) -> tuple[int, bool]:
-        """The signal to stop on, 0 for none, and whether to save: as all hosts say."""
+        """The signal to stop on (0: none) and whether to save; all hosts agree."""
         due = self.saver is not None and self.saver.is_due(self.step, seconds)
         stop, save = parallel.agree(self.signum, due)
         return int(stop), bool(save)

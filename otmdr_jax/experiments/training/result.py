@@ -1,4 +1,4 @@
-"""What a finished run gives: to the caller, and as result.json."""
+"""The result of a finished run, as an object and as result.json."""
 
 import math
 import pathlib
@@ -17,7 +17,7 @@ PyTree = Any
 
 
 class Result(NamedTuple):
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
       state: The final training state: of an ensemble see
@@ -50,14 +50,14 @@ def final_result(
     programs: Programs,
     meta: dict[str, Any],
 ) -> dict[str, Any]:
-    """What result.json holds of a finished run.
+    """Makes the content of a finished run's result.json.
 
     Args:
       config: The run's configuration.
       of_run: Its evaluation after the last step.
       dataset: Its data.
       programs: Its compiled functions.
-      meta: What is saved beside the state.
+      meta: The record that is saved beside the state.
     """
     result = {"finished": True, **record_of(config, of_run, dataset, programs)}
     result["epochs"] = result["steps"] / programs.steps_per_epoch

@@ -1,7 +1,8 @@
-"""Starting a run, or going on with one from its last whole checkpoint.
+"""Starts a run, or resumes one from its last whole checkpoint.
 
-What cannot work is refused first; then the data are read, the programs compiled and the
-folder opened, which one process writes. On many hosts each calls this alike.
+A configuration that cannot work is refused first. Then the data are read, the programs
+are compiled, and the folder is opened, in which one process writes. On many hosts every
+process makes the same call.
 """
 
 import os
@@ -39,12 +40,12 @@ def train(
     """Trains a model from a configuration.
 
     Args:
-      config: What to do, see :class:`otmdr_jax.experiments.config.TrainConfig`.
+      config: The options, see :class:`otmdr_jax.experiments.config.TrainConfig`.
       dataset: The data; None loads `config.data.name`. With arrays of your own
         (:func:`otmdr_jax.data.from_arrays`) nothing but JAX, Flax and Optax is needed.
       output: Folder of the run, with logs and checkpoints (which need Orbax). None
         keeps everything in memory.
-      resume: Go on with the run in `output` from its last whole checkpoint.
+      resume: Whether to resume the run in `output` from its last whole checkpoint.
       show_progress: Whether to show a bar, or lines where there is no terminal.
 
     Returns:

@@ -17,7 +17,7 @@ STEPS_IN_FLIGHT = 2
 
 
 class Windows:
-    """Steps that are dispatched, whose numbers are not fetched yet."""
+    """Dispatched steps whose numbers have not been fetched yet."""
 
     def __init__(self):
         self._open: list[dict[str, jax.Array]] = []
@@ -71,9 +71,9 @@ def summarise(steps: list[dict[str, jax.Array]], max_skipped: int) -> Window:
     """Fetches and averages the numbers of consecutive steps.
 
     Args:
-      steps: What a method's step returned beside the state, step by step: scalars, or
-        (M,) for an ensemble.
-      max_skipped: How many steps in a row may be skipped.
+      steps: The numbers that each step returned beside the state: scalars, or (M,) for
+        an ensemble.
+      max_skipped: The number of steps in a row that may be skipped.
 
     Example:
       >>> import jax.numpy as jnp
