@@ -92,6 +92,33 @@ class Layers:
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
     ) -> nnx.Conv:
         """A square convolution without bias: BatchNorm's bias follows it."""
+        return self._conv(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            kernel_init=_conv_init,
+            conv_general_dilated=convolve,
+        )
+
+    def depthwise_conv(
+        self, channels: int, kernel_size: int, stride: int = 1
+    ) -> nnx.Conv:
+        """A square convolution of each channel with its own kernel, without bias."""
+        return self._conv(
+            channels,
+            channels,
+            kernel_size,
+            stride,
+            feature_group_count=channels,
+            # An input reaches kernel_size^2 outputs, those of its channel, which is
+            # fan_out in He's derivation. Torchvision's counts all channels' outputs,
+            # and starts sqrt(channels) times smaller.
+            kernel_init=nnx.initializers.normal(math.sqrt(2.0) / kernel_size),
+            conv_general_dilated=convolve_depthwise,
+        )
+
+    def _conv(self, in_channels, out_channels, kernel_size, stride, **options):
         # Symmetric as in PyTorch. "SAME" would pad a stride of 2 on one side only,
         # which shifts the features by a pixel against the reference.
         pad = (kernel_size - 1) // 2
@@ -104,45 +131,27 @@ class Layers:
             use_bias=False,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=_conv_init,
-            conv_general_dilated=convolve,
             rngs=self.rngs,
+            **options,
         )
 
-    def depthwise_conv(
-        self, channels: int, kernel_size: int, stride: int = 1
-    ) -> nnx.Conv:
-        """A square convolution of each channel with its own kernel, without bias."""
-        pad = (kernel_size - 1) // 2
-        return nnx.Conv(
-            channels,
-            channels,
-            kernel_size=(kernel_size, kernel_size),
-            strides=(stride, stride),
-            padding=((pad, pad), (pad, pad)),
-            feature_group_count=channels,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            # An input reaches kernel_size^2 outputs, those of its channel, which is
-            # fan_out in He's derivation. Torchvision's counts all channels' outputs,
-            # and starts sqrt(channels) times smaller.
-            kernel_init=nnx.initializers.normal(math.sqrt(2.0) / kernel_size),
-            conv_general_dilated=convolve_depthwise,
-            rngs=self.rngs,
-        )
-
-    def linear(self, in_features: int, out_features: int) -> nnx.Linear:
+    def linear(
+        self, in_features: int, out_features: int, kernel_init: Any = _conv_init
+    ) -> nnx.Linear:
         """A linear layer of pooled features, in float32, like a 1x1 convolution."""
         return nnx.Linear(
             in_features,
             out_features,
             dtype=_at_least_float32(self.dtype),
             param_dtype=self.param_dtype,
-            kernel_init=_conv_init,
+            kernel_init=kernel_init,
             bias_init=nnx.initializers.zeros_init(),
             rngs=self.rngs,
         )
+
+    def dense(self, in_features: int, num_classes: int) -> nnx.Linear:
+        """The classifier, in float32, which costs little beside the convolutions."""
+        return self.linear(in_features, num_classes, _dense_init)
 
     def batch_norm(self, channels: int) -> BatchNorm:
         """BatchNorm with scale 1 and bias 0."""
@@ -159,18 +168,6 @@ class Layers:
     def dropout(self) -> Dropout:
         """A place where activations are dropped, with its own random bits."""
         return Dropout(self.rate, next(self.sites))
-
-    def dense(self, in_features: int, num_classes: int) -> nnx.Linear:
-        """The classifier, in float32, which costs little beside the convolutions."""
-        return nnx.Linear(
-            in_features,
-            num_classes,
-            dtype=_at_least_float32(self.dtype),
-            param_dtype=self.param_dtype,
-            kernel_init=_dense_init,
-            bias_init=nnx.initializers.zeros_init(),
-            rngs=self.rngs,
-        )
 
 
 class Chain(nnx.Module):
