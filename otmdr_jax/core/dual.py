@@ -47,7 +47,8 @@ from otmdr_jax.core.options import (
     filled,
     with_options,
 )
-from otmdr_jax.core.particle import Particle, Pass, Step, particle
+from otmdr_jax.core.particle import particle
+from otmdr_jax.core.step import Particle, Pass, Step
 from otmdr_jax.core.transform import from_gradient, keep, schedule_of
 
 PyTree = Any
@@ -120,7 +121,8 @@ class DualState(NamedTuple):
       multiplier: lambda of the last step.
       slope: G of its last ascent step, a mean over parts, devices and members.
       budget_used: u, the mean of d over :math:`\rho^p`.
-      value: The dual objective :math:`\lambda \rho^p (1 - u) + E L(w)`; NaN at first.
+      value: The dual objective :math:`\lambda \rho^p (1 - u) + E L(w)`; infinite at
+        first.
     """
 
     log_slope: jax.Array
@@ -313,7 +315,7 @@ class Budget:
         elif self.max_ratio <= 1:  # the objective grows with lambda
             log_slope, started = jnp.asarray(-_LOG_RANGE), True
         log_slope = _bounded(log_slope)
-        zero, one, nan = (jnp.full((), x, jnp.float32) for x in (0, 1, jnp.nan))
+        zero, one, most = (jnp.full((), x, jnp.float32) for x in (0, 1, jnp.inf))
         return DualState(
             log_slope,
             jnp.asarray(started),
@@ -321,7 +323,7 @@ class Budget:
             self._multiplier(log_slope, rho),
             zero,
             one,
-            nan,
+            most,
         )
 
     def step(
@@ -353,7 +355,6 @@ class Budget:
         slope, used = result.diagnostics.ascent_norms
         info = result.diagnostics._replace(ascent_norms=slope[None])
         log_slope = jnp.where(moved.started, moved.log_slope, _log(slope))
-        used = jnp.where(jnp.asarray(rho) == 0, 1.0, used)
         rest = jnp.exp(log_slope) * rho / self.power * (1 - used)
         seen = (
             self._multiplier(log_slope, rho), slope, used, result.value + rest
@@ -415,6 +416,8 @@ class Budget:
 
     def _log_unit(self, rho):
         """The logarithm of mu / lambda."""
+        if self.power == 1:
+            return 0.0
         return math.log(self.power) + (self.power - 1) * jnp.log(jnp.asarray(rho))
 
     def _multiplier(self, log_slope, rho):
