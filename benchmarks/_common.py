@@ -36,13 +36,14 @@ class Step(NamedTuple):
     passes: int
 
 
-def make_steps(model, particles=(), draws=(), **options):
+def make_steps(model, particles=(), draws=(), climbs=(), **options):
     """SGD, Optax's SAM, ours, and OT-MDR by number of particles and particle map.
 
     Args:
       model: Of `otmdr_jax.models`.
       particles: Pairs (K, particle map) for OT-MDR beside K = 1.
       draws: Numbers K of particles that are drawn from one gradient.
+      climbs: Numbers of ascent steps of the dual form.
       **options: Of `otmdr_jax.value_and_grad`, for our SAM and OT-MDR.
 
     Returns:
@@ -91,6 +92,23 @@ def make_steps(model, particles=(), draws=(), **options):
         count = own.get("num_particles", 1)
         return with_gradient(grad_fn, 1 + count if "tilt" in own else 2 * count)
 
+    def dual(count):
+        form = otmdr_jax.dual_gradient(
+            loss_fn, RHO[0], num_steps=count, has_aux=True, **options
+        )
+
+        def step(params, opt_state, model_state, batch, key):
+            del key
+            own, opt_state = opt_state
+            found, own = form.apply(own, params, batch, model_state)
+            updates, opt_state = base.update(found.grads, opt_state, params)
+            return optax.apply_updates(params, updates), (own, opt_state), found.aux
+
+        both = optax.GradientTransformation(
+            lambda params: (form.init(), base.init(params)), base.update
+        )
+        return Step(step, both, 1 + count)
+
     steps = {
         "SGD": with_gradient(plain, 1, keyed=False),
         REFERENCE: Step(optax_sam, theirs, 2),
@@ -103,6 +121,8 @@ def make_steps(model, particles=(), draws=(), **options):
         steps[f"draws K={k}"] = robust(
             RHO[:1], sampler="first_order", tilt=0.5, num_particles=k
         )
+    for count in climbs:
+        steps[f"dual, {count} ascent step{'s' * (count > 1)}"] = dual(count)
     return steps
 
 

@@ -1,14 +1,16 @@
-"""What drawn particles cost beside the gradients that they take.
+"""What drawn particles, and the dual form, cost beside the gradients that they take.
 
     python benchmarks/draws.py --json benchmarks/results/draws_cpu.json    # 3 minutes
+    python benchmarks/draws.py --draws --climbs 1 2 --json .../dual_cpu.json
     python benchmarks/draws.py --model resnet_18 --batch-size 128 --dtype bfloat16
     python benchmarks/draws.py --smoke
 
 A step with K particles that are drawn from one gradient takes 1 + K gradients of the
-batch; SAM takes 2. Each step is compiled, then timed in turn, round after round, in one
-process. "x gradients" is the median over rounds of its time beside that of as many SGD
-steps as it takes gradients, in the same round: what exceeds 1 is what it does beside
-them. Memory is the compiler's account, beside SAM's.
+batch; SAM takes 2, and the dual form with S ascent steps 1 + S. Each step is compiled,
+then timed in turn, round after round, in one process. "x gradients" is the median over
+rounds of its time beside that of as many SGD steps as it takes gradients, in the same
+round: what exceeds 1 is what it does beside them. Memory is the compiler's account,
+beside SAM's.
 """
 
 import statistics
@@ -54,17 +56,19 @@ def main():
     add("--dtype", default="float32")
     add("--rounds", type=int, default=15)
     add("--draws", type=int, nargs="*", default=[1, 2, 4], help="numbers K")
+    add("--climbs", type=int, nargs="*", default=[], help="steps S of the dual form")
     options = parser.parse_args()
     if options.smoke:
         options.model, options.rounds, options.draws = "cnn_small", 2, [1]
+        options.climbs = [1]
 
     model = models.create(options.model, 10, dtype=jnp.dtype(options.dtype))
     batch = make_batch(options.batch_size)
-    steps = make_steps(model, draws=options.draws)
+    steps = make_steps(model, draws=options.draws, climbs=options.climbs)
     steps = {
         name: step
         for name, step in steps.items()
-        if name in ("SGD", "SAM") or name.startswith("draws")
+        if name in ("SGD", "SAM") or name.startswith(("draws", "dual"))
     }
     runs, results = {}, {}
     for name, step in steps.items():

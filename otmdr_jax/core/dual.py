@@ -47,7 +47,8 @@ from otmdr_jax.core.options import (
     filled,
     with_options,
 )
-from otmdr_jax.core.particle import Particle, Pass, Step, particle
+from otmdr_jax.core.particle import particle
+from otmdr_jax.core.step import Particle, Pass, Step
 from otmdr_jax.core.transform import from_gradient, keep, schedule_of
 
 PyTree = Any
@@ -354,7 +355,6 @@ class Budget:
         slope, used = result.diagnostics.ascent_norms
         info = result.diagnostics._replace(ascent_norms=slope[None])
         log_slope = jnp.where(moved.started, moved.log_slope, _log(slope))
-        used = jnp.where(jnp.asarray(rho) == 0, 1.0, used)
         rest = jnp.exp(log_slope) * rho / self.power * (1 - used)
         seen = (
             self._multiplier(log_slope, rho), slope, used, result.value + rest
@@ -416,6 +416,8 @@ class Budget:
 
     def _log_unit(self, rho):
         """The logarithm of mu / lambda."""
+        if self.power == 1:
+            return 0.0
         return math.log(self.power) + (self.power - 1) * jnp.log(jnp.asarray(rho))
 
     def _multiplier(self, log_slope, rho):

@@ -71,9 +71,9 @@ def test_the_distance_converges_to_the_budget(power, rho, jump, scale):
         used = used * np.exp(0.1 * np.clip(1 - min(used, top), -1, 1))
     assert_allclose(states.budget_used[3:], seen, rtol=2e-2)
     assert_allclose(distances**power, states.budget_used, rtol=2e-2)
-    want = 5 * jump * scale / power / rho ** (power - 1)
-    if np.isfinite(np.float32(want)) and np.float32(want) > 1e-30 and want < 1e30:
-        assert_allclose(states.multiplier[-1], want, rtol=1e-2)
+    want = np.log(5 * jump * scale / power) - (power - 1) * np.log(rho)
+    if abs(want) < 79:  # it is what it is where float32 holds it
+        assert_allclose(np.log(states.multiplier[-1]), want, atol=1e-2)
 
 
 @pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
@@ -442,11 +442,10 @@ def test_a_first_gradient_of_zero_starts_nothing():
 def test_a_budget_of_zero_is_the_plain_gradient():
     params, data = toy.regression_problem()
     params = jax.tree.map(jnp.asarray, params)
-    for power in (1.5, 2.0, 4.0):
-        tx, none = (
-            otmdr_jax.dual(toy.regression, 0.0, power=power),
-            plain(toy.regression),
-        )
+    for power in (1, 1.5, 2.0, 4.0):
+        ball = {"max_ratio": 1} if power == 1 else {}
+        tx = otmdr_jax.dual(toy.regression, 0.0, power=power, **ball)
+        none = plain(toy.regression)
         state = tx.init(params)
         for _ in range(3):
             got, state = tx.update(params, state, params, batch=data)
