@@ -106,4 +106,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PARTS])
+    # What is for users, and what every module has.
+    standard = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, *_PARTS, *standard})

@@ -57,7 +57,7 @@ def test_refuses_a_loss_that_is_no_function():
 
 
 CALLS = [
-    (dict(), ValueError, r"pass key=jax.random.key\(...\)"),
+    (dict(), ValueError, r"pass a key, .*otmdr\(loss_fn, key\)"),
     (dict(split="ordered", noise_std=0.1), ValueError, "need randomness"),
     (dict(rho=-1.0, split="ordered"), ValueError, "rho must be finite"),
     (dict(batch={}, split="ordered"), ValueError, "leading example axis"),

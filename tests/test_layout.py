@@ -218,3 +218,10 @@ assert not failures, failures
 assert otmdr_jax.diversity is sys.modules["otmdr_jax.metrics.diversity"]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_completion_offers_what_is_public():
+    import otmdr_jax
+
+    offered = {name for name in dir(otmdr_jax) if not name.startswith("__")}
+    assert offered == {*otmdr_jax.__all__, *otmdr_jax._PARTS} - {"__version__"}

@@ -30,8 +30,10 @@ def batch_size(batch: PyTree) -> int:
     if isinstance(batch, NoBatch):
         raise TypeError(
             "this gradient is of a batch that it cuts into parts: pass it, as "
-            "grad_fn(params, batch, ...) or tx.update(..., params, batch=batch). For a "
-            'loss that takes none use split="shared".'
+            "grad_fn(params, batch, ...) or tx.update(..., params, batch=batch). "
+            "Flax's TrainState.apply_gradients hands no batch on: give it gradients of "
+            "grad_fn, or write tx.update and state.replace out. For a loss without a "
+            'batch use split="shared".'
         )
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
     if not shapes or any(not shape for shape in shapes):

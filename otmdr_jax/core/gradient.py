@@ -245,8 +245,10 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
             else f"draws of sampler={options.sampler!r}"
         )
         raise ValueError(
-            f"{source} need randomness: pass key=jax.random.key(...), a fresh one each "
-            'step, or climb with split="ordered" or "shared" and noise_std=0.'
+            f"{source} need randomness: pass a key, as jax.random.key(0). A gradient "
+            "function takes a fresh one in each call, grad_fn(params, batch, key=key); "
+            "a transformation takes one where it is made, otmdr(loss_fn, key). Or "
+            'climb with split="ordered" or "shared" and noise_std=0.'
         )
     collectives.check_bound(all_axes)
     pieces = joined or options.microbatch_size is not None
@@ -373,7 +375,9 @@ def call(loss_fn: Callable[..., Any], params: PyTree, batch: PyTree, *args, **kw
     except TypeError as error:
         raise TypeError(
             f"loss_fn was called without a batch, and {error}: pass one, as "
-            "grad_fn(params, batch) or tx.update(updates, state, params, batch=batch)."
+            "grad_fn(params, batch) or tx.update(updates, state, params, batch=batch). "
+            "Flax's TrainState.apply_gradients hands no batch on: give it the "
+            "gradients of grad_fn, or write tx.update and state.replace out."
         ) from error
     except ValueError:  # a function that has no signature
         pass

@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from otmdr_jax.io import extras
+
 
 def open_builder(name, data_dir, *, download):
     """TFDS, and the builder of a set that is prepared in the right format."""
@@ -40,7 +42,7 @@ def _import_tfds():
     except ImportError as error:
         raise ImportError(
             "reading TFDS data needs tensorflow-datasets, array-record and pillow, and "
-            f"importing failed with: {error}. Run: pip install otmdr-jax[data]"
+            f"importing failed with: {error}. {extras.command('data')}"
         ) from error
     return tfds
 

@@ -2,11 +2,17 @@
 
 import numbers
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from otmdr_jax.data.lazy import LazyImages
+
+# Images of one scale differ by less in their largest value; 0..1 and 0..255 by more.
+_SCALES = 50
+# More classes than this are no labels but codes: ImageNet-21k has 21,841.
+_MOST_CLASSES = 10**6
 
 
 def check_pair(
@@ -23,7 +29,8 @@ def check_pair(
       Images (N, H, W, C), uint8 or float32, and labels (N,) of the dtype that they had.
     """
     try:
-        images, labels = pair
+        # A dictionary of two arrays would be unpacked into its keys.
+        images, labels = None if isinstance(pair, Mapping) else pair
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{split} must be a pair (images, labels), got {type(pair).__name__}. "
@@ -45,7 +52,7 @@ def _check_images(
     images: Any, split: str, channels: int | None
 ) -> np.ndarray | LazyImages:
     if not isinstance(images, LazyImages):
-        images = np.asarray(images)
+        images = _array(images, f"{split} images")
     if images.ndim == 3:
         if len(images) in (1, 3) and min(images.shape[1:]) > 4:
             raise ValueError(
@@ -92,8 +99,23 @@ def _check_images(
     return images
 
 
+def _array(values: Any, name: str) -> np.ndarray:
+    if np.ma.is_masked(values):
+        raise ValueError(
+            f"{name} must be plain arrays, got masked entries. Fill them, "
+            "values.filled(...), or drop these examples."
+        )
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be one array, got a {type(values).__name__} whose items have "
+            f"several shapes ({error}). Resize or crop them."
+        ) from error
+
+
 def _check_labels(labels: Any, split: str) -> np.ndarray:
-    labels = np.asarray(labels)
+    labels = _array(labels, f"{split} labels")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:
@@ -131,6 +153,16 @@ def check_agreement(train: Any, test: Any, name: str) -> None:
             f"{dtypes[0]} and {name} {dtypes[1]}. Convert one of them to the other's "
             "dtype and scale."
         )
+    if dtypes[0] == np.uint8 or isinstance(test, LazyImages):
+        return
+    spreads = [float(np.abs(x).max()) for x in (train, test)]
+    if min(spreads) > 0 and max(spreads) > _SCALES * min(spreads):
+        warnings.warn(
+            f"train and {name} images seem to have several scales: the largest values "
+            f"are {spreads[0]:.4g} and {spreads[1]:.4g}. Both are normalised by the "
+            "mean and deviation of the training images.",
+            stacklevel=3,
+        )
 
 
 def check_classes(labels: dict[str, np.ndarray], num_classes: int | None) -> int:
@@ -144,9 +176,16 @@ def check_classes(labels: dict[str, np.ndarray], num_classes: int | None) -> int
       C.
     """
     highest = max(int(own.max()) for own in labels.values())
+    if num_classes is None and highest >= _MOST_CLASSES:
+        raise ValueError(
+            f"labels must be integers 0..C-1, got {highest}, which looks like a code. "
+            "Renumber them over all splits at once: np.unique(labels, "
+            "return_inverse=True)[1]."
+        )
     if num_classes is None:
         num_classes = highest + 1
-    if not isinstance(num_classes, numbers.Integral) or num_classes < 1:
+    whole = isinstance(num_classes, numbers.Integral | np.integer)
+    if not whole or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(
             f"num_classes must be an int of at least 1, got {num_classes=}. Leave it "
             "out to take the largest label plus one."

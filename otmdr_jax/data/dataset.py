@@ -7,6 +7,7 @@ the validation split, and test and validation labels are always the original one
 
 import dataclasses
 import numbers
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,12 @@ from otmdr_jax.data.statistics import check_statistics
 
 AUGMENTATIONS = ("crop", "flip")
 
-# Streams of the one seed: independent, and stable when another one is added.
-_VALIDATION_STREAM, _NOISE_STREAM = 0, 1
+# Streams of the one seed: independent, and stable when another one is added. The third
+# is that of measure/shift.
+_VALIDATION_STREAM, _NOISE_STREAM, _TEST_STREAM = 0, 1, 3
+
+# The part of a training set that is left to test on where there is no test set.
+_TEST_SHARE = 0.2
 
 
 class Split(NamedTuple):
@@ -92,7 +97,7 @@ class Dataset:
 
 def from_arrays(
     train: tuple[Any, Any],
-    test: tuple[Any, Any],
+    test: tuple[Any, Any] | None = None,
     num_classes: int | None = None,
     name: str = "arrays",
     validation: int | float | tuple[Any, Any] = 0,
@@ -109,7 +114,8 @@ def from_arrays(
         of dtype uint8 (0..255) or a float dtype (any finite scale; kept as float32).
         `LazyImages` stay lazy. Labels are integers 0..C-1 of shape (N,) or (N, 1).
       test: Images and labels of the test split, with the image shape and dtype of
-        `train`.
+        `train`. None leaves a fifth of `train` to test on, stratified by class and
+        drawn by `seed`, with a warning.
       num_classes: C; None takes the largest label plus one, and refuses labels that
         skip a class in training.
       name: A name for the dataset.
@@ -139,7 +145,8 @@ def from_arrays(
 
     Warns:
       UserWarning: A split has examples of a class that training has none of, where
-        `num_classes` is given.
+        `num_classes` is given; there is no test split; float images of two splits seem
+        to have two scales.
 
     Example:
       >>> import numpy as np
@@ -148,10 +155,14 @@ def from_arrays(
       >>> from_arrays((images, labels), (images, labels), validation=4)
       Dataset('arrays': 16 train, 4 validation, 20 test, 4x4x1 uint8, 2 classes)
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"name must be a text that is not empty, got {name!r}.")
+    if test is None:
+        train, test = leave_test(train, seed, f"dataset {name!r}")
     given = {"train": train, "test": test}
     if isinstance(validation, tuple | list):
         given["validation"], validation = tuple(validation), 0
-    channels = None if mean is None or std is None else len(mean)
+    channels = None if mean is None or std is None else np.size(mean)
     pairs = {split: check_pair(x, split, channels) for split, x in given.items()}
     for split in list(pairs)[1:]:
         check_agreement(pairs["train"][0], pairs[split][0], split)
@@ -206,6 +217,8 @@ def check_split(
 def check_augmentations(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names as a tuple, or raises ValueError with the known ones."""
     names = (names,) if isinstance(names, str) else tuple(names)
+    if len(set(names)) < len(names):
+        raise ValueError(f"augmentations must be named once, got {names}.")
     if unknown := [name for name in names if name not in AUGMENTATIONS]:
         raise ValueError(
             f"augmentations must be of {AUGMENTATIONS}, got {unknown[0]!r}. Correct "
@@ -239,6 +252,38 @@ def stratified_choice(labels, count: int, rng: np.random.Generator) -> np.ndarra
     return chosen
 
 
+def leave_test(train: tuple[Any, Any], seed: int, what: str) -> tuple[Split, Split]:
+    """Leaves a stratified part of a training set to test on, and says so.
+
+    Args:
+      train: (images, labels), not checked yet.
+      seed: The seed that draws the part.
+      what: What has no test set, for the warning.
+
+    Returns:
+      The training split and the test split.
+
+    Raises:
+      ValueError: A class would have no example left to train on.
+    """
+    split, _ = check_split(train, None, "train")
+    count = max(round(_TEST_SHARE * split.num_examples), 1)
+    rng = np.random.default_rng([_TEST_STREAM, _seed(seed)])
+    chosen = stratified_choice(split.labels, count, rng)
+    if lost := np.setdiff1d(split.labels, split.labels[~chosen]).tolist():
+        raise ValueError(
+            f"{what} has no test set, and too few training examples to leave some to "
+            f"test on: {split.num_examples}, and none would be left of class "
+            f"{lost[0]}. Give a test set."
+        )
+    warnings.warn(
+        f"{what} has no test set: {count} of its {split.num_examples} examples, "
+        f"stratified by class and drawn by seed={seed}, are left to test on.",
+        stacklevel=4,
+    )
+    return Split(*(a[~chosen] for a in split)), Split(*(a[chosen] for a in split))
+
+
 def _validation_count(validation: int | float, num_train: int) -> int:
     """The number of examples that `validation` asks for."""
     count = -1
@@ -246,6 +291,11 @@ def _validation_count(validation: int | float, num_train: int) -> int:
         count = int(validation)
     elif isinstance(validation, numbers.Real) and 0.0 <= float(validation) < 1.0:
         count = round(float(validation) * num_train)
+    if count == 0 and validation:
+        raise ValueError(
+            f"{validation=} is less than one of the {num_train} training examples: "
+            "give a larger fraction, or leave it out."
+        )
     if not 0 <= count < num_train:
         raise ValueError(
             f"validation must be a count in 0..{num_train - 1} or a fraction in "
@@ -265,6 +315,11 @@ def _replace_labels(
             f"label_noise={fraction!r}. For 20 % pass 0.2."
         )
     count = round(float(fraction) * len(labels))
+    if fraction and not count:
+        raise ValueError(
+            f"label_noise={fraction!r} is less than one of the {len(labels)} training "
+            "labels: give a larger fraction, or leave it out."
+        )
     if count and num_classes < 2:
         raise ValueError(
             f"label_noise needs another class to change to, got {num_classes=}. "

@@ -14,10 +14,11 @@ from otmdr_jax.data.dataset import (
     Split,
     check_split,
     from_arrays,
+    leave_test,
     stratified_choice,
 )
 from otmdr_jax.data.lazy import LazyImages
-from otmdr_jax.io import files
+from otmdr_jax.io import extras, files
 
 # Channel mean and std of the training sets, as in the paper's released code; other
 # sets get theirs computed.
@@ -52,10 +53,6 @@ _NPZ_KEYS = {
 
 # What `save` writes beside the arrays, by names that nobody else has.
 _NPZ_OPTIONS = {x: f"otmdr_jax_{x}" for x in ("num_classes", "mean", "std", "augment")}
-
-# A training set alone leaves this part of it to test on, drawn by a stream of the seed
-# of its own: dataset.py has the first two, measure/shift the third.
-_TEST_SHARE, _TEST_STREAM = 0.2, 3
 
 
 def load(
@@ -184,6 +181,7 @@ def save(dataset: Dataset, path: str | os.PathLike) -> None:
         raise ValueError(f"path must end in .npz, got {str(path)!r}.")
     if path.exists():
         raise FileExistsError(f"{path} is there already: name another file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(dataset.train.images, LazyImages):
         raise ValueError(
             "the images are left in their files: open the set with in_memory=True."
@@ -300,8 +298,8 @@ def _digits() -> tuple[Split, Split]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the digits come with scikit-learn, which is not installed. Run: pip "
-            "install otmdr-jax[data]"
+            "the digits come with scikit-learn, which is not installed. "
+            + extras.command("data")
         ) from error
     bunch = load_digits()
     images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -345,22 +343,8 @@ def _npz_splits(path, validation, label_noise, seed) -> dict[str, Any]:
         options["validation"] = splits["validation"]
     train, test = splits["train"], splits.get("test")
     if test is None:
-        train, test = _without_test(path, train, seed)
+        train, test = leave_test(train, seed, repr(str(path)))
     return {"train": train, "test": test, **options}
-
-
-def _without_test(path, train, seed) -> tuple[Split, Split]:
-    """Leaves a stratified part of a training set to test on, and says so."""
-    train, _ = check_split(train, None, "train")
-    count = max(round(_TEST_SHARE * train.num_examples), 1)
-    rng = np.random.default_rng([_TEST_STREAM, seed])
-    chosen = stratified_choice(train.labels, count, rng)
-    warnings.warn(
-        f"{str(path)!r} has no test set: {count} of its {train.num_examples} examples, "
-        f"stratified by class and drawn by seed={seed}, are left to test on.",
-        stacklevel=4,
-    )
-    return Split(*(a[~chosen] for a in train)), Split(*(a[chosen] for a in train))
 
 
 def _read_npz(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:

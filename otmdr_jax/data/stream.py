@@ -15,6 +15,7 @@ import numpy as np
 from otmdr_jax.data.dataset import Dataset, Split
 from otmdr_jax.data.device import epoch_order
 from otmdr_jax.data.lazy import LazyImages, fits_in_memory
+from otmdr_jax.io import extras
 
 if TYPE_CHECKING:
     import grain
@@ -212,7 +213,7 @@ def _import_grain():
         import grain.sharding
     except ImportError as error:
         raise ImportError(
-            f"streaming needs grain, and importing it failed with: {error}. Run: pip "
-            "install otmdr-jax[data]"
+            f"streaming needs grain, and importing it failed with: {error}. "
+            + extras.command("data")
         ) from error
     return grain

@@ -5,18 +5,21 @@ import logging
 import math
 import os
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.methods import TrainState
+from otmdr_jax.io import extras
 
 try:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as policies
 except ImportError as error:
     raise ImportError(
-        "checkpoints need Orbax, which is not installed. Run: pip install "
-        "otmdr-jax[train], or train without an output folder."
+        "checkpoints need Orbax, which is not installed; training without an output "
+        f"folder does not. {extras.command('train')}"
     ) from error
 
 
@@ -114,14 +117,15 @@ class Checkpoints(contextlib.AbstractContextManager):
         step = steps_taken(state)
         if step in self._manager.all_steps():
             return  # an interrupt right after a save
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_stored(state)),
-                meta=ocp.args.JsonSave(meta),
-            ),
-            metrics={"score": _score(score)} if self._scored else None,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_stored(state)),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics={"score": _score(score)} if self._scored else None,
+            )
 
     def steps(self) -> list[int]:
         """The steps that whole checkpoints exist for, ascending."""
@@ -181,9 +185,35 @@ class Checkpoints(contextlib.AbstractContextManager):
             )
         return known[-1] if step is None else step
 
-    def __exit__(self, *exc_info: Any) -> None:
+    def __exit__(self, kind: Any = None, *exc_info: Any) -> None:
         """Waits until the last save is whole."""
-        self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        except OSError:
+            if kind is None:  # else what went wrong first says more
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one line that a save failed, this one or the one before it."""
+        try:
+            yield
+        except Exception as error:
+            known = self.steps()
+            whole = f"that of step {known[-1]} is whole" if known else "there is none"
+            raise OSError(
+                f"a checkpoint cannot be written into {self.folder} "
+                f"({_reason(error)}); {whole}. Once it can, go on with: otmdr train "
+                f"--resume {self.run}"
+            ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The end of what the system said, which Orbax tells in a page of text."""
+    told = re.search(r"\[os_error_code: ?\d+ *([^\]]*)\]|: ([^:\n]+) \[", str(error))
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return next(filter(None, told.groups()), text) if told else text[:200]
 
 
 def _stored(state: PyTree) -> PyTree:

@@ -8,13 +8,14 @@ under an option is its help on the command line.
 
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 from otmdr_jax.core.options import check_rho
@@ -115,7 +116,9 @@ def check(name: str, value: Any, kind: Any) -> None:
     plain, musts = _plain(kinds[0]), getattr(kinds[0], "__metadata__", ())
     if typing.get_origin(plain) is Literal:
         words = [*typing.get_args(plain), *([None] if optional else [])]
-        _must(name, value, value in words, f"one of {', '.join(map(repr, words))}")
+        be = f"one of {', '.join(map(repr, words))}"
+        near = hint(value, filter(None, words)) if isinstance(value, str) else ""
+        _must(name, value, value in words, be, near)
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     right = number and isinstance(value, int) if plain is int else True
@@ -134,11 +137,27 @@ def check(name: str, value: Any, kind: Any) -> None:
         _must(name, value, must.holds(value), must.be)
 
 
-def _must(name: str, value: Any, holds: bool, be: str) -> None:
+def _must(name: str, value: Any, holds: bool, be: str, near: str = "") -> None:
     if not holds:
         plain = isinstance(value, str | int | float | tuple | list | dict | None)
         got = repr(value) if plain else f"a {type(value).__name__}"
-        raise ValueError(f"{name} must be {be}, got {got}.")
+        raise ValueError(f"{name} must be {be}, got {got}.{near}")
+
+
+def hint(word: Any, known: Iterable[str]) -> str:
+    """What an unknown word may have meant, to end an error with; "" for nothing near.
+
+    Args:
+      word: What came.
+      known: The words that there are.
+
+    Example:
+      >>> hint("SMA", ["sgd", "sam"])
+      " Did you mean 'sam'?"
+    """
+    words = {name.lower().replace("_", "-"): name for name in known}
+    near = difflib.get_close_matches(str(word).lower().replace("_", "-"), words, 2)
+    return f" Did you mean {' or '.join(repr(words[x]) for x in near)}?" * bool(near)
 
 
 def alternatives(kind: Any) -> tuple[list[Any], bool]:

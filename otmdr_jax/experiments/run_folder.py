@@ -9,9 +9,12 @@ result.json       the final metrics
 predictions.npz   log_probs (N, C) and labels (N,) of the test set
 """
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,17 +24,71 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.io import files
 
 
+@contextlib.contextmanager
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing into a folder, to the end of this one's work.
+
+    The lock is the system's, on the folder itself: nothing is left behind by a process
+    that is killed. Where a system or a file system has no such locks nothing is locked.
+
+    Args:
+      path: The folder, which is there.
+
+    Raises:
+      FileExistsError: Another process works on it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(handle)
+            raise FileExistsError(
+                f"another process is writing into {path}. Wait for its end, or stop it "
+                "(Ctrl-C saves its state); a new run needs another --output."
+            ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def claimed(path: str | os.PathLike) -> Iterator[None]:
+    """Makes a folder for a new run, :func:`locked` from the start.
+
+    Raises:
+      FileExistsError: The folder holds something, or another process works on it.
+    """
+    path = pathlib.Path(path)
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        check_free(path)  # another process may have been quicker
+        yield
+
+
 class RunFolder:
     """A run's folder, open for writing. Use :func:`create` or :func:`reopen`."""
 
     def __init__(self, path: str | os.PathLike, step: int = 0):
         """Opens the logs, to go on after `step`."""
         self.path = pathlib.Path(path)
-        self._lines = open(self.path / "metrics.jsonl", "a")
+        self._lines = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
         self._board = _tensorboard(self.path, step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends an event with step, epoch, split and numbers."""
+        if os.fstat(self._lines.fileno()).st_nlink == 0:
+            raise FileNotFoundError(
+                f"{self.path / 'metrics.jsonl'} was removed, or replaced, while the "
+                "run was writing it: the run stops, since it could not be resumed."
+            )
         self._lines.write(files.dumps(record) + "\n")
         self._lines.flush()
         if self._board is not None:
@@ -134,7 +191,9 @@ def reopen(path: str | os.PathLike, step: int) -> RunFolder:
         (path / "result.json").unlink(missing_ok=True)
     events = path / "metrics.jsonl"
     if events.exists():
-        kept = [line for line in events.read_text().splitlines() if _until(line, step)]
+        # A machine that crashes may leave bytes of another file at the end.
+        lines = events.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line for line in lines if _until(line, step)]
         files.write_text(events, "".join(line + "\n" for line in kept))
     return RunFolder(path, step)
 
@@ -147,15 +206,21 @@ def write_result(
     member_log_probs: Any = None,
 ) -> None:
     """Writes result.json and predictions.npz, each atomically."""
-    path = pathlib.Path(path)
+    write_predictions(path, log_probs, labels, member_log_probs)
+    files.write_json(pathlib.Path(path) / "result.json", result)
+
+
+def write_predictions(
+    path: str | os.PathLike, log_probs: Any, labels: Any, member_log_probs: Any = None
+) -> None:
+    """Writes predictions.npz, atomically."""
     arrays: dict[str, Any] = {
         "log_probs": np.asarray(log_probs, np.float32),
         "labels": np.asarray(labels, np.int32),
     }
     if member_log_probs is not None:  # (M, N, C)
         arrays["member_log_probs"] = np.asarray(member_log_probs, np.float32)
-    files.write_arrays(path / "predictions.npz", arrays)
-    files.write_json(path / "result.json", result)
+    files.write_arrays(pathlib.Path(path) / "predictions.npz", arrays)
 
 
 def check_record(

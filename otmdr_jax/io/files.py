@@ -86,8 +86,17 @@ def loads(text: str | bytes) -> dict[str, Any]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object that a file of strict JSON holds, see :func:`loads`."""
-    return loads(path.read_bytes())
+    """The object that a file of strict JSON holds, see :func:`loads`.
+
+    Raises:
+      ValueError: As of :func:`loads`, with the file and the line.
+    """
+    try:
+        return loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}.") from error
 
 
 def _refuse(name: str) -> None:

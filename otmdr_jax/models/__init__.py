@@ -18,6 +18,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from otmdr_jax.io import extras
+
 try:
     import flax  # noqa: F401
 except ModuleNotFoundError as error:
@@ -25,7 +27,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "otmdr_jax.models builds its networks with Flax, which is not installed. "
-        "Run: pip install otmdr-jax[models]"
+        + extras.command("models")
     ) from error
 
 from otmdr_jax.core.options import check_count, check_number

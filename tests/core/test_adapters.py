@@ -66,6 +66,16 @@ def test_flax_train_state(problem, expected):
     assert_close(state.params, expected)
 
 
+@pytest.mark.parametrize("make", [otmdr_jax.otmdr, otmdr_jax.sam])
+def test_a_train_state_that_hands_on_no_batch_is_named(problem, make):
+    params, _ = problem
+    key = [jax.random.key(0)] if make is otmdr_jax.otmdr else []
+    tx = make(toy.regression, *key)
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    with pytest.raises(TypeError, match="TrainState.apply_gradients hands no batch"):
+        state.apply_gradients(grads=params)
+
+
 class Linear(nnx.Module):
     def __init__(self, w, b):
         self.w, self.b = nnx.Param(w), nnx.Param(b)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import warnings
 
 import chex
 import jax
@@ -1007,8 +1008,8 @@ def test_a_bare_machine_imports_and_takes_arrays():
     assert done.stderr.startswith("decoding: 3/3 steps")
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Dataset('arrays': 4 train")
-    assert "scikit-learn" in lines[1] and "pip install otmdr-jax[data]" in lines[1]
-    assert "tensorflow-datasets" in lines[2] and "otmdr-jax[data]" in lines[2]
+    assert "scikit-learn" in lines[1] and "pip install '.[data]'" in lines[1]
+    assert "tensorflow-datasets" in lines[2] and "'.[data]'" in lines[2]
 
 
 def test_a_long_decoding_reports_on_stderr(monkeypatch, capsys):
@@ -1029,3 +1030,65 @@ def test_a_long_decoding_reports_on_stderr(monkeypatch, capsys):
 
 def test_every_known_augmentation_is_implemented():
     assert dataset.AUGMENTATIONS == tuple(device._OPS)
+
+
+class TestMistakes:
+    """What a caller may hand over by mistake, and what is done with it."""
+
+    images = np.zeros((8, 2, 2, 1), np.uint8)
+    labels = np.arange(8) % 2
+
+    def test_a_training_set_alone_is_split(self):
+        with pytest.warns(UserWarning, match="'mine' has no test set: 2 of its 8"):
+            found = data.from_arrays((self.images, self.labels), name="mine")
+        assert found.train.num_examples == 6 and found.test.num_examples == 2
+        assert set(found.test.labels) == {0, 1}
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    def test_too_few_examples_to_split_are_refused(self, count):
+        pair = self.images[:count], np.arange(count)
+        with pytest.raises(ValueError, match="too few training examples .* of class"):
+            data.from_arrays(pair)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"train": {"images": images, "labels": labels}}, "pair .* got dict"),
+            ({"train": ([[0], [0, 1]], [0, 1])}, "one array, got a list whose items"),
+            ({"train": (np.ma.masked_less(images, 1), labels)}, "got masked entries"),
+            ({"name": ""}, "name must be a text that is not empty"),
+            ({"name": None}, "name must be a text that is not empty"),
+            ({"num_classes": True}, "num_classes must be an int"),
+            ({"augment": ("flip", "flip")}, "must be named once"),
+            ({"validation": 0.01}, "less than one of the 8 training examples"),
+            ({"label_noise": 0.05}, "less than one of the 8 training labels"),
+            ({"mean": 0.0, "std": 0.0}, "mean must be 1 finite numbers"),
+        ],
+    )
+    def test_it_is_refused(self, changes, message):
+        pair = self.images, self.labels
+        with pytest.raises(ValueError, match=message):
+            data.from_arrays(**{"train": pair, "test": pair, **changes})
+
+    @pytest.mark.parametrize("code", [10**6, 10**12, 2**63 + 7])
+    def test_codes_are_no_labels(self, code):
+        # A count of classes in int64 overflows, an array of all of them fills memory.
+        labels = np.asarray([0, 1, 2, code], np.uint64)
+        with pytest.raises(ValueError, match=f"got {code}, which looks like a code"):
+            data.from_arrays((self.images[:4], labels), (self.images[:4], labels))
+
+    @pytest.mark.parametrize(
+        ("scale", "warned"), [(255, 1), (51, 1), (49, 0), (1, 0), (1 / 255, 1), (0, 0)]
+    )
+    def test_images_of_two_scales_are_named(self, scale, warned):
+        train = np.linspace(0, 1, 32, dtype=np.float32).reshape(8, 2, 2, 1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.from_arrays((train, self.labels), (train * scale, self.labels))
+        assert len(caught) == warned
+        assert all("seem to have several scales" in str(w.message) for w in caught)
+
+    def test_a_file_is_saved_into_a_new_folder(self, tmp_path):
+        pair = self.images, self.labels
+        data.save(data.from_arrays(pair, pair), tmp_path / "new" / "mine.npz")
+        assert (tmp_path / "new" / "mine.npz").is_file()

@@ -400,7 +400,7 @@ def test_without_grain_the_error_says_what_to_install():
             print(error)
     """
     done = run_python(code)
-    assert "pip install otmdr-jax[data]" in done.stdout, done.stderr
+    assert "pip install '.[data]'" in done.stdout, done.stderr
 
 
 # -- threads --------------------------------------------------------------------------

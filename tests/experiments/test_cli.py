@@ -14,6 +14,7 @@ import time
 import types
 import typing
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -187,9 +188,21 @@ def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["trian"], "unknown command 'trian'; there are train, evaluate"),
+        (["trian"], "unknown command 'trian'. Did you mean 'train'? There are train, "),
         (["train", "--preset", "paper"], "preset must be one of 'demo'"),
+        (["train", "--preset", "papr-cifar10"], "Did you mean 'paper-cifar10' or"),
+        (["train", "--method", "SAMM"], "Did you mean 'sam'"),
+        (["train", "--method", "otmdr_bnn"], "Did you mean 'otmdr-bnn'"),
         (["train", "--config", "nowhere.json"], "nowhere.json"),
+        (["train", "--config", "."], "must be a JSON file, and . is none"),
+        (["train", "--config", __file__], "is no JSON file of options"),
+        (["train", "--output", ""], "--output must name a folder"),
+        (["train", "--output", f"{__file__}/run"], "Not a directory"),
+        (["train", "--steps", "2", "--epochs", "40"], "--steps and --epochs each say"),
+        (["train", "--validation", "inf"], "or a whole number of examples, got inf"),
+        (["train", "--augment", "flip", "flip"], "must be named once"),
+        (["train", "--label-noise", "1e-9"], "is less than one of the 1437"),
+        (["train", "--validation", "1e-9"], "is less than one of the 1437"),
         (["train", "--preset", "demo", "--config", "x"], "give one of them"),
         (["train", "--resume", "nowhere"], "no run folder"),
         (["train", "--model", "resnet_19"], "resnet_18"),
@@ -340,6 +353,9 @@ def test_presets_give_the_papers_and_the_released_codes_settings():
     ("text", "message"),
     [
         ("{", "is no JSON file"),
+        ('{"epochs": 3, "epochs": 4}', "epochs stands in it twice"),
+        ("\x9f", "is no JSON file"),
+        ("[" * 100_000, "is no JSON file"),
         ("[1]", "must hold a JSON object"),
         ('{"lr": 0.1}', "unknown options lr"),
         ('{"epochs": "many"}', "epochs must be a number"),
@@ -347,9 +363,43 @@ def test_presets_give_the_papers_and_the_released_codes_settings():
 )
 def test_bad_configuration_files_are_refused(text, message, tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         config.load(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"epochs": 3}', encoding="utf-8-sig")
+    assert config.load(path).run.epochs == 3
+
+
+def test_ctrl_c_is_one_line_wherever_it_comes(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (cli.about.Info, interrupted))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "otmdr: stopped\n"
+
+
+def test_steps_on_the_command_line_take_the_place_of_a_presets_epochs():
+    _, found = cli.train.parse(["--preset", "sam-cifar10", "--steps", "3"])
+    found.check_used()
+    assert found.run.steps == 3
+    own = config.preset("sam-cifar10").replace(steps=3)
+    own.check_used()
+    assert own.replace(epochs=2).run.steps is None
+    with pytest.raises(ValueError, match="steps=3 and epochs=2 each say how long"):
+        config.TrainConfig(steps=3, epochs=2).check_used()
+
+
+def test_a_help_says_what_a_text_is(capsys):
+    for name in cli.COMMANDS:
+        text = help_of(capsys, name) if name != "info" else ""
+        assert not re.search(r"\bSTR\b", text), name
 
 
 OLD = json.loads(
@@ -398,6 +448,20 @@ class TestOptions:
             sam.replace(method="sgd")
         plain = sam.replace(method="sgd", rho=None, num_subbatches=None)
         assert plain == config.TrainConfig(method="sgd")
+
+    def test_they_may_be_of_numpy_and_paths(self, tmp_path):
+        found = config.TrainConfig(
+            seed=np.arange(3)[2],
+            rho=np.float32([0.25, 0.5]),
+            learning_rate=np.float64(0.1),
+            data=tmp_path / "mine.npz",
+            augment="flip",
+            members=2,
+        )
+        assert found.method.rho == (0.25, 0.5) and found.run.seed == 2
+        assert found.data.augment == ("flip",) and found.model.members == "2"
+        config.save(found, tmp_path / "config.json")
+        assert config.load(tmp_path / "config.json") == found
 
     def test_a_model_is_a_name(self):
         for model in (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Linear):

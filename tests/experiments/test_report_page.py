@@ -343,14 +343,14 @@ class TestThePage:
     @pytest.mark.slow
     def test_says_what_html_needs(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "markdown_it", None)
-        with pytest.raises(ImportError, match=r"markdown-it-py.*otmdr-jax\[train\]"):
+        with pytest.raises(ImportError, match=r"markdown-it-py\..*'\.\[train\]'"):
             report.write(tmp_path / "p", [make()], "x", whole=True)
         assert not (tmp_path / "p").exists()
 
     def test_says_what_templates_need(self, tmp_path, monkeypatch):
         monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
         document._templates.cache_clear()
-        with pytest.raises(ImportError, match=r"Jinja2: .*otmdr-jax\[train\]"):
+        with pytest.raises(ImportError, match=r"Jinja2\..*'\.\[train\]'"):
             report.write(tmp_path / "p", [make()], "x")
         assert not (tmp_path / "p").exists()
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from otmdr_jax._version import __version__
+from otmdr_jax.io import extras
 
 try:
     import tyro
 except ImportError:
-    sys.exit("otmdr needs tyro, which is not installed: pip install otmdr-jax[train]")
+    sys.exit(f"otmdr needs tyro, which is not installed. {extras.command('train')}")
 
 from otmdr_jax.experiments.cli import (
     about,
@@ -30,7 +31,7 @@ from otmdr_jax.experiments.cli import (
     train,
 )
 from otmdr_jax.experiments.cli.common import EXPECTED
-from otmdr_jax.experiments.options import Seed, check
+from otmdr_jax.experiments.options import Seed, check, hint
 
 # A command -> its options and what it does, in the order of a first session.
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -65,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             warnings.showwarning = _say_warning
             _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        # A run in training says itself what it has saved; nothing else is half written.
+        print("otmdr: stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # Else Python fails once more as it closes its output at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return
     if argv[0] == "--version":
@@ -80,7 +85,10 @@ def _run(argv: list[str]) -> None:
         return
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
-        _fail(f"unknown command {argv[0]!r}; there are {known}. See otmdr --help.")
+        near = hint(argv[0], COMMANDS)
+        _fail(
+            f"unknown command {argv[0]!r}.{near} There are {known}. See otmdr --help."
+        )
     # Orbax warns when a checkpoint is opened for reading only, as evaluation does.
     logging.getLogger("absl").setLevel(logging.ERROR)
     kind, function = COMMANDS[argv[0]]
@@ -98,6 +106,8 @@ def _run(argv: list[str]) -> None:
         if (seed := getattr(options, "seed", None)) is not None:
             check("seed", seed, Seed)  # before a run is read
         function(options)
+    except BrokenPipeError:  # an OSError that is no error
+        raise
     except EXPECTED as error:
         _fail(str(error))
 

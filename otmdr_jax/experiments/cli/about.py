@@ -1,17 +1,18 @@
 """`otmdr demo` and `otmdr info`: a first experiment, and the environment."""
 
 import dataclasses
-import importlib.metadata
 import sys
 
 from otmdr_jax._version import __version__
+from otmdr_jax.experiments.cli.common import Folder
+from otmdr_jax.io import extras
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
     """Train SGD, SAM and OT-MDR (K = 1, 2) on digits with noisy labels: two minutes."""
 
-    output: str = "demo-report"
+    output: Folder = "demo-report"
     """Folder of the report; an earlier report in it is replaced."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each method has one run for each seed."""
@@ -47,27 +48,10 @@ def run_info(options: Info) -> None:
     print(f"backend {jax.default_backend()}:")
     for device in jax.devices():
         print(f"  {device} ({device.device_kind})")
-    packages = {
-        "core": ("jax", "jaxlib", "optax"),
-        "models": ("flax",),
-        "data": ("tensorflow-datasets", "array-record", "pillow", "scikit-learn"),
-        "train": (
-            "orbax-checkpoint",
-            "jinja2",
-            "matplotlib",
-            "rich",
-            "tensorboardX",
-            "tyro",
-        ),
-    }
-    for extra, names in packages.items():
+    for extra, names in {"core": ("jax", "jaxlib", "optax"), **extras.EXTRAS}.items():
         print(f"{extra}:")
         for name in names:
-            print(f"  {name:<22}{_installed(name, extra)}")
-
-
-def _installed(name: str, extra: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"not installed (pip install otmdr-jax[{extra}])"
+            print(f"  {name:<22}{extras.version_of(name) or 'not installed'}")
+    for extra, names in extras.EXTRAS.items():
+        if any(extras.version_of(name) is None for name in names):
+            print(extras.command(extra))

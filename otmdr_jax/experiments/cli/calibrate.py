@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from otmdr_jax.experiments.cli.common import DataPath, RunPath
+
 Method = Literal["temperature", "vector", "matrix", "isotonic"]
 
 
@@ -19,7 +21,7 @@ class Calibrate:
     and measures on the whole test set. It writes calibration.json.
     """
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[RunPath]
     """Folder of a finished run."""
     methods: tuple[Method, ...] = ("temperature", "vector", "matrix", "isotonic")
     """Calibration methods to fit."""
@@ -31,7 +33,7 @@ class Calibrate:
     """Share of test examples whose conformal set may miss the label."""
     seed: int = 0
     """Seed of the halves."""
-    data_dir: str | None = None
+    data_dir: DataPath = None
     """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
     since the run."""
     overwrite: bool = False

@@ -1,19 +1,46 @@
 """Helpers that several commands share."""
 
+import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 # Errors whose message is enough for a user; the command prints no traceback.
-EXPECTED = (ValueError, TypeError, FileNotFoundError, FileExistsError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
-def tabled_runs(folders: Sequence[str], output: str, title: str) -> list[Any]:
+# What the help shows in the place of a value.
+RunPath = Annotated[str, tyro.conf.arg(metavar="RUN")]
+RunPaths = Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]
+Folder = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+DataPath = Annotated[str | None, tyro.conf.arg(metavar="FOLDER|FILE.npz")]
+Checkpoint = Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")]
+Method = Annotated[str | None, tyro.conf.arg(metavar="METHOD|RUN")]
+Title = Annotated[str | None, tyro.conf.arg(metavar="TITLE")]
+
+
+def tabled_runs(
+    folders: Sequence[str],
+    output: str,
+    title: str | None,
+    *,
+    what: str,
+    whole: bool,
+    overwrite: bool,
+) -> tuple[list[Any], str]:
     """Reads the runs for a report and prints their table, before the report is written.
 
     Args:
       folders: Folders of the runs.
       output: Folder of the report; it is checked first.
-      title: Title of the table.
+      title: Title of the report; None for `what` and the names of the data.
+      what: What the report is.
+      whole: Whether it is a whole report.
+      overwrite: Whether it may replace one that shows more.
+
+    Returns:
+      The runs and the title.
     """
     from otmdr_jax.experiments import report
 
@@ -22,10 +49,21 @@ def tabled_runs(folders: Sequence[str], output: str, title: str) -> list[Any]:
     report.check_folder(output)
     found = report.with_distinct_labels(map(report.read_run, folders))
     report.check_distinct(found)
+    if not overwrite:
+        report.check_replaced(output, found, whole)
+    if title is None:
+        title = f"{what}: {', '.join(dict.fromkeys(map(_data_of, found)))}"
     report.print_summary(found, title)
     for caution in report.cautions(found):
         print(f"Note: {caution}")
-    return found
+    return found, title
+
+
+def _data_of(run: Any) -> str:
+    """The name of a run's data."""
+    if run.data is not None:
+        return str(run.data["name"])
+    return pathlib.Path(str(run.config.get("data", "unknown data"))).stem
 
 
 def print_tables(run: Any, title: str) -> None:

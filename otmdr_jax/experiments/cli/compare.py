@@ -1,10 +1,11 @@
 """`otmdr compare`: a short report on several runs side by side."""
 
 import dataclasses
+import shlex
 
 import tyro
 
-from otmdr_jax.experiments.cli.common import tabled_runs
+from otmdr_jax.experiments.cli.common import Folder, RunPaths, Title, tabled_runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,19 +15,29 @@ class Compare:
     Runs that differ only in their seed form one row with mean and standard deviation.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[RunPaths]
     """Folders of the runs."""
-    output: str = "comparison"
-    """Folder of the report; an earlier report in it is replaced."""
-    title: str = "Comparison"
-    """Title of the report."""
+    output: Folder = "comparison"
+    """Folder of the report. It may hold an earlier report on these runs, which is
+    replaced, or on some of them."""
+    title: Title = None
+    """Title of the report. Default: Comparison, and the names of the data."""
+    overwrite: bool = False
+    """Replace a report on other runs, or a whole one."""
 
 
 def run(options: Compare) -> None:
     """`otmdr compare RUN RUN ...`."""
     from otmdr_jax.experiments import report
 
-    found = tabled_runs(options.runs, options.output, options.title)
-    command = "otmdr compare " + " ".join(options.runs)
-    path = report.write(options.output, found, options.title, command=command)
+    found, title = tabled_runs(
+        options.runs,
+        options.output,
+        options.title,
+        what="Comparison",
+        whole=False,
+        overwrite=options.overwrite,
+    )
+    command = shlex.join(["otmdr", "compare", *options.runs])
+    path = report.write(options.output, found, title, command=command)
     print(f"Report: {path}")

@@ -4,7 +4,7 @@ import dataclasses
 
 import tyro
 
-from otmdr_jax.experiments.cli.common import print_tables
+from otmdr_jax.experiments.cli.common import DataPath, Folder, RunPaths, print_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +17,14 @@ class Ensemble:
     otmdr ensemble runs/five --keep 0 2 3 --output runs/three
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[RunPaths]
     """Folders of finished runs, of single models or ensembles. Their data and options
     must be equal, except model and seed."""
-    output: str
+    output: Folder
     """Folder of the new run. The other runs stay unchanged."""
     keep: tuple[int, ...] | None = None
     """Members to keep, counted from 0 over all runs in order. Default: all."""
-    data_dir: str | None = None
+    data_dir: DataPath = None
     """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
     since the runs."""
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import tyro
 
-from otmdr_jax.experiments.cli.common import print_tables
+from otmdr_jax.experiments.cli.common import Checkpoint, DataPath, RunPath, print_tables
 from otmdr_jax.experiments.methods.sampled import Sampled
 
 
@@ -23,13 +23,13 @@ class Evaluate:
     evaluation_mean.json.
     """
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[RunPath]
     """Folder of the run."""
     split: Literal["test", "validation", "train"] = "test"
     """Split of the data to evaluate on."""
-    checkpoint: str = "latest"
+    checkpoint: Checkpoint = "latest"
     """Checkpoint: latest, best (on the validation set), or a step."""
-    data_dir: str | None = None
+    data_dir: DataPath = None
     """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
     since the run."""
     num_samples: int | None = None
@@ -140,12 +140,12 @@ def run(options: Evaluate) -> None:
         )
     labels = getattr(dataset, options.split).labels
     files.write_json(record, result)
-    whole = run_folder.is_finished(folder) and (folder / "predictions.npz").exists()
-    if not suffix and not whole:
+    predicted = found.log_probs, labels, found.member_log_probs
+    if not suffix and not run_folder.is_finished(folder):
         # This is the run's result until the run is resumed and finished.
-        run_folder.write_result(
-            folder, result, found.log_probs, labels, found.member_log_probs
-        )
+        run_folder.write_result(folder, result, *predicted)
+    elif not suffix and not (folder / "predictions.npz").exists():
+        run_folder.write_predictions(folder, *predicted)  # the result stays the run's
     label = report.label_of(config.flat())
     run = report.Run(folder, label, config.flat(), result, [], found.log_probs, labels)
     title = f"{folder}, step {result['steps']}, {options.split} set{how}"

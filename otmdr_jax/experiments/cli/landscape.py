@@ -3,9 +3,11 @@
 import dataclasses
 import pathlib
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+
+from otmdr_jax.experiments.cli.common import Checkpoint, DataPath, RunPaths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Landscape:
     otmdr landscape runs/a --kind trajectory
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[RunPaths]
     """Folders of the runs. Several runs of kind random or hessian are compared on the
     same axes, along the same random directions, with one colour scale. They must be of
     one architecture and have the same examples in the split."""
@@ -50,7 +52,7 @@ class Landscape:
     """Number of examples of the split, evenly spread."""
     seed: int = 0
     """Seed of random directions."""
-    checkpoint: str = "latest"
+    checkpoint: Checkpoint = "latest"
     """Checkpoint: latest, best (on the validation set), or a step."""
     member: int | None = None
     """Member of an ensemble, counted from 0. Default: the loss of the mean probability
@@ -59,10 +61,10 @@ class Landscape:
     """BatchNorm's statistics. running: those of the run; point: those of the examples
     at each point; auto: point for the kinds runs and trajectory, running for the
     others."""
-    data_dir: str | None = None
+    data_dir: DataPath = None
     """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
     since the run."""
-    output: str | None = None
+    output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the files. Default: the run's own; landscape-comparison for several
     runs, and landscape-runs for the kind runs."""
     overwrite: bool = False

@@ -6,7 +6,14 @@ import shlex
 
 import tyro
 
-from otmdr_jax.experiments.cli.common import tabled_runs
+from otmdr_jax.experiments.cli.common import (
+    DataPath,
+    Folder,
+    Method,
+    RunPaths,
+    Title,
+    tabled_runs,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,37 +32,51 @@ class Report:
     otmdr report runs/* --output report --title "Digits with noisy labels"
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
+    runs: tyro.conf.Positional[RunPaths]
     """Folders of the runs. Runs that differ only in their seed form one method."""
-    baseline: str | None = None
+    baseline: Method = None
     """Method to compare the others with: its label in the tables, or the folder of one
     of its runs. Default: the method of the first run."""
-    output: str = "report"
-    """Folder of the report; an earlier report in it is replaced."""
-    title: str = "Report"
-    """Title of the page."""
+    output: Folder = "report"
+    """Folder of the report. It may hold an earlier report on these runs, which is
+    replaced, or on some of them."""
+    title: Title = None
+    """Title of the page. Default: Report, and the names of the data."""
+    data_dir: DataPath = None
+    """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
+    since the runs: the page shows images."""
+    overwrite: bool = False
+    """Replace a report on other runs."""
 
 
 def run(options: Report) -> None:
     """`otmdr report RUN RUN ...`."""
     from otmdr_jax.experiments import report
 
-    found = tabled_runs(options.runs, options.output, options.title)
+    found, title = tabled_runs(
+        options.runs,
+        options.output,
+        options.title,
+        what="Report",
+        whole=True,
+        overwrite=options.overwrite,
+    )
     baseline = options.baseline
     folders = [pathlib.Path(run).resolve() for run in options.runs]
     if baseline is not None and pathlib.Path(baseline).resolve() in folders:
         baseline = found[folders.index(pathlib.Path(baseline).resolve())].label
-    words = ["otmdr", "report", *options.runs, "--output", options.output]
-    words += ["--title", options.title]
-    if options.baseline is not None:
-        words += ["--baseline", options.baseline]
+    words = ["otmdr", "report", *options.runs]
+    for flag in ("output", "title", "baseline", "data_dir"):
+        if (value := getattr(options, flag)) is not None:
+            words += [f"--{flag.replace('_', '-')}", value]
     path = report.write(
         options.output,
         found,
-        options.title,
+        title,
         shlex.join(words),
         whole=True,
         baseline=baseline,
+        data_dir=options.data_dir,
         show_progress=True,
     )
     print(f"Report: {path}")

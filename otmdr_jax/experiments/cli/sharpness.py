@@ -5,6 +5,8 @@ from typing import Any
 
 import tyro
 
+from otmdr_jax.experiments.cli.common import Checkpoint, DataPath, RunPath
+
 
 @dataclasses.dataclass(frozen=True)
 class Sharpness:
@@ -16,9 +18,9 @@ class Sharpness:
     statistics.
     """
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[RunPath]
     """Folder of the run."""
-    checkpoint: str = "latest"
+    checkpoint: Checkpoint = "latest"
     """Checkpoint: latest, best (on the validation set), or a step."""
     num_examples: int = 2000
     """Number of training images, evenly spread over the set."""
@@ -28,7 +30,7 @@ class Sharpness:
     """Number of random directions for the average and for the trace."""
     seed: int = 0
     """Seed of the directions."""
-    data_dir: str | None = None
+    data_dir: DataPath = None
     """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
     since the run."""
     overwrite: bool = False

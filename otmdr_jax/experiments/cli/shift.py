@@ -1,9 +1,11 @@
 """`otmdr shift`: a run on shifted versions of its test set."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
+
+from otmdr_jax.experiments.cli.common import Checkpoint, DataPath, RunPath
 
 # A copy of otmdr_jax.data.CORRUPTIONS, because --help imports neither data nor JAX; a
 # test compares the two.
@@ -15,6 +17,9 @@ CORRUPTIONS = (
     "pixelate",
     "rotation",
 )
+
+
+Sets = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[auto|NAME|FILE.npz ...]")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +39,19 @@ class Shift:
     otmdr shift RUN --corruptions --sets auto mine.npz
     """
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[RunPath]
     """Folder of the run."""
-    corruptions: tuple[str, ...] = CORRUPTIONS
+    corruptions: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = (
+        CORRUPTIONS
+    )
     """Corruptions of the test set. The bare flag means none."""
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Severities, from 1 (mild) to 5."""
-    sets: tuple[str, ...] = ("auto",)
+    sets: Sets = ("auto",)
     """Other test sets of the same classes: TFDS names, such as cifar10_1/v6 or
     cifar10_corrupted/fog_3, or .npz files. auto: CIFAR-10.1 and CIFAR-10-C for a run on
     CIFAR-10, if they are prepared. The bare flag means none."""
-    ood: tuple[str, ...] = ("auto",)
+    ood: Sets = ("auto",)
     """Sets of other classes, which a model should detect as unknown. auto: uniform
     noise and, for images of CIFAR's shape, SVHN, CIFAR-10 and CIFAR-100 if they are
     prepared. The bare flag means none."""
@@ -52,9 +59,9 @@ class Shift:
     """Largest number of examples of each set, evenly spread. Default: all."""
     seed: int = 0
     """Seed of the noise."""
-    checkpoint: str = "latest"
+    checkpoint: Checkpoint = "latest"
     """Checkpoint: latest, best (on the validation set), or a step."""
-    data_dir: str | None = None
+    data_dir: DataPath = None
     """Folder of prepared TFDS data, or an .npz file or its folder, if they have moved
     since the run."""
     overwrite: bool = False

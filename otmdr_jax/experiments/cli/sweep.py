@@ -4,8 +4,11 @@ import dataclasses
 import pathlib
 import shlex
 import sys
+from typing import Annotated
 
 import tyro
+
+from otmdr_jax.experiments.cli.common import Folder, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,11 @@ class Sweep:
     otmdr sweep my.toml --output sweeps/mine --dry-run
     """
 
-    file: tyro.conf.Positional[str]
+    file: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="FILE.toml")]]
     """TOML file of the sweep."""
-    output: str
+    output: Folder
     """Folder of the runs. Name the folder of an earlier sweep to resume it."""
-    baseline: str | None = None
+    baseline: Method = None
     """Method to compare the others with. Default: the first one."""
     dry_run: bool = False
     """List the runs and stop."""

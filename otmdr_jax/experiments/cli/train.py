@@ -33,6 +33,17 @@ The options below are those of this method: otmdr train --method NAME --help sho
 of another one.
 docs/baselines.md has the equations."""
 
+# What the help shows in the place of a text; of other values their type will do.
+_METAVARS = {
+    "data": "NAME|FILE.npz",
+    "data_dir": "FOLDER|FILE.npz",
+    "cache_dir": "FOLDER",
+    "augment": "[{crop,flip} ...]",
+    "model": "NAME",
+    "members": "NUMBER|NAME,NAME",
+    "mesh": "data=4,particle=2",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:
@@ -60,7 +71,7 @@ class Train:
     srun otmdr train --distributed --output /shared/run
     """
 
-    preset: str | None = None
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Start from a named configuration: demo, paper-cifar10, paper-cifar100,
     released-cifar10, released-cifar100, released-mode1.1-cifar10,
     released-mode1.1-cifar100, released-ensemble-cifar10, released-ensemble-cifar100,
@@ -70,11 +81,13 @@ class Train:
     with -cifar10 or -cifar100: deep-ensemble, sam-ensemble, otmdr-ensemble, snapshot,
     fge, swa, swag, dst, edst. Options on the command line override it.
     """
-    config_file: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    config_file: Annotated[
+        str | None, tyro.conf.arg(name="config", metavar="FILE.json")
+    ] = None
     """Start from a configuration file, such as a run's config.json."""
-    output: str | None = None
+    output: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the run. Default: runs/<data>-<model>-<method>-seed<seed>."""
-    resume: str | None = None
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
     """Folder of an interrupted run to resume, with its own options."""
     quiet: bool = False
     """Show no progress."""
@@ -82,7 +95,7 @@ class Train:
     """Join a run on many hosts: start the same command on each host. SLURM, Open MPI,
     Kubernetes and Cloud TPU need no further option. --output must be on a file system
     that all hosts share."""
-    coordinator: str | None = None
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
     """host:port of process 0, on clusters that JAX does not detect."""
     num_processes: int | None = None
     """Number of processes, with --coordinator."""
@@ -106,6 +119,16 @@ def parse(argv: Sequence[str]) -> tuple[Train, TrainConfig]:
     mine = start.method.all_options(start.method.gradient.name)
     config_lib.refuse_foreign(start.method.name, _of_other_methods(argv, mine), mine)
     defaults = start.flat()
+    given_flags = {arg.split("=")[0] for arg in argv}
+    if {"--steps", "--epochs"} <= given_flags:
+        raise ValueError(
+            "--steps and --epochs each say how long a run is: give one of them."
+        )
+    # A preset's epochs, say, mean nothing beside --steps.
+    if "--steps" in given_flags:
+        defaults["epochs"] = config_lib.shared_options()["epochs"].default
+    elif "--epochs" in given_flags:
+        defaults["steps"] = None
     groups = {
         key: {
             name: (option.kind, option.text)
@@ -142,7 +165,10 @@ def _group(key, options, defaults):
     fields = [
         (
             name,
-            Annotated[plain(kind), tyro.conf.arg(help=" ".join(text.split()))],
+            Annotated[
+                plain(kind),
+                tyro.conf.arg(help=" ".join(text.split()), metavar=_METAVARS.get(name)),
+            ],
             dataclasses.field(default=defaults[name]),
         )
         for name, (kind, text) in options.items()
@@ -234,6 +260,9 @@ def _train(options: Train, config: TrainConfig) -> None:
     from otmdr_jax.experiments import report, training
 
     resume = options.resume is not None
+    for flag in ("output", "resume"):
+        if getattr(options, flag) == "":
+            raise ValueError(f"--{flag} must name a folder, got an empty text.")
     if resume and options.output is not None:
         raise ValueError("--resume writes to the run's own folder: leave --output out.")
     model = config.model.name
@@ -242,6 +271,8 @@ def _train(options: Train, config: TrainConfig) -> None:
         model = f"{len(names)}x{names[0]}" if config.model.stacked else "-".join(names)
     name = f"{pathlib.Path(config.data.name).stem}-{model}-{config.method.name}"
     output = options.resume or options.output or f"runs/{name}-seed{config.run.seed}"
+    # A shell expands --output ~/runs, and leaves --output=~/runs alone.
+    output = os.path.expanduser(output)
     try:
         result = training.train(
             config, output=output, resume=resume, show_progress=not options.quiet

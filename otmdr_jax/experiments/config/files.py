@@ -45,10 +45,16 @@ def load(path: str | os.PathLike) -> TrainConfig:
       ValueError: It is no JSON object, or holds an unknown option or a bad value.
     """
     path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"a configuration must be a JSON file, and {path} is none."
+        )
     try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        # Some editors of Windows write a byte order mark.
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON file of options: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object of options.")
     try:
@@ -75,6 +81,14 @@ def _check_seeds(values: dict[str, Any]) -> None:
             "the validation split and the label noise of this one: a run that has it "
             "is opened by the version that made it."
         )
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some names and values; JSON itself takes the last of two."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{', '.join(twice)} stands in it twice.")
+    return dict(pairs)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

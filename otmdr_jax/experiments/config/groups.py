@@ -71,7 +71,7 @@ class Data(Group):
     def check(self, config: Any) -> None:
         super().check(config)
         check_augmentations(self.augment or ())
-        if self.validation > 1 and self.validation != int(self.validation):
+        if self.validation > 1 and not float(self.validation).is_integer():
             raise ValueError(
                 "validation must be a fraction below 1 or a whole number of examples, "
                 f"got {self.validation!r}."

@@ -6,6 +6,7 @@ from otmdr_jax import bnn
 from otmdr_jax.baselines import presets as baselines
 from otmdr_jax.core import presets
 from otmdr_jax.experiments.config.options import TrainConfig
+from otmdr_jax.experiments.options import hint
 
 
 def preset(name: str, num_particles: int = 1) -> TrainConfig:
@@ -42,7 +43,8 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
     """
     if name not in PRESETS:
         known = ", ".join(map(repr, PRESETS))
-        raise ValueError(f"preset must be one of {known}; got {name!r}.")
+        near = hint(name, PRESETS)
+        raise ValueError(f"preset must be one of {known}; got {name!r}.{near}")
     if name == "demo":
         # One device: the batch need not suit the machine; there is little to divide.
         return TrainConfig(label_noise=0.2, epochs=28, eval_every=2, mesh="data=1")

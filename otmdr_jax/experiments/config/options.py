@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import os
 from typing import Any, Self
 
 from otmdr_jax.baselines import presets as baselines
@@ -73,6 +74,7 @@ class TrainConfig:
             names = {field.name for field in dataclasses.fields(self)}
             new = ", ".join(f"{n}={x!r}" for n, x in options.items() if n not in names)
             raise TypeError(f"options are changed by config.replace({new}).")
+        options = {name: _as_json(name, value) for name, value in options.items()}
         if not isinstance(given := options.get("model"), str | None):
             raise ValueError(
                 "model must be the name of a network, which a run's folder records, "
@@ -127,9 +129,14 @@ class TrainConfig:
         Args:
           **options: By their names; None resets one to its default. With another
             `method` the new one must have all options that differ from their defaults;
-            those at the old method's defaults get the new one's.
+            those at the old method's defaults get the new one's. One of `steps` and
+            `epochs` takes the place of the other.
         """
-        return type(self)(**{**self.changed(), **options})
+        kept = self.changed()
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):
+            if options.get(one) is not None:
+                kept.pop(other, None)
+        return type(self)(**{**kept, **options})
 
     def check_used(self) -> None:
         """Raises ValueError for an option that another one leaves without effect.
@@ -138,6 +145,11 @@ class TrainConfig:
         read.
         """
         flat, changed = self.flat(), self.changed()
+        if self.run.steps is not None and "epochs" in changed:
+            raise ValueError(
+                f"steps={self.run.steps} and epochs={self.run.epochs} each say how "
+                "long a run is: give one of them."
+            )
         for field in dataclasses.fields(self):
             for name, other, values in getattr(self, field.name).only_with:
                 if name in changed and flat[other] not in values:
@@ -196,12 +208,29 @@ def refuse_foreign(method: str, names: Any, mine: Any) -> None:
         )
 
 
+def _as_json(name: str, value: Any) -> Any:
+    """An option's value as config.json gives it back: numbers, texts and tuples.
+
+    A seed out of np.arange, a radius of a computation, a path and one augmentation are
+    what a caller has; JSON has none of their types.
+    """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):  # of NumPy or JAX
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(_as_json("", x) for x in value)
+    if name == "augment" and isinstance(value, str):
+        return (value,)
+    # The option is text because it may hold names: a number is meant all the same.
+    return str(value) if name == "members" and type(value) is int else value
+
+
 def _checked(method, mine, options):
     """The options with values of the right types; without those that mean nothing."""
     check_names(options)
     given, foreign = {}, []
     for name, value in options.items():
-        value = tuple(value) if isinstance(value, list) else value  # as from JSON
         own = shared_options().get(name) or mine.get(name)
         known = (own,) if own else method_options()[name]
         if value is None and not is_optional(known[0].kind):

@@ -14,6 +14,7 @@ from otmdr_jax.experiments.methods import (
 )
 from otmdr_jax.experiments.methods.base import MethodOptions
 from otmdr_jax.experiments.methods.training import Loss, Method
+from otmdr_jax.experiments.options import hint
 
 # A method is a dataclass of its options, which says all that a run asks of it; this is
 # the only list of them.
@@ -55,7 +56,10 @@ def kind_of(name: str) -> type[MethodOptions]:
       ValueError: An unknown name.
     """
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)}; got {name!r}."
+            + hint(name, METHODS)
+        )
     return METHODS[name]
 
 

@@ -28,7 +28,12 @@ from otmdr_jax.experiments.report.learning_curves import (
     learning_curves_figure,
     plot_learning_curves,
 )
-from otmdr_jax.experiments.report.page import check_distinct, check_folder, write
+from otmdr_jax.experiments.report.page import (
+    check_distinct,
+    check_folder,
+    check_replaced,
+    write,
+)
 from otmdr_jax.experiments.report.posterior import (
     plot_signal_to_noise,
     signal_to_noise_figure,
@@ -59,6 +64,7 @@ __all__ = [
     "cautions",
     "check_distinct",
     "check_folder",
+    "check_replaced",
     "contour_figure",
     "known_columns",
     "label_of",

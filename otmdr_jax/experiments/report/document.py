@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from otmdr_jax.experiments.report.plots import Drawn, Piece
+from otmdr_jax.io import extras
 
 _BRACKETS, _ESCAPED = re.compile(r"([\[\]\\])"), r"\\\1"
 
@@ -82,7 +83,7 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
         from markdown_it import MarkdownIt
     except ImportError as error:
         raise ImportError(
-            "HTML pages need markdown-it-py: pip install otmdr-jax[train]"
+            f"HTML pages need markdown-it-py. {extras.command('train')}"
         ) from error
     templates = _templates()
 
@@ -120,9 +121,7 @@ def _templates() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError(
-            "reports need Jinja2: pip install otmdr-jax[train]"
-        ) from error
+        raise ImportError(f"reports need Jinja2. {extras.command('train')}") from error
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("otmdr_jax.experiments.report"),
         autoescape=lambda name: name is not None and ".html" in name,

@@ -62,8 +62,13 @@ def most_uncertain(run: Run, count: int = COUNT) -> Chosen:
     return _choose(run, metrics.entropy, count)
 
 
-def of_labels(runs: Sequence[Run]) -> list[Shown]:
-    """Returns the first run of each label, with the images of its test set."""
+def of_labels(runs: Sequence[Run], data_dir: str | None = None) -> list[Shown]:
+    """Returns the first run of each label, with the images of its test set.
+
+    Args:
+      runs: The runs.
+      data_dir: Where the data are now; None for where they were.
+    """
     # Methods share a data set; the next page reads it again, as files change.
     load = functools.cache(programs.load_data)
     shown = []
@@ -75,13 +80,15 @@ def of_labels(runs: Sequence[Run]) -> list[Shown]:
             shown.append(Shown(run, name, None, why))
             continue
         try:
-            shown.append(Shown(run, name, _test_images(run, load)))
+            shown.append(Shown(run, name, _test_images(run, load, data_dir)))
         except (ValueError, TypeError, OSError, ImportError) as error:
             shown.append(Shown(run, name, None, f"{name}: {error}"))
     return shown
 
 
-def _test_images(run: Run, load: Callable[[TrainConfig], Dataset]) -> Any:
+def _test_images(
+    run: Run, load: Callable[[TrainConfig], Dataset], data_dir: str | None
+) -> Any:
     """Reads the images of a run's test set; an error says why it cannot."""
     options: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
@@ -90,6 +97,8 @@ def _test_images(run: Run, load: Callable[[TrainConfig], Dataset]) -> Any:
     }
     if "data" not in options:
         raise ValueError("its configuration names no data.")
+    if data_dir is not None:
+        options["data_dir"] = data_dir
     try:
         dataset = load(TrainConfig(**options))
     except (ValueError, TypeError, OSError, ImportError) as error:

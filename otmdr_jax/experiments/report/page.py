@@ -1,6 +1,7 @@
 """Writes a report folder: a page, its pictures, and every number behind them."""
 
 import importlib.metadata
+import json
 import pathlib
 import platform
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,7 @@ def write(
     whole: bool = False,
     baseline: str | None = None,
     costs: Sequence[dict[str, Any]] | None = None,
+    data_dir: str | None = None,
     show_progress: bool = False,
 ) -> pathlib.Path:
     """Writes a report on runs, or replaces an earlier one.
@@ -51,6 +53,8 @@ def write(
         Default: the first one.
       costs: Rows of a sweep, see :func:`otmdr_jax.experiments.sweep.run`, from which a
         whole report shows the cost of runs and tests over seeds.
+      data_dir: Where the data are now, whose images a whole report shows. Default:
+        where the runs found them.
       show_progress: Whether to show how many pictures are drawn.
 
     Returns:
@@ -67,7 +71,14 @@ def write(
     check_distinct(runs)
     rows = summary.summarise(runs, summary.known_columns(runs))
     page = compose(
-        title, runs, rows, command=command, whole=whole, baseline=baseline, costs=costs
+        title,
+        runs,
+        rows,
+        command=command,
+        whole=whole,
+        baseline=baseline,
+        costs=costs,
+        data_dir=data_dir,
     )
     drawn = {}
     with Progress(len(page.pictures), 0, "drawing", show_progress, "pictures") as bar:
@@ -79,10 +90,12 @@ def write(
         texts["report.html"] = document.html(page, drawn)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_pictures(folder, keep=drawn)
+    if not whole and MARKER in _earlier(folder):  # of an earlier report, on other runs
+        (folder / "report.html").unlink(missing_ok=True)
     # The marker comes first, so that an interrupted report can be written again.
     results = {**_results(title, rows, runs), "pictures": list(drawn)}
     files.write_json(folder / "results.json", results, default=str)
-    configs = [{**_name(run), "config": run.config} for run in runs]
+    configs = [_described(run) for run in runs]
     files.write_json(folder / "configs.json", configs, default=str)
     for name, text in texts.items():
         files.write_text(folder / name, text)
@@ -100,6 +113,7 @@ def compose(
     whole: bool = False,
     baseline: str | None = None,
     costs: Sequence[dict[str, Any]] | None = None,
+    data_dir: str | None = None,
 ) -> document.Page:
     """Composes the page of a report without drawing its pictures; see :func:`write`."""
     return document.page(
@@ -111,6 +125,7 @@ def compose(
         whole=whole,
         baseline=significance.find_baseline(by_label(runs), baseline),
         costs=costs,
+        data_dir=data_dir,
         versions=", ".join(f"{name} {x}" for name, x in _versions().items()),
         metrics=metrics,
     )
@@ -140,6 +155,48 @@ def check_folder(folder: str | pathlib.Path) -> None:
             f"{folder} {what} (no results.json with the key {MARKER!r}). Nothing was "
             "written: name a new folder, or empty this one."
         )
+
+
+def check_replaced(
+    folder: str | pathlib.Path, runs: Sequence[Run], whole: bool
+) -> None:
+    """Refuses to replace an earlier report by one that shows less.
+
+    Args:
+      folder: Folder for the report.
+      runs: The runs of the new report. One with all runs of the earlier report may
+        take its place.
+      whole: Whether the new report is a whole one.
+
+    Raises:
+      FileExistsError: The folder holds a report on other runs, or a whole one where the
+        new one is short.
+    """
+    folder = pathlib.Path(folder)
+    if MARKER not in _earlier(folder):
+        return
+    try:
+        shown = json.loads((folder / "configs.json").read_bytes())
+    except (OSError, ValueError):
+        return  # a report that was never whole
+    new = [files.strict(_described(run)) for run in runs]
+    kept = [{x: one[x] for x in ("folder", "config")} for one in new]
+    lost = [x for x in shown if {k: x[k] for k in ("folder", "config")} not in kept]
+    if lost:
+        names = dict.fromkeys(str(x["folder"] or x["label"]) for x in lost)
+        what = f"a report that shows other runs too ({', '.join(names)})"
+    elif not whole and (folder / "report.html").exists():
+        what = "a whole report, of otmdr report"
+    else:
+        return
+    raise FileExistsError(
+        f"{folder} holds {what}. Name another folder with --output, or replace it with "
+        "--overwrite."
+    )
+
+
+def _described(run: Run) -> dict[str, Any]:
+    return {**_name(run), "config": run.config}
 
 
 def _earlier(folder: pathlib.Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.experiments.report.reading import Run
-from otmdr_jax.io import files
+from otmdr_jax.io import extras, files
 
 # Okabe and Ito's colours, distinct with any colour vision; without their yellow, which
 # is too pale for lines.
@@ -51,7 +51,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib: pip install otmdr-jax[train]"
+            f"plots need matplotlib. {extras.command('train')}"
         ) from error
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 

@@ -73,11 +73,13 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
         folder=folder,
         label=label_of(config) if label is None else label,
         config=config,
-        result=_read_object(folder / "result.json"),
+        result=files.read_json(folder / "result.json"),
         history=_read_history(folder / "metrics.jsonl"),
         log_probs=log_probs,
         labels=labels,
-        data=_read_object(path) if (path := folder / "data.json").is_file() else None,
+        data=files.read_json(path)
+        if (path := folder / "data.json").is_file()
+        else None,
     )
 
 
@@ -87,21 +89,12 @@ def _missing(folder: pathlib.Path, *names: str) -> str:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     """Reads the options of a run; old files hold the options of all methods."""
-    config = _read_object(path)
+    config = files.read_json(path)
     try:
         own = json.loads(files.dumps(config_lib.load(path).flat()))
     except (TypeError, ValueError):
         return config  # another program wrote it; show it unchanged
     return own if set(own) <= set(config) else config
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return files.read_json(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}.") from error
 
 
 def _read_history(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -130,7 +130,11 @@ def print_summary(runs: Sequence[Run], title: str) -> None:
 
 
 def configuration(runs: Sequence[Run]) -> tuple[Table, Table]:
-    """Returns two tables: the options that all runs share, and those of each run."""
+    """Returns two tables: the options that all runs share, and those of each run.
+
+    Those of a run stand in one cell, where they fold: a column for each would be wider
+    than a screen.
+    """
     # Texts in a result, such as the device, are shown with the options.
     settings = [
         {**{k: v for k, v in run.result.items() if isinstance(v, str)}, **run.config}
@@ -143,12 +147,18 @@ def configuration(runs: Sequence[Run]) -> tuple[Table, Table]:
         if name not in unlike
     ]
     each = [
-        [run.label, run.folder.name if run.folder else "-"]
-        + [f"`{text_of(setting, name)}`" for name in unlike]
+        [
+            run.label,
+            run.folder.name if run.folder else "-",
+            ", ".join(
+                f"`{name} = {text_of(setting, name)}`"
+                for name in unlike
+                if name in setting
+            ),
+        ]
         for run, setting in zip(runs, settings, strict=True)
     ]
-    header = ["method", "run", *(f"`{name}`" for name in unlike)]
-    return Table(["option", "value"], shared), Table(header, each)
+    return Table(["option", "value"], shared), Table(["method", "run", "options"], each)
 
 
 def _resolve(column: Column | str, runs: Sequence[Run]) -> Column:

@@ -20,8 +20,8 @@ class Log:
         self.steps_per_epoch, self.folder = steps_per_epoch, folder
         self.history: list[dict[str, Any]] = []
         if folder is not None:
-            lines = (folder.path / "metrics.jsonl").read_text().splitlines()
-            self.history = [json.loads(line) for line in lines]
+            lines = (folder.path / "metrics.jsonl").read_text(encoding="utf-8")
+            self.history = [json.loads(line) for line in lines.splitlines()]
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
         """Adds a record."""

@@ -5,6 +5,7 @@ are compiled, and the folder is opened, in which one process writes. On many hos
 process makes the same call.
 """
 
+import contextlib
 import os
 import pathlib
 from typing import Any
@@ -98,18 +99,27 @@ def train(
     from otmdr_jax.experiments import checkpoint  # needs Orbax
 
     output = pathlib.Path(output)
-    folder = None
     if resume:
         _check_same_run(run_folder.read_config(output), config, output)
         if (known := run_folder.read_data(output)) is not None:
             check_same_data(known["fingerprint"], data, output, dataset)
-    else:
-        folder = parallel.on_main(lambda: run_folder.create(output, config, described))
-    with checkpoint.Checkpoints(
-        output / "checkpoints",
-        config.run.keep_checkpoints,
-        scored=dataset.validation is not None,
-    ) as saved:
+    mine = run_folder.locked if resume else run_folder.claimed
+    with contextlib.ExitStack() as stack:
+        folder = None
+        # Before checkpoints are opened, which clears away what is half written.
+        parallel.on_main(lambda: stack.enter_context(mine(output)))
+        if not resume:
+            folder = parallel.on_main(
+                lambda: run_folder.create(output, config, described)
+            )
+            stack.callback(_close, folder)
+        saved = stack.enter_context(
+            checkpoint.Checkpoints(
+                output / "checkpoints",
+                config.run.keep_checkpoints,
+                scored=dataset.validation is not None,
+            )
+        )
         state = programs.init(run_keys(config.run.seed)[0])
         meta: dict[str, Any] = {}
         step = 0
@@ -119,15 +129,23 @@ def train(
             step = -int(latest)
             check_same_data(saved.meta(step)["data"], data, output, dataset)
             state, meta = saved.restore(state, step)
+        elif resume and run_folder.is_finished(output):
+            raise ValueError(
+                f"{output} is a finished run without checkpoints: there is nothing to "
+                "go on from. To train it anew name another folder: otmdr train "
+                f"--config {output / 'config.json'} --output FOLDER."
+            )
         if resume:
             parallel.on_main(lambda: run_folder.describe(output, config, described))
             folder = parallel.on_main(lambda: run_folder.reopen(output, step))
-        try:
-            loop = Loop(config, dataset, programs, data, show_progress, folder, saved)
-            return loop.run(state, meta, step)
-        finally:
-            if folder is not None:
-                folder.close()
+            stack.callback(_close, folder)
+        loop = Loop(config, dataset, programs, data, show_progress, folder, saved)
+        return loop.run(state, meta, step)
+
+
+def _close(folder: run_folder.RunFolder | None) -> None:
+    if folder is not None:  # one host writes
+        folder.close()
 
 
 def _check_same_run(old: TrainConfig, new: TrainConfig, output: pathlib.Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from otmdr_jax.io import extras
 from otmdr_jax.metrics.calibration.scaling import check_logits, log_softmax
 from otmdr_jax.metrics.predictions import Array, check_labels
 
@@ -69,7 +70,7 @@ def fit_isotonic(logits: Array, labels: Array) -> Isotonic:
         from sklearn.isotonic import IsotonicRegression
     except ImportError:
         raise ImportError(
-            "isotonic regression needs scikit-learn: pip install otmdr-jax[train]"
+            f"isotonic regression needs scikit-learn. {extras.command('train')}"
         ) from None
     logits = check_logits(logits)
     labels = check_labels(labels, logits, logits.shape, "logits")

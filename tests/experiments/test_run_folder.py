@@ -1,0 +1,206 @@
+"""Run folders in the hands of others: two processes, full disks, missing files."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from otmdr_jax import data
+from otmdr_jax.experiments import checkpoint, cli, report, run_folder, training
+from otmdr_jax.experiments.config import TrainConfig
+
+TINY = TrainConfig(
+    model="one_layer", method="sgd", batch_size=20, steps=2, mesh="data=1", log_every=1
+)
+
+
+@pytest.fixture(scope="module")
+def mine():
+    images = np.arange(60 * 64).astype(np.uint8).reshape(60, 8, 8, 1)
+    pair = images, np.arange(60) % 3
+    return data.from_arrays(pair, pair, name="mine")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, mine, one_layer):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    training.train(TINY, mine, folder, show_progress=False)
+    data.save(mine, folder.parent / "mine.npz")
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run, to be broken."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+HOLD = """
+import sys
+from otmdr_jax.experiments import run_folder
+with run_folder.locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+class TestTwoProcesses:
+    def test_one_folder_is_one_processs(self, run, mine):
+        before = {path.name: path.read_bytes() for path in run.glob("*.*")}
+        other = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(run)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FileExistsError, match="another process is writing into"):
+            training.train(TINY, mine, run, resume=True, show_progress=False)
+        assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
+        other.kill()  # which leaves no lock behind
+        other.communicate()
+        training.train(TINY, mine, run, resume=True, show_progress=False)
+
+    def test_the_slower_of_two_new_runs_is_refused(self, tmp_path, monkeypatch):
+        def quicker(path):
+            (path / "config.json").write_text("{}")
+            return lock(path)
+
+        lock = run_folder.locked
+        monkeypatch.setattr(run_folder, "locked", quicker)
+        with pytest.raises(FileExistsError, match="Go on with it"):
+            with run_folder.claimed(tmp_path / "run"):
+                raise AssertionError("both have it")
+
+    def test_a_file_system_without_locks_will_do(self, tmp_path, monkeypatch):
+        import fcntl
+
+        def fails(*_):
+            raise OSError(errno.EBADF, "NFS locks files alone")
+
+        monkeypatch.setattr(fcntl, "flock", fails)
+        with run_folder.locked(tmp_path):
+            pass
+
+
+def test_a_folder_that_is_removed_ends_the_run(tmp_path):
+    opened = run_folder.create(tmp_path / "run", TINY, {})
+    opened.log({"step": 1, "epoch": 1.0, "split": "train", "loss": 0.0})
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl was removed"):
+        opened.log({"step": 2, "epoch": 1.0, "split": "train", "loss": 0.0})
+    opened.close()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("at", ["save", "close"])
+def test_a_full_disk_is_one_line_that_names_the_last_whole_checkpoint(
+    at, run, mine, monkeypatch
+):
+    """Orbax raises what its thread met at the next save, or as it is closed."""
+    saved = checkpoint.Checkpoints(run / "checkpoints", scored=False)
+
+    def fails(*_, **__):
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "key/0": Failed to write 9 bytes: No '
+            "space left on device [os_error_code: 28 No space left on device]\n more"
+        )
+
+    monkeypatch.setattr(saved._manager, at, fails)
+    monkeypatch.setattr(checkpoint, "steps_taken", lambda state: 9)
+    monkeypatch.setattr(checkpoint, "_stored", lambda state: state)
+    with pytest.raises(
+        OSError, match="No space left on device.*step 2 is whole.*--res"
+    ):
+        if at == "save":
+            saved.save({}, {})
+        else:
+            saved.__exit__(None, None, None)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_anew(run, mine):
+    shutil.rmtree(run / "checkpoints")
+    before = {path.name: path.read_bytes() for path in run.glob("*.*")}
+    with pytest.raises(ValueError, match="is a finished run without checkpoints"):
+        training.train(TINY, mine, run, resume=True, show_progress=False)
+    assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
+
+
+def test_an_evaluation_gives_predictions_back_and_leaves_the_result(run, finished):
+    (run / "predictions.npz").unlink()
+    cli.main(["evaluate", str(run), "--data-dir", str(finished.parent / "mine.npz")])
+    result = (finished / "result.json").read_bytes()
+    assert (run / "result.json").read_bytes() == result
+    found, want = (report.read_run(folder).log_probs for folder in (run, finished))
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["result.json", "data.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b'{"finished": tr', b"[]", b"\xff"])
+def test_a_file_that_is_no_json_is_named(name, content, run, capsys):
+    (run / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", str(run), "--output", str(run.parent / "page")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert str(run / name) in error and error.count("\n") == 1
+
+
+def test_bytes_that_are_no_text_at_the_end_of_a_log_are_dropped(run):
+    log = run / "metrics.jsonl"
+    lines = log.read_bytes()
+    log.write_bytes(lines + b'{"step": 1, "sp\x00\xff\xfe')
+    run_folder.reopen(run, 2).close()
+    assert log.read_bytes() == lines
+
+
+class TestReports:
+    """A report takes the place of another only where it shows as much."""
+
+    def compare(self, *args):
+        try:
+            cli.main(["compare", *map(str, args)])
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    def test_one_on_other_runs_is_kept(self, run, finished, tmp_path, capsys):
+        page = tmp_path / "page"
+        (run / "config.json").write_text(
+            json.dumps({**json.loads((run / "config.json").read_text()), "seed": 5})
+        )
+        assert self.compare(finished, "--output", page) == 0
+        before = (page / "report.md").read_text()
+        assert before.startswith("# Comparison: mine\n")
+        assert self.compare(run, "--output", page) == 2
+        assert "shows other runs too (run)" in capsys.readouterr().err
+        assert (page / "report.md").read_text() == before
+        assert self.compare(finished, run, "--output", page) == 0  # it shows both
+        assert self.compare(run, "--output", page, "--overwrite") == 0
+
+    def test_a_short_one_does_not_take_the_place_of_a_whole_one(
+        self, run, tmp_path, capsys
+    ):
+        page = tmp_path / "page"
+        report.write(page, [report.read_run(run)], "T")
+        (page / "report.html").write_text("whole")
+        assert self.compare(run, "--output", page) == 2
+        assert "a whole report" in capsys.readouterr().err
+        assert self.compare(run, "--output", page, "--overwrite") == 0
+        assert not (page / "report.html").exists()  # it was of the earlier one
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, one_layer, finished):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    cli.main(
+        ["train", "--output=~/out", "--data", str(finished.parent / "mine.npz")]
+        + ["--model", "one_layer", "--method", "sgd", "--steps", "1"]
+        + ["--batch-size", "20", "--mesh", "data=1", "--quiet"]
+    )
+    assert os.listdir(tmp_path) == ["out"]
