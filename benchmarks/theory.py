@@ -1,17 +1,21 @@
 """The pictures and numbers of docs/theory.md: the worst distribution in two dimensions.
 
     python benchmarks/theory.py --pictures docs/theory \
-        --json benchmarks/results/theory.json          # a minute on 2 CPU cores
+        --json benchmarks/results/theory.json          # two minutes on 2 CPU cores
     python benchmarks/theory.py --smoke
 
 A loss of two weights whose mean over a batch is known, in the unit ball around 0: its
 worst distribution at three temperatures by quadrature, beside draws of the linearised
 loss, of Markov chains, and the paper's two steps. The numbers are total variation
 distances: half the sum of |share of draws - probability| over the cells of a grid.
-A finite number of exact draws has one too, which is given.
+A finite number of exact draws has one too, which is given. Beside them the accuracy of
+examples/sweep_tilt.toml by tilt, from its record, and the course of the multiplier and
+the radius in two runs of the dual form on the digits.
 """
 
+import json
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +24,8 @@ from _common import environment
 from _record import markdown, options_of, write_json
 
 import otmdr_jax
+from otmdr_jax import training
+from otmdr_jax.experiments.config import TrainConfig
 
 HEATS = (0.0, 1.5, 6.0)
 CELLS, FINE = 16, 32
@@ -187,9 +193,68 @@ def picture(path, count):
     figure.savefig(path, dpi=110)
 
 
+def picture_of_tilts(path, record):
+    """Test accuracy by tilt, in a ball of one radius, beside the ends and Eq. 9."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = {}
+    for row in json.loads(record.read_text())["results"]:
+        groups.setdefault(row["label"], []).append(100 * row["accuracy"])
+    figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for i, count in enumerate((1, 2, 4)):
+        tilts = (0.0, 0.25, 0.5, 0.75, 1.0)
+        found = [groups[f"Draws, tilt = {t}, num_particles = {count}"] for t in tilts]
+        mean, deviation = np.mean(found, axis=1), np.std(found, axis=1, ddof=1)
+        at = np.array(tilts) + 0.012 * (i - 1)
+        ax.errorbar(at, mean, deviation, marker="o", capsize=3, label=f"K = {count}")
+    for label, style in (
+        ("SGD", ":"),
+        ("SAM", "--"),
+        ("OT-MDR, num_particles = 1", "-."),
+    ):
+        name = label.partition(",")[0]
+        ax.axhline(np.mean(groups[label]), color="0.4", linestyle=style, label=name)
+    ax.set(xlabel="tilt, E[t]", ylabel="test accuracy, %")
+    ax.legend(ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def picture_of_dual(path, epochs):
+    """lambda, and the distance of the particle, in two runs of the dual form."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for rho in (0.05, 0.15):
+        with tempfile.TemporaryDirectory() as folder:
+            config = TrainConfig(
+                method="otmdr-dual", rho=(rho,), data="digits", label_noise=0.2,
+                epochs=epochs, eval_every=epochs, log_every=2,
+            )  # fmt: skip
+            training.train(config, output=f"{folder}/run", show_progress=False)
+            lines = pathlib.Path(folder, "run", "metrics.jsonl").read_text()
+        rows = [json.loads(line) for line in lines.splitlines()]
+        rows = [row for row in rows if row["split"] == "train"]
+        steps = [row["step"] for row in rows]
+        for ax, name in zip(axes, ("lambda", "distance"), strict=True):
+            ax.plot(steps, [row[name] for row in rows], label=f"ρ = {rho}")
+        axes[1].axhline(rho, color="0.4", linestyle=":")
+    axes[0].set(xlabel="step", ylabel="λ", yscale="log")
+    axes[1].set(xlabel="step", ylabel="distance of the particle")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main():
     parser = options_of(__doc__, "few draws")
-    parser.add_argument("--pictures", help="folder that ball.png is written to")
+    parser.add_argument("--pictures", help="folder of the pictures")
     parser.add_argument("--draws", type=int, default=50_000)
     options = parser.parse_args()
     count = 500 if options.smoke else options.draws
@@ -200,6 +265,9 @@ def main():
         folder = pathlib.Path(options.pictures)
         folder.mkdir(parents=True, exist_ok=True)
         picture(folder / "ball.png", min(count, 2_000))
+        record = pathlib.Path(__file__).parent / "results" / "sweep_tilt.json"
+        picture_of_tilts(folder / "tilt.png", record)
+        picture_of_dual(folder / "dual.png", 1 if options.smoke else 40)
 
 
 if __name__ == "__main__":

@@ -375,6 +375,30 @@ def test_theory_page_shows_the_committed_measurements(
     assert table(results) in shown("theory.md", name)
 
 
+def test_theory_page_says_what_came_out_of_the_sweep():
+    from otmdr_jax.experiments.report.cost import paired_difference
+
+    rows = json.loads((RESULTS / "sweep_tilt.json").read_text())["results"]
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["label"], []).append(row)
+    page = " ".join((ROOT / "docs" / "theory.md").read_text().split())
+    alone = "Draws, tilt = {}, num_particles = 1".format
+    for one, other, text in (
+        (alone(0.0), "SGD", "({:.2f} points against SGD, p = {:.2f})"),
+        (
+            alone(0.75),
+            "OT-MDR, num_particles = 1",
+            "(+{:.2f} for the draws, p = {:.2f})",
+        ),
+        ("SAM", "OT-MDR, num_particles = 1", "more accurate by {:.2f} (p < 0.001)"),
+        ("OT-MDR, projected", "OT-MDR, num_particles = 1", "({:.2f}, p = {:.2f})"),
+    ):
+        gap, p, _ = paired_difference(groups[one], groups[other], "accuracy")
+        assert text.format(100 * gap, p) in page, text
+        assert (p < 0.001) == ("0.001" in text)
+
+
 def test_performance_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import step_time
