@@ -44,9 +44,8 @@ class Diagnostics(NamedTuple):
       center_loss: Mean over particles of the loss at the center, on the first part of
         the batch: with `split="shared"` on all of it.
       robust_loss: Mean over particles of the loss of all of the batch at the particle.
-      gap: `robust_loss - center_loss`, a running estimate of sharpness. With `weights`
-        and a batch that is cut, the loss of the first part counts by its weight, and
-        the gap says nothing.
+      gap: `robust_loss - center_loss`, a running estimate of sharpness; 0 where the
+        first part has no weight.
       ascent_norms: (S,) gradient norms of the ascent steps, mean over particles; None
         in the state of a transformation that takes no such steps.
       grad_norm: Norm of the gradient that is returned.
@@ -202,6 +201,11 @@ def build(
         radii = default_rho if rho is None else suited(check_rho(rho), options)
         call = (own, tree.arrays(params), batch, args, kwargs, key, radii)
         found = of_batch(*call, options, particles)
+        if options.weights is not None:
+            info, value = found.diagnostics, found.value
+            center, aux = weights.settled(info.center_loss, found.aux, value)
+            info = info._replace(center_loss=center, gap=value - center)
+            found = found._replace(aux=aux, diagnostics=info)
         return found._replace(aux=rows.unmarked(found.aux))
 
     return compute

@@ -218,8 +218,8 @@ class LossOptions(PassOptions, total=False):
         """For a loss that is normalised by weights, as of masked tokens: a function of
         the batch to them, `lambda batch: batch["mask"]`, of shape (B,) or (B, ...).
         Parts of the batch then count by their weights, and one without any counts
-        nothing, so that their mean is the loss of the whole. None for a mean over
-        examples.""",
+        nothing, so that their mean is the loss of the whole. Aux is averaged over
+        parts by these weights too. None for a mean over examples.""",
     ]
 
 

@@ -165,7 +165,10 @@ def sample_particles(
         tilt = langevin.tilt(away, unit, step.radii[-1])
         means, of_examples = rows.split((loss, aux))
         means = collectives.pmean(means, axes)
-        loss, aux = rows.unmarked(tree.merge(means, of_examples))
+        loss, aux = tree.merge(means, of_examples)
+        if made.weights is not None:
+            loss, aux = weights.settled(loss, aux, loss)
+        aux = rows.unmarked(aux)
         seen = loss, aux, tree.norm(uphill), shaped, tree.norm(away), tilt
         return {}, (found.params, seen, found.chain and found.chain[2:])
 

@@ -9,19 +9,35 @@ the mean weight of an example of B,
 .. math:: \sum_p \frac{|p|}{|B|} \, \frac{\bar w_p}{\bar w_B} L_p = L_B
 
 so that :math:`(\bar w_p / \bar w_B) L_p` is a loss of parts that may be averaged like
-any other, over micro-batches, sub-batches and devices.
+any other, over micro-batches, sub-batches and devices. What is seen of some parts
+alone, as aux and the loss at the center, is divided by their weight in the end.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import collectives, tree
+from otmdr_jax.core import collectives, rows, tree
 from otmdr_jax.core.batches import batch_size
 
 PyTree = Any
+
+# The weight that aux of a part without any has, so that it counts where no other does.
+_NONE = 1e-20
+
+
+class Weighed(NamedTuple):
+    """Aux of parts of the batch, which averages like a mean over examples.
+
+    Attributes:
+      aux: The sum over parts of what they return, times their weights.
+      weight: The sum of these.
+    """
+
+    aux: PyTree
+    weight: jax.Array
 
 
 def attach(
@@ -49,7 +65,8 @@ def attach(
 def scaled(gradient_of: Callable[..., Any]) -> Callable[..., Any]:
     """((loss, aux), gradient) of a part of what :func:`attach` returns.
 
-    A part without weight has the loss 0 and the gradient 0, whatever the loss says.
+    A part without weight has the loss 0 and the gradient 0, whatever the loss says. Aux
+    is :class:`Weighed`, but for what each example has.
     """
 
     def of(params, part, *args, **kwargs):
@@ -60,6 +77,49 @@ def scaled(gradient_of: Callable[..., Any]) -> Callable[..., Any]:
         def times_share(x):
             return jnp.where(share == 0, 0.0, share * x).astype(x.dtype)
 
-        return (times_share(loss), aux), jax.tree.map(times_share, grads)
+        mean, of_examples = rows.split(aux)
+        weight = jnp.where(share == 0, _NONE, share)
+
+        def weighed(x):
+            if not tree.is_floating(x):
+                return x
+            x = jnp.where((share == 0) & ~jnp.isfinite(x), 0, x)
+            return (weight * x).astype(x.dtype)
+
+        aux = tree.merge(jax.tree.map(weighed, mean), of_examples)
+        grads = jax.tree.map(times_share, grads)
+        return (times_share(loss), Weighed(aux, weight)), grads
 
     return of
+
+
+def settled(loss: jax.Array, aux: PyTree, otherwise: Any) -> tuple[jax.Array, PyTree]:
+    """The loss and aux of some parts by the weight of these alone.
+
+    Args:
+      loss: Their mean, times weights.
+      aux: Theirs, in which one thing is :class:`Weighed`.
+      otherwise: The loss of parts without weight.
+    """
+
+    def is_weighed(x):
+        return isinstance(x, Weighed)
+
+    (weight,) = (
+        x.weight for x in jax.tree.leaves(aux, is_leaf=is_weighed) if is_weighed(x)
+    )
+
+    def divided(x):
+        return (x / weight).astype(x.dtype) if tree.is_floating(x) else x
+
+    def of(x):
+        if not is_weighed(x):
+            return x
+        mean, of_examples = rows.split(x.aux)
+        return tree.merge(jax.tree.map(divided, mean), of_examples)
+
+    nothing = weight <= 2 * _NONE
+    return (
+        jnp.where(nothing, otherwise, divided(loss)),
+        jax.tree.map(of, aux, is_leaf=is_weighed),
+    )

@@ -109,7 +109,7 @@ def test_a_part_is_worth_its_share_where_no_norm_is_taken(norm):
     loss, g = reference(params, data, FIRST)
     length = np.sqrt(np.sum(g["w"] ** 2) + g["b"] ** 2)
     np.testing.assert_allclose(lengths.ascent_norms[0], share * length, rtol=1e-5)
-    np.testing.assert_allclose(lengths.center_loss, share * loss, rtol=1e-5)
+    np.testing.assert_allclose(lengths.center_loss, loss, rtol=1e-5)
     _, g = reference(params, data)
     scale = 0.3 if norm == "none" else 0.3 / np.sqrt(np.sum(g["w"] ** 2) + g["b"] ** 2)
     moved = {name: params[name] + scale * g[name] for name in params}
@@ -205,6 +205,111 @@ def test_sub_batches_count_by_their_weights():
         mean += share * loss
         expected = {name: expected[name] + share * g[name] for name in g}
     close((value, grads), (mean, expected))
+
+
+def weighted_with_aux(params, batch):
+    """Aux that is normalised as the loss is, a mean over examples, and rows."""
+    losses = (batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2
+    share = batch["weight"] / jnp.sum(batch["weight"])
+    y = batch["y"]
+    aux = {"y": jnp.sum(share * y), "plain": jnp.mean(y), "count": len(y), "rows": y}
+    return jnp.sum(share * losses), aux
+
+
+# Part of the batch that is seen at the center -> the slices of 12 examples.
+SEEN = {
+    "ordered": (dict(split="ordered"), [slice(0, 6)]),
+    "shared": (dict(split="shared"), [slice(0, 12)]),
+    "ordered, micro-batches": (dict(split="ordered", microbatch_size=2), [slice(0, 6)]),
+    "uneven micro-batches": (dict(split="shared", microbatch_size=5), [slice(0, 12)]),
+    "single examples": (dict(split="shared", microbatch_size=1), [slice(0, 12)]),
+    "sub-batches": (
+        dict(split="ordered", num_subbatches=3),
+        [slice(0, 2), slice(4, 6), slice(8, 10)],
+    ),
+}
+LIGHT = {
+    "everywhere": [3, 1, 2, 5, 1, 1, 2, 4, 1, 3, 1, 2],
+    "few": [0, 0, 0, 0, 2, 0, 0, 1, 4, 0, 0, 5],
+    "none in the first part": [0] * 10 + [1, 2],
+    "none": [0] * 12,
+}
+
+
+@pytest.mark.parametrize("way", SEEN)
+def test_aux_and_gap_are_those_of_the_weights(way):
+    """By NumPy, of the examples that the passes at the center see."""
+    options, parts = SEEN[way]
+    fn = jax.jit(
+        otmdr_jax.robust_gradient(
+            weighted_with_aux, RHO, has_aux=True, weights=weights_of, **options
+        )
+    )
+    seen = np.concatenate([np.arange(12)[part] for part in parts])
+    for weight in LIGHT.values():
+        params, data = weighted_problem(weight)
+        found, info = fn(params, data), fn(params, data).diagnostics
+        v, y = data["weight"][seen], np.float64(data["y"])
+        right = v @ y[seen] / v.sum() if v.any() else 0.0
+        np.testing.assert_allclose(found.aux["y"], right, rtol=1e-5)
+        np.testing.assert_array_equal(found.aux["rows"], data["y"])
+        if v.any():
+            center, _ = reference(params, data, seen)
+            np.testing.assert_allclose(info.center_loss, center, rtol=1e-5)
+            assert np.isfinite(found.aux["plain"])
+        else:  # then statistics are those of all that is seen
+            assert info.center_loss == found.value
+            np.testing.assert_allclose(found.aux["plain"], y[seen].mean(), rtol=1e-5)
+        np.testing.assert_allclose(info.gap, found.value - info.center_loss, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_particles": 3, "particle_map": "vmap"}])
+def test_aux_of_random_parts_is_that_of_their_weights(options, key):
+    """The loss as aux is the loss at the center, whatever part that is of."""
+    params, data = weighted_problem(LIGHT["few"])
+    fn = jax.jit(
+        otmdr_jax.robust_gradient(
+            lambda params, batch: (weighted(params, batch),) * 2,
+            RHO,
+            has_aux=True,
+            weights=weights_of,
+            **options,
+        )
+    )
+    for own in jax.random.split(key, 5):
+        found = fn(params, data, key=own)
+        if found.diagnostics.gap != 0:
+            np.testing.assert_allclose(
+                found.aux, found.diagnostics.center_loss, rtol=1e-5
+            )
+            losses = (data["x"] @ params["w"] + params["b"] - data["y"]) ** 2
+            assert losses.min() <= found.aux <= losses.max()
+
+
+def test_aux_of_devices_is_that_of_their_weights():
+    params, data = weighted_problem(HALVES["none in the first part"])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    fn = otmdr_jax.robust_gradient(
+        weighted_with_aux,
+        0.3,
+        split="ordered",
+        has_aux=True,
+        weights=weights_of,
+        axis_name="data",
+    )
+    specs = P(), P(), {"y": P(), "plain": P(), "count": P(), "rows": P("data")}
+
+    def of(params, batch):
+        found = fn(params, batch)
+        return found.value, found.diagnostics.gap, found.aux
+
+    mapped = jax.shard_map(of, mesh=mesh, in_specs=(P(), P("data")), out_specs=specs)
+    value, gap, aux = jax.jit(mapped)(params, data)
+    center, _ = reference(params, data)
+    np.testing.assert_allclose(value - gap, center, rtol=1e-5)
+    v = data["weight"]
+    np.testing.assert_allclose(aux["y"], v @ data["y"] / v.sum(), rtol=1e-5)
+    np.testing.assert_array_equal(aux["rows"], data["y"])
 
 
 @pytest.mark.parametrize("options", [{}, {"num_subbatches": 4}, {"microbatch_size": 2}])
