@@ -285,13 +285,17 @@ OTHERS = re.compile(
 )
 
 
+def flags_of_script(text):
+    shared = {"--json"} if "options_of(__doc__" in text else set()
+    shared |= {"--smoke"} if "options_of(__doc__, " in text else set()
+    return set(FLAG.findall(text)) | {"--help"} | shared
+
+
 def test_every_flag_that_is_named_exists():
     commands = command_flags()
     folders = ("examples", "benchmarks", "docs")
     scripts = [path for name in folders for path in (ROOT / name).glob("*.py")]
-    of_scripts = {
-        path.name: set(FLAG.findall(path.read_text())) | {"--help"} for path in scripts
-    }
+    of_scripts = {path.name: flags_of_script(path.read_text()) for path in scripts}
     anywhere = set().union(*commands.values(), *of_scripts.values(), {"--version"})
     anywhere |= {"--merge_grad"}  # the released code's
     for page, text in page_texts():

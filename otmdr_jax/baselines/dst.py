@@ -24,7 +24,7 @@ import optax
 
 from otmdr_jax.core import shards, tree
 from otmdr_jax.core.keys import one_key
-from otmdr_jax.core.options import check_number
+from otmdr_jax.core.options import check_number, check_word
 from otmdr_jax.core.transform import keep
 
 PyTree = Any
@@ -253,8 +253,7 @@ def dynamic(
       >>> int(state.masks["kernel"].sum())
       20
     """
-    if growth not in GROWTHS:
-        raise ValueError(f"growth must be one of {', '.join(GROWTHS)}; got {growth!r}.")
+    check_word("growth", growth, GROWTHS)
     for name, share in (("rate", rate), ("escape_rate", escape_rate)):
         if not callable(share):
             check_number(name, share)

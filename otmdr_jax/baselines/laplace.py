@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.baselines import curvature
 from otmdr_jax.baselines.finalize import Finalize
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.options import check_count, check_word
 
 PyTree = Any
 
@@ -91,11 +91,7 @@ def laplace(
       >>> method.predict(method.finalize.finish(state, found), images).shape
       (30, 20, 10)
     """
-    if structure not in curvature.STRUCTURES:
-        raise ValueError(
-            f"laplace must be one of {', '.join(curvature.STRUCTURES)}; got "
-            f"{structure!r}."
-        )
+    check_word("laplace", structure, curvature.STRUCTURES)
     check_count("num_samples", num_samples)
     if prior_precision is not None and not 0 < prior_precision < float("inf"):
         raise ValueError(

@@ -6,6 +6,7 @@ The two differ in several places (docs/paper-versus-code.md).
 from typing import Any
 
 from otmdr_jax.bnn.gradient import PAPER_RHO
+from otmdr_jax.core.options import check_word
 
 PRESETS = ("paper", "released")
 
@@ -31,10 +32,7 @@ def preset(name: str, num_particles: int = 1) -> dict[str, Any]:
       >>> bnn.preset("paper")["sigma_gradient"], bnn.preset("released")["norm"]
       ('center', 'joint')
     """
-    if name not in PRESETS:
-        raise ValueError(
-            f"preset must be one of {', '.join(map(repr, PRESETS))}; got {name!r}."
-        )
+    check_word("preset", name, PRESETS)
     common: dict[str, Any] = {
         "rho": PAPER_RHO,
         "num_particles": num_particles,

@@ -18,6 +18,8 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jax.typing import ArrayLike
 
+from otmdr_jax.core.options import check_word
+
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # One entry a severity; all but the last come from make_cifar_c.py in
@@ -117,10 +119,7 @@ def corrupt(
 
 def check_corruption(name: str) -> str:
     """Returns the name, or raises ValueError with the known ones."""
-    if name not in _KINDS:
-        raise ValueError(
-            f"a corruption must be one of {', '.join(CORRUPTIONS)}; got {name!r}."
-        )
+    check_word("a corruption", name, CORRUPTIONS)
     return name
 
 

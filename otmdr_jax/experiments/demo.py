@@ -6,7 +6,6 @@ import tempfile
 
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments import report, training
-from otmdr_jax.experiments.config import TrainConfig
 
 # A fifth of the training labels is wrong, so that fitting them all does not pay.
 BASE = config_lib.preset("demo")
@@ -59,8 +58,3 @@ def run(
     path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")
     print(f"Report: {path}")
     return runs
-
-
-def configurations() -> list[TrainConfig]:
-    """The configurations of the demo, seed 0."""
-    return list(METHODS)

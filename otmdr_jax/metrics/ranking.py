@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.options import check_count, check_word
 from otmdr_jax.metrics.detection import (
     auroc,
     auroc_of_ranked,
@@ -309,8 +309,7 @@ def ood_auroc(probs: Array, ood_probs: Array, score: Score = "confidence") -> fl
         "entropy": comparable_entropy,
         "mutual_information": comparable_information,
     }
-    if score not in scores:
-        raise ValueError(f"score must be one of {', '.join(scores)}, got {score!r}.")
+    check_word("score", score, tuple(scores))
     if sets[0].shape[1] != sets[1].shape[1]:
         raise ValueError(
             "both sets need predictions of one model, but they have "

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.options import check_count, check_word
 from otmdr_jax.metrics.predictions import Array, Predictions, Ranked, check, rank
 
 # Nguyen et al., 2023, appendix B.2, and the usual choice.
@@ -115,8 +115,7 @@ def diagram(edges: np.ndarray, bins: BinSums) -> Reliability:
 def top_bins(p: Predictions, num_bins: int, cut: str) -> tuple[Ranked, np.ndarray]:
     """The sorted confidence of the top class, and the bounds of its bins."""
     cuts = {"width": width_bounds, "mass": mass_bounds}
-    if cut not in cuts:
-        raise ValueError(f"cut must be one of {', '.join(cuts)}, got {cut!r}.")
+    check_word("cut", cut, tuple(cuts))
     ranked = rank(p.confidence, p.correct)
     return ranked, cuts[cut](ranked.probs, num_bins)
 

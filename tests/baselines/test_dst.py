@@ -538,7 +538,7 @@ class TestRuns:
                 TrainConfig(**options)
         with pytest.raises(ValueError, match=r"density must be in \(0, 1\)"):
             TrainConfig(method="dst", density=1.0)
-        with pytest.raises(ValueError, match="base of dst must be one of sgd"):
+        with pytest.raises(ValueError, match="base of dst must be one of 'sgd'"):
             methods.create("dst", None, optax.sgd(0.1), base="sam")
 
 

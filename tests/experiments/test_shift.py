@@ -248,7 +248,7 @@ def test_a_severity_outside_of_1_to_5_is_an_error(severity):
 
 def test_what_cannot_be_corrupted_is_an_error():
     images = images_of((8, 8, 1))
-    with pytest.raises(ValueError, match="gaussian_noise, gaussian_blur, .*; got 'fog"):
+    with pytest.raises(ValueError, match="'gaussian_noise', .*; got 'fog"):
         corrupt(images, "fog", 1)
     with pytest.raises(ValueError, match=r"\(B, H, W, C\), got \(8, 8, 1\)"):
         corrupt(images[0], "contrast", 1)
@@ -476,7 +476,7 @@ def test_lazy_images_stay_lazy_where_some_are_chosen(small):
 
 
 BAD = {
-    "kind": (dict(corruptions=["fog"]), "must be one of gaussian_noise"),
+    "kind": (dict(corruptions=["fog"]), "must be one of 'gaussian_noise'"),
     "twice": (dict(corruptions=["contrast"] * 2), "named once each"),
     "severity": (dict(severities=[0]), "severity must be one of 1, 2, 3, 4, 5"),
     "no severity": (dict(severities=[]), "corruptions need severities"),

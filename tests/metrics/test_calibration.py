@@ -483,7 +483,7 @@ def test_bad_options_are_refused():
             fit(logits, labels)(logits[:, :2])
     for kwargs, message in (
         ({"alpha": 0.0}, r"\(0, 1\), got 0"),
-        ({"score": "top"}, "lac, aps, raps, got 'top'"),
+        ({"score": "top"}, "'lac', 'aps', 'raps'; got 'top'"),
         ({"penalty": -1.0}, "penalty >= 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -589,7 +589,7 @@ def test_bad_options_are_refused():
     probs, labels = predictions(0, 20, 3)
     with pytest.raises(ValueError, match="num_bins must be at least 1, got 0"):
         metrics.ece(probs, labels, 0)
-    with pytest.raises(ValueError, match="one of width, mass, got 'count'"):
+    with pytest.raises(ValueError, match="one of 'width', 'mass'; got 'count'"):
         metrics.ece(probs, labels, cut="count")
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
         metrics.tace(probs, labels, threshold=1.0)

@@ -7,7 +7,7 @@ import jax
 import optax
 
 from otmdr_jax import bnn
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.options import check_count, check_word
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
 from otmdr_jax.experiments.methods.point import (
@@ -24,8 +24,6 @@ from otmdr_jax.experiments.options import (
 )
 
 PyTree = Any
-
-INITS = ("model", "released")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +90,7 @@ class Posterior(Sampled):
           **options: Of :func:`otmdr_jax.bnn.robust_gradient` or, for SGVB, of
             :func:`otmdr_jax.bnn.sgvb_gradient`.
         """
-        if init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {init!r}.")
+        check_word("init", init, ("model", "released"))
         if not mean_only:
             check_count("num_samples", num_samples)
         optimizer = optax.with_extra_args_support(optimizer)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax import parallel
+from otmdr_jax.core.options import check_word
 from otmdr_jax.experiments.methods import point
 from otmdr_jax.experiments.methods.base import Course, MethodOptions, Run, no_joint_loss
 from otmdr_jax.experiments.options import Option, options_of
@@ -67,11 +68,7 @@ class Riding(MethodOptions):
           base: The name of the method that it rides on.
           **options: Those of the base, and its own.
         """
-        if base not in cls.bases:
-            known = ", ".join(cls.bases)
-            raise ValueError(
-                f"base of {cls.name} must be one of {known}; got {base!r}."
-            )
+        check_word(f"base of {cls.name}", base, tuple(cls.bases))
         if "ends" in options and "ends" not in cls.own:
             raise TypeError(
                 f"{cls.name} collects nothing on its way: leave ends out, got "

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from otmdr_jax.core.options import check_word
 from otmdr_jax.metrics.predictions import (
     Array,
     Predictions,
@@ -161,8 +162,7 @@ def fit_conformal(
              [ True,  True,  True]])
     """
     check_alpha(alpha)
-    if score not in ("lac", "aps", "raps"):
-        raise ValueError(f"score must be one of lac, aps, raps, got {score!r}.")
+    check_word("score", score, ("lac", "aps", "raps"))
     if not 0.0 <= penalty < math.inf or free_ranks < 0:
         raise ValueError(
             f"need penalty >= 0 and free_ranks >= 0, got {penalty} and {free_ranks}."
