@@ -1,7 +1,8 @@
 """What drawn particles, and the dual form, cost beside the gradients that they take.
 
     python benchmarks/draws.py --json benchmarks/results/draws_cpu.json    # 3 minutes
-    python benchmarks/draws.py --draws --climbs 1 2 --json .../dual_cpu.json
+    python benchmarks/draws.py --model cnn_small --batch-size 256 --rounds 41 --draws \
+        --climbs 1 2 --json benchmarks/results/dual_cpu.json
     python benchmarks/draws.py --model resnet_18 --batch-size 128 --dtype bfloat16
     python benchmarks/draws.py --smoke
 

@@ -379,13 +379,18 @@ def test_theory_page_shows_the_committed_measurements(
     assert table(results) in shown("theory.md", name)
 
 
+def by_label(record):
+    """The rows of a sweep's record, by the label of their method."""
+    groups = {}
+    for row in json.loads((RESULTS / record).read_text())["results"]:
+        groups.setdefault(row["label"], []).append(row)
+    return groups
+
+
 def test_theory_page_says_what_came_out_of_the_sweep():
     from otmdr_jax.experiments.report.cost import paired_difference
 
-    rows = json.loads((RESULTS / "sweep_tilt.json").read_text())["results"]
-    groups = {}
-    for row in rows:
-        groups.setdefault(row["label"], []).append(row)
+    groups = by_label("sweep_tilt.json")
     page = " ".join((ROOT / "docs" / "theory.md").read_text().split())
     alone = "Draws, tilt = {}, num_particles = 1".format
     for one, other, text in (
@@ -401,6 +406,42 @@ def test_theory_page_says_what_came_out_of_the_sweep():
         gap, p, _ = paired_difference(groups[one], groups[other], "accuracy")
         assert text.format(100 * gap, p) in page, text
         assert (p < 0.001) == ("0.001" in text)
+
+
+@pytest.mark.parametrize(
+    ("script", "record", "name"),
+    [("sweeps", "sweep_dual.json", "sweep dual"), ("draws", "dual_cpu.json", "dual")],
+)
+def test_dual_page_shows_the_committed_measurements(script, record, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table = importlib.import_module(script).table
+    content = json.loads((RESULTS / record).read_text())
+    assert table(content["results"]) in shown("dual.md", name)
+    if script == "sweeps":
+        assert content["sweep"] == (ROOT / "examples" / "sweep_dual.toml").read_text()
+
+
+def test_dual_page_says_what_came_out():
+    """The differences to methods with fixed radii, and their p-values."""
+    from otmdr_jax.experiments.report.cost import paired_difference
+
+    groups = by_label("sweep_dual.json")
+    page = " ".join((ROOT / "docs" / "dual.md").read_text().split())
+    for one, other, what in (
+        ("Dual, rho = 0.15", "SAM, rho = 0.15", "(+{:.2f} points at 0.15, p = {:.2f}"),
+        ("Dual, rho = 0.05", "SAM, rho = 0.05", "; {:.2f} at 0.05, p = {:.2f})"),
+        ("Dual ensemble", "SAM ensemble", "in an ensemble ({:.2f}, p = {:.2f})"),
+        ("Dual, rho = 0.15", "OT-MDR", "more accurate alone (+{:.2f}, p < 0.001)"),
+    ):
+        gap, p, _ = paired_difference(groups[one], groups[other], "accuracy")
+        assert what.format(100 * gap, p) in page, what
+        assert (p < 0.001) == ("0.001" in what)
+    for one, other in (
+        ("Dual, rho = 0.15", "OT-MDR"),
+        ("Dual ensemble", "OT-MDR ensemble"),
+    ):
+        gap, p, _ = paired_difference(groups[one], groups[other], "ece")
+        assert gap > 0 and p < 0.05  # worse calibrated
 
 
 def test_performance_page_shows_the_committed_measurement(monkeypatch):

@@ -23,15 +23,15 @@ from otmdr_jax.experiments.methods import METHODS
 from otmdr_jax.experiments.options import options_of, plain
 
 _METHOD = """Method. sgd minimises the loss; otmdr, sam and its variants asam, gsam,
-looksam and fisher-sam minimise the worst loss nearby. With a Gaussian posterior of the
-weights, sgvb and ivon minimise the negative evidence bound; otmdr-bnn and bsam minimise
-its worst value nearby. snapshot and fge collect members in one run; swa and swag
-average its weights; dst and edst train sparse networks; mc-dropout predicts with
-samples of dropout masks; laplace fits a Gaussian to the trained weights. deep-ensemble,
-sam-ensemble and otmdr-ensemble are sgd, sam and otmdr with five members, or --members.
-The options below are those of this method: otmdr train --method NAME --help shows those
-of another one.
-docs/baselines.md has the equations."""
+looksam and fisher-sam minimise the worst loss nearby, otmdr-dual with a radius that
+adapts. With a Gaussian posterior of the weights, sgvb and ivon minimise the negative
+evidence bound; otmdr-bnn, otmdr-dual-bnn and bsam minimise its worst value nearby.
+snapshot and fge collect members in one run; swa and swag average its weights; dst and
+edst train sparse networks; mc-dropout predicts with samples of dropout masks; laplace
+fits a Gaussian to the trained weights. deep-ensemble, sam-ensemble and otmdr-ensemble
+are sgd, sam and otmdr with five members, or --members. The options below are those of
+this method: otmdr train --method NAME --help shows those of another one.
+docs/baselines.md and docs/dual.md have the equations."""
 
 # What the help shows in the place of a text; of other values their type will do.
 _METAVARS = {

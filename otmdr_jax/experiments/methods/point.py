@@ -167,9 +167,9 @@ class Climbing(Point):
     rho: Radii = (0.05,)
     """Radii, one for each ascent step. Default: 0.05 0.1 for otmdr (section 5.1 of the
     paper), 0.005 0.01 for otmdr-bnn (appendix B.3), 0.05 for sam and 0.5 for asam
-    (their papers, CIFAR-10), sam's for gsam and looksam, 0.01 for bsam (its released
-    commands), 0.1 for fisher-sam (reimplementations). sam takes several too: it climbs
-    that often, each time on the whole batch."""
+    (their papers, CIFAR-10), sam's for gsam, looksam and the dual forms, 0.01 for bsam
+    (its released commands), 0.1 for fisher-sam (reimplementations). sam takes several
+    too: it climbs that often, each time on the whole batch."""
     num_subbatches: Count = 1
     """Equal consecutive parts of the batch, each with a perturbation of its own
     (m-sharpness), whatever the devices. Default: 8 for bsam (its released commands), 1
