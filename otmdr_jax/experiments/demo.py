@@ -29,7 +29,7 @@ def run(
     """Trains every method with every seed, prints the table and writes the report.
 
     Args:
-      output: The report's folder; an earlier report in it is replaced.
+      output: The report's folder; an earlier report of the demo in it is replaced.
       seeds: Seeds of initialisation, data order, splits and noise.
       epochs: Passes over the data; None for the demo's own.
       show_progress: Whether to show progress.
@@ -38,12 +38,13 @@ def run(
       The runs.
 
     Raises:
-      FileExistsError: `output` holds something that is no report.
+      FileExistsError: `output` holds something that is no report of the demo.
     """
-    report.check_folder(pathlib.Path(output))
+    title = f"Digits with {BASE.data.label_noise:.0%} wrong training labels"
+    report.check_folder(pathlib.Path(output), title)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must differ from each other, got {seeds}.")
-    epochs = epochs or BASE.run.epochs
+    epochs = BASE.run.epochs if epochs is None else epochs
     configs = [one.replace(seed=s, epochs=epochs) for one in METHODS for s in seeds]
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,7 +54,6 @@ def run(
             folder = pathlib.Path(scratch) / name
             training.train(config, output=folder, show_progress=show_progress)
             runs.append(report.read_run(folder))
-    title = f"Digits with {BASE.data.label_noise:.0%} wrong training labels"
     report.print_summary(runs, title)
     path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")
     print(f"Report: {path}")

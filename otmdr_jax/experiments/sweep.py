@@ -86,7 +86,7 @@ def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
     path, output = pathlib.Path(path), pathlib.Path(output)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # a TOMLDecodeError, or bytes that are no text
         raise ValueError(f"{path} is no TOML file: {error}") from error
     if unknown := sorted(set(content) - {"seeds", "options", "methods"}):
         raise ValueError(
@@ -107,9 +107,10 @@ def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
                 config = _config(path, label, {**options, "seed": seed})
                 folder = output / _file_name(label) / f"seed{seed}"
                 planned.append(Planned(label, config, folder))
-    folders = [one.folder for one in planned]
+    # Some file systems do not tell upper from lower case.
+    folders = [str(one.folder).casefold() for one in planned]
     if len(set(folders)) < len(folders):
-        twice = next(str(f) for f in folders if folders.count(f) > 1)
+        twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"{path}: two runs would lie in {twice}; rename a method.")
     return Plan(planned, _unequal(planned))
 
@@ -173,7 +174,12 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     if not path.is_file():
         return []
-    return files.read_json(path)["rows"]
+    rows = files.read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and "folder" in row for row in rows
+    ):
+        raise ValueError(f"{path} holds no rows of a sweep: move it away.")
+    return rows
 
 
 def state_of(one: Planned) -> str:
@@ -261,7 +267,18 @@ def _settings(path, name, shared, own):
     if not isinstance(own, dict) or not isinstance(shared, dict):
         raise ValueError(f"{path}: options and methods are tables, as [options].")
     options = {**shared, **own}
+    if "method" not in options:
+        raise ValueError(
+            f'{path}, {name}: say method = "sam", or another: its name in the file is '
+            "a label."
+        )
+    if "seed" in options:
+        raise ValueError(
+            f"{path}, {name}: seeds = [{options['seed']}] names the seeds."
+        )
     several = {key: x for key, x in options.items() if _is_several(key, x)}
+    if empty := [key for key, x in several.items() if not x]:
+        raise ValueError(f"{path}, {name}: {empty[0]} is a list without values.")
     for values in itertools.product(*several.values()):
         chosen = dict(zip(several, values, strict=True))
         extra = "".join(f", {key} = {_word(x)}" for key, x in chosen.items())
@@ -280,14 +297,9 @@ def _word(value):
 
 def _config(path, label, options) -> TrainConfig:
     known = config_lib.known_options()
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{path}, {label}: unknown options {', '.join(unknown)}; known are "
-            f"{', '.join(sorted(known))}."
-        )
     # As the command line reads them: 1 is a learning rate too.
     values = {
-        name: float(x) if known[name] is float and type(x) is int else x
+        name: float(x) if known.get(name) is float and type(x) is int else x
         for name, x in options.items()
     }
     try:

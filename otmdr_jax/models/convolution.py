@@ -174,7 +174,14 @@ def _primitive(
     def compiled(**options):
         return jax.jit(functools.partial(primitive.bind, **options))
 
-    primitive.def_impl(lambda x, y, **options: compiled(**options)(x, y))
+    def evaluate(x, y, **options):
+        if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+            # What is compiled would come back here, for ever.
+            own = one_by_one if jax.default_backend() == "cpu" else together
+            return own(x, y, **options)
+        return compiled(**options)(x, y)
+
+    primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
     lower = functools.partial(mlir.lower_fun, multiple_results=False)

@@ -385,6 +385,16 @@ def test_ctrl_c_is_one_line_wherever_it_comes(monkeypatch, capsys):
     assert capsys.readouterr().err == "otmdr: stopped\n"
 
 
+def test_a_terminal_without_arrows_shows_the_table_all_the_same(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setitem(
+        cli.COMMANDS, "info", (cli.about.Info, lambda _: print("NLL \u2193 0.5"))
+    )
+    cli.main(["info"])
+    assert written.getvalue() == b"NLL ? 0.5\n"
+
+
 def test_steps_on_the_command_line_take_the_place_of_a_presets_epochs():
     _, found = cli.train.parse(["--preset", "sam-cifar10", "--steps", "3"])
     found.check_used()

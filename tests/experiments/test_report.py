@@ -544,7 +544,7 @@ def test_plots_leave_pyplot_alone_and_say_what_to_install(monkeypatch, tmp_path)
         lambda: report.plot_reliability([make()], tmp_path / "x.png"),
         lambda: report.write(tmp_path / "report", [make()], "T"),
     ):
-        with pytest.raises(ImportError, match=r"pip install otmdr-jax\[train\]"):
+        with pytest.raises(ImportError, match=r"pip install '.\[train\]'"):
             call()
     assert not (tmp_path / "report").exists()
 
@@ -587,9 +587,9 @@ def test_write(tmp_path, folder):
     assert "- **Accuracy**: share of" in text and "**Sharpness**" not in text
     assert '| `model` | `"mlp"` |' in text  # shared by all
     assert "| `seed` | `0` |\n" not in text  # not by all
-    assert "| method | run | `device` | `seed` |" in text
-    assert '| SAM | run | `"cpu"` | `0` |' in text
-    assert '| SGD | - | `"gpu"` | `0` |' in text
+    assert "| method | run | options |" in text  # in one cell, which folds
+    assert '| SAM | run | `device = "cpu"`, `seed = 0` |' in text
+    assert '| SGD | - | `device = "gpu"`, `seed = 0` |' in text
     assert "otmdr_jax 0." in text and "```\notmdr demo\n```" in text
     assert "Note:" not in text
 

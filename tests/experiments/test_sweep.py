@@ -118,13 +118,37 @@ class TestPlan:
             ('[methods.a]\nmethod = "sgd"\nrate = 3', "a: unknown options rate"),
             ('[methods.a]\nmethod = "sgb"', "a: method must be one of"),
             ('[methods.a]\nmethod = "sgd"\nrho = [1.0]', "sgd has no option rho"),
-            ('[methods.a]\nmodel = "vgg"', "vgg"),
-            ('[methods."a b"]\n[methods."a-b"]', "two runs would lie in"),
+            ('[methods.a]\nmethod = "sgd"\nmodel = "vgg"', "vgg"),
+            (
+                '[options]\nmethod = "sgd"\n[methods."a b"]\n[methods."a-b"]',
+                "two runs would lie in",
+            ),
+            (
+                '[options]\nmethod = "sgd"\n[methods.a]\n[methods.A]',
+                "two runs would lie in",
+            ),
+            ("[methods.sam]", 'sam: say method = "sam", or another'),
+            ('[methods.a]\nmethod = "sgd"\nepochs = []', "epochs is a list without"),
+            ('[methods.a]\nmethod = "sgd"\nseed = 3', r"seeds = \[3\] names"),
+            ('[methods.a]\nmethod = "sgd"\nepoch = 3', "did you mean epochs"),
         ],
     )
     def test_what_cannot_be_is_refused(self, text, message, tmp_path):
         with pytest.raises(ValueError, match=message):
             sweep.plan(write(tmp_path, text), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rows": [{"a": 1}]}'])
+def test_rows_that_are_none_are_named(content, tmp_path):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match="sweep.json"):
+        sweep.read_rows(tmp_path / "sweep.json")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "sweep.toml").write_bytes("seeds = [0]".encode("utf-16"))
+    with pytest.raises(ValueError, match="sweep.toml is no TOML file"):
+        sweep.plan(tmp_path / "sweep.toml", tmp_path)
 
 
 @pytest.fixture(scope="module")

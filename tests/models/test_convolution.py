@@ -166,6 +166,18 @@ def test_gradients_equal_finite_differences():
         check_grads(f, (x, w), order=2, modes=["fwd", "rev"], eps=1e-5)
 
 
+def test_without_jit():
+    """`jax.disable_jit`, to look for an error with a debugger."""
+    ours, lax_own = map(scalar, both(strides=(2, 1)))
+    operands = draw((2, 5, 4, 3), (3, 3, 3, 2))
+    want = jax.value_and_grad(lax_own, (0, 1))(*operands)
+    with jax.disable_jit():
+        got = jax.value_and_grad(ours, (0, 1))(*operands)
+        mapped = jax.vmap(ours, (None, 0))(operands[0], operands[1][None])
+    assert_close(got, want, 1e-5)
+    assert_close(mapped, want[0][None], 1e-5)
+
+
 def test_outside_jit():
     x, w = draw((2, 6, 6, 16), (3, 3, 16, 16))
     got, want = (jax.grad(scalar(f), (0, 1))(x, w) for f in both())

@@ -1,6 +1,7 @@
 """The command line `otmdr`: one module for each command."""
 
 import inspect
+import io
 import logging
 import os
 import signal
@@ -61,11 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         is not possible, and 128 + n if signal n stopped a run, or a reader of its
         output that had enough (`otmdr info | head -1`).
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show an arrow shows a "?": no error after the work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _say_warning
             _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed before the start
+            sys.stdout.flush()
     except KeyboardInterrupt:
         # A run in training says itself what it has saved; nothing else is half written.
         print("otmdr: stopped", file=sys.stderr)

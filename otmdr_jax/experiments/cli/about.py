@@ -13,7 +13,7 @@ class Demo:
     """Train SGD, SAM and OT-MDR (K = 1, 2) on digits with noisy labels: two minutes."""
 
     output: Folder = "demo-report"
-    """Folder of the report; an earlier report in it is replaced."""
+    """Folder of the report; an earlier one of the demo is replaced."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds; each method has one run for each seed."""
     epochs: int | None = None

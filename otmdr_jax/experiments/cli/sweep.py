@@ -47,7 +47,9 @@ def run(options: Sweep) -> None:
     from otmdr_jax.experiments import report, run_folder, sweep, training
     from otmdr_jax.experiments.report import cost, significance, tables
 
-    output = pathlib.Path(options.output)
+    output = pathlib.Path(options.output).expanduser()
+    if run_folder.is_run(output):
+        raise ValueError(f"{output} is a run, not the folder of a sweep.")
     plan = sweep.plan(options.file, output)
     labels = list(dict.fromkeys(one.label for one in plan.runs))
     baseline = significance.find_baseline(labels, options.baseline)

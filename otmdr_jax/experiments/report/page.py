@@ -137,14 +137,15 @@ def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
         (folder / f"{name}.png").unlink(missing_ok=True)
 
 
-def check_folder(folder: str | pathlib.Path) -> None:
+def check_folder(folder: str | pathlib.Path, title: str | None = None) -> None:
     """Checks that :func:`write` may write into a folder, before the work begins.
 
     Args:
       folder: Folder for the report.
+      title: The title that an earlier report in it must have; None for any.
 
     Raises:
-      FileExistsError: The folder holds files, but no report.
+      FileExistsError: The folder holds files, but no report, or one of another title.
     """
     folder = pathlib.Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -154,6 +155,10 @@ def check_folder(folder: str | pathlib.Path) -> None:
         raise FileExistsError(
             f"{folder} {what} (no results.json with the key {MARKER!r}). Nothing was "
             "written: name a new folder, or empty this one."
+        )
+    if title is not None and (theirs := _earlier(folder).get("title")) != title:
+        raise FileExistsError(
+            f"{folder} holds another report, {theirs!r}: name another folder."
         )
 
 
