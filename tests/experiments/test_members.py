@@ -407,7 +407,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (dict(members=5), "members must be text"),
+            (dict(members=2.5), "members must be text"),
             (dict(members="1"), "members must be a number of at least 2"),
             (dict(members="cnn_small,"), "members must be"),
             (dict(members="resnet_10"), "members must be"),

@@ -73,7 +73,11 @@ class TestPlan:
 
     def test_the_example_is_of_every_method(self, tmp_path):
         plan = sweep.plan(EXAMPLES / "sweep_digits.toml", tmp_path)
-        assert {one.config.method.name for one in plan.runs} == set(METHODS)
+        # The dual form has an example of its own, its posterior has none.
+        own = {one.config.method.name for one in plan.runs}
+        assert own | {"otmdr-dual", "otmdr-dual-bnn"} == set(METHODS)
+        dual = sweep.plan(EXAMPLES / "sweep_dual.toml", tmp_path)
+        assert "otmdr-dual" in {one.config.method.name for one in dual.runs}
         assert len({one.label for one in plan.runs}) * 5 == len(plan.runs)
         assert plan.unequal == ["optimizer", "weight_decay", "learning_rate"]
 
