@@ -51,6 +51,21 @@ def slots(values: jax.Array, axes: Axes) -> jax.Array:
     return spread.at[jax.lax.axis_index(axes)].set(devices * values).reshape(-1)
 
 
+def gather(values: PyTree, axes: Axes) -> PyTree:
+    """Joins (n, ...) of each device: (devices n, ...), the same on all to the bit."""
+    if not axes:
+        return values
+    devices, here = jax.lax.axis_size(axes), jax.lax.axis_index(axes)
+
+    def gathered(x):
+        wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+        spread = jnp.zeros((devices, *x.shape), wide.dtype).at[here].set(wide)
+        found = jax.lax.psum(vary(spread, axes), axes).astype(x.dtype)
+        return found.reshape(devices * x.shape[0], *x.shape[1:])
+
+    return jax.tree.map(gathered, values)
+
+
 def vary(values: PyTree, axes: Axes) -> PyTree:
     """Marks arrays as differing between devices, where shard_map keeps track."""
     # Of a vmap's axis with that name nobody does.

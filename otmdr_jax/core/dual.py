@@ -56,8 +56,8 @@ PyTree = Any
 # SAM's radius; our choices: a budget that is used twice over loses a tenth of it a
 # step, and no particle goes further than where a mean over 100 members would be spent.
 RHO, RATE, MAX_RATIO = 0.05, 0.1, 10.0
-# The multiplier stays in the range of float32, and so does what it is multiplied by.
-_LOG_RANGE, _MOST = 80.0, 1e30
+# The multiplier stays in the range of float32, and so do squares of the violation.
+_LOG_RANGE, _MOST = 80.0, 1e15
 
 
 class BudgetOptions(TypedDict, total=False):
@@ -394,6 +394,7 @@ class Budget:
         step, opt_state = self.lambda_optimizer.update(
             violation, state.opt_state, state.log_slope
         )
+        step = jnp.where(jnp.isnan(step), 0.0, step)  # an infinite rate times 0
         # In units in which the budget that is used reacts alike, whatever the power.
         share = (self.power - 1) / self.power if self.power > 1 else 1.0
         log_slope = jnp.where(
@@ -436,7 +437,7 @@ def share(states: DualState, finite: jax.Array, axis_name: Any = None) -> DualSt
       A :class:`DualState`; where no step was finite, as it was.
     """
     axes = collectives.axes_of(axis_name)
-    states, finite = jax.tree.map(lambda x: _gathered(x, axes), (states, finite))
+    states, finite = collectives.gather((states, finite), axes)
 
     def one_of(states, finite):
         first = jnp.argmax(finite)
@@ -451,20 +452,6 @@ def share(states: DualState, finite: jax.Array, axis_name: Any = None) -> DualSt
 
     # Members may be spread over an explicit mesh.
     return shards.left_to_compiler(one_of, finite, whole=True)(states, finite)
-
-
-def _gathered(x, axes):
-    """(M,) of all devices, the same on each, to the bit."""
-    if not axes:
-        return x
-    here, devices = x.shape[0], jax.lax.axis_size(axes)
-    flags = x.dtype == jnp.bool_
-    x = x.astype(jnp.int32) if flags else x
-    spread = jnp.zeros((devices, *x.shape), x.dtype)
-    mine = spread.at[jax.lax.axis_index(axes)].set(x)
-    found = jax.lax.psum(collectives.vary(mine, axes), axes)
-    found = found.reshape(devices * here, *x.shape[1:])
-    return found.astype(bool) if flags else found
 
 
 def _log(slope):

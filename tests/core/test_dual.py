@@ -395,7 +395,7 @@ def test_scales_of_a_posterior_have_their_gradient_at_the_center():
         min_size=8,
         max_size=8,
     ),
-    rate=st.sampled_from([1e-3, 0.5, 1e3, 1e30]),
+    rate=st.sampled_from([1e-3, 0.5, 1e3, 1e30, np.inf]),
     optimizer=st.sampled_from([optax.sgd, optax.adam]),
 )
 def test_lambda_stays_positive_and_finite(sizes, rate, optimizer):
@@ -417,6 +417,17 @@ def test_lambda_stays_positive_and_finite(sizes, rate, optimizer):
 def living(rate, optimizer):
     dual = otmdr_jax.dual_gradient(linear, RHO, lambda_optimizer=optimizer(rate))
     return dual, jax.jit(lambda s, b: dual.apply(s, jnp.zeros(2), b))
+
+
+def test_an_optimizer_that_squares_the_violation_lives_through_a_large_one():
+    """A particle at the limit has used 10^20 budgets of the power 20."""
+    dual = otmdr_jax.dual_gradient(
+        linear, RHO, power=20.0, lambda_optimizer=optax.adam(0.3, b2=0.9)
+    )
+    sizes = jnp.concatenate([jnp.full(2, 1e-20), jnp.ones(600)])[:, None]
+    found, states = states_of(dual, jnp.zeros(2), sizes)
+    assert found.diagnostics.distances[2, 0] == pytest.approx(10 * RHO)
+    assert np.all(np.isfinite(states.value)) and states.log_slope[-1] > -10
 
 
 def test_it_recovers_from_a_long_time_without_a_gradient():
