@@ -697,5 +697,5 @@ def test_a_sampler_has_one_radius():
     run = otmdr_jax.value_and_grad(bent, 0.1, sampler="first_order", tilt=0.5)
     with pytest.raises(ValueError, match="has one radius"):
         run(PARAMS, jnp.ones(2), key=KEY, rho=(0.1, 0.2))
-    with pytest.raises(ValueError, match="need randomness: pass key"):
+    with pytest.raises(ValueError, match="need randomness: pass a key"):
         run(PARAMS, jnp.ones(2))

@@ -191,7 +191,9 @@ def test_out_of_distribution_examples_are_less_certain():
         want = sk.roc_auc_score(truth, scores)
         got = metrics.ood_auroc(inside, outside, score)
         np.testing.assert_allclose(got, want, rtol=1e-12)
-    with pytest.raises(ValueError, match="confidence, entropy, mutual_information"):
+    with pytest.raises(
+        ValueError, match="'confidence', 'entropy', 'mutual_information'"
+    ):
         metrics.ood_auroc(inside, outside, "energy")
 
 
