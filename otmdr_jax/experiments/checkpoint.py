@@ -18,8 +18,8 @@ try:
     from orbax.checkpoint import checkpoint_managers as policies
 except ImportError as error:
     raise ImportError(
-        "checkpoints need Orbax, which is not installed; training without an output "
-        f"folder does not. {extras.command('train')}"
+        f"checkpoints need Orbax, and importing it failed with: {error}. Training "
+        f"without an output folder does not. {extras.command('train')}"
     ) from error
 
 

@@ -39,7 +39,7 @@ class Restored(NamedTuple):
 
 def open_run(
     folder: str | os.PathLike,
-    which: str = "latest",
+    which: str | int = "latest",
     *,
     dataset: Dataset | None = None,
     split: str = "test",
@@ -126,7 +126,7 @@ def with_laplace(
     }
 
 
-def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:
+def step_of(which: str | int, saved: checkpoint.Checkpoints) -> int | None:
     """The step that "latest" (None), "best" or a number in words stands for.
 
     Raises:
@@ -134,6 +134,7 @@ def step_of(which: str, saved: checkpoint.Checkpoints) -> int | None:
     """
     if which == "latest":
         return None
+    which = str(which)  # a step may be a number
     if which == "best":
         step = saved.best_step()
         if step is None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from otmdr_jax.experiments import cli, config, methods, options
+from otmdr_jax.experiments import cli, config, interrupts, methods, options
 
 QUICK = [
     "--steps", "4", "--batch-size", "32", "--quiet", "--label-noise", "0.2",
@@ -377,6 +377,35 @@ def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path):
 def test_ctrl_c_is_one_line_wherever_it_comes(monkeypatch, capsys):
     def interrupted(options):
         raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", (cli.about.Info, interrupted))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["info"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "otmdr: stopped\n"
+
+
+def test_a_ctrl_c_that_python_lost_stops_the_run():
+    asked = []
+    with interrupts.remembered():
+        with contextlib.suppress(KeyboardInterrupt):  # as in a callback of an import
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert interrupts.came_early()
+        with interrupts.requests(asked.append):
+            assert asked == [signal.SIGINT]
+        with interrupts.requests(asked.append):
+            assert asked == [signal.SIGINT]  # once
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_ctrl_c_that_a_library_calls_an_error_is_still_one(monkeypatch, capsys):
+    def interrupted(options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt as stop:
+            raise ImportError("a package is broken") from stop
 
     monkeypatch.setitem(cli.COMMANDS, "info", (cli.about.Info, interrupted))
     with pytest.raises(SystemExit) as stop:

@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 
 from otmdr_jax import data
-from otmdr_jax.experiments import checkpoint, cli, report, run_folder, training
+from otmdr_jax.experiments import (
+    checkpoint,
+    cli,
+    report,
+    restore,
+    run_folder,
+    training,
+)
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.members import steps_taken
+from otmdr_jax.experiments.report import examples
 
 TINY = TrainConfig(
     model="one_layer", method="sgd", batch_size=20, steps=2, mesh="data=1", log_every=1
@@ -193,6 +202,25 @@ class TestReports:
         assert "a whole report" in capsys.readouterr().err
         assert self.compare(run, "--output", page, "--overwrite") == 0
         assert not (page / "report.html").exists()  # it was of the earlier one
+
+
+@pytest.mark.parametrize("given", ["mine.npz", ((1, 2), (3, 4)), {}])
+def test_what_is_no_dataset_is_refused(given):
+    with pytest.raises(TypeError, match="dataset must be a Dataset, as of data.from_a"):
+        training.train(TINY, given)
+
+
+def test_a_step_may_be_a_number(finished, mine):
+    found = restore.open_run(finished, 2, dataset=mine)
+    assert steps_taken(found.state) == 2
+
+
+def test_a_report_finds_the_images_of_data_that_have_moved(finished):
+    (lost,) = examples.of_labels([report.read_run(finished)])
+    assert lost.images is None
+    file = str(finished.parent / "mine.npz")
+    (found,) = examples.of_labels([report.read_run(finished)], file)
+    assert found.images.shape == (60, 8, 8, 1)
 
 
 class TestDemo:

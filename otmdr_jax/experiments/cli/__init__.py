@@ -18,6 +18,7 @@ try:
 except ImportError:
     sys.exit(f"otmdr needs tyro, which is not installed. {extras.command('train')}")
 
+from otmdr_jax.experiments import interrupts
 from otmdr_jax.experiments.cli import (
     about,
     calibrate,
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interrupts.remembered():
             warnings.showwarning = _say_warning
             _run(list(sys.argv[1:] if argv is None else argv))
         if sys.stdout is not None:  # None where it was closed before the start
@@ -115,6 +116,8 @@ def _run(argv: list[str]) -> None:
     except BrokenPipeError:  # an OSError that is no error
         raise
     except EXPECTED as error:
+        if interrupts.came_early():  # a library may call it what it likes
+            raise KeyboardInterrupt from error
         _fail(str(error))
 
 

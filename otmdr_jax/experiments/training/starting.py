@@ -72,6 +72,11 @@ def train(
             "config must be a TrainConfig, as TrainConfig(method='sam'), got "
             f"{config!r}."
         )
+    if not isinstance(dataset, Dataset | None):
+        raise TypeError(
+            "dataset must be a Dataset, as of data.from_arrays((images, labels)) or "
+            f"data.load('mine.npz'), got a {type(dataset).__name__}."
+        )
     mesh = make_mesh(config)
     # What cannot work is refused before the data are read.
     check_models(config)
