@@ -113,7 +113,9 @@ def test_compare_puts_runs_side_by_side(session):
     assert "learning_curves.png" in page
     assert (session / "comparison" / "learning_curves.png").stat().st_size > 10_000
     # A report may be replaced, anything else may not.
-    otmdr_here("compare", "robust", cwd=session)
+    done = otmdr_here("compare", "robust", cwd=session, check=False)
+    assert done.returncode == 2 and "--overwrite" in done.stderr
+    otmdr_here("compare", "robust", "--overwrite", cwd=session)
     (session / "mine").mkdir()
     (session / "mine" / "notes.txt").write_text("precious")
     done = otmdr_here("compare", "robust", "--output", "mine", cwd=session, check=False)
