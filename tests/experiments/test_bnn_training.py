@@ -59,7 +59,7 @@ def plain(small):
 
 
 def of_method(chosen, method, **options):
-    if method == "sgvb":
+    if method != "otmdr-bnn":
         options |= dict(noise_std=0.0)
     return chosen.replace(method=method, **options)
 
@@ -83,10 +83,18 @@ class TestMethod:
             logits, new = model.apply(params, state.model_state, batch[0], train=True)
             return methods.cross_entropy(logits, batch[1]), new
 
-        build = bnn.sgvb if name == "sgvb" else bnn.value_and_grad
-        grad_fn = build(
-            loss_fn, num_data=400, prior_std=0.2, kl_weight=0.5, has_aux=True
-        )
+        options = dict(num_data=400, prior_std=0.2, kl_weight=0.5, has_aux=True)
+
+        def dual(q, batch, key):
+            made = bnn.dual_gradient(loss_fn, **options)
+            found, _ = made.apply(made.init(), q, batch, key=key)
+            return (found.value, found.aux), found.grads
+
+        grad_fn = {
+            "sgvb": bnn.sgvb(loss_fn, **options),
+            "otmdr-bnn": bnn.value_and_grad(loss_fn, **options),
+            "otmdr-dual-bnn": dual,
+        }[name]
         step_key = jax.random.split(state.key)[1]
         (value, statistics), grads = jax.jit(grad_fn)(state.params, batch, key=step_key)
         updates, _ = optax.adam(1e-3).update(grads, optax.adam(1e-3).init(grads))
@@ -607,7 +615,7 @@ def test_the_presets_steps_are_those_of_a_summed_objective():
 def test_members_of_different_architectures_log_their_posteriors(small):
     chosen = ONE.replace(
         model="cnn_small", members="one_layer,cnn_small", method="sgvb", noise_std=0.0,
-        steps=2, epochs=1,
+        steps=2, epochs=None,
     )  # fmt: skip
     result = training.train(chosen, small, show_progress=False)
     found = result.metrics["posterior"]

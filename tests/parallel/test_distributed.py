@@ -78,7 +78,7 @@ def test_all_devices_are_used_unless_told_otherwise(digits):
         ({"mesh": "particle=2", "num_particles": 3}, "num_particles=3 .* 2 devices"),
         ({"mesh": "member=2"}, "needs members of one"),
         ({"mesh": "particle=2", "method": "sgd"}, "sgd has no particles"),
-        ({"batch_size": 8}, "fewer examples than the 2 radii"),
+        ({"batch_size": 8}, "fewer examples than the 2 steps"),
         ({"mesh": "rows=2"}, "mesh must name"),
         ({"microbatch_size": 0}, "microbatch_size must be"),
     ],
