@@ -62,7 +62,7 @@ def dual(
       >>> state = tx.init(members)
       >>> for _ in range(100):
       ...     state = update(state)
-      >>> [round(float(d), 2) for d in state.diagnostics.distances]  # as 5 to 1
+      >>> [round(float(d), 2) for d in state.diagnostics.distances[:, 0]]  # as 5 to 1
       [0.69, 0.14]
     """
     radii_at, _ = schedule_of(rho)

@@ -577,7 +577,7 @@ def test_missing_flax_names_the_extra(monkeypatch):
     for name in [n for n in sys.modules if n.startswith("otmdr_jax.models")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flax", None)
-    with pytest.raises(ImportError, match=r"pip install otmdr-jax\[models\]"):
+    with pytest.raises(ImportError, match=r"pip install '.\[models\]'"):
         importlib.import_module("otmdr_jax.models")
 
 
