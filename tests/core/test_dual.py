@@ -46,6 +46,7 @@ def states_of(dual, params, batches, loop=True):
 # -- the radius ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12)
 @given(
     power=st.floats(1.3, 20.0),
@@ -172,6 +173,7 @@ def trust_region(h, g, rho):
     return s, lam, g @ s + s @ h @ s / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("definite", [True, False])
 def test_several_steps_solve_the_trust_region_problem(seed, definite):

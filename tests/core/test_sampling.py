@@ -134,6 +134,7 @@ def test_without_preference_it_is_uniform_in_the_ball(n):
     assert_allclose(seen.distances, radii, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "kappa"), [(1, 2.0), (5, 8.0), (200, 150.0)])
 def test_it_is_a_von_mises_fisher_distribution_without_two_coordinates(n, kappa):
     slope = np.full(n, 2.0) / np.sqrt(n)
@@ -156,6 +157,7 @@ def test_it_is_a_von_mises_fisher_distribution_without_two_coordinates(n, kappa)
     assert_allclose(along.var(), variance, rtol=0.06)
 
 
+@pytest.mark.slow
 def test_a_tilt_is_the_mean_coordinate_whatever_the_slope_and_the_radius_are():
     for slope, rho in ((3.0, 0.1), (1e-12, 5.0), (1e20, 1e-3)):
         _, seen = draws(linear(np.full(9, slope)), dim=9, tilt=0.6, rho=rho)
@@ -201,6 +203,7 @@ def spread_of(options, name, count=20_000):
     return away.reshape(count, -1)
 
 
+@pytest.mark.slow
 def test_a_mask_takes_its_leaves_out_of_the_ball():
     options = {"tilt": 0.0, "mask": {"w": False, "b": True}}
     assert not spread_of(options, "w", 10).any()
@@ -208,6 +211,7 @@ def test_a_mask_takes_its_leaves_out_of_the_ball():
     assert_allclose((away**2).mean(axis=0), 0.1**2 / (3 + 2), rtol=0.05)
 
 
+@pytest.mark.slow
 def test_leaves_may_have_balls_of_their_own():
     for name, n in (("w", 4), ("b", 3)):
         away = spread_of({"tilt": 0.8, "norm": "per_leaf"}, name)
@@ -229,6 +233,7 @@ def test_an_ellipsoid_is_a_ball_in_units_of_the_weights():
     assert_allclose(units.mean(axis=0), want, atol=0.01)
 
 
+@pytest.mark.slow
 def test_complex_weights_are_pairs_of_real_ones():
     slope = 3.0 - 4.0j
     particles, _ = otmdr_jax.sample_particles(
@@ -242,6 +247,7 @@ def test_complex_weights_are_pairs_of_real_ones():
     assert stats.kstest(along, cdf_along(kappa, 4)).pvalue > LEVEL
 
 
+@pytest.mark.slow
 def test_without_a_slope_it_is_uniform_and_at_the_limit_stays():
     for options in ({"tilt": 0.5}, {"inverse_temperature": 7.0}):
         particles, _ = draws(lambda w: 0.0 * jnp.sum(w), dim=3, **options)
@@ -252,6 +258,7 @@ def test_without_a_slope_it_is_uniform_and_at_the_limit_stays():
         assert not particles.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["first_order", "langevin"])
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_what_is_not_finite_is_seen_and_a_radius_of_zero_stays(sampler, rho):
@@ -264,6 +271,7 @@ def test_what_is_not_finite_is_seen_and_a_radius_of_zero_stays(sampler, rho):
     assert np.isnan(particles).any(axis=1).all()
 
 
+@pytest.mark.slow
 def test_half_precision_weights_keep_their_dtype_and_the_law():
     center = {"w": jnp.ones(8, jnp.bfloat16)}
     particles, _ = otmdr_jax.sample_particles(
@@ -302,6 +310,7 @@ def test_a_tilt_that_is_nan_is_seen():
     assert np.isnan(sampling.concentration(np.nan, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{"adaptive": True}, {"fisher": 2.0}])
 def test_in_an_ellipsoid_lambda_and_tilts_are_those_of_its_ball(shape):
     w, slope = np.array([1.0, -2.0, 3.0]), np.array([1.0, 1.0, 4.0])
@@ -333,6 +342,7 @@ def test_particles_that_are_all_the_same_one_are_as_many_as_asked_for():
     assert seen.distances.shape == seen.tilts.shape == (3,)
 
 
+@pytest.mark.slow
 def test_on_devices_what_is_seen_is_that_of_all_examples():
     params, batch = jax.tree.map(jnp.asarray, toy.regression_problem())
 
@@ -398,6 +408,7 @@ def chains(heat, **options):
     return draws(wavy, sampler="langevin", inverse_temperature=heat, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heat", [0.0, 1.5, 4.0])
 def test_a_chain_has_the_density_of_the_loss(heat):
     particles, seen = chains(heat)
@@ -408,6 +419,7 @@ def test_a_chain_has_the_density_of_the_loss(heat):
         assert chi_square(others, cells(heat)) < 1e-10
 
 
+@pytest.mark.slow
 def test_it_agrees_with_the_chain_of_blackjax():
     """Their MALA of the same density, with the ball's edge as a wall."""
     heat = 1.5
@@ -460,6 +472,7 @@ def test_a_chain_of_a_linear_loss_stays_in_its_law():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [0.0, 0.6, 0.9])
 def test_the_effective_sample_size_of_an_autoregression(correlation):
     rng = np.random.default_rng(0)
@@ -474,6 +487,7 @@ def test_the_effective_sample_size_of_an_autoregression(correlation):
     assert_allclose(got, theirs, rtol=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heat", [1e6, 1e9])
 def test_parts_of_the_batch_in_turn_are_a_loop_in_numpy(heat):
     """One gradient for each part, held in the ball: the noise is what is left over."""
@@ -507,6 +521,7 @@ def test_parts_of_the_batch_in_turn_are_a_loop_in_numpy(heat):
     assert_allclose(away.std(axis=0), 0.05 * 0.2 * 3**0.5, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_chain_does_not_depend_on_the_units_of_the_loss():
     """The products of gradients of 1e-24 or 1e24 are out of float32's range."""
 
@@ -536,6 +551,7 @@ def test_what_has_no_probability_is_never_reached():
     assert possible[:, -1].mean() > 0.9 and (particles[possible[:, -1], 0] < 2e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["shared", "ordered"])
 def test_chains_of_float32_weights_with_64_bits_enabled(split):
     with jax.enable_x64(True):
