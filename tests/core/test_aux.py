@@ -158,6 +158,7 @@ def test_members_have_rows_of_their_own(member_map, key):
         check(values[m], jax.tree.map(lambda x, m=m: x[m], aux), data)
 
 
+@pytest.mark.slow
 def test_of_a_joint_loss_the_examples_are_on_the_second_axis(key):
     params, data = problem()
     members = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)

@@ -143,6 +143,7 @@ def test_equal_weights_are_none(way, key):
     close(got(params, data, key=key), expected(params, data, key=key))
 
 
+@pytest.mark.slow
 def test_weights_of_tokens(key):
     """Sequences whose padding is masked, with sequences of padding alone."""
     rng = np.random.default_rng(0)

@@ -222,6 +222,7 @@ def test_leaves_may_have_balls_of_their_own():
         assert np.linalg.norm(away, axis=1).max() <= 0.1 * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_an_ellipsoid_is_a_ball_in_units_of_the_weights():
     away = spread_of({"tilt": 0.7, "adaptive": True}, "w")
     scale = np.abs(np.ravel(PARAMS["w"]))
@@ -579,6 +580,7 @@ def test_chains_of_float32_weights_with_64_bits_enabled(split):
     ids=lambda options: "-".join(map(str, options.values())),
 )
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.slow
 def test_the_gradient_is_the_mean_over_these_particles(options, count):
     params, batch = jax.tree.map(jnp.asarray, toy.regression_problem())
     rho = (0.1, 0.2) if options["sampler"] == "ascent" else 0.2
