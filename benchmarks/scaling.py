@@ -1,26 +1,24 @@
-"""What a step costs on many devices: collectives, weak scaling, a model of the rest.
+"""What a step costs on many devices: collectives and weak scaling.
 
     python benchmarks/scaling.py                      # eight devices on this CPU
     python benchmarks/scaling.py --json scaling.json --rounds 15
     python benchmarks/scaling.py --smoke              # two devices, a tiny network
 
-Three parts. The all-reduces of each compiled step, counted, with the bytes that each
+Two parts. The all-reduces of each compiled step, counted, with the bytes that each
 device puts in, beside what the cost model says. Weak scaling: the same examples on each
 of 1, 2, 4 and 8 devices. They share this machine's cores, so what can be kept is the
 number of images a second; what is lost is the cost of dividing and reducing. Timed in
-turn, in one process, medians over rounds. And, by the cost model, the share of a step
-that 8 and 256 GPUs would spend on all-reduces that hide behind nothing, for
-assumptions that are printed: it is arithmetic, not a measurement.
+turn, in one process, medians over rounds. `compile_for.py` tells what programs for
+8, 64 and 256 GPUs exchange.
 Expected: about 8 minutes on 2 CPU cores.
 """
-
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import environment, make_batch, measure
+from _program import summary
 from _record import markdown, options_of, write_json
 
 from otmdr_jax import models, parallel
@@ -41,15 +39,6 @@ MODES = {
     ),
     "OT-MDR K=2, particle axis": ("otmdr", {"num_particles": 2}, 3),
 }
-BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1}
-
-# Assumptions of the prediction. Peak: H100 SXM, dense bfloat16, by its data sheet. The
-# rest are round figures to be replaced by your own: utilisation, and the bandwidth
-# that an all-reduce reaches a GPU (NVLink within a node of 8, InfiniBand between).
-PEAK_FLOPS, UTILISATION = 989e12, 0.45
-BANDWIDTH = {8: 400e9, 256: 45e9}
-FORWARD_FLOPS = 2 * 5.25e9  # WRN-28-10, an image of 32 x 32: 5.25 G multiply-adds
-PARAMETERS = 36_479_194
 
 
 def make_step(name, model, mesh):
@@ -70,20 +59,6 @@ def mesh_of(name, devices):
     return parallel.make_mesh(f"data={devices}")
 
 
-def collectives(compiled):
-    """All-reduces of a program: how many, and the bytes that a device puts in."""
-    count = total = 0
-    for line in compiled.as_text().splitlines():
-        match = re.match(r"\s*(?:ROOT )?\S+ = (.*?) all-reduce(?:-start)?\(", line)
-        if not match:
-            continue
-        count += 1
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", match[1]):
-            size = np.prod([int(n) for n in shape.split(",") if n], initial=1)
-            total += int(size) * BYTES[dtype]
-    return count, total
-
-
 def count_collectives(model, batch, devices):
     rows = {}
     for name, (_, _, predicted) in MODES.items():
@@ -91,13 +66,15 @@ def count_collectives(model, batch, devices):
         init, step = make_step(name, model, mesh)
         state = jax.eval_shape(init, jax.random.key(0), batch[0])
         gradient = sum(4 * x.size for x in jax.tree.leaves(state.params))
-        found, moved = collectives(step.lower(state, batch).compile())
+        found = summary(step.lower(state, batch).compile().as_text())
+        reduces = found["kernels"]["all-reduce"]
+        whole = found["exchanged_bytes"]["all-reduce"]
         rows[name] = {
-            "all_reduces": found,
+            "all_reduces": reduces,
             "predicted": predicted,
-            "bytes_over_gradient": moved / gradient,
+            "bytes_over_gradient": whole / gradient,
         }
-        print(f"{name}: {found} all-reduces, {moved / gradient:.2f} gradients")
+        print(f"{name}: {reduces} all-reduces, {whole / gradient:.2f} gradients")
     return rows
 
 
@@ -135,27 +112,8 @@ def weak_scaling(model, per_device, image_size, devices, names, rounds):
     return rows
 
 
-def predict(per_device=128):
-    """Share of a step spent on all-reduces, if none of them is hidden."""
-    rows = {}
-    passes = {"SGD": 1, "SAM": 2, "OT-MDR K=1": 2, "OT-MDR K=2": 4}
-    for name, (_, _, reduces) in MODES.items():
-        if "axis" in name:
-            continue
-        compute = (3 * FORWARD_FLOPS * per_device * passes[name.split(",")[0]]) / (
-            PEAK_FLOPS * UTILISATION
-        )
-        rows[name] = {"compute_ms": 1e3 * compute}
-        for gpus, bandwidth in BANDWIDTH.items():
-            moved = reduces * 4 * PARAMETERS * 2 * (gpus - 1) / gpus
-            seconds = moved / bandwidth
-            rows[name][f"all_reduce_ms_{gpus}"] = 1e3 * seconds
-            rows[name][f"efficiency_{gpus}"] = compute / (compute + seconds)
-    return rows
-
-
 def tables(record):
-    """The three tables of docs/scaling.md."""
+    """The two tables of docs/scaling.md."""
     found = record["collectives"]
     first = markdown(
         ["step", "all-reduces", "by the model", "bytes / gradient"],
@@ -173,17 +131,7 @@ def tables(record):
             for n, r in scaling.items()
         ],
     )
-    third = markdown(
-        ["step", "compute, ms", "8 GPUs: all-reduce, ms", "efficiency",
-         "256 GPUs: all-reduce, ms", "efficiency"],
-        [
-            [n, f"{r['compute_ms']:.0f}", f"{r['all_reduce_ms_8']:.1f}",
-             f"{r['efficiency_8']:.2f}", f"{r['all_reduce_ms_256']:.0f}",
-             f"{r['efficiency_256']:.2f}"]
-            for n, r in record["prediction"].items()
-        ],
-    )  # fmt: skip
-    return first, second, third
+    return first, second
 
 
 def main():
@@ -207,13 +155,6 @@ def main():
         "model": options.model,
         "per_device": options.per_device,
         "devices": devices,
-        "assumptions": {
-            "peak_flops": PEAK_FLOPS,
-            "utilisation": UTILISATION,
-            "bandwidth": BANDWIDTH,
-            "batch_per_gpu": 128,
-        },
-        "prediction": predict(),
     }
     record["collectives"] = count_collectives(model, batch, most)
     write_json(options.json, record)

@@ -155,8 +155,8 @@ def follow(
 ) -> optax.Schedule:
     r"""A radius that follows the learning rate, as in the authors' Algorithm 1.
 
-    .. math:: \rho_t = \rho_\min + (\rho_\max - \rho_\min)
-        \frac{\eta_t - \eta_\min}{\eta_\max - \eta_\min}
+    .. math:: \rho_t = \rho_{\min} + (\rho_{\max} - \rho_{\min})
+        \frac{\eta_t - \eta_{\min}}{\eta_{\max} - \eta_{\min}}
 
     Args:
       learning_rate: The schedule of eta.

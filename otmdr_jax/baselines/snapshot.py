@@ -61,7 +61,8 @@ def collect(method: Any, ends: Sequence[int]) -> Any:
       >>> batch = jnp.zeros((4, 8, 8, 1)), jnp.arange(4)
       >>> state = method.init(jax.random.key(0), batch[0])
       >>> state, _ = jax.jit(method.step)(state, batch)
-      >>> int(state.method_state.number), method.predict(state, batch[0]).shape
+      >>> log_probs = jax.jit(method.predict)(state, batch[0])
+      >>> int(state.method_state.number), log_probs.shape
       (1, (2, 4, 10))
     """
     check_ends(ends)

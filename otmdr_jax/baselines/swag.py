@@ -95,10 +95,11 @@ def average(
       >>> one = methods.create("sgd", model, optax.sgd(0.1))
       >>> method = average(one, model, ends=(1, 2), rank=2, num_samples=5)
       >>> batch = jnp.zeros((4, 8, 8, 1)), jnp.arange(4)
-      >>> state, _ = method.step(method.init(jax.random.key(0), batch[0]), batch)
-      >>> found = method.finalize.of_batch(state, batch[0])
+      >>> state = method.init(jax.random.key(0), batch[0])
+      >>> state, _ = jax.jit(method.step)(state, batch)
+      >>> found = jax.jit(method.finalize.of_batch)(state, batch[0])
       >>> state = method.finalize.finish(state, found)
-      >>> method.predict(state, batch[0]).shape
+      >>> jax.jit(method.predict)(state, batch[0]).shape
       (5, 4, 10)
     """
     check_ends(ends)

@@ -459,9 +459,9 @@ def _scales_at_center(step: Step, *, whole: bool) -> Particle:
         one pass over the other parts. The first particle's parts serve all particles.
     """
 
-    def begin(parts):
-        seen, grads = step.gradient(step.center, parts[0])
-        return (seen, step.shared(grads)), grads.raw_scale
+    def begin(own, parts):
+        seen, grads = own.gradient(own.center, parts[0])
+        return (seen, own.shared(grads)), grads.raw_scale
 
     def complete(scales, parts):
         """The gradient on all parts; the parts, available after it."""
@@ -476,31 +476,31 @@ def _scales_at_center(step: Step, *, whole: bool) -> Particle:
     def replaced(found, scales):
         return found._replace(grads=found.grads._replace(raw_scale=scales))
 
-    def one(keys, parts=None, first=None):
-        parts = step.split(keys) if parts is None else parts
-        return replaced(particle(step, keys, parts, first), None)
+    def one(own, keys, parts=None, first=None):
+        parts = own.split(keys) if parts is None else parts
+        return replaced(particle(own, keys, parts, first), None)
 
-    def alone(keys):
-        parts = step.split(keys)
-        first, scales = begin(parts)
-        return replaced(one(keys, parts, first), scales)
+    def alone(own, keys):
+        parts = own.split(keys)
+        first, scales = begin(own, parts)
+        return replaced(one(own, keys, parts, first), scales)
 
     keys, count = step.keys, step.num_particles
     completes = whole and step.options.num_parts(len(step.radii)) > 1
     if step.options.split != "random":
         parts = step.split(keys)
-        first, scales = begin(parts)
+        first, scales = begin(step, parts)
         if completes:
             scales, parts = complete(scales, parts)
-        found = step.average(lambda keys: one(keys, parts, first))
+        found = step.average(lambda own, keys: one(own, keys, parts, first))
         return replaced(found, scales)
     if not completes:
         return step.average(alone)
     lead = jax.tree.map(lambda k: k[0], keys) if count > 1 else keys
     parts = step.split(lead)
-    first, scales = begin(parts)
+    first, scales = begin(step, parts)
     scales, parts = complete(scales, parts)
-    found = step.average(lambda keys: one(keys, parts, first), lead, 1)
+    found = step.average(lambda own, keys: one(own, keys, parts, first), lead, 1)
     if count > 1:
         others = jax.tree.map(lambda k: k[1:] if count > 2 else k[1], keys)
         others = loops.after(found._replace(distance=None), others)

@@ -60,8 +60,8 @@ def predict(
       sample_map: The way samples are mapped: "scan" (one after the other, with the
         memory of one), "vmap" (all at once; fast on accelerators if S times the
         activations fit), "unroll" (like scan, but with S copies of the program; for
-        convolutions of `jax.lax` on CPUs, which are slow in loops) or "auto" (vmap on
-        accelerators, unroll on CPUs).
+        convolutions of `jax.lax` on CPUs, which are slow in loops) or "auto" (unroll
+        where such convolutions are, else scan).
 
     Returns:
       The results of `function`, with a leading axis of S.
@@ -94,7 +94,8 @@ def predict(
     def of_sample(wait, key):
         return function(posterior.sample(q, wait(key)), *args)
 
-    return loops.each(of_sample, [jax.random.split(key, int(num_samples))], sample_map)
+    keys = jax.random.split(key, int(num_samples))
+    return loops.each(of_sample, [keys], sample_map, may_be_spread=False)
 
 
 def uncertainty(log_probs: jax.Array) -> Uncertainty:

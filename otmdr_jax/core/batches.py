@@ -1,5 +1,6 @@
 """Cutting a batch: parts of the ascent steps, sub-batches and micro-batches."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -110,15 +111,54 @@ def split_batch(batch: PyTree, num_parts: int, key: jax.Array | None) -> list[Py
         )
     each, longer = divmod(size, num_parts)
     bounds = [i * each + min(i, longer) for i in range(num_parts + 1)]
+    divided = shards.may_be_divided(batch)
+    if key is None and divided and size % (num_parts * jax.device_count()) == 0:
+        return _divided_parts(batch, bounds, jnp.arange(size))
     if key is None:
         return [
             jax.tree.map(lambda x, a=a, b=b: shards.cut(x, a, b), batch)
             for a, b in zip(bounds, bounds[1:], strict=False)
         ]
     order = jax.random.permutation(key, size)
+    if divided:
+        return _divided_parts(batch, bounds, order)
     return [
         jax.tree.map(lambda x, i=order[a:b]: shards.take(jnp.asarray(x), i), batch)
         for a, b in zip(bounds, bounds[1:], strict=False)
+    ]
+
+
+def _divided_parts(batch, bounds, order):
+    """Parts of a batch that XLA may have divided over devices, divided as it is.
+
+    Rows that are gathered have no sharding that XLA could see, so that each device
+    would compute all of a part. So all are sent to where their part wants them: the
+    s-th of each S rows on every device are its rows of the s-th part.
+
+    Args:
+      batch: A pytree with a leading example axis of B.
+      bounds: Where the parts begin and end in `order`; the first are longer by one.
+      order: (B,) indices of examples.
+    """
+    num_parts = len(bounds) - 1
+    even = len(order) % (num_parts * jax.device_count()) == 0
+    sent = order
+    for s, (a, b) in enumerate(itertools.pairwise(bounds)):
+        sent = sent.at[s::num_parts].set(order[a:b])
+
+    def cut(x):
+        x = jnp.asarray(x)
+        rows = shards.lying_as(x, x[sent])
+        if not even:  # XLA pads fewer rows of these
+            return [rows[s::num_parts] for s in range(num_parts)]
+        rows = rows.reshape(-1, num_parts, *x.shape[1:])
+        return [rows[:, s] for s in range(num_parts)]
+
+    leaves, treedef = jax.tree.flatten(batch)
+    columns = [cut(x) for x in leaves]
+    return [
+        jax.tree.unflatten(treedef, [column[s] for column in columns])
+        for s in range(num_parts)
     ]
 
 
@@ -157,12 +197,16 @@ def subbatches(
     if here == 1:
         return batch, None if keys is None else keys[first], 1
     each = size // here
-    parts = jax.tree.map(
-        lambda x: jnp.asarray(x).reshape(
-            here, each, *x.shape[1:], out_sharding=shards.of_rows(x, each, lead=1)
-        ),
-        batch,
-    )
+    if shards.may_be_divided(batch) and size % (here * jax.device_count()) == 0:
+        bounds = range(0, size + 1, each)
+        parts = tree.stack(_divided_parts(batch, bounds, jnp.arange(size)))
+    else:
+        parts = jax.tree.map(
+            lambda x: jnp.asarray(x).reshape(
+                here, each, *x.shape[1:], out_sharding=shards.of_rows(x, each, lead=1)
+            ),
+            batch,
+        )
     if keys is not None:
         keys = jax.lax.dynamic_slice_in_dim(keys, first, here)
     return parts, keys, here
@@ -172,7 +216,7 @@ def accumulate(
     function: Callable[[PyTree], PyTree],
     batch: PyTree,
     microbatch_size: int | None,
-    varying: Callable[[PyTree], PyTree] = lambda x: x,
+    waiting: Callable[[PyTree], PyTree] = lambda x: x,
 ) -> PyTree:
     """The mean of a function over a batch, computed micro-batch by micro-batch.
 
@@ -182,7 +226,7 @@ def accumulate(
       microbatch_size: Examples at a time; None for all of them. Where it does not
         divide B, the last micro-batch is smaller and weighs less. Micro-batches take
         every n-th example, so that each device of a sharded batch keeps its own.
-      varying: See :func:`otmdr_jax.core.loops.average`.
+      waiting: See :func:`otmdr_jax.core.loops.average`.
 
     Returns:
       What `function(batch)` returns if it is a mean over examples. Floating leaves are
@@ -210,7 +254,7 @@ def accumulate(
     if count == 1:
         pieces = jax.tree.map(lambda x: x[0], pieces)
     mean, of_examples = loops.average(
-        lambda piece: rows.split(function(piece)), pieces, count, "sequential", varying
+        lambda piece: rows.split(function(piece)), pieces, count, "sequential", waiting
     )
     of_examples = jax.tree.map(lambda x: shards.flat(x.swapaxes(0, 1)), of_examples)
     if not rest:

@@ -1,5 +1,6 @@
 """Device axes inside `jax.shard_map` and `jax.pmap`: what is averaged, what differs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,15 +75,55 @@ def vary(values: PyTree, axes: Axes) -> PyTree:
     return jax.tree.map(lambda x: _mark(x, [a for a in axes if _is_same(x, a)]), values)
 
 
-def varying_axes(values: PyTree) -> Axes:
-    """The axes of the surrounding shard_map along which any of the arrays differs."""
-    arrays = [x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)]
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(a for a in manual if not all(_is_same(x, a) for x in arrays))
+def scan(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], start: PyTree, xs: PyTree
+) -> tuple[PyTree, PyTree]:
+    """`jax.lax.scan`, whose carry may start along fewer device axes than it ends."""
+
+    def widened(x, end):
+        kind = end.manual_axis_type
+        return _mark(x, kind.varying - _varying(x)) if kind else x
+
+    while jax.sharding.get_abstract_mesh().manual_axes:
+        first = jax.tree.map(lambda x: x[0], xs)
+        before = start
+        start = jax.tree.map(widened, start, jax.eval_shape(step, start, first)[0])
+        if _types(start) == _types(before):
+            break
+    return jax.lax.scan(step, start, xs)
+
+
+def barrier(first: PyTree, then: PyTree) -> PyTree:
+    """`then`, but available only once `first` is, to XLA's optimizations.
+
+    `jax.lax.optimization_barrier`, of which each result would be marked as differing
+    along the axes of all operands. Leaves that differ along fewer axes than all of
+    `first` do not wait for it.
+    """
+    leaves, treedef = jax.tree.flatten(then)
+    before = jax.tree.leaves(first)
+    kinds = [_varying(x) if isinstance(x, jax.Array) else None for x in leaves]
+    for kind in dict.fromkeys(kinds):  # a set would have another order in each process
+        if kind is None:
+            continue
+        own = [i for i, k in enumerate(kinds) if k == kind]
+        waited = [x for x in before if _varying(x) <= kind]
+        _, kept = jax.lax.optimization_barrier((waited, [leaves[i] for i in own]))
+        for i, x in zip(own, kept, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _types(values):
+    return [jax.typeof(x) for x in jax.tree.leaves(values)]
+
+
+def _varying(x):
+    return jax.typeof(x).mat.varying
 
 
 def _mark(x, axes):
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def _is_same(x, axis):

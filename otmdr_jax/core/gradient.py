@@ -130,7 +130,7 @@ def value_and_grad(
       Nguyen et al., `Optimal Transport Model Distributional Robustness
       <https://arxiv.org/abs/2306.04178>`_, NeurIPS 2023.
     """
-    compute = robust_gradient(loss_fn, rho, **options)
+    compute = build(loss_fn, check_rho(rho), Options(**options, watched=False))
     has_aux = options.get("has_aux", False)
 
     def grad_fn(params, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
@@ -146,7 +146,8 @@ def robust_gradient(
 ) -> Callable[..., RobustGradient]:
     """:func:`value_and_grad` with everything it knows, diagnostics included.
 
-    Under `jax.jit` diagnostics that are not used cost nothing.
+    Under `jax.jit` diagnostics that are not used cost next to nothing: the distances
+    alone are computed, for they decide when the last pass begins.
 
     Args:
       loss_fn: See :func:`value_and_grad`.
@@ -278,7 +279,6 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
         loss_and_gradient=lambda w, part, **own: gradient_of(
             w, part, *args, **kwargs, **own
         ),
-        varying=collectives.varying_axes((center, batch, args, kwargs, keys)),
     )
 
 
@@ -312,20 +312,13 @@ def _over_subbatches(loss, params, batch, args, kwargs, key, radii, options, par
     parts, keys, here = subbatches(batch, key, options.num_subbatches, axes)
     # Not averaged part by part: see `step_of` on what shard_map does otherwise.
     params = collectives.vary(params, axes)
-    differs = collectives.varying_axes((params, parts, args, kwargs, keys))
 
     def of_part(own):
         part, key = own
         call = (loss, params, part, args, kwargs, key, radii, alone, particles)
         return rows.split(_of_batch(*call, joined=True))
 
-    mean, of_examples = loops.average(
-        of_part,
-        (parts, keys),
-        here,
-        how,
-        lambda fresh: collectives.vary(fresh, differs),
-    )
+    mean, of_examples = loops.average(of_part, (parts, keys), here, how)
     mean = collectives.pmean(mean, axes)
     grads = tree.like(mean.grads, params)
     info = mean.diagnostics._replace(grad_norm=tree.norm(grads))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import tree
+from otmdr_jax.core import collectives, tree
 from otmdr_jax.core.ascent import noise
 
 Away = list[jax.Array]
@@ -58,7 +58,6 @@ def metropolis(
     inverse_temperature: jax.typing.ArrayLike,
     step_size: jax.typing.ArrayLike,
     along: Away,
-    vary: Callable[[Any], Any] = lambda x: x,
 ) -> Chain:
     """MALA on the ball.
 
@@ -71,7 +70,6 @@ def metropolis(
       inverse_temperature: lambda, finite.
       step_size: h, in the units of the weights.
       along: The unit vector that `Chain.tilts` are taken along.
-      vary: Marks arrays as differing between devices, inside shard_map.
 
     Returns:
       The chain. A loss that is NaN inside of the ball is accepted, so that a guard
@@ -98,15 +96,14 @@ def metropolis(
         chosen = jnp.log1p(-jax.random.uniform(for_choice)) <= ratio
         accepted = (tree.norm(new) <= rho) & (chosen | jnp.isnan(ratio))
         state = jax.tree.map(
-            lambda x, y: jnp.where(accepted, x, y), vary((new, reached)), state
+            lambda x, y: jnp.where(accepted, x, y), (new, reached), state
         )
         away, (_, loss, _) = state
-        return vary(state), vary((loss, tilt(away, along, rho), accepted))
+        return state, (loss, tilt(away, along, rho), accepted)
 
-    start = vary((away, reach(away)))
-    (away, (found, _, _)), seen = jax.lax.scan(
-        step, start, jax.random.split(key, num_steps)
-    )
+    start = away, reach(away)
+    keys = jax.random.split(key, num_steps)
+    (away, (found, _, _)), seen = collectives.scan(step, start, keys)
     return Chain(away, found, *seen)
 
 

@@ -9,36 +9,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.extend.core import jaxprs_in_params
 
-from otmdr_jax.core import shards, tree
+from otmdr_jax.core import collectives, shards, tree
 
 PyTree = Any
 
-# With more than this, `auto` scans on an accelerator: an unrolled program is as fast
-# there, but takes as many times as long to compile.
+# Dozens of micro-batches in one program would take minutes to compile.
 MAX_UNROLLED = 8
+_NOTHING = object()
+_LOOKS_AT_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 
 def average(
-    function: Callable[[Any], tuple[PyTree, PyTree]],
+    function: Callable[..., tuple[PyTree, PyTree]],
     xs: PyTree,
     count: int,
     how: str = "auto",
-    varying: Callable[[PyTree], PyTree] = lambda x: x,
+    waiting: Callable[[PyTree], PyTree] = lambda x: x,
+    common: PyTree = _NOTHING,
 ) -> tuple[PyTree, PyTree]:
     """Runs a function on every x and averages what it returns.
 
     Args:
-      function: x -> (to_average, to_stack).
+      function: x -> (to_average, to_stack), or (x, common) to these.
       xs: A pytree with a leading axis of `count`: keys, examples; for a count of 1 one
         x, without that axis.
       count: How many.
       how: "unroll" (a loop in the program: one after the other, the memory of one),
         "scan" (the same, compiled once), "vmap" (all at once, `count` times the
-        activations), "auto" (for particles) or "sequential" (for micro-batches: never
-        all at once, and one copy in the program wherever a loop is fast).
-      varying: Marks fresh arrays as differing between devices, for a scan's carry
-        inside shard_map.
+        activations), "auto" or "sequential" (for micro-batches, which may be many):
+        see :func:`fastest`.
+      waiting: Makes the zeros that a scan's sums start from wait for something.
+      common: What all of them start from, as the weights of the center. Other things
+        that `function` knows may be converted or copied once for all, and kept.
 
     Returns:
       The mean of `to_average`, summed in float32 or wider (of leaves that are not
@@ -51,23 +61,29 @@ def average(
       >>> float(mean), each.tolist()
       (1.0, [0.0, 2.0, 4.0])
     """
+
+    def of(x, common=common):
+        return function(x) if common is _NOTHING else function(x, common)
+
     if count == 1:
-        mean, stacked = function(xs)
+        mean, stacked = of(xs)
         return mean, jax.tree.map(lambda x: jnp.asarray(x)[None], stacked)
 
-    how = _fastest(how, count)
+    how = fastest(how, of, (_take(xs, 0),), count)
     if how == "vmap":
-        mean, stacked = jax.vmap(function)(xs)
+        mean, stacked = jax.vmap(of)(xs)
         return jax.tree.map(_mean_of_stacked, mean), stacked
     if how == "scan":
-        return _scan(function, xs, count, varying)
-    return _unroll(function, xs, count)
+        return _scan(lambda x: of(x, _as_they_lie(common)), xs, count, waiting)
+    return _unroll(of, xs, count, common)
 
 
 def each(
     functions: Callable[..., PyTree] | Sequence[Callable[..., PyTree]],
     columns: Sequence[Any],
     how: str = "auto",
+    *,
+    may_be_spread: bool = True,
 ) -> PyTree:
     """Runs a function for each member of an ensemble.
 
@@ -79,6 +95,7 @@ def each(
       columns: The arguments. For one function each is a pytree with a leading axis of M
         on every leaf, or None; for M functions a sequence of M pytrees, or None.
       how: "unroll", "scan", "vmap" or "auto". Members that differ are unrolled.
+      may_be_spread: Whether the rows may lie on several devices, unseen by tracing.
 
     Returns:
       What the function returns with a leading axis of M on every leaf; for M functions
@@ -115,37 +132,52 @@ def each(
             f"members that are spread over devices (axis {spread!r} of an explicit "
             f'mesh) are mapped at once: use member_map="vmap" or "auto", got {how!r}.'
         )
-    how = "vmap" if spread else member_map(how)
-    if how == "unroll":
-        rows = [_take(columns, i) for i in range(count)]
-        return tree.stack(unrolled([functions] * count, rows))
 
     def together(row):
         return functions(lambda values: values, *row)
 
+    # Members may be spread over an automatic mesh, which is not seen here: there a loop
+    # would run them one after the other on all devices.
+    several = jax.default_backend() != "cpu" and not shards.on_one_device()
+    if spread or (how == "auto" and several and may_be_spread):
+        how = "vmap"
+    elif how == "auto":
+        how = fastest(how, together, (_take(columns, 0),), count)
+    if how == "unroll":
+        rows = [_take(columns, i) for i in range(count)]
+        return tree.stack(unrolled([functions] * count, rows))
     if how == "scan":
         return jax.lax.map(together, columns)
     with shards.on_their_mesh(first):
         return jax.vmap(together)(shards.align_rows(columns, first))
 
 
-def member_map(how: str, *, fast_in_loops: bool = False) -> str:
-    """The map that `auto` stands for: the fastest one of the default backend.
+def fastest(
+    how: str, function: Callable[..., PyTree], arguments: Sequence[Any], count: int
+) -> str:
+    """The map that "auto" and "sequential" stand for on the default backend.
 
-    On accelerators that is "vmap". On CPUs, where it is measured
-    (benchmarks/ensemble.py), a scan is the fastest and takes the memory of one member,
-    unless a convolution of `jax.lax` stands in the loop; unrolled members are next.
+    A scan takes the memory and the compilation of one evaluation, and on accelerators
+    runs the same kernels as an unrolled program. On CPUs, XLA runs a convolution inside
+    of a loop, or one batched over kernels, many times slower than the same convolution
+    standing alone. Where one of `jax.lax` stands in the function, which is traced for
+    this, "auto" unrolls, and "sequential" does if the copies are few.
 
     Args:
-      how: "auto", or a map, which stays.
-      fast_in_loops: Whether members are known to hold no convolution of `jax.lax`, as
-        the networks of :mod:`otmdr_jax.models` are. A loss of the user's is not.
+      how: A map, which stays, or one of the two words.
+      function: What is mapped.
+      arguments: Its arguments for one evaluation.
+      count: How many evaluations there are.
     """
-    if how != "auto":
+    if how not in ("auto", "sequential"):
         return how
-    if jax.default_backend() != "cpu":
-        return "vmap"
-    return "scan" if fast_in_loops else "unroll"
+    if jax.default_backend() != "cpu" or (how == "sequential" and count > MAX_UNROLLED):
+        return "scan"
+    try:
+        program = jax.make_jaxpr(function)(*arguments)
+    except _LOOKS_AT_VALUES:  # outside of jit, where unrolling lets it
+        return "unroll"
+    return "unroll" if _holds_convolution(program.jaxpr) else "scan"
 
 
 def after(floats: PyTree, xs: PyTree) -> PyTree:
@@ -172,43 +204,65 @@ def after(floats: PyTree, xs: PyTree) -> PyTree:
     return jax.tree.map(wait, xs)
 
 
-def _fastest(how: str, count: int) -> str:
-    """What `auto` and `sequential` stand for on the default backend.
+def _holds_convolution(jaxpr):
+    return any(
+        eqn.primitive is jax.lax.conv_general_dilated_p
+        or any(map(_holds_convolution, jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
 
-    On CPUs XLA runs a convolution inside a loop, or one batched over kernels, many
-    times slower than the same convolution standing alone.
+
+def _as_they_lie(common):
+    """Keeps a GPU's compiler from copying all weights, laid out anew, for a loop.
+
+    Of weights that are divided over devices, the constraint would gather all parts.
     """
-    if how not in ("auto", "sequential"):
-        return how
-    on_cpu, few = jax.default_backend() == "cpu", count <= MAX_UNROLLED
-    if how == "sequential":  # dozens of copies would take minutes to compile
-        return "unroll" if on_cpu and few else "scan"
-    return "unroll" if on_cpu or few else "scan"
+    if (
+        common is _NOTHING
+        or jax.default_backend() != "gpu"
+        or not shards.on_one_device()
+    ):
+        return common
+    return jax.tree.map(
+        lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), common
+    )
 
 
-def _unroll(function, xs, count):
+def _unroll(function, xs, count, common):
     mean, stacked = function(_take(xs, 0))
     floats, others = tree.partition(mean, tree.is_floating)
     total, stacks = _widen(floats), [stacked]
     for i in range(1, count):
-        more, stacked = function(after(total, _take(xs, i)))
+        x = after(total, _take(xs, i))
+        # Or what is made of `common` in one evaluation is kept for the next ones.
+        own = common
+        if common is not _NOTHING:
+            x, own = collectives.barrier((), (x, common))
+        more, stacked = function(x, own)
         more, _ = tree.partition(more, tree.is_floating)
         total = jax.tree.map(jnp.add, total, more)
+        if i < count - 1:  # or the terms are kept, to be added at the end
+            total = collectives.barrier((), total)
         stacks.append(stacked)
     return tree.merge(_divide(total, floats, count), others), tree.stack(stacks)
 
 
-def _scan(function, xs, count, varying):
+def _scan(function, xs, count, waiting):
     shapes, _ = jax.eval_shape(function, _take(xs, 0))
     shapes, _ = tree.partition(shapes, tree.is_floating)
+    zeros = _widen(jax.tree.map(shards.zeros, shapes))
+
+    def of_one_type(waits, zero):  # what waits may differ along more device axes
+        return waits if jax.typeof(waits).mat == jax.typeof(zero).mat else zero
+
+    start = jax.tree.map(of_one_type, waiting(zeros), zeros)
 
     def body(total, x):
         mean, stacked = function(x)
         floats, others = tree.partition(mean, tree.is_floating)
         return jax.tree.map(jnp.add, total, floats), (others, stacked)
 
-    zeros = jax.tree.map(shards.zeros, shapes)
-    total, (others, stacked) = jax.lax.scan(body, varying(_widen(zeros)), xs)
+    total, (others, stacked) = jax.lax.scan(body, start, xs)
     others = jax.tree.map(lambda x: x[0], others)
     return tree.merge(_divide(total, shapes, count), others), stacked
 
@@ -229,4 +283,6 @@ def _widen(floats):
 
 
 def _divide(total, like, count):
-    return jax.tree.map(lambda t, x: (t / count).astype(x.dtype), total, like)
+    return jax.tree.map(
+        lambda t, x: (t / count).astype(jnp.result_type(x)), total, like
+    )

@@ -299,7 +299,12 @@ class Options(_Fields):
     """The fields of :class:`RobustOptions`, checked once, when a gradient is built.
 
     Construction raises a ValueError or a TypeError for anything that cannot work.
+
+    Attributes:
+      watched: Whether anybody gets to see the diagnostics; no option of users.
     """
+
+    watched: bool = True
 
     def __post_init__(self):
         """Checks every field, then what goes together."""
@@ -450,8 +455,9 @@ def with_options(function: Function) -> Function:
         for name, field in fields.items()
     ]
     known = [parameter.name for parameter in (*own[1:], *keywords)]
-    room = function.__module__.split(".")[1]
-    name = f"{'otmdr_jax' if room == 'core' else room}.{function.__name__}"
+    _, room, *inside = function.__module__.split(".")
+    room = {"core": "otmdr_jax", "frameworks": inside[-1]}.get(room, room)
+    name = f"{room}.{function.__name__}"
 
     @functools.wraps(function)
     def checked(*args, **kwargs):

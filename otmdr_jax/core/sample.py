@@ -172,12 +172,11 @@ def sample_particles(
         seen = loss, aux, tree.norm(uphill), shaped, tree.norm(away), tilt
         return {}, (found.params, seen, found.chain and found.chain[2:])
 
-    if particle_map == "auto":
-        few = step.num_particles <= loops.MAX_UNROLLED
-        particle_map = "vmap" if sampler == "first_order" else "auto" if few else "scan"
-    _, (particles, seen, chains) = loops.average(
-        one, step.keys, step.num_particles, particle_map, step.vary
-    )
+    how: str = particle_map
+    if how == "auto":
+        how = "vmap" if sampler == "first_order" else "sequential"
+    found = loops.average(one, step.keys, step.num_particles, how)
+    _, (particles, seen, chains) = found
     losses, aux, lengths, shaped, distances, tilts = seen
     heat = None
     if sampler != "ascent" and made.norm == "global":

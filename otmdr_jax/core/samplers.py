@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import langevin, sampling, tree
+from otmdr_jax.core import langevin, loops, sampling, tree
 from otmdr_jax.core.ascent import ascend
 from otmdr_jax.core.step import Pass, Step
 
@@ -83,7 +83,8 @@ def draw(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriva
         step.center,
         first[1],
         rho,
-        keys[1],
+        # Or XLA may draw before the first pass, and hold the draws through it.
+        loops.after(first[1], keys[1]),
         strength=sampling.Strength(options.inverse_temperature, options.tilt),
         metric=step.metric,
         norm=options.norm,
@@ -128,9 +129,8 @@ def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
         )
         count = options.num_steps
         found = langevin.metropolis(
-            at(step.batch), step.away(w), for_chain, rho, num_steps=count,
-            vary=step.vary, **how,
-        )  # fmt: skip
+            at(step.batch), step.away(w), for_chain, rho, num_steps=count, **how
+        )
         return Arrival(step.moved(found.away), first, [length], found.found, found)
     passes = [lambda _: (first, step.shared(first[0][0]), uphill)]
     passes += [at(part, s) for s, part in enumerate(parts[1:], 1)]

@@ -25,6 +25,12 @@ def of(x: Any) -> NamedSharding | None:
     return sharding if any(axes is not None for axes in sharding.spec) else None
 
 
+def is_explicit(x: Any) -> bool:
+    """Whether an array lies on a mesh with explicit axes, sharded or not."""
+    types = jax.typeof(x).sharding.mesh.axis_types
+    return jax.sharding.AxisType.Explicit in types
+
+
 def axes_of_rows(x: Any) -> Any:
     """The mesh axes that the first axis of an array is sharded over, or None."""
     sharding = of(x)
@@ -157,7 +163,7 @@ def on_their_mesh(values: PyTree) -> contextlib.AbstractContextManager:
     to that of its operands. Nothing changes where there is no such mesh.
     """
     for x in jax.tree.leaves(values):
-        if not _is_explicit(x):
+        if not is_explicit(x):
             continue
         if isinstance(jnp.zeros(()), jax.core.Tracer):  # inside of jit
             return jax.sharding.use_abstract_mesh(jax.typeof(x).sharding.mesh)
@@ -205,7 +211,7 @@ def cond(
       values: What they work on: the plain `cond` is used where none of it is on a mesh
         with explicit axes.
     """
-    if not any(map(_is_explicit, jax.tree.leaves(values))):
+    if not any(map(is_explicit, jax.tree.leaves(values))):
         return jax.lax.cond(pred, true_fun, false_fun)
     programs = [jax.make_jaxpr(f, return_shape=True)() for f in (true_fun, false_fun)]
     (true, shape), (false, _) = programs
@@ -233,6 +239,32 @@ def cond(
 
     found = chosen(pred, true.consts, false.consts)
     return jax.tree.unflatten(jax.tree.structure(shape), found)
+
+
+def on_one_device() -> bool:
+    """Whether what is traced runs on one device, for all that JAX tells.
+
+    Inside of `jax.shard_map` and `jax.pmap` it does. Under `jax.jit` with several
+    devices XLA may divide it, on a mesh that tracing does not see.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    return manual or jax.device_count() == 1
+
+
+def may_be_divided(values: PyTree) -> bool:
+    """Whether XLA may divide arrays over devices in ways that tracing does not see."""
+    return not on_one_device() and not any(map(is_explicit, jax.tree.leaves(values)))
+
+
+def lying_as(like: jax.Array, values: jax.Array) -> jax.Array:
+    """Values that XLA divides over devices as it does another array of their shape.
+
+    For automatic axes, which have no name here: an elementwise operation of both is
+    what spreads a sharding from one to the other.
+    """
+    always = jax.lax.optimization_barrier(jnp.array(True))
+    return jnp.where(always, values, like)
 
 
 def draw(
@@ -284,10 +316,13 @@ def _sharded(sampler, shape, dtype, sharding):
 
 
 def zeros(like: Any) -> jax.Array:
-    """Zeros of a shape, dtype and sharding as `jax.eval_shape` gives them."""
+    """Zeros of a type as `jax.eval_shape` gives it: sharded, differing along axes."""
     sharding = like.sharding
     sharded = sharding is not None and any(sharding.spec)
-    return jnp.zeros(like.shape, like.dtype, device=sharding if sharded else None)
+    found = jnp.zeros(like.shape, like.dtype, device=sharding if sharded else None)
+    if (kind := like.manual_axis_type) is None or not kind.varying:
+        return found
+    return jax.lax.pcast(found, tuple(sorted(kind.varying)), to="varying")
 
 
 def _sharding_on_devices(x):
@@ -295,8 +330,3 @@ def _sharding_on_devices(x):
     if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
         return None
     return x.sharding if isinstance(x.sharding, NamedSharding) else None
-
-
-def _is_explicit(x):
-    types = jax.typeof(x).sharding.mesh.axis_types
-    return jax.sharding.AxisType.Explicit in types

@@ -5,6 +5,7 @@ A method that moves in another way than :func:`otmdr_jax.core.particle.all_parti
 particles return.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -59,7 +60,6 @@ class Step(NamedTuple):
       num_particles: How many particles this device has.
       loss_and_gradient: (params, batch, **own) -> ((loss, aux), gradient), where `own`
         are further arguments of the loss.
-      varying: The device axes along which anything here differs.
       norm_mask: Which leaves count in a global norm; None: those that may move.
       own: Number of ascent steps taken -> further arguments of the loss in that pass.
     """
@@ -74,7 +74,6 @@ class Step(NamedTuple):
     keys: Any
     num_particles: int
     loss_and_gradient: Callable[..., Pass]
-    varying: collectives.Axes
     norm_mask: PyTree | None = None
     own: Callable[[int], dict[str, Any]] = lambda taken: {}
 
@@ -82,15 +81,13 @@ class Step(NamedTuple):
         """This device's gradient of the mean loss over a part, by micro-batches."""
         own = self.own(taken)
 
-        def fresh(zeros):
-            # Sums start at zeros that wait for w: else XLA may lay out those of all
-            # passes at once, each of the size of the parameters.
-            return self.vary(loops.after(w, zeros))
-
         def of(piece):
             return self.loss_and_gradient(w, piece, **own)
 
-        return accumulate(of, part, self.options.microbatch_size, fresh)
+        # Sums start at zeros that wait for w: else XLA may lay out those of all
+        # passes at once, each of the size of the parameters.
+        waiting = functools.partial(loops.after, w)
+        return accumulate(of, part, self.options.microbatch_size, waiting)
 
     def shared(self, grads: PyTree) -> PyTree:
         """The gradient that steers a climb: the mean over devices that climb as one."""
@@ -144,31 +141,28 @@ class Step(NamedTuple):
 
     def average(
         self,
-        function: Callable[[Any], Particle],
+        function: Callable[["Step", Any], Particle],
         keys: Any = None,
         count: int | None = None,
     ) -> Particle:
         """The mean of the particles that a function makes of their keys.
 
         Args:
-          function: (of the split, of the noise) -> a particle.
+          function: (this step, its center as the map wants it; keys (of the split, of
+            the noise)) -> a particle.
           keys: Those of some of the particles; None for all that this device has.
           count: How many these are.
         """
         if count is None:
             keys, count = self.keys, self.num_particles
 
-        def parted(keys):
-            found = function(keys)
+        def parted(keys, center):
+            found = function(self._replace(center=center), keys)
             return found._replace(distance=None), found.distance
 
         how = self.options.particle_map
-        mean, distances = loops.average(parted, keys, count, how, self.vary)
+        mean, distances = loops.average(parted, keys, count, how, common=self.center)
         return mean._replace(distance=distances)
-
-    def vary(self, fresh: PyTree) -> PyTree:
-        """Marks fresh arrays as differing between devices as the step's own do."""
-        return collectives.vary(fresh, self.varying)
 
 
 def metric_of(options: Options) -> Metric:

@@ -4,7 +4,6 @@ Both are about the examples: what another test set of this size might have given
 another seed of training might have given is another question; for that compare seeds.
 """
 
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -255,23 +254,10 @@ def _drawn(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """(K, num_samples) what K metrics are on rows that are drawn with replacement."""
-    from scipy import stats  # comes with JAX; takes most of a second
-
-    def on_rows(rows: np.ndarray, axis: int) -> np.ndarray:  # (1, N) -> (K, 1)
-        return np.array(measure(rows[0]), np.float64)[:, None]
-
-    with warnings.catch_warnings():
-        # SciPy's own interval and standard error are not those that are used.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return stats.bootstrap(
-            (np.arange(num_examples),),
-            on_rows,
-            vectorized=True,
-            n_resamples=num_samples,
-            batch=1,  # one set of rows at a time: N numbers of memory
-            method="percentile",
-            random_state=rng,
-        ).bootstrap_distribution
+    found = [
+        measure(rng.integers(0, num_examples, num_examples)) for _ in range(num_samples)
+    ]
+    return np.array(found, np.float64).T
 
 
 def _ends(values: np.ndarray, level: float) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """A convolution whose gradients are fast on CPUs, and XLA's own everywhere else.
 
 On CPUs XLA lowers the gradient of a kernel to a convolution with a window as large as
-the image, which is slow. Gradients inside a loop or batched over kernels are slower
-still, by one or two orders of magnitude (figures in docs/performance.md). So:
+the image, which is slow on some processors. Gradients inside a loop or batched over
+kernels are slower still, by one or two orders of magnitude (figures in
+docs/performance.md). So:
 
 - The gradient of the kernel is a loop of matrix products: `convolution_programs`.
 - The gradient of the images is a convolution of the same form as the forward one.

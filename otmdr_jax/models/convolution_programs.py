@@ -35,6 +35,8 @@ def is_plain(
     return (
         jax.default_backend() == "cpu"
         and images.ndim == kernel.ndim == 4
+        # Sizes that an export leaves open are symbols, which jax.lax knows.
+        and all(isinstance(n, int) for n in (*images.shape, *kernel.shape))
         and dimension_numbers is not None
         and lax.conv_dimension_numbers(images.shape, kernel.shape, dimension_numbers)
         == lax.conv_dimension_numbers(images.shape, kernel.shape, LAYOUT)

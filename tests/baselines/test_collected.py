@@ -57,14 +57,19 @@ def of_method(name, **options):
     return default.replace(method=name, **{**OWN[name], **options})
 
 
+def trained(name, small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / name
+    return training.train(of_method(name), small, folder, show_progress=False)
+
+
 @pytest.fixture(scope="module")
-def straight(small, tmp_path_factory):
-    """Uninterrupted runs of two methods."""
-    folder = tmp_path_factory.mktemp("straight")
-    return {
-        name: training.train(of_method(name), small, folder / name, show_progress=False)
-        for name in ("snapshot", "swag")
-    }
+def snapshot_run(small, tmp_path_factory):
+    return trained("snapshot", small, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def swag_run(small, tmp_path_factory):
+    return trained("swag", small, tmp_path_factory)
 
 
 class TestSchedules:
@@ -459,9 +464,9 @@ class TestStatistics:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("examples", [None, 130])
-    def test_they_are_those_of_a_numpy_pass(self, examples, straight, small):
+    def test_they_are_those_of_a_numpy_pass(self, examples, swag_run, small):
         chosen = of_method("swag", batchnorm_examples=examples)
-        state = self.settled(straight["swag"], small, chosen)
+        state = self.settled(swag_run, small, chosen)
         kept = state.method_state
         kernel = np.asarray(kept.mean["conv1"]["kernel"], np.float64)  # (3, 3, 1, 8)
         order = np.random.default_rng(chosen.run.seed).permutation(320)
@@ -491,45 +496,46 @@ class TestStatistics:
         jax.tree.map(lambda a, b: assert_allclose(a, b, 1e-3, 1e-4), got, state)
 
     @pytest.mark.slow
-    def test_predictions_use_them_and_are_better_for_it(self, straight, small):
+    def test_predictions_use_them_and_are_better_for_it(self, swag_run, small):
         chosen = of_method("swag")
-        state = self.settled(straight["swag"], small, chosen)
+        state = self.settled(swag_run, small, chosen)
         method = building.methods_of(chosen, 10, 320, 30, 5, None)[0]
         images = data.normalise(small.test.images, small.mean, small.std)
 
         def predict(state):  # the mean over samples
             return np.log(np.mean(np.exp(method.predict(state, images)), axis=0))
 
-        before, after = predict(straight["swag"].state), predict(state)
-        assert_allclose(after, straight["swag"].log_probs, atol=1e-3)
+        before, after = predict(swag_run.state), predict(state)
+        assert_allclose(after, swag_run.log_probs, atol=1e-3)
         nll = [metrics.nll(np.exp(x), small.test.labels) for x in (before, after)]
         assert nll[1] < nll[0]
 
     @pytest.mark.slow
-    def test_a_mesh_gives_the_same(self, straight, small):
+    def test_a_mesh_gives_the_same(self, swag_run, small):
         chosen = of_method("swag")
-        alone = self.settled(straight["swag"], small, chosen)
+        alone = self.settled(swag_run, small, chosen)
         mesh = programs.make_mesh(chosen.replace(mesh="data=4"))
         spread = programs.compile_programs(chosen, small, mesh)
-        state = chosen.method.finalize(chosen, straight["swag"].state, small, spread)
+        state = chosen.method.finalize(chosen, swag_run.state, small, spread)
         jax.tree.map(
             lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-4),
             state.method_state.statistics,
             alone.method_state.statistics,
         )
 
-    def test_settling_twice_or_early_does_nothing(self, straight, small):
+    @pytest.mark.slow
+    def test_settling_twice_or_early_does_nothing(self, swag_run, small):
         chosen = of_method("swag")
         compiled = programs.compile_programs(chosen, small)
         state = compiled.init(jax.random.key(0))
         assert chosen.method.finalize(chosen, state, small, compiled) is state
-        state = self.settled(straight["swag"], small, chosen)
+        state = self.settled(swag_run, small, chosen)
         assert chosen.method.finalize(chosen, state, small, compiled) is state
 
 
 class TestRuns:
-    def test_snapshots_are_an_ensemble(self, straight, small):
-        result = straight["snapshot"]
+    def test_snapshots_are_an_ensemble(self, snapshot_run, small):
+        result = snapshot_run
         assert_array_equal(result.state.method_state.number, 3)
         with np.load(result.folder / "predictions.npz") as saved:
             each, labels = saved["member_log_probs"], saved["labels"]
@@ -549,18 +555,19 @@ class TestRuns:
         counts = [len(r.get("members", {}).get("nll", ())) for r in tests]
         assert counts == [0, 0, 0, 2, 2, 3]
 
-    def test_learning_rates_of_the_log_are_those_of_the_method(self, straight):
+    def test_learning_rates_of_the_log_are_those_of_the_method(self, snapshot_run):
         rates = {
             r["step"]: r["learning_rate"]
-            for r in straight["snapshot"].history
+            for r in snapshot_run.history
             if r["split"] == "train"
         }
         want = schedules.cyclic_cosine(0.3, 30, 3)
         for step, rate in rates.items():
             assert_allclose(rate, want(step - 1), rtol=1e-5, atol=1e-8)
 
-    def test_swag_predicts_with_samples(self, straight):
-        result = straight["swag"]
+    @pytest.mark.slow
+    def test_swag_predicts_with_samples(self, swag_run):
+        result = swag_run
         assert result.metrics["epistemic"] > 0
         assert "members" not in result.metrics
         assert result.metrics["parameters"] == 418
@@ -593,17 +600,17 @@ class TestRuns:
 
     @pytest.mark.slow
     def test_runs_are_joined_into_an_ensemble(
-        self, small, straight, tmp_path, monkeypatch
+        self, small, swag_run, tmp_path, monkeypatch
     ):
         monkeypatch.setattr(programs, "load_data", lambda config: small)
         other = of_method("swag", seed=1)
         training.train(other, small, tmp_path / "1", show_progress=False)
-        paths = [straight["swag"].folder, tmp_path / "1"]
+        paths = [swag_run.folder, tmp_path / "1"]
         joined = combine.combine(paths, tmp_path / "both", show_progress=False)
         with np.load(tmp_path / "both" / "predictions.npz") as both:
             got = both["member_log_probs"][0]
         # Its own samples, statistics of the same pass: the seed is the first run's.
-        assert_allclose(got, straight["swag"].log_probs, atol=0.05)
+        assert_allclose(got, swag_run.log_probs, atol=0.05)
         assert joined["disagreement"] > 0 and joined["epistemic"] > 0
 
 

@@ -469,6 +469,7 @@ class TestRuns:
         assert len(straight.metrics["members"]) == 3
         assert straight.metrics["disagreement"] > 0
 
+    @pytest.mark.slow
     def test_results_say_how_sparse_it_is(self, straight):
         found = straight.metrics["sparsity"]
         assert_allclose(found["density"], 0.2, atol=2e-3)

@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose
 from otmdr_jax import bnn, models
 from otmdr_jax.bnn import local_reparam
 from otmdr_jax.experiments.methods import cross_entropy
+from tests.marks import slow_but
 
 ESTIMATORS = ("local", "flipout")
 DRAWS = 4_000
@@ -70,7 +71,7 @@ POSITIONS = jnp.cos(jnp.arange(24.0).reshape(4, 6))
 
 @pytest.mark.filterwarnings("ignore:.*draws")
 @pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
-@pytest.mark.parametrize("times", [3, 4, 5])
+@pytest.mark.parametrize("times", slow_but([4], [3, 4, 5]))
 @pytest.mark.parametrize("how", ["time first", "a table", "examples first"])
 def test_an_axis_as_long_as_the_batch_is_not_taken_for_it(how, times, estimator):
     """4 examples of so many steps: the sum over steps is that of one network."""
@@ -139,7 +140,7 @@ USES = {
 
 
 @pytest.mark.filterwarnings("ignore:estimator=")
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", slow_but(["local"], ESTIMATORS))
 @pytest.mark.parametrize("use", USES)
 def test_uses_of_one_kernel_see_one_kernel(use, estimator):
     rng = np.random.default_rng(0)

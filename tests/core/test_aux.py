@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble
 from tests import toy
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("optimized")
 RHO = (0.3, 0.2)
@@ -50,7 +51,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    slow_but(
+        ("random", "a scan", "vmap", "micro-batches, uneven", "sub-batches, mapped"),
+        WAYS,
+    ),
+)
 def test_rows_are_the_whole_batchs_in_its_order(way, key):
     params, data = problem()
     fn = jax.jit(
@@ -76,7 +83,12 @@ def test_the_accuracy_of_logits_is_that_of_the_examples(key):
     assert np.mean(np.argmax(logits, axis=1) == labels) == 1.0
 
 
-@pytest.mark.parametrize("options", [{}, {"microbatch_size": 5}, {"num_subbatches": 3}])
+@pytest.mark.parametrize(
+    "options",
+    slow_but(
+        [{"microbatch_size": 5}], [{}, {"microbatch_size": 5}, {"num_subbatches": 3}]
+    ),
+)
 def test_of_a_shared_split_they_come_from_the_center(options):
     params, data = problem()
     fn = otmdr_jax.value_and_grad(loss_fn, split="shared", has_aux=True, **options)
@@ -95,8 +107,13 @@ def test_what_keeps_its_shape_is_a_statistic_of_the_center():
     np.testing.assert_allclose(aux["statistics"], np.mean(data["x"][:6]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("sync", [True, False])
-@pytest.mark.parametrize("options", [{}, {"split": "shared"}, {"num_subbatches": 4}])
+@pytest.mark.parametrize("sync", slow_but([True], [True, False]))
+@pytest.mark.parametrize(
+    "options",
+    slow_but(
+        [{}, {"split": "shared"}], [{}, {"split": "shared"}, {"num_subbatches": 4}]
+    ),
+)
 def test_each_device_has_the_rows_of_its_examples(options, sync, key):
     params, data = problem()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
@@ -136,7 +153,10 @@ def test_particles_on_devices_are_averaged(key):
 
 @pytest.mark.parametrize(
     "options",
-    [WAYS["micro-batches, uneven"], {"microbatch_size": 4}, WAYS["sub-batches"]],
+    slow_but(
+        [{"microbatch_size": 4}],
+        [WAYS["micro-batches, uneven"], {"microbatch_size": 4}, WAYS["sub-batches"]],
+    ),
 )
 def test_rows_of_a_batch_on_explicit_axes(options, key):
     params, data = problem()
@@ -148,7 +168,7 @@ def test_rows_of_a_batch_on_explicit_axes(options, key):
     check(value, aux, data)
 
 
-@pytest.mark.parametrize("member_map", ["vmap", "scan", "unroll"])
+@pytest.mark.parametrize("member_map", slow_but(["vmap"], ["vmap", "scan", "unroll"]))
 def test_members_have_rows_of_their_own(member_map, key):
     params, data = problem()
     members = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
@@ -178,7 +198,10 @@ def test_of_a_joint_loss_the_examples_are_on_the_second_axis(key):
         )
 
 
-@pytest.mark.parametrize("options", [{"num_particles": 2}, {"microbatch_size": 5}])
+@pytest.mark.parametrize(
+    "options",
+    slow_but([{"num_particles": 2}], [{"num_particles": 2}, {"microbatch_size": 5}]),
+)
 def test_of_a_posterior_too(options, key):
     params, data = problem()
     q = bnn.init(jax.tree.map(jnp.asarray, params), sigma=0.1, mask=True)
@@ -188,7 +211,11 @@ def test_of_a_posterior_too(options, key):
 
 
 @pytest.mark.parametrize(
-    "build", [otmdr_jax.sam, otmdr_jax.dual, baselines.gsam, baselines.looksam]
+    "build",
+    slow_but(
+        [otmdr_jax.sam],
+        [otmdr_jax.sam, otmdr_jax.dual, baselines.gsam, baselines.looksam],
+    ),
 )
 def test_transformations_hold_them(build):
     params, data = problem()
@@ -220,7 +247,10 @@ def test_a_loss_of_one_size_says_so_where_it_matters(key):
         )({"x": data["x"][None]}, y[None])
 
 
-@pytest.mark.parametrize("options", [{"split": "ordered"}, {"num_subbatches": 2}])
+@pytest.mark.parametrize(
+    "options",
+    slow_but([{"split": "ordered"}], [{"split": "ordered"}, {"num_subbatches": 2}]),
+)
 def test_in_a_program_for_any_size(options):
     params, data = problem()
     fn = jax.jit(

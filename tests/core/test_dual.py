@@ -402,23 +402,28 @@ def test_scales_of_a_posterior_have_their_gradient_at_the_center():
 )
 def test_lambda_stays_positive_and_finite(sizes, rate, optimizer):
     """Through gradients of 0, infinity and NaN; what is not finite leaves no trace."""
-    dual, step = living(rate, optimizer)
-    state = dual.init()
+    init, step = living(optimizer)
+    state = init()
     for size in sizes:
-        found, after = step(state, jnp.full(1, size))
+        found, after = step(state, jnp.full(1, size), rate)
         assert 0 < after.multiplier < np.inf and np.isfinite(after.log_slope)
         if not np.all(np.isfinite(jax.tree.leaves(found.diagnostics)[1])):
             assert_same_bits(after, state)
         state = after
     for _ in range(2):  # it comes back, whatever has been
-        found, state = step(state, jnp.ones(1))
+        found, state = step(state, jnp.ones(1), rate)
         assert np.isfinite(found.value) and found.diagnostics.distances[0] <= 5.001
 
 
 @functools.cache
-def living(rate, optimizer):
-    dual = otmdr_jax.dual_gradient(linear, RHO, lambda_optimizer=optimizer(rate))
-    return dual, jax.jit(lambda s, b: dual.apply(s, jnp.zeros(2), b))
+def living(optimizer):
+    """One program for all rates."""
+
+    def dual(rate):
+        return otmdr_jax.dual_gradient(linear, RHO, lambda_optimizer=optimizer(rate))
+
+    step = jax.jit(lambda s, b, rate: dual(rate).apply(s, jnp.zeros(2), b))
+    return dual(1.0).init, step
 
 
 def test_an_optimizer_that_squares_the_violation_lives_through_a_large_one():

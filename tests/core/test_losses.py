@@ -13,6 +13,7 @@ import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble
 from otmdr_jax.core.transform import plain
 from tests import toy
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.usefixtures("optimized")
 RHO = (0.3, 0.2)
@@ -74,7 +75,7 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.parametrize("microbatch_size", slow_but([4], [None, 4]))
 @pytest.mark.parametrize("weight", HALVES)
 def test_a_part_has_the_weights_of_its_examples(weight, microbatch_size):
     params, data = weighted_problem(HALVES[weight])
@@ -128,14 +129,16 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", slow_but(("random", "ordered", "micro-batches, uneven"), WAYS)
+)
 def test_without_a_radius_it_is_the_gradient_of_the_whole_batch(way, key):
     params, data = weighted_problem([0, 0, 0, 0, 0, 0, 1, 0, 2, 0, 0, 5])
     fn = otmdr_jax.value_and_grad(weighted, (0.0, 0.0), weights=weights_of, **WAYS[way])
     close(jax.jit(fn)(params, data, key=key), reference(params, data))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(("three particles", "sub-batches"), WAYS))
 def test_equal_weights_are_none(way, key):
     params, data = weighted_problem(np.full(12, 0.7))
     got = otmdr_jax.value_and_grad(weighted, RHO, weights=weights_of, **WAYS[way])
@@ -237,7 +240,7 @@ LIGHT = {
 }
 
 
-@pytest.mark.parametrize("way", SEEN)
+@pytest.mark.parametrize("way", slow_but(("ordered", "uneven micro-batches"), SEEN))
 def test_aux_and_gap_are_those_of_the_weights(way):
     """By NumPy, of the examples that the passes at the center see."""
     options, parts = SEEN[way]
@@ -264,7 +267,10 @@ def test_aux_and_gap_are_those_of_the_weights(way):
         np.testing.assert_allclose(info.gap, found.value - info.center_loss, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_particles": 3, "particle_map": "vmap"}])
+@pytest.mark.parametrize(
+    "options",
+    slow_but([{}], [{}, {"num_particles": 3, "particle_map": "vmap"}]),
+)
 def test_aux_of_random_parts_is_that_of_their_weights(options, key):
     """The loss as aux is the loss at the center, whatever part that is of."""
     params, data = weighted_problem(LIGHT["few"])
@@ -314,7 +320,7 @@ def test_aux_of_devices_is_that_of_their_weights():
 
 
 @pytest.mark.parametrize("options", [{}, {"num_subbatches": 4}, {"microbatch_size": 2}])
-@pytest.mark.parametrize("rho", [0.0, 0.3])
+@pytest.mark.parametrize("rho", slow_but([0.3], [0.0, 0.3]))
 def test_devices_count_by_their_weights(options, rho):
     """The first device has no weight at all."""
     params, data = weighted_problem(HALVES["none in the first part"])
@@ -369,6 +375,7 @@ def pairs(z):
 def test_pairs_of_a_part_are_those_inside_of_it():
     w, x = np.eye(3, 2, dtype=np.float32), toy.regression_problem(dim=3)[1]["x"]
 
+    @jax.jit
     def loss(w, x):
         return pairs(jnp.tanh(x @ w))
 

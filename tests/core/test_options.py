@@ -24,6 +24,7 @@ from otmdr_jax.core.options import RobustOptions, fields_of
 from otmdr_jax.experiments import building, cli, config, methods, training
 from otmdr_jax.experiments.methods.riding import Riding
 from tests import toy
+from tests.marks import slow_but
 
 KEY = jax.random.key(0)
 PARAMS, BATCH = jax.tree.map(jnp.asarray, toy.regression_problem(batch=8))
@@ -129,7 +130,7 @@ COMMON = {
     "fisher": Seen(2.0),
     "num_subbatches": Seen(2),
     "sync_perturbation": Seen(False, {"axis_name": "data"}, by=on_devices),
-    "particle_map": Seen("scan", {"num_subbatches": 2}, by=program),
+    "particle_map": Seen("unroll", {"num_subbatches": 2}, by=program),
     "has_aux": Seen(True),
     "axis_name": Seen("data", by=on_devices),
     "microbatch_size": Seen(4, by=program),
@@ -403,7 +404,7 @@ IVON = WHOLE | {
     "rescale": Seen(False, {"hess_init": 4.0}),
 }
 MEMBER = {
-    "member_map": Seen("scan", by=program),
+    "member_map": Seen("unroll", by=program),
     "member_axis_name": Seen("other", by=program_on_devices),
     "own_batches": Seen(True),
 }
@@ -441,7 +442,7 @@ TABLE = {
         sampled,
         {
             "microbatch_size": Seen(2, by=program),
-            "particle_map": Seen("scan", {"num_particles": 2}, by=program),
+            "particle_map": Seen("unroll", {"num_particles": 2}, by=program),
             "loss_args": Seen((2.0,), before=(1.0,)),
             "batch": Seen(jax.tree.map(jnp.cos, BATCH), before=BATCH),
         },
@@ -785,7 +786,9 @@ class TestSubbatchesOfAPosterior:
 
     OPTIONS = dict(num_data=50, rho=RHO, split="ordered", norm="joint")
 
-    @pytest.mark.parametrize("sigma", ["center", "center_first", "particle"])
+    @pytest.mark.parametrize(
+        "sigma", slow_but(["particle"], ["center", "center_first", "particle"])
+    )
     def test_against_a_loop(self, sigma):
         options = self.OPTIONS | {"sigma_gradient": sigma, "weight_noise": "each_step"}
         one = bnn.robust_gradient(toy.regression, **options)

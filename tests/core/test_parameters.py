@@ -14,7 +14,9 @@ import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble
 from otmdr_jax.baselines.gsam import orthogonal
 from otmdr_jax.core import ascent, batches, keys, tree
+from otmdr_jax.experiments import methods
 from tests import toy
+from tests.marks import slow_but
 
 KEY, RAW = jax.random.key(7), jax.random.PRNGKey(7)
 X = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
@@ -145,7 +147,7 @@ class TestLeaves:
         otmdr_jax.value_and_grad(loss, norm="per_leaf")(params, jnp.ones(4), key=KEY)
         assert set(seen) == {jnp.dtype(jnp.bfloat16)} and len(seen) == 3
 
-    @pytest.mark.parametrize("name", OWN)
+    @pytest.mark.parametrize("name", slow_but(("dual", "looksam", "otmdr"), OWN))
     def test_transformations_take_them(self, name):
         tx = transformations(scaled)[name]()
         got, want = (updated(tx, p, batch=X) for p in (AS_PEOPLE, AS_ARRAYS))
@@ -167,7 +169,9 @@ class TestLeaves:
 
         assert_equal(run(as_people), run(as_arrays))
 
-    @pytest.mark.parametrize("member_map", ["unroll", "scan", "vmap"])
+    @pytest.mark.parametrize(
+        "member_map", slow_but(["scan"], ["unroll", "scan", "vmap"])
+    )
     def test_stacked_members_of_numpy(self, member_map):
         stacked = {name: np.stack([x, x + 1]) for name, x in AS_PEOPLE.items()}
         arrays = jax.tree.map(jnp.float32, stacked)
@@ -176,6 +180,7 @@ class TestLeaves:
         tx = ensemble.per_member(otmdr_jax.otmdr(scaled, KEY))
         assert_equal(*(updated(tx, p, batch=X) for p in (stacked, arrays)))
 
+    @pytest.mark.slow
     def test_a_tuple_of_members_with_python_numbers(self):
         fn = ensemble.value_and_grad(scaled)
         got = call(fn, (AS_PEOPLE, AS_PEOPLE))
@@ -367,7 +372,11 @@ class TestExport:
             exported(make(), "b")
 
     @pytest.mark.parametrize(
-        "options", [{"split": "ordered"}, {"split": "shared", "num_subbatches": 2}]
+        "options",
+        slow_but(
+            [{"split": "ordered"}],
+            [{"split": "ordered"}, {"split": "shared", "num_subbatches": 2}],
+        ),
     )
     def test_a_multiple_may_be_cut(self, options):
         assert_exported(robust(**options), "2*b")
@@ -444,15 +453,18 @@ class TestDerivatives:
 
     @pytest.mark.parametrize(
         "options",
-        [
-            {},
-            {"norm": "per_leaf"},
-            {"norm": "none"},
-            {"adaptive": True},
-            {"fisher": 0.5},
-            {"merge": "sum"},
-            {"noise_std": 0.01},
-        ],
+        slow_but(
+            [{}, {"fisher": 0.5}, {"merge": "sum"}],
+            [
+                {},
+                {"norm": "per_leaf"},
+                {"norm": "none"},
+                {"adaptive": True},
+                {"fisher": 0.5},
+                {"merge": "sum"},
+                {"noise_std": 0.01},
+            ],
+        ),
         ids=str,
     )
     def test_at_a_zero_gradient_all_is_finite(self, options):
@@ -480,13 +492,19 @@ class TestDerivatives:
 
     @pytest.mark.parametrize(
         "options",
-        [
-            {"split": "shared"},
-            {"split": "ordered", "norm": "per_leaf", "merge": "mean"},
-            {"split": "shared", "adaptive": True},
-            {"split": "shared", "fisher": 0.5},
-            {"noise_std": 0.01},
-        ],
+        slow_but(
+            [
+                {"split": "shared"},
+                {"split": "ordered", "norm": "per_leaf", "merge": "mean"},
+            ],
+            [
+                {"split": "shared"},
+                {"split": "ordered", "norm": "per_leaf", "merge": "mean"},
+                {"split": "shared", "adaptive": True},
+                {"split": "shared", "fisher": 0.5},
+                {"noise_std": 0.01},
+            ],
+        ),
         ids=str,
     )
     def test_through_the_whole_against_finite_differences(self, options):
@@ -514,7 +532,12 @@ class TestDerivatives:
             np.testing.assert_allclose(by_rho, numeric, rtol=1e-5, atol=1e-8)
             assert abs(float(by_rho)) > 1e-4
 
-    @pytest.mark.parametrize("name", ["dual", "gsam", "looksam", "bsam", "ivon"])
+    @pytest.mark.parametrize(
+        "name",
+        slow_but(
+            ["dual", "looksam", "ivon"], ["dual", "gsam", "looksam", "bsam", "ivon"]
+        ),
+    )
     def test_updates_of_all_transformations_at_a_zero_gradient(self, name):
         def loss(w, x):
             return jnp.sum(w**2) * jnp.mean(x)
@@ -535,9 +558,11 @@ class TestDerivatives:
 class TestKeys:
     """Raw keys, of jax.random.PRNGKey, wherever typed ones go."""
 
-    @some("noisy particles", "sub-batches")
-    def test_both_kinds_give_the_same(self, options):
-        fn = otmdr_jax.value_and_grad(scaled, **options)
+    @pytest.mark.parametrize(
+        "way", slow_but(["noisy particles"], ["noisy particles", "sub-batches"])
+    )
+    def test_both_kinds_give_the_same(self, way):
+        fn = otmdr_jax.value_and_grad(scaled, **OPTIONS[way])
         assert_equal(call(fn, AS_ARRAYS, key=RAW), call(fn, AS_ARRAYS))
 
     @pytest.mark.parametrize("name", ["otmdr", "bsam", "ivon"])
@@ -602,7 +627,7 @@ class TestKeys:
         with pytest.raises(ValueError, match=r"one for each of 2 members.*\(3,\)"):
             ensemble.member_keys(jax.random.split(RAW, 3), 2)
 
-    @pytest.mark.parametrize("member_map", ["scan", "vmap"])
+    @pytest.mark.parametrize("member_map", slow_but(["scan"], ["scan", "vmap"]))
     def test_members_with_raw_keys(self, member_map):
         fn = ensemble.value_and_grad(scaled, member_map=member_map, noise_std=0.01)
         want = call(fn, MEMBERS)
@@ -631,7 +656,7 @@ class TestKeys:
 
     def test_a_method_of_a_raw_key(self):
         model = otmdr_jax.models.create("cnn_small", 10, dropout=0.5)
-        one = otmdr_jax.experiments.methods.create("sgd", model, optax.sgd(0.1))
+        one = methods.create("sgd", model, optax.sgd(0.1))
         method = baselines.mc_dropout(one, model, num_samples=2)
         images = jnp.ones((3, 8, 8, 1))
         raw, typed = (method.init(key, images) for key in (RAW, KEY))
@@ -768,18 +793,30 @@ def real_loss(parts, x):
     return complex_loss(joined(parts), x)
 
 
+DECOMPOSING = {
+    "dual": lambda loss: otmdr_jax.dual(loss, num_steps=2),
+    "gsam": lambda loss: baselines.gsam(loss, alpha=0.5),
+    "looksam": lambda loss: baselines.looksam(loss, every=3),
+    "looksam per leaf": lambda loss: baselines.looksam(loss, every=2, norm="per_leaf"),
+    "sam": otmdr_jax.sam,
+}
+
+
 class TestComplex:
     """JAX's gradient of complex weights is the conjugate of the steepest ascent."""
 
     @pytest.mark.parametrize(
         "options",
-        [
-            {"norm": norm, "merge": merge}
-            for norm, merge in (
-                ("global", None), ("per_leaf", None), ("none", None),
-                ("global", "sum"), ("global", "mean"), ("per_leaf", "sum"),
-            )
-        ] + [{"microbatch_size": 4}, {"num_subbatches": 2}],
+        slow_but(
+            [{"norm": "global", "merge": None}, {"norm": "per_leaf", "merge": "sum"}],
+            [
+                {"norm": norm, "merge": merge}
+                for norm, merge in (
+                    ("global", None), ("per_leaf", None), ("none", None),
+                    ("global", "sum"), ("global", "mean"), ("per_leaf", "sum"),
+                )
+            ] + [{"microbatch_size": 4}, {"num_subbatches": 2}],
+        ),
         ids=str,
     )  # fmt: skip
     def test_they_are_the_problem_of_their_parts(self, options):
@@ -795,17 +832,11 @@ class TestComplex:
         assert got.grads["z"].dtype == jnp.complex64
 
     @pytest.mark.parametrize(
-        "make",
-        [
-            lambda loss: otmdr_jax.dual(loss, num_steps=2),
-            lambda loss: baselines.gsam(loss, alpha=0.5),
-            lambda loss: baselines.looksam(loss, every=3),
-            lambda loss: baselines.looksam(loss, every=2, norm="per_leaf"),
-            otmdr_jax.sam,
-        ],
-        ids=["dual", "gsam", "looksam", "looksam per leaf", "sam"],
+        "name",
+        slow_but(("gsam", "looksam"), DECOMPOSING),
     )
-    def test_decompositions_are_those_of_their_parts(self, make):
+    def test_decompositions_are_those_of_their_parts(self, name):
+        make = DECOMPOSING[name]
         got, _ = updated(make(complex_loss), Z, batch=CX)
         want, _ = updated(make(real_loss), in_parts(Z), batch=CX)
         for a, b in zip(got, want, strict=True):
@@ -842,11 +873,14 @@ class TestComplex:
 
     @pytest.mark.parametrize(
         "options",
-        [
-            {}, {"merge": "sum"}, {"merge": "mean"}, {"norm": "per_leaf"},
-            {"adaptive": True}, {"fisher": 0.5, "split": "shared"},
-            {"num_particles": 2},
-        ],
+        slow_but(
+            [{}, {"merge": "sum"}, {"fisher": 0.5, "split": "shared"}],
+            [
+                {}, {"merge": "sum"}, {"merge": "mean"}, {"norm": "per_leaf"},
+                {"adaptive": True}, {"fisher": 0.5, "split": "shared"},
+                {"num_particles": 2},
+            ],
+        ),
         ids=str,
     )  # fmt: skip
     def test_particles_climb_and_conjugates_descend(self, options):
@@ -860,7 +894,10 @@ class TestComplex:
             params = jax.tree.map(lambda w, g: w - 0.005 * g.conj(), params, grads)
         assert np.all(np.diff(losses) < 0)
 
-    @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("bsam", "ivon")])
+    @pytest.mark.parametrize(
+        "name",
+        slow_but(("sam", "looksam"), [n for n in NAMES if n not in ("bsam", "ivon")]),
+    )
     def test_transformations_descend_with_conjugates_after_them(self, name):
         conjugate = optax.stateless(lambda g, _: jax.tree.map(jnp.conj, g))
         tx = optax.chain(

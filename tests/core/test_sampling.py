@@ -16,6 +16,7 @@ from scipy import integrate, special, stats
 import otmdr_jax
 from otmdr_jax.core import langevin, sampling
 from tests import toy
+from tests.marks import slow_but
 
 KEY = jax.random.key(0)
 # Tests of hypotheses are of one draw with this key; under the null one in a thousand
@@ -88,12 +89,17 @@ def test_the_ends_of_the_tilt(n):
 # -- the coordinate along the gradient -------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames="n")
+def coordinates(kappa, n):
+    draw = jax.vmap(sampling._coordinate, in_axes=(0, None, None))
+    return draw(jax.random.split(KEY, 20_000), kappa, n)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 200])
 @pytest.mark.parametrize("kappa_per_weight", [0.0, 0.5, 3.0, 40.0])
 def test_the_coordinate_has_its_density(n, kappa_per_weight):
     kappa = kappa_per_weight * n
-    sample = jax.jit(jax.vmap(lambda key: sampling._coordinate(key, kappa, n)))
-    t, rest = sample(jax.random.split(KEY, 20_000))
+    t, rest = coordinates(kappa, n)
     assert stats.kstest(t, cdf_along(kappa, n)).pvalue > LEVEL
     assert_allclose(t**2 + rest**2, 1, rtol=1e-5)
 
@@ -103,8 +109,7 @@ def test_the_coordinate_has_its_density(n, kappa_per_weight):
 def test_it_is_right_for_as_many_weights_as_there_are(n, tilt):
     """Where the density is a normal one: its mean and variance, in float32."""
     kappa = sampling.concentration(tilt, n)
-    sample = jax.jit(jax.vmap(lambda key: sampling._coordinate(key, kappa, n)))
-    t = np.asarray(sample(jax.random.split(KEY, 20_000))[0], np.float64)
+    t = np.asarray(coordinates(kappa, n)[0], np.float64)
     # Minus the second derivative of the log density at its mode, whose t is the tilt.
     precision = n * (1 + tilt**2) / (1 - tilt**2) ** 2
     error = 5 / np.sqrt(precision * len(t)) + 1e-7  # half an ulp of t
@@ -122,7 +127,7 @@ def test_it_ends_at_the_point_of_sam(kappa):
 # -- draws for a linear loss -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 200])
+@pytest.mark.parametrize("n", slow_but([1, 5], [1, 2, 5, 200]))
 def test_without_preference_it_is_uniform_in_the_ball(n):
     particles, seen = draws(linear(np.ones(n)), dim=n, inverse_temperature=0.0, rho=0.3)
     radii = np.linalg.norm(particles, axis=1)
@@ -169,7 +174,10 @@ def test_a_tilt_is_the_mean_coordinate_whatever_the_slope_and_the_radius_are():
         )
 
 
-@pytest.mark.parametrize("limit", [{"tilt": 1.0}, {"inverse_temperature": math.inf}])
+@pytest.mark.parametrize(
+    "limit",
+    slow_but([{"tilt": 1.0}], [{"tilt": 1.0}, {"inverse_temperature": math.inf}]),
+)
 def test_without_temperature_it_is_sam_to_the_bit(limit):
     params, batch = jax.tree.map(jnp.asarray, toy.regression_problem())
     sam = otmdr_jax.robust_gradient(toy.regression, 0.05, split="shared")
@@ -285,7 +293,7 @@ def test_half_precision_weights_keep_their_dtype_and_the_law():
 
 
 @pytest.mark.parametrize("number", [0.0, 1e-7])
-@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("n", slow_but([1], [1, 2]))
 def test_a_draw_is_finite_whatever_numbers_come(n, number, monkeypatch):
     """One in 2^23 exponential numbers is 0: the length of what is left out."""
     monkeypatch.setattr(jax.random, "exponential", lambda k, s=(): jnp.full(s, number))
@@ -628,8 +636,12 @@ def test_a_projected_climb_is_one_in_numpy():
     [
         ({"split": "shared"}, 2),
         ({"sampler": "first_order", "tilt": 0.5, "num_particles": 1}, 2),
-        ({"sampler": "first_order", "tilt": 0.5, "num_particles": 4}, 5),
-        ({"sampler": "langevin", "split": "shared", "num_particles": 3}, 1 + 3 * 4),
+        pytest.param(
+            {"sampler": "first_order", "tilt": 0.5, "num_particles": 4},
+            5,
+            marks=pytest.mark.slow,
+        ),
+        ({"sampler": "langevin", "split": "shared", "num_particles": 2}, 1 + 2 * 4),
     ],
     ids=str,
 )

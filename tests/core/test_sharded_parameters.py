@@ -21,6 +21,7 @@ import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble
 from otmdr_jax.baselines import dst
 from otmdr_jax.core import tree
+from tests.marks import slow_but
 
 # No part of a batch has the number of entries of a kernel, or two or three times it:
 # the size of a collective operation tells what it moves.
@@ -280,13 +281,18 @@ def test_explicit_axes(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["looksam", "dual", "dynamic", "per_member(bsam)", "bnn", "sub-batches"],
+    slow_but(
+        ["dual", "sub-batches"],
+        ["looksam", "dual", "dynamic", "per_member(bsam)", "bnn", "sub-batches"],
+    ),
 )
 def test_automatic_axes(name):
     assert not of_kernels(check(name, make_mesh("auto-2d")))
 
 
-@pytest.mark.parametrize("kind", ["explicit-1d", "auto-1d", "explicit-2d"])
+@pytest.mark.parametrize(
+    "kind", slow_but(["explicit-2d"], ["explicit-1d", "auto-1d", "explicit-2d"])
+)
 def test_nothing_moves_where_the_batch_is_everywhere(kind):
     compiled = check("noise", make_mesh(kind), batch_spec=P())
     assert "all-reduce" in compiled.as_text()
@@ -294,7 +300,11 @@ def test_nothing_moves_where_the_batch_is_everywhere(kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["ensemble, vmap", "per_member(looksam)", "ensemble.dual, vmap"]
+    "name",
+    slow_but(
+        ["ensemble, vmap"],
+        ["ensemble, vmap", "per_member(looksam)", "ensemble.dual, vmap"],
+    ),
 )
 def test_members_may_be_spread_over_an_explicit_axis(name):
     mesh = jax.make_mesh(
@@ -312,7 +322,7 @@ def test_spread_members_are_mapped_at_once_or_not_at_all(how):
         METHODS[f"ensemble, {how}"].update(None, (), params, make_batch(mesh, P()))
 
 
-@pytest.mark.parametrize("name", ["sgvb, local", "sam"])
+@pytest.mark.parametrize("name", slow_but(["sam"], ["sgvb, local", "sam"]))
 def test_fully_sharded_parameters_are_gathered_by_the_loss_alone(name):
     """As with FSDP: over the axis of the data; the loss has each layer when it is due.
 

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from otmdr_jax import landscape, models
+from tests.marks import slow_but
 
 ONE = [np.zeros(1)]
 
@@ -291,7 +292,10 @@ class TestTrace:
 
 @pytest.mark.parametrize(
     ("devices", "kind"),
-    [(1, AxisType.Explicit), (4, AxisType.Explicit), (4, AxisType.Auto)],
+    slow_but(
+        [(4, AxisType.Explicit)],
+        [(1, AxisType.Explicit), (4, AxisType.Explicit), (4, AxisType.Auto)],
+    ),
 )
 def test_batches_may_be_spread_over_devices(devices, kind, key):
     params, batches, dense = network()

@@ -14,6 +14,7 @@ import scipy.stats
 from otmdr_jax import metrics
 from otmdr_jax.metrics import calibration
 from otmdr_jax.metrics.calibration.scaling import log_softmax
+from tests.marks import slow_but
 
 
 def sample(seed, n=300, classes=4, temperature=2.5):
@@ -118,7 +119,7 @@ def test_scaling_is_scipys_optimum(kind, l2):
         np.testing.assert_allclose(mine, want.x, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["vector", "matrix"])
+@pytest.mark.parametrize("kind", slow_but(["vector"], ["vector", "matrix"]))
 def test_classes_that_can_be_told_apart_do_not_make_it_sure_of_all(kind):
     """Sixty examples of five classes: without a penalty weights have no bound."""
     rng = np.random.default_rng(0)

@@ -290,6 +290,28 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, same, tmp_pat
 
 
 @pytest.mark.slow
+def test_two_hosts_start_from_the_weights_of_one(two_hosts, digits, same, tmp_path):
+    """Of a run on one device, whose arrays every host reads."""
+    source = training.train(
+        same.replace(mesh="data=1", steps=2, method="sgd", split=None, noise_std=None),
+        digits, tmp_path / "source", show_progress=False,
+    )  # fmt: skip
+    config = same.replace(steps=2, init_from=source.folder, freeze="conv1/*")
+    pair = two_hosts("--output", str(tmp_path / "run"), *options_of(config))
+    for i, process in enumerate(pair):
+        log = tmp_path / f"log{i}.txt"
+        assert process.wait(timeout=300) == 0, log.read_text()[-3000:]
+    want = training.train(config.replace(mesh="data=4"), digits, show_progress=False)
+    with np.load(tmp_path / "run" / "predictions.npz") as found:
+        np.testing.assert_allclose(found["log_probs"], want.log_probs, atol=2e-3)
+    for run in ("source", "run"):
+        assert (tmp_path / run / "result.json").exists()
+    np.testing.assert_array_equal(
+        want.state.params["conv1"]["kernel"], source.state.params["conv1"]["kernel"]
+    )
+
+
+@pytest.mark.slow
 def test_hosts_stop_together_on_a_signal_to_one(two_hosts, tmp_path):
     run = tmp_path / "run"
     config = TrainConfig(

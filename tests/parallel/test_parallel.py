@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
 from otmdr_jax import models, parallel
-from otmdr_jax.core import batches, loops
+from otmdr_jax.core import batches, collectives, loops
 from otmdr_jax.experiments import methods
 from tests import toy
+from tests.marks import slow_but
 
 RHO = (0.05, 0.1)
 
@@ -50,8 +51,12 @@ def on_mesh(shape, loss, params, data, key, **options):
     return jax.jit(mapped), (params, data, key)
 
 
-def on_one(loss, params, data, key=None, **options):
-    grad_fn = otmdr_jax.value_and_grad(loss, RHO, **options)
+# Particles that leave from one gradient: the first ascent step is taken once.
+SHARED = {"split": "shared", "num_particles": 2, "noise_std": 0.1}
+
+
+def on_one(loss, params, data, key=None, rho=RHO, **options):
+    grad_fn = otmdr_jax.value_and_grad(loss, rho, **options)
     return jax.jit(grad_fn)(params, data, key=key)
 
 
@@ -123,15 +128,19 @@ class TestData:
 
     @pytest.mark.parametrize(
         "sync, options, count",
-        [
-            (True, {}, 3),  # two ascent steps and the result
-            (True, {"num_particles": 2, "particle_map": "unroll"}, 5),
-            (True, {"split": "shared", "num_particles": 2, "noise_std": 0.1}, 4),
-            (False, {}, 1),
-            (False, {"num_particles": 2, "particle_map": "unroll"}, 1),
-            (False, {"num_particles": 2, "particle_map": "scan"}, 1),
-            (False, {"split": "ordered", "microbatch_size": 1}, 1),
-        ],
+        slow_but(
+            [(True, {}, 3), (False, {}, 1)],
+            [
+                (True, {}, 3),  # two ascent steps and the result
+                (True, {"num_particles": 2, "particle_map": "unroll"}, 5),
+                (True, {**SHARED, "particle_map": "unroll"}, 4),
+                (True, {**SHARED, "particle_map": "scan"}, 3),  # one of them in a loop
+                (False, {}, 1),
+                (False, {"num_particles": 2, "particle_map": "unroll"}, 1),
+                (False, {"num_particles": 2, "particle_map": "scan"}, 1),
+                (False, {"split": "ordered", "microbatch_size": 1}, 1),
+            ],
+        ),
     )
     def test_the_collectives_are_those_that_are_documented(
         self, sync, options, count, key
@@ -182,6 +191,86 @@ class TestData:
         train = parallel.shard_map_step(step, parallel.make_mesh())
         _, aux = train(jnp.ones(()), jnp.arange(16.0), jnp.int32(4), key)
         assert aux["count"] == 5 and aux["count"].dtype == jnp.int32
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"num_particles": 3},
+            {"num_particles": 3, "particle_map": "scan"},
+            {"num_particles": 3, "particle_map": "unroll"},
+            {"num_particles": 3, "particle_map": "vmap"},
+            {"microbatch_size": 2},
+            {"num_particles": 2, "microbatch_size": 3, "particle_map": "scan"},
+            {"num_subbatches": 2},
+            {
+                "rho": (0.1,),
+                "sampler": "langevin",
+                "tilt": 0.5,
+                "num_steps": 4,
+                "noise_std": 0.0,
+            },
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("backend", ["cpu", "gpu"])
+    @pytest.mark.slow
+    def test_a_loss_may_average_over_devices_itself(
+        self, options, backend, key, monkeypatch
+    ):
+        """Without `axis_name`: then nothing may be marked as differing that is not."""
+        params, data = toy.regression_problem(batch=24)
+        options = {"split": "shared", "noise_std": 0.1, **options}
+        # A part of each device is a part of the whole if its rows stand apart.
+        pieces = options.get("num_subbatches", 1)
+        options.setdefault("rho", RHO)
+        rows = np.arange(24).reshape(pieces, 2, -1).swapaxes(0, 1).ravel()
+        want = on_one(toy.regression, params, data, key, **options)
+
+        def loss_fn(params, batch):
+            return jax.lax.pmean(toy.regression(params, batch), "data")
+
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        fn = otmdr_jax.robust_gradient(loss_fn, **options)
+
+        def call(params, batch):
+            found = fn(params, batch, key=key)
+            return (found.value, found.grads), found.diagnostics
+
+        got, seen = jax.jit(
+            jax.shard_map(
+                call,
+                mesh=parallel.make_mesh("data=2"),
+                in_specs=(P(), P("data")),
+                out_specs=P(),
+            )
+        )(params, jax.tree.map(lambda x: x[rows], data))
+        assert_close(got, want, rtol=1e-5)
+        assert np.all(np.isfinite(seen.distances))
+
+    def test_barriers_and_sums_keep_the_axes_of_each_value(self):
+        """shard_map refuses a result that is marked as differing and is not."""
+
+        def call(own, same):
+            passed = collectives.barrier(own, {"own": own, "same": same})
+            mean, _ = loops.average(
+                lambda x: (jax.lax.pmean(jnp.sum(x * own), "data"), ()),
+                jnp.stack([same] * 3),
+                3,
+                "scan",
+                lambda zeros: loops.after(own, zeros),
+            )
+            return passed, mean
+
+        own, same = jnp.arange(4.0), jnp.full(2, 3.0)
+        passed, mean = jax.shard_map(
+            call,
+            mesh=parallel.make_mesh("data=2"),
+            in_specs=(P("data"), P()),
+            out_specs=({"own": P("data"), "same": P()}, P()),
+        )(own, same)
+        assert_close(passed, {"own": own, "same": same})
+        assert float(mean) == 3 * (0 + 1 + 2 + 3) / 2
 
     @pytest.mark.parametrize("entry", ["shard_map", "pmap"])
     def test_a_second_call_compiles_nothing(self, entry):
@@ -244,7 +333,7 @@ class TestData:
             step(jnp.ones(2), jnp.ones((12, 2)))
 
 
-@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("sync", slow_but([True], [True, False]))
 def test_a_mapped_axis_is_as_good_as_devices(sync, key):
     """Whoever tries it on one device writes jit(vmap(..., axis_name))."""
     params, data = toy.regression_problem(batch=16)
@@ -464,7 +553,7 @@ class TestMicrobatches:
             return loss, count, grads
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loops, "_fastest", lambda *_: how)
+            patch.setattr(loops, "fastest", lambda *_: how)
             got = batches.accumulate(fn, data, micro)
         assert_close(got, fn(data), rtol=1e-4, atol=1e-5)
         assert got[1].dtype == jnp.int32
@@ -501,7 +590,7 @@ class TestMicrobatches:
 
         found = []
         for how in ("unroll", "scan"):
-            monkeypatch.setattr(loops, "_fastest", lambda *_, how=how: how)
+            monkeypatch.setattr(loops, "fastest", lambda *_, how=how: how)
             fn, args = on_mesh(
                 shape, loss_fn, params, (images, jnp.arange(20) % 10), key,
                 num_particles=2, microbatch_size=3, has_aux=True,
@@ -520,9 +609,52 @@ class TestMicrobatches:
         assert_close(jax.jit(fn)(params, data), want)
         all_reduces(jax.jit(fn), params, data)  # refuses gathers
 
+    @pytest.mark.parametrize(
+        "size, options, passes",
+        [
+            (256, {"split": "shared", "rho": 0.1}, 2),
+            (256, {"split": "random"}, 2),
+            (256, {"split": "ordered"}, 2),
+            # Of sizes that parts, or devices, do not divide.
+            (200, {"rho": (0.1, 0.1, 0.1)}, 2),
+            (204, {"split": "random"}, 2),
+            (204, {"split": "ordered"}, 2),
+            (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
+            (256, {"num_particles": 2, "particle_map": "vmap"}, 4),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("fsdp", [False, True])
+    def test_under_plain_jit_each_device_has_its_part_of_the_work(
+        self, size, options, passes, fsdp, key, monkeypatch
+    ):
+        """A part of a batch is spread over all devices, as the batch is."""
+        mesh, width = parallel.make_mesh("data=4"), 64
+
+        def loss_fn(params, batch):
+            first, second = params
+            return jnp.mean((jnp.tanh(batch @ first) @ second) ** 2)
+
+        lies = P(None, "data") if fsdp else P()
+        params = parallel.place((np.eye(width, dtype=np.float32),) * 2, mesh, lies)
+        batch = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
+        divided = parallel.place(batch, mesh, P("data"))
+        fn = otmdr_jax.value_and_grad(loss_fn, **options)
+        program = jax.jit(fn).lower(params, divided, key=key).compile()
+        # Forward, and backward by both kernels and the hidden units.
+        work = passes * 5 * 2 * size / 4 * width**2
+        loop = options.get("num_subbatches", 1)  # counted once
+        assert program.cost_analysis()["flops"] * loop < 1.2 * work
+        # Where there is one device, parts are cut in the plain way; traced anew for it.
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+        alone = jax.jit(lambda p, b: fn(p, b, key=key))
+        want = alone(jax.tree.map(np.asarray, params), batch)
+        assert_close(program(params, divided, key=key), want, rtol=1e-4, atol=1e-6)
+
     @pytest.mark.slow
-    def test_memory_falls_with_the_micro_batch(self):
+    def test_memory_falls_with_the_micro_batch(self, monkeypatch):
         """Activations of a perceptron, layer after layer, of 1024 examples or 128."""
+        monkeypatch.setattr(jax, "device_count", lambda: 1)  # none to spread parts over
 
         def loss(weights, x):
             for w in weights:
