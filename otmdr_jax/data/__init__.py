@@ -30,15 +30,27 @@ from otmdr_jax.data.corruptions import (
 )
 from otmdr_jax.data.dataset import Dataset, Split, from_arrays
 from otmdr_jax.data.device import augment, epoch_order, eval_batches, normalise, take
+from otmdr_jax.data.folder import from_folder
+from otmdr_jax.data.huggingface import from_huggingface
 from otmdr_jax.data.lazy import LazyImages
-from otmdr_jax.data.sources import TestInfo, describe_test, load, load_test, save
+from otmdr_jax.data.loader import Loader, from_batches
+from otmdr_jax.data.sources import (
+    TestInfo,
+    describe_test,
+    is_folder,
+    load,
+    load_test,
+    save,
+)
 from otmdr_jax.data.stream import fits_on_device, stream_batches
+from otmdr_jax.data.targets import from_targets
 
 __all__ = [
     "CORRUPTIONS",
     "SEVERITIES",
     "Dataset",
     "LazyImages",
+    "Loader",
     "Split",
     "TestInfo",
     "augment",
@@ -50,6 +62,11 @@ __all__ = [
     "eval_batches",
     "fits_on_device",
     "from_arrays",
+    "from_batches",
+    "from_folder",
+    "from_huggingface",
+    "from_targets",
+    "is_folder",
     "load",
     "load_test",
     "normalise",

@@ -2,7 +2,7 @@
 
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,23 @@ def check_classes(labels: dict[str, np.ndarray], num_classes: int | None) -> int
     return int(num_classes)
 
 
+def check_class_names(
+    names: Sequence[str] | None, num_classes: int
+) -> tuple[str, ...] | None:
+    """The names of C classes as a tuple of texts; None stays None."""
+    if names is None:
+        return None
+    listed = None if isinstance(names, str) else tuple(names)
+    if listed is None or not all(isinstance(x, str) for x in listed):
+        raise ValueError(f"class_names must be texts, one a class, got {names!r}.")
+    if len(listed) != num_classes:
+        raise ValueError(
+            f"class_names must be {num_classes} texts, one a class, got {len(listed)}: "
+            f"{_listed(listed)}. Leave them out where they are not known."
+        )
+    return tuple(map(str, listed))  # NumPy's texts become Python's
+
+
 def check_trained(labels: dict[str, np.ndarray], counted: bool) -> None:
     """Refuses classes that no training example shows, or warns of them.
 
@@ -232,6 +249,6 @@ def check_trained(labels: dict[str, np.ndarray], counted: bool) -> None:
             )
 
 
-def _listed(classes: np.ndarray) -> str:
-    few = ", ".join(map(str, classes[:5].tolist()))
+def _listed(classes: Sequence | np.ndarray) -> str:
+    few = ", ".join(map(str, classes[:5]))
     return few if len(classes) <= 5 else f"{few}, ... ({len(classes)} classes)"

@@ -9,18 +9,22 @@ import dataclasses
 import numbers
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from otmdr_jax.data.checks import (
     check_agreement,
+    check_class_names,
     check_classes,
     check_pair,
     check_trained,
 )
 from otmdr_jax.data.statistics import check_statistics
+
+if TYPE_CHECKING:
+    from otmdr_jax.data.loader import Loader
 
 AUGMENTATIONS = ("crop", "flip")
 
@@ -57,30 +61,32 @@ class Dataset:
 
     Attributes:
       name: The origin of the data.
-      train: The training split.
+      train: The training split; a `Loader` of :func:`otmdr_jax.data.from_batches`.
       validation: A stratified part held out of the training data, or None.
       test: The test split.
-      num_classes: C, the number of classes.
+      num_classes: C, the number of classes; 0 where targets are no class numbers, as
+        :func:`otmdr_jax.data.from_targets` makes them.
       mean: C_in floats, the channel means; on the [0, 1] scale for uint8 images.
       std: C_in floats, the channel standard deviations on the same scale, all > 0.
       augment: Names of the training augmentations that are standard for this set, for
         `augment`; () if there are none.
+      class_names: C texts, what the classes are called; None where that is not known.
     """
 
     name: str
-    train: Split
+    train: "Split | Loader"
     validation: Split | None
     test: Split
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of one image."""
-        height, width, channels = self.train.images.shape[1:]
-        return height, width, channels
+    def image_shape(self) -> tuple[int, ...]:
+        """(H, W, C) of one image; the shape of one input where inputs are no images."""
+        return tuple(self.test.images.shape[1:])
 
     def __repr__(self) -> str:
         """One line with sizes; the arrays themselves would fill the screen."""
@@ -90,8 +96,8 @@ class Dataset:
         shape = "x".join(map(str, self.image_shape))
         return (
             f"Dataset({self.name!r}: {self.train.num_examples} train{held_out}, "
-            f"{self.test.num_examples} test, {shape} {self.train.images.dtype}, "
-            f"{self.num_classes} classes)"
+            f"{self.test.num_examples} test, {shape} {self.test.images.dtype}, "
+            f"{self.num_classes or 'no'} classes)"
         )
 
 
@@ -106,6 +112,7 @@ def from_arrays(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     augment: Sequence[str] = (),
+    class_names: Sequence[str] | None = None,
 ) -> Dataset:
     """Makes a dataset of arrays, after checking them.
 
@@ -116,8 +123,8 @@ def from_arrays(
       test: Images and labels of the test split, with the image shape and dtype of
         `train`. None leaves a fifth of `train` to test on, stratified by class and
         drawn by `seed`, with a warning.
-      num_classes: C; None takes the largest label plus one, and refuses labels that
-        skip a class in training.
+      num_classes: C; None takes the number of `class_names`. Without these it takes the
+        largest label plus one, and refuses labels that skip a class in training.
       name: A name for the dataset.
       validation: Examples to hold out of `train`, stratified by class and drawn by
         `seed`: an int is a count, a float in (0, 1) a fraction. Or the images and
@@ -134,6 +141,7 @@ def from_arrays(
         channel gets 1, so that it normalises to 0.
       augment: Names of augmentations for training, "crop" and "flip". Default none,
         since it depends on the data whether a flip keeps the label.
+      class_names: What the classes are called, C texts. Default: not known.
 
     Returns:
       The `Dataset`; images of the right dtype are not copied.
@@ -167,6 +175,8 @@ def from_arrays(
     for split in list(pairs)[1:]:
         check_agreement(pairs["train"][0], pairs[split][0], split)
     labels = {split: labels for split, (_, labels) in pairs.items()}
+    if class_names is not None and num_classes is None:
+        num_classes = len(class_names)
     counted = num_classes is None
     num_classes = check_classes(labels, num_classes)
     check_trained(labels, counted)
@@ -190,6 +200,7 @@ def from_arrays(
         mean=mean,
         std=std,
         augment=check_augmentations(augment),
+        class_names=check_class_names(class_names, num_classes),
     )
 
 

@@ -46,7 +46,9 @@ def read(
         labels in memory; None decodes what takes at most a quarter of the memory.
 
     Returns:
-      (train, test, num_classes), or (test, num_classes) with `test_only`.
+      (train, test, class names), or (test, class names) with `test_only`. The names are
+      "0", "1" and so on where the metadata have none, and None where these do not even
+      have their number.
 
     Raises:
       ImportError, FileNotFoundError, ValueError, TypeError: see `otmdr_jax.data.load`.
@@ -90,7 +92,8 @@ def read(
             first = _lazy(tfds, builder, split, image_key, first)
         return Split(first, labels)
 
-    return *map(made, splits), builder.info.features[label_key].num_classes
+    feature = builder.info.features[label_key]
+    return *map(made, splits), tuple(feature.names) if feature.num_classes else None
 
 
 def describe_test(

@@ -1,5 +1,6 @@
-"""`load` and `load_test`: sets by name: scikit-learn's, TFDS's, .npz files."""
+"""`load` and `load_test`: sets by name: scikit-learn's, TFDS's, .npz files, folders."""
 
+import importlib.util
 import os
 import pathlib
 import warnings
@@ -17,6 +18,7 @@ from otmdr_jax.data.dataset import (
     leave_test,
     stratified_choice,
 )
+from otmdr_jax.data.folder import from_folder, holds_images
 from otmdr_jax.data.lazy import LazyImages
 from otmdr_jax.io import extras, files
 
@@ -52,7 +54,10 @@ _NPZ_KEYS = {
 }
 
 # What `save` writes beside the arrays, by names that nobody else has.
-_NPZ_OPTIONS = {x: f"otmdr_jax_{x}" for x in ("num_classes", "mean", "std", "augment")}
+_NPZ_OPTIONS = {
+    x: f"otmdr_jax_{x}"
+    for x in ("num_classes", "mean", "std", "augment", "class_names")
+}
 
 
 def load(
@@ -65,11 +70,12 @@ def load(
     validation: int | float = 0,
     label_noise: float = 0.0,
     seed: int = 0,
+    image_size: int | None = None,
 ) -> Dataset:
     """Loads an image classification set.
 
     Args:
-      name: One of three kinds. (1) "digits": scikit-learn's 1797 handwritten digits, 8
+      name: One of four kinds. (1) "digits": scikit-learn's 1797 handwritten digits, 8
         x 8 x 1, scaled from 0..16 to 0..255, always with the same stratified split into
         1437 for training and 360 for testing. (2) "cifar10", "cifar100" or any image
         classification set of TFDS, also "name/config:version", from its prepared
@@ -79,27 +85,30 @@ def load(
         Keras' x_train, y_train, x_test, y_test) as `from_arrays` takes them. It may
         hold a validation set too (validation_images, val_images or x_val, and labels).
         Without a test set a fifth of the training set, stratified and drawn by `seed`,
-        is left to test on, with a warning.
+        is left to test on, with a warning. (4) The path of a folder of images, as
+        :func:`from_folder` takes it; see :func:`is_folder` for what is a path.
       data_dir: The folder of prepared TFDS data. None: TFDS's default, which is the
         environment's TFDS_DATA_DIR or ~/tensorflow_datasets. Where an .npz file is
         not at its path: the folder that it is in now. An .npz file itself takes the
-        place of the one that is named.
-      cache_dir: The folder where decoded TFDS images are kept, one file for each
-        prepared folder, so that only the first load decodes. None: the environment's
-        OTMDR_CACHE, else $XDG_CACHE_HOME/otmdr_jax, else ~/.cache/otmdr_jax. It is safe
-        to delete.
+        place of the one that is named. So do a folder of images and the folder above.
+      cache_dir: The folder where decoded images of TFDS sets and folders are kept, one
+        file for each of them, so that only the first load decodes. None: the
+        environment's OTMDR_CACHE, else $XDG_CACHE_HOME/otmdr_jax, else
+        ~/.cache/otmdr_jax. It is safe to delete.
       download: True to let TFDS download and prepare a missing set. Most sets then need
         TensorFlow, once. Default False: nothing uses the network unasked.
       in_memory: True, the default, to decode all images now. False leaves those of TFDS
-        sets in their files, as `LazyImages` to train on with `stream_batches`, and
-        reads and caches only the labels; splits and labels are the same. None decodes
-        them if they take at most a quarter of the host's memory. "digits" and .npz
-        files are always read.
+        sets and folders in their files, as `LazyImages` to train on with
+        `stream_batches`, and reads and caches only the labels; splits and labels are
+        the same. None decodes them if they take at most a quarter of the host's memory.
+        "digits" and .npz files are always read.
       validation: Training examples to hold out, a count or a fraction, stratified.
         Default 0: none.
       label_noise: The fraction of training labels to replace by other classes. Default
         0.
       seed: The seed of the validation split and of the label noise.
+      image_size: The side in pixels that the images of a folder are resized to, the
+        `size` of :func:`from_folder`; for nothing else.
 
     Returns:
       A `Dataset`. CIFAR's mean and std are the released code's; others are computed
@@ -128,13 +137,27 @@ def load(
         "seed": seed,
     }
     text = os.fspath(name)
+    if is_folder(name):
+        return from_folder(
+            _folder_path(text, data_dir),
+            image_size,
+            cache_dir=cache_dir,
+            in_memory=in_memory,
+            **options,
+        )
+    if image_size is not None:
+        raise ValueError(
+            f"image_size is for folders of images, and {text!r} is none: leave "
+            f"{image_size=} out, or write the path as ./{text}."
+        )
     if text.endswith(".npz"):
         path = _npz_path(text, data_dir)
         return from_arrays(name=path.stem, **_npz_splits(path, **options))
     if text == "digits":
         train, test = _digits()
-        return from_arrays(train, test, num_classes=10, name="digits", **options)
-    train, test, num_classes = prepared.read(
+        names = [str(digit) for digit in range(10)]
+        return from_arrays(train, test, class_names=names, name="digits", **options)
+    train, test, class_names = prepared.read(
         text,
         data_dir=data_dir,
         cache_dir=cache_dir,
@@ -146,13 +169,38 @@ def load(
     return from_arrays(
         train,
         test,
-        num_classes=num_classes,
+        class_names=class_names,
         name=text,
         mean=mean,
         std=std,
         augment=_AUGMENT.get(family, ()),
         **options,
     )
+
+
+def is_folder(name: str | os.PathLike) -> bool:
+    """Whether a name of :func:`load` is the path of a folder of images.
+
+    It is if it is an `os.PathLike`, or a text that is absolute, begins with "." or "~",
+    or ends with "/". Any other text is if there is a folder of that name with images in
+    it, which prepared TFDS data have none of; "digits", "cifar10" and "cifar100" always
+    are the sets.
+
+    Args:
+      name: The name.
+
+    Example:
+      >>> [is_folder(name) for name in ("./photos", "/data/photos", "mnist", "my.npz")]
+      [True, True, False, False]
+    """
+    text = os.fspath(name)
+    if not text or text.endswith(".npz"):
+        return False
+    if isinstance(name, os.PathLike) or os.path.isabs(text):
+        return True
+    if text.startswith((".", "~")) or text.endswith(("/", os.sep)):
+        return True
+    return text not in ("digits", *_STATISTICS) and holds_images(text)
 
 
 def save(dataset: Dataset, path: str | os.PathLike) -> None:
@@ -181,6 +229,11 @@ def save(dataset: Dataset, path: str | os.PathLike) -> None:
         raise ValueError(f"path must end in .npz, got {str(path)!r}.")
     if path.exists():
         raise FileExistsError(f"{path} is there already: name another file.")
+    if not dataset.num_classes:
+        raise ValueError(
+            "the targets of these data are no class numbers, which files of load are "
+            "of: keep the arrays, np.savez(path, ...), and give them to from_targets."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(dataset.train.images, LazyImages):
         raise ValueError(
@@ -191,7 +244,8 @@ def save(dataset: Dataset, path: str | os.PathLike) -> None:
         if (split := getattr(dataset, name)) is not None:
             arrays |= {f"{name}_images": split.images, f"{name}_labels": split.labels}
     for name, key in _NPZ_OPTIONS.items():
-        arrays[key] = np.asarray(getattr(dataset, name))
+        if (value := getattr(dataset, name)) is not None:
+            arrays[key] = np.asarray(value)
     files.write_arrays(path, arrays)
 
 
@@ -228,6 +282,7 @@ def load_test(
       >>> split.images.shape, num_classes
       ((360, 8, 8, 1), 10)
     """
+    _refuse_folder(name)
     text = os.fspath(name)
     if text.endswith(".npz"):
         path = _npz_path(text, data_dir)
@@ -236,7 +291,7 @@ def load_test(
     elif text == "digits":
         test, num_classes = _digits()[1], 10
     else:
-        test, num_classes = prepared.read(
+        test, class_names = prepared.read(
             text,
             test_only=True,
             data_dir=data_dir,
@@ -244,6 +299,7 @@ def load_test(
             download=download,
             in_memory=in_memory,
         )
+        num_classes = class_names and len(class_names)
     return check_split(test, num_classes, "test")
 
 
@@ -283,6 +339,7 @@ def describe_test(
       >>> describe_test("digits")[:3]
       (360, (8, 8, 1), 10)
     """
+    _refuse_folder(name)
     text = os.fspath(name)
     if text.endswith(".npz") or text == "digits":
         split, num_classes = load_test(text, data_dir=data_dir)
@@ -294,22 +351,58 @@ def describe_test(
 
 
 def _digits() -> tuple[Split, Split]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "the digits come with scikit-learn, which is not installed. "
-            + extras.command("data")
-        ) from error
-    bunch = load_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = bunch.target.astype(np.int32)
+    images, labels = _sklearn_digits()
+    images = np.round(images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = labels.astype(np.int32)
     # A fifth, with a fixed seed: the same test set whatever the run's own seed.
     in_test = stratified_choice(labels, 360, np.random.default_rng(0))
     return (
         Split(images[~in_test], labels[~in_test]),
         Split(images[in_test], labels[in_test]),
     )
+
+
+def _refuse_folder(name: str | os.PathLike) -> None:
+    if is_folder(name):
+        raise ValueError(
+            f"a folder of images, as {os.fspath(name)!r}, cannot be a set to test on "
+            "alone, since it does not say to which size. Write it to a file: "
+            "data.save(data.from_folder(folder, size=...), 'other.npz')."
+        )
+
+
+def _folder_path(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
+    """Where the folder is: at its path, or where it has been moved."""
+    path = pathlib.Path(name).expanduser()
+    if data_dir is None:
+        return path
+    moved = pathlib.Path(data_dir).expanduser()
+    return there if (there := moved / path.name).is_dir() else moved
+
+
+def _sklearn_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Reads scikit-learn's digits: (1797, 8, 8) images of 0 to 16, and their labels.
+
+    Its file is read where it is found, because to import scikit-learn takes a second.
+    """
+    try:
+        found = importlib.util.find_spec("sklearn")
+    except ImportError:
+        found = None
+    if found is None:
+        raise ImportError(
+            "the digits come with scikit-learn, which is not installed. "
+            + extras.command("data")
+        )
+    for folder in found.submodule_search_locations or ():
+        file = pathlib.Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            rows = np.loadtxt(file, delimiter=",")  # 64 pixels and the label
+            return rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return bunch.images, bunch.target
 
 
 def _npz_path(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:

@@ -15,6 +15,7 @@ import numpy as np
 from otmdr_jax.data.dataset import Dataset, Split
 from otmdr_jax.data.device import epoch_order
 from otmdr_jax.data.lazy import LazyImages, fits_in_memory
+from otmdr_jax.data.loader import Loader
 from otmdr_jax.io import extras
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def fits_on_device(data: Dataset | int, device: jax.Device | None = None) -> boo
     """Says whether a training set should be put on the device.
 
     It should if it takes at most a quarter of the device's memory. For a device that
-    does not report its memory (a CPU), the host's memory counts. Lazy images are never
-    put on a device.
+    does not report its memory (a CPU), the host's memory counts. Lazy images, and
+    batches of a loader, are never put on a device.
 
     Args:
       data: A dataset, whose training set counts, or a number of bytes.
@@ -137,7 +138,7 @@ def fits_on_device(data: Dataset | int, device: jax.Device | None = None) -> boo
       (True, False)
     """
     if isinstance(data, Dataset):
-        if isinstance(data.train.images, LazyImages):
+        if isinstance(data.train, Loader) or isinstance(data.train.images, LazyImages):
             return False
         data = sum(array.nbytes for array in data.train)
     device = jax.local_devices()[0] if device is None else device
@@ -151,7 +152,7 @@ class _Batches:
         images, labels = split
         if not isinstance(images, LazyImages):
             images = np.asarray(images)  # threads gather on the host
-        self._images, self._labels = images, np.asarray(labels, np.int32)
+        self._images, self._labels = images, np.asarray(labels)
         self._batch_size, self._total_steps = batch_size, total_steps
         self._part = batch_size // count
         self._offset = index * self._part

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import types
 import warnings
 
 import chex
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from otmdr_jax import data
-from otmdr_jax.data import cache, dataset, device, prepared, records
+from otmdr_jax.data import cache, dataset, device, prepared, records, sources
 from otmdr_jax.io import progress
 from tests.sets import PER_CLASS, SHARED, gray_examples, gray_features, run_python
 
@@ -105,6 +106,24 @@ def test_given_statistics_win_and_may_be_arrays():
     made = data.from_arrays(train, train, mean=np.array([0.1, 0.2, 0.3]))
     assert made.mean == (0.1, 0.2, 0.3)
     np.testing.assert_allclose(made.std, (train[0] / 255).std(axis=(0, 1, 2)))
+
+
+def test_class_names_are_kept_and_count_the_classes():
+    train = random_split()  # labels 0..3
+    names = np.array(["cat", "dog", "owl", "fox", "elk"])
+    made = data.from_arrays(train, train, class_names=names)
+    assert made.class_names == ("cat", "dog", "owl", "fox", "elk")
+    assert type(made.class_names[0]) is str and made.num_classes == 5
+    assert data.from_arrays(train, train).class_names is None
+    for wrong, message in (
+        (["cat", "dog", "owl"], r"train labels must be 0\.\.2"),
+        ("cats", "must be texts.*'cats'"),
+        (["cat", "dog", "owl", 3], "must be texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.from_arrays(train, train, class_names=wrong)
+    with pytest.raises(ValueError, match="must be 4 texts.*got 5: cat, dog"):
+        data.from_arrays(train, train, num_classes=4, class_names=names)
 
 
 def replaced(pair, images=None, labels=None):
@@ -259,6 +278,22 @@ def test_label_noise_spares_validation_and_is_uniform_over_other_classes():
 # -- digits and .npz ------------------------------------------------------------------
 
 
+def test_digits_are_read_without_scikit_learn_which_is_the_way_out(monkeypatch):
+    code = """
+        import sys
+        from otmdr_jax import data
+        data.load("digits")
+        assert "sklearn" not in sys.modules
+    """
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    direct = sources._sklearn_digits()
+    spec = types.SimpleNamespace(submodule_search_locations=["nowhere"])
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: spec)
+    for mine, theirs in zip(direct, sources._sklearn_digits(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_digits_are_scikit_learns_split_once_and_for_all():
     from sklearn.datasets import load_digits
 
@@ -266,6 +301,7 @@ def test_digits_are_scikit_learns_split_once_and_for_all():
     assert made.train.images.shape == (1437, 8, 8, 1)
     assert made.test.images.shape == (360, 8, 8, 1)
     assert (made.num_classes, made.augment) == (10, ())
+    assert made.class_names == tuple("0123456789")
     np.testing.assert_array_equal(made.test.images, other.test.images)
     np.testing.assert_array_equal(made.train.images, other.train.images)
 
@@ -775,6 +811,7 @@ def test_cifar10_has_the_images_of_its_source(cifar_dir, cache_dir):
             got[image.tobytes()] = (test, int(label))
     assert got == want
     assert made.augment == ("crop", "flip") and made.num_classes == 10
+    assert made.class_names[:3] == ("airplane", "automobile", "bird")
     assert made.mean == (0.4914, 0.4822, 0.4465)
     assert made.std == (0.2471, 0.2435, 0.2616)
 
@@ -908,6 +945,7 @@ def test_any_set_loads_by_its_supervised_keys(prepare, caplog):
     made = data.load("own_set", **where)
     assert 'no "test" split' in caplog.text
     assert (made.num_classes, made.augment, made.image_shape) == (7, (), (6, 6, 1))
+    assert made.class_names == tuple("0123456")  # the metadata have no names
 
     def rows(pairs):
         return sorted((np.asarray(i).tobytes(), int(y)) for i, y in pairs)

@@ -9,11 +9,14 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from otmdr_jax import data, landscape
 from otmdr_jax.metrics import streaming
+from tests.marks import slow_but
 
 ROWS = PartitionSpec("data")
 
 
-@pytest.fixture(params=[AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.fixture(
+    params=slow_but([AxisType.Explicit], [AxisType.Explicit, AxisType.Auto]), ids=str
+)
 def place(request):
     """Places arrays on four devices."""
     mesh = jax.make_mesh(
@@ -47,7 +50,7 @@ def test_batches_are_gathered(place, images):
     assert_array_equal(got.images, images[[1, 2, 6, 4]])
 
 
-@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("samples", slow_but([3], [1, 3]))
 def test_metrics_of_a_batch(place, samples):
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), (samples, 8)).astype(np.float32)
