@@ -37,6 +37,7 @@ from otmdr_jax.models.counting import output_positions
 from otmdr_jax.models.densenet import DenseNet
 from otmdr_jax.models.efficientnet import EfficientNet
 from otmdr_jax.models.mobilenet import MobileNet
+from otmdr_jax.models.own import adapt
 from otmdr_jax.models.pyramidnet import PyramidNet
 from otmdr_jax.models.resnet import ResNet
 from otmdr_jax.models.torchvision import from_torchvision
@@ -44,6 +45,7 @@ from otmdr_jax.models.wide_resnet import WideResNet
 
 __all__ = [
     "Model",
+    "adapt",
     "create",
     "from_torchvision",
     "names",

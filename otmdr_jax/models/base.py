@@ -48,6 +48,10 @@ class BatchNorm(nnx.BatchNorm):
     to the compute dtype, so that bfloat16 activations take half the memory. The
     running variance averages the biased batch variance; PyTorch's averages the
     unbiased one, larger by 1 / (B H W - 1).
+
+    The result is `x * factor + shift`, with one factor and one shift a channel. Flax's
+    `(x - mean) * factor + bias` would keep `x - mean` beside x for the backward pass,
+    which on CPUs is a quarter of a step's memory.
     """
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # type: ignore[override]
@@ -63,7 +67,31 @@ class BatchNorm(nnx.BatchNorm):
                 "its bias whatever the image. Train on more images, or larger ones, in "
                 "each pass (parts, micro-batches and devices divide a batch)."
             )
-        return super().__call__(x, use_running_average=not train).astype(x.dtype)
+        wide = x.astype(self.dtype)
+        if train:
+            mean, var = self._moments(wide)
+            for running, new in ((self.mean, mean), (self.var, var)):
+                moved = self.momentum * running[...] + (1 - self.momentum) * new
+                running[...] = jax.lax.stop_gradient(moved)
+        else:
+            mean, var = self.mean[...], self.var[...]
+        variables: Any = mean, var, self.scale, self.bias
+        mean, var, scale, bias = (a[...].astype(self.dtype) for a in variables)
+        factor = jax.lax.rsqrt(var + self.epsilon) * scale
+        factor, shift = (
+            a.reshape((1,) * (x.ndim - 1) + a.shape)
+            for a in (factor, bias - mean * factor)
+        )
+        return (wide * factor + shift).astype(x.dtype)
+
+    def _moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The batch's mean and variance by channel, over the named axis if any."""
+        axes = tuple(range(x.ndim - 1))
+        moments = x.mean(axes), jnp.square(x).mean(axes)
+        if self.axis_name is not None:  # together, in one exchange
+            moments = tuple(jax.lax.pmean(jnp.stack(moments), self.axis_name))
+        mean, square = moments
+        return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 
 @dataclasses.dataclass(frozen=True)

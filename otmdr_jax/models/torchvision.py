@@ -108,6 +108,33 @@ def from_torchvision(
     return params, state
 
 
+def classes_of(model: Model, state_dict: Mapping[str, Any]) -> int:
+    """The number of classes of a checkpoint in torchvision's layout.
+
+    Args:
+      model: The network that it is of, as for :func:`from_torchvision`.
+      state_dict: The checkpoint.
+
+    Raises:
+      ValueError: The family has no such layout, or there is no classifier.
+
+    Example:
+      >>> import numpy as np
+      >>> from otmdr_jax import models
+      >>> from otmdr_jax.models.torchvision import classes_of
+      >>> model = models.create("resnet_18", num_classes=10, stem="imagenet")
+      >>> classes_of(model, {"fc.weight": np.zeros((1000, 512))})
+      1000
+    """
+    name = f"{_naming(model)(('head',))}.weight"
+    if name not in state_dict:
+        raise ValueError(
+            f"The checkpoint does not fit {model.name!r}: it has no {name}, which is "
+            f"its classifier, but {_listed(sorted(state_dict))}."
+        )
+    return int(np.shape(state_dict[name])[0])
+
+
 def _turn(array: np.ndarray, rank: int) -> np.ndarray:
     """Orders a tensor's axes as here: (out, in, h, w) -> (h, w, in, out)."""
     if array.ndim == 4 and rank == 2 and array.shape[2:] == (1, 1):

@@ -449,6 +449,7 @@ class TestRobustGradients:
 
         assert_allclose(run(2), run(1), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     def test_pmap_too(self):
         method = methods.create("sam", Softmax(), optax.sgd(1.0), axis_name="data")
         state = method.init(jax.random.key(0), IMAGES)

@@ -355,7 +355,9 @@ def test_remat_of_a_dense_network_takes_less_memory():
         .temp_size_in_bytes
         for m in (model, dataclasses.replace(model, remat=True))
     )
-    assert recomputed < 0.6 * kept
+    # What is kept is less since BatchNorm does without the difference to the mean.
+    assert recomputed < 0.7 * kept
+    assert recomputed < 40e6 and kept < 60e6
 
 
 @pytest.mark.slow
