@@ -105,8 +105,8 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def save(
         self, state: PyTree, meta: dict[str, Any], score: float | None = None
-    ) -> None:
-        """Starts to save a state under its step.
+    ) -> bool:
+        """Starts to save a state under its step; returns whether it was new.
 
         Args:
           state: The training state; it may be donated once this returns.
@@ -116,7 +116,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """
         step = steps_taken(state)
         if step in self._manager.all_steps():
-            return  # an interrupt right after a save
+            return False  # an interrupt right after a save
         with self._writing():
             self._manager.save(
                 step,
@@ -126,6 +126,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 ),
                 metrics={"score": _score(score)} if self._scored else None,
             )
+        return True
 
     def steps(self) -> list[int]:
         """The steps that whole checkpoints exist for, ascending."""

@@ -101,6 +101,8 @@ def combine(
         record = {"step": result["steps"], "epoch": result["epochs"], "split": "test"}
         folder.log({**record, **tested.metrics})
         labels = dataset.test.labels
+        if of_run.seen is not None:
+            run_folder.write_seen(output, result["steps"], of_run.seen)
         run_folder.write_result(
             output, result, tested.log_probs, labels, tested.member_log_probs
         )
@@ -110,6 +112,11 @@ def combine(
 
 
 def _check_run(path, found, first_path, first):
+    if (run_folder.read_data(path) or {}).get("loss") is not None:
+        raise ValueError(
+            f"{path} has a loss that was given in Python: train its members together, "
+            "train(config.replace(members=...), loss=...)."
+        )
     if not run_folder.is_finished(path):
         raise ValueError(
             f"{path} is not finished: go on with otmdr train --resume {path}."

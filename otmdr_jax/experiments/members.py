@@ -53,7 +53,7 @@ def lift(
       >>> images, labels = jnp.zeros((4, 8, 8, 1)), jnp.arange(4)
       >>> state = method.init(jax.random.key(0), images)
       >>> state, metrics = jax.jit(method.step)(state, (images, labels))
-      >>> metrics["loss"].shape, method.predict(state, images).shape
+      >>> metrics["loss"].shape, jax.jit(method.predict)(state, images).shape
       ((3,), (3, 4, 10))
     """
     each = [methods] if isinstance(methods, Method) else list(methods)
@@ -213,6 +213,31 @@ def predicting(config: Any, state: PyTree) -> list[TrainState]:
     return trained(config, state)
 
 
+def weights(config: Any, state: PyTree) -> list[tuple[PyTree, PyTree]]:
+    """The parameters of each trained member, and its BatchNorm statistics.
+
+    Args:
+      config: The run's configuration.
+      state: Its state, finalized where it needs to be.
+    """
+    if not config.model.joint:
+        every = trained(config, state)
+        return [(member.params, member.model_state) for member in every]
+    both = state.params, state.model_state
+    if not config.model.stacked:
+        return list(zip(*both, strict=True))
+    count = len(config.model.member_names)
+    return [jax.tree.map(lambda x, m=m: x[m], both) for m in range(count)]
+
+
+def predictors(config: Any, state: PyTree) -> list[tuple[PyTree, PyTree]]:
+    """The same of each member that predicts: those that a run has collected."""
+    if not num_collected(config, state):
+        return weights(config, state)
+    each = predicting(config, state)
+    return [(member.params, member.model_state) for member in each]
+
+
 def num_parameters(member: TrainState) -> int:
     """How many parameters a member has."""
     return sum(x.size for x in jax.tree.leaves(member.params))
@@ -316,7 +341,7 @@ class JointModel:
         of_members = member_log_probs(
             [of_member(m) for m in self.models],
             has_aux=True,
-            member_map=loops.member_map(self.how, fast_in_loops=True),
+            member_map=self.how,
         )
         return of_members(params, images, state, *numbers)
 
@@ -340,7 +365,7 @@ def _own(keys, number):
 def _each(functions, columns, how):
     """One function is for all members of one architecture."""
     functions = functions if len(functions) > 1 else functions[0]
-    return loops.each(functions, columns, loops.member_map(how, fast_in_loops=True))
+    return loops.each(functions, columns, how)
 
 
 def _of_all(metrics, axis_name):

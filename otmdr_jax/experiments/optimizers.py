@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from otmdr_jax.experiments import patterns
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods import decays
 
@@ -67,7 +68,8 @@ def create(
     """The optimizer that turns the (robust) gradient into an update.
 
     In order: clipping, decay (coupled, or decoupled for adamw), the base optimizer, the
-    plateau factor: of a method that has an update of its own this factor alone.
+    plateau factor, the rates of groups: of a method that has an update of its own the
+    last two alone.
     `update` takes `value=` (the step's loss), which only the plateau schedule looks at.
 
     Args:
@@ -93,8 +95,35 @@ def create(
                 accumulation_size=steps_per_epoch,
             )
         )
+    if config.schedule.learning_rate_of is not None:
+        parts.append(_of_groups(config))
     chain = optax.chain(*parts) if parts else optax.identity()
     return optax.with_extra_args_support(chain)
+
+
+def _of_groups(config: TrainConfig) -> optax.GradientTransformation:
+    """Learning rates of groups of parameters.
+
+    Updates are a learning rate times what does not depend on it, decay included, so
+    that a factor on them is one on the learning rate.
+    """
+    peak = config.schedule.learning_rate
+    groups = patterns.rates(config.schedule.learning_rate_of or ())
+    parts = {
+        f"group{i}": optax.scale(rate / peak) for i, (_, rate) in enumerate(groups)
+    }
+
+    def group_of(name, leaf):
+        del leaf
+        for label, (pattern, _) in zip(parts, groups, strict=True):
+            if patterns.matches(name, [pattern]):
+                return label
+        return "others"
+
+    return optax.partition(
+        {**parts, "others": optax.identity()},
+        functools.partial(patterns.map_named, group_of),
+    )
 
 
 def _base(config: TrainConfig, rate: optax.Schedule, mask: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 from otmdr_jax.core.options import check_rho
+from otmdr_jax.experiments import patterns
 
 
 class Must(NamedTuple):
@@ -90,6 +91,28 @@ def _are_radii(value: Any) -> bool:
 
 
 Radii = Annotated[tuple[float, ...], Must("a tuple of radii", _are_radii)]
+
+
+def _are_patterns(value: Any) -> bool:
+    right = isinstance(value, tuple) and bool(value)
+    return right and all(isinstance(pattern, str) and pattern for pattern in value)
+
+
+Patterns = Annotated[
+    tuple[str, ...], Must("patterns of parameters' names, as conv*", _are_patterns)
+]
+
+
+def _are_rates(value: Any) -> bool:
+    if not _are_patterns(value):
+        return False
+    patterns.rates(value)  # says itself what it must be
+    return True
+
+
+GroupRates = Annotated[
+    tuple[str, ...], Must("patterns with a rate each, as head/*=0.1", _are_rates)
+]
 
 
 def check(name: str, value: Any, kind: Any) -> None:

@@ -1,12 +1,15 @@
 """The folder of a run, whose files are written so that nothing gets lost.
 
 config.json       every option
-data.json         the data: name, sizes, checksums
+data.json         the data: name, sizes, checksums, mean and deviation
+initial.json      the weights that it started from, where these were given: their
+                  checksum, and what was drawn anew
 metrics.jsonl     one line an event: {"step", "epoch", "split", ...}
 events.out...     the same for TensorBoard, where tensorboardX is installed
 checkpoints/      see otmdr_jax.experiments.checkpoint
 result.json       the final metrics
 predictions.npz   log_probs (N, C) and labels (N,) of the test set
+seen.npz          of swa, swag and laplace: what the pass over the training set gave
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
@@ -129,10 +133,49 @@ def describe(path: pathlib.Path, config: TrainConfig, data: dict[str, Any]) -> N
     config_lib.save(config, path / "config.json")  # the last: it makes it a run
 
 
+def record_start(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes initial.json, or refuses other weights than those that it is of.
+
+    Args:
+      path: The run's folder.
+      record: What :func:`otmdr_jax.experiments.training.initial.read` says of them.
+
+    Raises:
+      ValueError: A run that was interrupted before its first checkpoint started from
+        other weights.
+    """
+    file = path / "initial.json"
+    if file.exists() and files.read_json(file)["checksum"] != record["checksum"]:
+        raise ValueError(
+            f"{path} started from other weights than those of {record['init_from']} "
+            "now, and was stopped before it saved any: start a new run."
+        )
+    files.write_json(file, record)
+
+
 def read_data(path: str | os.PathLike) -> dict[str, Any] | None:
     """Reads the record of a run's data; None for a run of an older version."""
     path = pathlib.Path(path) / "data.json"
     return files.read_json(path) if path.is_file() else None
+
+
+def check_classes(path: str | os.PathLike, what: str) -> None:
+    """Refuses a run whose targets are no class numbers.
+
+    Args:
+      path: The run's folder.
+      what: What is for classes alone.
+
+    Raises:
+      ValueError: They are none.
+    """
+    record = read_data(path)
+    if record is not None and not record["num_classes"]:
+        raise ValueError(
+            f"{what} is for classifiers, and the targets of {path} are no class "
+            "numbers. In Python, open_run(folder).predict(inputs) gives its outputs, "
+            "and open_run(folder, dataset=..., loss=...) is what measures take."
+        )
 
 
 def check_free(path: str | os.PathLike) -> None:
@@ -213,14 +256,70 @@ def write_result(
 def write_predictions(
     path: str | os.PathLike, log_probs: Any, labels: Any, member_log_probs: Any = None
 ) -> None:
-    """Writes predictions.npz, atomically."""
+    """Writes predictions.npz, atomically.
+
+    Where targets are no classes, outputs and targets stand in the places of
+    log-probabilities and labels.
+    """
+    labels = np.asarray(labels)
+    kind = np.int32 if labels.dtype.kind in "iub" else np.float32  # targets
     arrays: dict[str, Any] = {
         "log_probs": np.asarray(log_probs, np.float32),
-        "labels": np.asarray(labels, np.int32),
+        "labels": labels.astype(kind),
     }
     if member_log_probs is not None:  # (M, N, C)
         arrays["member_log_probs"] = np.asarray(member_log_probs, np.float32)
     files.write_arrays(pathlib.Path(path) / "predictions.npz", arrays)
+
+
+def write_seen(path: str | os.PathLike, step: int, seen: Any) -> None:
+    """Writes what a pass over the training set gave, so that none is needed again.
+
+    Args:
+      path: The run's folder.
+      step: The step of the state that the pass was for.
+      seen: See :meth:`otmdr_jax.experiments.methods.MethodOptions.seen`.
+    """
+    leaves = {f"leaf{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(seen))}
+    arrays = {"step": np.asarray(step), **leaves}
+    files.write_arrays(pathlib.Path(path) / "seen.npz", arrays)
+
+
+def read_seen(path: str | os.PathLike, step: int, shapes: Any) -> Any:
+    """Reads what a pass over the training set gave; None where it was not written.
+
+    Args:
+      path: The run's folder.
+      step: The step of the state that it is wanted for: of another one it is of no use.
+      shapes: The shapes that it must have.
+    """
+    path = pathlib.Path(path) / "seen.npz"
+    if not path.is_file():
+        return None
+    leaves, structure = jax.tree.flatten(shapes)
+    with np.load(path, allow_pickle=False) as arrays:
+        found = [arrays.get(f"leaf{i}") for i in range(len(arrays) - 1)]
+        if int(arrays["step"]) != step:
+            return None
+    if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in leaves]:
+        return None
+    return jax.tree.unflatten(structure, found)
+
+
+def read_temperature(path: str | os.PathLike, step: int) -> float | None:
+    """The temperature that `otmdr calibrate` fitted for new images at a step, or None.
+
+    Args:
+      path: The run's folder.
+      step: The step of the state that predicts.
+    """
+    path = pathlib.Path(path) / "calibration.json"
+    if not path.is_file():
+        return None
+    record = files.read_json(path)
+    if record.get("settings", {}).get("step") != step:
+        return None
+    return record.get("temperature")
 
 
 def check_record(

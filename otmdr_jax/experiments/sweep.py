@@ -33,12 +33,13 @@ from typing import Any, NamedTuple
 from otmdr_jax.experiments import building, programs, run_folder, training
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.config import TrainConfig, differences
+from otmdr_jax.experiments.config.options import LISTS
 from otmdr_jax.experiments.measure import cost
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
 
 # Options that are lists themselves: of these a list of lists is one of values.
-_LISTS = {"rho", "augment", "cycle_rates"}
+_LISTS = {"rho", "cycle_rates", *LISTS}
 
 
 class Planned(NamedTuple):

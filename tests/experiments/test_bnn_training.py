@@ -44,13 +44,21 @@ def small():
 
 @pytest.fixture(scope="module")
 def straight(small, tmp_path_factory):
-    """Uninterrupted runs of both methods."""
-    found = {}
-    for method in METHODS:
-        chosen = of_method(TINY, method)
-        folder = tmp_path_factory.mktemp("straight") / method
-        found[method] = training.train(chosen, small, folder, show_progress=False)
-    return found
+    """An uninterrupted run of each method, trained when it is asked for."""
+
+    class Runs(dict):
+        def __missing__(self, method):
+            chosen = of_method(TINY, method)
+            folder = tmp_path_factory.mktemp("straight") / method
+            self[method] = training.train(chosen, small, folder, show_progress=False)
+            return self[method]
+
+    return Runs()
+
+
+@pytest.fixture(scope="module")
+def sgvb(straight):
+    return straight["sgvb"]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +206,7 @@ class TestRuns:
         )  # fmt: skip
         assert (result.folder / "metrics.jsonl").read_text() == before
 
+    @pytest.mark.slow
     def test_the_checkpoint_holds_the_posterior(self, small, straight):
         result = straight["otmdr-bnn"]
         compiled = programs.compile_programs(TINY, small)
@@ -209,8 +218,8 @@ class TestRuns:
         assert isinstance(state.params, bnn.MeanField)
         assert_same_bits(state, result.state)
 
-    def test_metrics_are_those_of_the_mean_probability(self, small, straight):
-        result = straight["sgvb"]
+    def test_metrics_are_those_of_the_mean_probability(self, small, sgvb):
+        result = sgvb
         chosen = of_method(TINY, "sgvb")
         compiled = programs.compile_programs(chosen, small)
         samples = np.asarray(
@@ -229,8 +238,8 @@ class TestRuns:
             found.metrics["epistemic"], total - entropy.mean(), rtol=1e-2, atol=1e-5
         )
 
-    def test_sharpness_is_that_of_the_mean(self, small, straight):
-        result = straight["sgvb"]
+    def test_sharpness_is_that_of_the_mean(self, small, sgvb):
+        result = sgvb
         compiled = programs.compile_programs(of_method(TINY, "sgvb"), small)
         found = sharpness.gap(TINY, result.state, small, compiled)
         model = models.create("one_layer", 10)
@@ -383,6 +392,7 @@ class TestCommandLine:
         assert at_mean["nll"] != found["nll"] and "epistemic" not in at_mean
         assert (runs / "sgvb" / "result.json").read_bytes() == before
 
+    @pytest.mark.slow
     def test_compare(self, runs, tmp_path):
         paths = [str(runs / method) for method in METHODS]
         cli.main(["compare", *paths, "--output", str(tmp_path / "report")])
@@ -391,6 +401,7 @@ class TestCommandLine:
         assert "Epistemic" in page and "signal_to_noise.png" in page
         assert (tmp_path / "report" / "signal_to_noise.png").exists()
 
+    @pytest.mark.slow
     def test_the_picture_shows_the_distribution(self, runs):
         found = [report.read_run(runs / method) for method in METHODS]
         figure = report.signal_to_noise_figure(found)

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import types
 import typing
@@ -56,6 +57,33 @@ def otmdr_here(*args, cwd, check=True):
     return types.SimpleNamespace(
         returncode=code, stdout=out.getvalue(), stderr=err.getvalue()
     )
+
+
+def test_programs_are_kept_by_processor_and_pytorch_is_left_alone(tmp_path):
+    """Small programs too; tensorboardX finds PyTorch absent, and nothing else does."""
+    (tmp_path / "torch.py").write_text("raise ImportError('it was imported')")
+    code = """
+        import sys
+        from otmdr_jax.experiments import cli
+        cli._cache_programs()
+        cli._import_tensorboard()
+        assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+        import jax
+        jax.jit(lambda x: x + 1)(1.0)
+    """
+    gone = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        check=True,
+        env={
+            **{name: x for name, x in os.environ.items() if name not in gone},
+            "XDG_CACHE_HOME": str(tmp_path / "cache"),
+            "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        },
+    )
+    (folder,) = (tmp_path / "cache" / "otmdr_jax" / "programs").iterdir()
+    assert re.fullmatch("[0-9a-f]{12}", folder.name)
+    assert any("lambda" in file.name for file in folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +535,7 @@ class TestOptions:
     def test_a_model_is_a_name(self):
         for model in (nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Linear):
             with pytest.raises(
-                ValueError, match=r"name of a network.*got a \w+\. docs"
+                ValueError, match=r"name of a network.*got a \w+\. Give one of"
             ):
                 config.TrainConfig(model=model)
 

@@ -137,6 +137,7 @@ class TestRun:
         assert_same_bits(got.state, want.state)
         assert got.metrics["nll"] == want.metrics["nll"]
 
+    @pytest.mark.slow
     def test_evaluation_of_a_checkpoint(self, small, mixed):
         config = run_folder.read_config(mixed.folder)
         compiled = programs.compile_programs(config, small)

@@ -25,6 +25,7 @@ from otmdr_jax.experiments import (
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.models.dropout import Dropout
 from tests.experiments.test_training import assert_same_bits, stop_after
+from tests.marks import slow_but
 from tests.sets import small_digits
 
 SIZE, CLASSES = 8, 3
@@ -77,6 +78,10 @@ NEEDS = {
 }
 ALL = tuple(methods.METHODS)
 every_method = pytest.mark.parametrize("name", ALL)
+# One of each kind: `make test-all` runs the others.
+one_of_each_kind = pytest.mark.parametrize(
+    "name", slow_but(("sgd", "otmdr", "otmdr-dual", "edst", "ivon"), ALL)
+)
 
 
 def make(name, **options):
@@ -148,7 +153,7 @@ def test_it_steps_predicts_and_skips(name):
         assert all(jnp.all(x > 0) for x in jax.tree.leaves(bnn.std(q)))
 
 
-@every_method
+@one_of_each_kind
 def test_a_checkpoint_goes_on_as_the_run_did(name, tmp_path):
     method, state, step = start(name)
     state, _ = run(step, state, 2)
@@ -162,7 +167,7 @@ def test_a_checkpoint_goes_on_as_the_run_did(name, tmp_path):
     close(*(run(step, s, 2)[0] for s in (restored, state)), rtol=1e-5)
 
 
-@every_method
+@one_of_each_kind
 def test_members_are_runs_of_their_own(name):
     one = make(name)
     both = members.lift(one, 2, "vmap")
@@ -184,7 +189,7 @@ def test_members_are_runs_of_their_own(name):
 
 
 @pytest.mark.essential
-@every_method
+@one_of_each_kind
 def test_two_devices_train_what_one_does(name):
     """With the split of one device, since each cuts its own part of the batch."""
     whole = {"split": "shared"} if methods.METHODS[name].has_particles else {}

@@ -40,7 +40,13 @@ def images_of(seed, num, classes=3):
 @pytest.fixture(scope="module")
 def mine():
     return data.from_arrays(
-        images_of(0, 60), images_of(1, 30), name="mine", validation=9, label_noise=0.1
+        images_of(0, 60),
+        images_of(1, 30),
+        name="mine",
+        validation=9,
+        label_noise=0.1,
+        augment=("crop",),
+        class_names=("cat", "dog", "owl"),
     )
 
 
@@ -57,16 +63,21 @@ def test_what_was_trained_on_is_recorded(run, mine):
     record = json.loads((folder / "data.json").read_text())
     assert record.pop("fingerprint").startswith("mine-51-")
     assert record.pop("test_fingerprint").startswith("mine-30-")
+    images = mine.train.images.astype(np.float64) / 255
+    for name, of_images in (("mean", np.mean), ("std", np.std)):
+        assert record[name] == list(getattr(mine, name))  # to the bit
+        assert record.pop(name) == pytest.approx([of_images(images)], rel=1e-12)
     assert record == {
-        "name": "mine", "num_classes": 3, "image_shape": [8, 8, 1], "dtype": "uint8",
-        "train": 51, "validation": 9, "test": 30,
+        "name": "mine", "num_classes": 3, "class_names": ["cat", "dog", "owl"],
+        "image_shape": [8, 8, 1], "dtype": "uint8",
+        "augment": ["crop"], "train": 51, "validation": 9, "test": 30,
     }  # fmt: skip
 
 
 def test_arrays_are_opened_by_the_dataset_or_its_file(run, mine, tmp_path, capsys):
     folder, result = run
     with pytest.raises(ValueError, match=r"given to it in Python .*data\.save\(.*mine"):
-        restore.open_run(folder)
+        _ = restore.open_run(folder).dataset
     opened = restore.open_run(folder, dataset=mine)
     assert opened.dataset is mine and opened.config.data.name == "arrays:mine"
     data.save(mine, tmp_path / "elsewhere.npz")
@@ -132,7 +143,7 @@ def test_an_npz_may_move_and_is_found_from_any_folder(tmp_path, monkeypatch, one
     np.testing.assert_array_equal(restore.open_run(folder).dataset.test.images, test[0])
     (first / "set.npz").rename(second / "renamed.npz")
     with pytest.raises(FileNotFoundError, match=r"set\.npz"):
-        restore.open_run(folder)
+        _ = restore.open_run(folder).dataset
     moved = config.replace(data_dir=str(second / "renamed.npz"))
     for given in ({"data_dir": "renamed.npz"}, {"data": "renamed.npz"}):
         opened = restore.open_run(folder, **given)
@@ -152,6 +163,7 @@ def test_save_keeps_a_dataset_whole(mine, tmp_path):
     data.save(mine, path)
     again = data.load(path)
     assert repr(again) == repr(mine) and again.augment == mine.augment
+    assert again.class_names == mine.class_names == ("cat", "dog", "owl")
     with pytest.raises(FileExistsError, match="is there already"):
         data.save(mine, path)
     with pytest.raises(ValueError, match="must end in .npz"):
@@ -269,6 +281,7 @@ def test_a_loaded_dataset_keeps_the_name_of_what_it_is():
     assert found.data.name == "arrays:digits"
 
 
+@pytest.mark.slow
 def test_a_dataset_is_loaded_again_only_to_record_what_it_is(
     one_layer, tmp_path, monkeypatch
 ):
@@ -305,7 +318,7 @@ def test_a_run_that_did_not_read_the_validation_set_of_its_file_says_so(
     (folder / "config.json").write_text(json.dumps(config.flat()))
     message = "validation set alone, which older versions did not read"
     with pytest.raises(ValueError, match=message):
-        restore.open_run(folder)
+        _ = restore.open_run(folder).dataset
     with pytest.raises(ValueError, match=message):
         training.train(config, None, folder, resume=True, show_progress=False)
     found = restore.open_run(folder, data_dir=str(tmp_path / "without.npz"))

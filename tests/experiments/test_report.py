@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 import shutil
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments import cli, config, report
+from otmdr_jax.experiments.report import drawing
 from otmdr_jax.experiments.report.tables import Table
 
 CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
@@ -457,6 +459,13 @@ def test_wide_losses_get_a_logarithmic_axis_and_missing_ones_a_word():
     small = {"step": 30, "epoch": 3.0, "split": "train", "loss": 0.01}
     axes = report.learning_curves_figure([run._replace(history=[*run.history, small])])
     assert [ax.get_yscale() for ax in axes.axes] == ["log", "linear", "linear"]
+    axes.canvas.draw()
+    pieces = drawing.cut(axes, "curves", "curves").panels
+    # Its numbers are formulas, 10^-2, which matplotlib sets in pieces of a text.
+    powers = re.findall(
+        r"<(?:\w+:)?tspan[^>]*>([^<]*)</", "".join(x.svg for x in pieces)
+    )
+    assert {"1", "0", "−", "2"} <= {text.strip() for text in powers}
     figure = report.learning_curves_figure([run._replace(history=[])])
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["not recorded"] * 3
 
@@ -591,7 +600,12 @@ def test_write(tmp_path, folder):
     assert '| SAM | run | `device = "cpu"`, `seed = 0` |' in text
     assert '| SGD | - | `device = "gpu"`, `seed = 0` |' in text
     assert "otmdr_jax 0." in text and "```\notmdr demo\n```" in text
-    assert "Note:" not in text
+    (note,) = re.findall(r"\*\*Note:\*\* (.*)", text)
+    assert note == (
+        "runs were not made alike: the device is cpu in SAM; gpu in SGD. Times cannot "
+        "be compared."
+    )
+    assert text.index("Note:") < text.index("Each cell is")  # beside the headline
 
     results = strict(out / "results.json")
     assert "otmdr_report" in results and results["title"] == "Digits"
@@ -755,6 +769,35 @@ def test_methods_that_differ_in_more_than_themselves_are_noted(options, note):
         assert not found
         return
     assert found == [f"methods differ in more than themselves: {note}."]
+
+
+def test_the_odd_one_out_is_named_and_the_others_together():
+    runs = [make(x) for x in ("SGD", "SAM", "ASAM", "GSAM")]
+    runs[1].config["epochs"] = 3
+    (note,) = report.cautions(runs)
+    assert note.endswith(": epochs is 3 in SAM; 2 in the others.")
+    runs[3].config["epochs"] = 3
+    (note,) = report.cautions(runs)
+    assert note.endswith(": epochs is 3 in SAM and GSAM; 2 in the others.")
+    # Of a method with both values "the others" would be unclear.
+    runs.append(make("SGD", 1))
+    runs[-1].config["epochs"] = 3
+    notes = report.cautions(runs)
+    assert "epochs is 2 in SGD and ASAM; 3 in SGD and SAM and GSAM." in notes[0]
+
+
+def test_devices_and_versions_that_differ_are_noted_also_among_seeds():
+    made = {"device": "cpu x 1", "mesh": "one device", "jax": "0.10.2"}
+    one, other = make("SAM", 0, **made), make("SAM", 1, **made)
+    assert not report.cautions([one, other])
+    assert not report.cautions([one, make("SAM", 1)])  # an older run does not say
+    other.result["jax"] = "0.12.0"
+    (note,) = report.cautions([one, other])
+    assert note == "runs were not made alike: JAX is 0.10.2 in SAM; 0.12.0 in SAM."
+    other.result["mesh"] = "data=4"
+    (note,) = report.cautions([one, other])
+    assert "the mesh is one device in SAM; data=4 in SAM. JAX is" in note
+    assert note.endswith(" Times cannot be compared.")
 
 
 def test_methods_on_other_test_sets_are_noted():

@@ -1,13 +1,12 @@
 """The whole report: what its page holds, and that its numbers are right."""
 
-import base64
 import html
 import html.parser
-import io
 import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from otmdr_jax.experiments.report import (
 )
 from tests.experiments.test_report import history
 
+SVG = "http://www.w3.org/2000/svg"
 CONFIG = {"method": "sam", "num_particles": 1, "data": "digits", "epochs": 2}
 LABELS = np.asarray(data.load("digits").test.labels)
 SECTIONS = [
@@ -55,7 +55,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.headings, self.pictures, self.links = [], [], []
+        self.headings, self.links = [], []
         self.missing, self.alts, self.tags, self._open = [], [], set(), None
         self.feed(text)
 
@@ -66,9 +66,8 @@ class Page(html.parser.HTMLParser):
             self._open = (tag, [])
         elif tag == "blockquote":
             self._open = (tag, [])
-        elif tag == "img":
-            self.pictures.append(attrs["src"])
-            self.alts.append(attrs["alt"])
+        elif tag == "svg":
+            self.alts.append(attrs["aria-label"])
         elif tag in ("a", "link", "script", "iframe"):
             self.links.append(attrs.get("href") or attrs.get("src"))
 
@@ -84,10 +83,23 @@ class Page(html.parser.HTMLParser):
             self._open = None
 
 
-def picture(source):
-    kind, _, encoded = source.partition(",")
-    assert kind == "data:image/png;base64"
-    return Image.open(io.BytesIO(base64.b64decode(encoded)))
+def pictures(text):
+    """Description -> the SVG of each panel and legend of a page."""
+    found = [ElementTree.fromstring(x) for x in re.findall("<svg.*?</svg>", text)]
+    return {svg.get("aria-label"): svg for svg in found}
+
+
+def texts(svg):
+    return ["".join(x.itertext()) for x in svg.iter(f"{{{SVG}}}text")]
+
+
+def references(svg):
+    for element in svg.iter():
+        for key, value in element.items():
+            if key.endswith("}href") and not value.startswith("data:"):
+                assert value.startswith("#")
+                yield value[1:]
+            yield from re.findall(r"url\(#(.+?)\)", value)
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +126,6 @@ def written(tmp_path_factory):
     return path, runs
 
 
-def is_within(part, whole):
-    """Whether an array of pixels is a rectangle of another one."""
-    height, width, channels = part.shape
-    at = int(np.argmax(np.var(part, axis=(1, 2))))  # a row that is not blank
-    row = part[at].tobytes()
-    for y in range(len(whole) - height + 1):
-        line, x = whole[y + at].tobytes(), -1
-        while (x := line.find(row, x + 1)) >= 0:
-            left = x // channels
-            if np.array_equal(whole[y : y + height, left : left + width], part):
-                return True
-    return False
-
-
 class TestThePage:
     @pytest.mark.slow
     def test_has_every_section_once_and_in_order(self, written):
@@ -146,32 +144,86 @@ class TestThePage:
         page = Page(text)
         assert not {"script", "link", "iframe"} & page.tags
         assert not re.search(r'(src|href|srcset)="(?!#|data:)', text)
-        assert "@import" not in text and "url(" not in text
+        assert "@import" not in text and not re.search(r"url\((?!#)", text)
 
     def test_panels_are_the_pictures_of_the_markdown_cut_apart(self, written):
-        page = Page(written[0].read_text())
-        folder = written[0].parent
-        shown = re.findall(r"!\[(.+?)\]\((\S+)\)", (folder / "report.md").read_text())
-        assert len(shown) == 9
-        assert len(set(page.alts)) == len(page.alts) and all(page.alts)
-        for alt, name in shown:
-            found = zip(page.alts, page.pictures, strict=True)
-            parts = [picture(x) for own, x in found if own.partition(",")[0] == alt]
-            whole = np.asarray(Image.open(folder / name))
-            # A phone shows each of them nearly as large as it was drawn.
-            assert parts and max(part.width for part in parts) <= 750
-            for part in map(np.asarray, parts):
-                assert is_within(part, whole), (alt, name)
-        # Panels have room beside each other, or stand below each other.
         text = written[0].read_text()
+        found = pictures(text)
+        assert Page(text).alts == list(found)
+        shown = re.findall(
+            r"!\[(.+?)\]\((\S+)\)", (written[0].parent / "report.md").read_text()
+        )
+        assert len(shown) == 9
+        for alt, name in shown:
+            with Image.open(written[0].parent / name) as whole:
+                across, down = (72 * x / plots.DPI for x in whole.size)
+            parts = [x for own, x in found.items() if own.partition(",")[0] == alt]
+            boxes = [[float(x) for x in part.get("viewBox").split()] for part in parts]
+            for part, (left, top, width, height) in zip(parts, boxes, strict=True):
+                # 72 units an inch; a phone shows each nearly as large as it was drawn.
+                assert left >= -0.1 and top >= -0.1 and width <= 360
+                assert left + width <= across + 0.1 and top + height <= down + 1
+                assert int(part.get("width")) == round(96 * width / 72)
+            corners = [tuple(box[:2]) for box in boxes]
+            assert len(set(corners)) == len(corners)
+        # Panels have room beside each other, or stand below each other.
         assert 'class="panels" style="--panel: 2' in text
         assert "repeat(auto-fit, minmax(min(100%" in text
 
+    def test_what_a_panel_says_is_text_of_that_panel_alone(self, written):
+        found = pictures(written[0].read_text())
+        titles = ("Training loss (nats)", "Test accuracy (%)", "Test NLL (nats)")
+        for i, title in enumerate(titles, 1):
+            said = texts(found[f"Learning curves, {i} of 3"])
+            assert title in said and "Epoch" in said and "1.0" in said
+            assert not set(titles) - {title} & set(said)
+        assert texts(found["Learning curves, legend"]) == ["SGD", "SAM, n = 2"]
+        worst = examples.worst(written[1][0])
+        for i in range(examples.COUNT):
+            name = f"Worst examples of SGD, {i + 1} of {examples.COUNT}"
+            between = f"{worst.labels[i]} → {worst.predicted[i]}"
+            assert texts(found[name]) == [between, f"{worst.confidence[i]:.0%}"]
+
+    def test_pixels_are_where_they_are_the_content(self, written):
+        found = pictures(written[0].read_text())
+        with_pixels = {
+            name.partition(" of ")[0].partition(",")[0]
+            for name, svg in found.items()
+            if next(svg.iter(f"{{{SVG}}}image"), None) is not None
+        }
+        assert with_pixels == {
+            "Confusion matrices", "Worst examples", "Uncertain examples",
+        }  # fmt: skip
+
+    def test_a_picture_is_drawn_in_the_ink_and_on_the_paper_of_the_page(self, written):
+        text = written[0].read_text()
+        for svg in re.findall("<svg.*?</svg>", text):
+            bare = re.sub(r'href="data:[^"]*"', "", svg)
+            assert plots.INK not in bare and plots.PAPER not in bare
+        # A share in a cell of a colour map keeps a colour of its own.
+        matrix = pictures(text)["Confusion matrices, 1 of 2"]
+        fills = {x.get("style") for x in matrix.iter(f"{{{SVG}}}text")}
+        assert any(plots.DARK in x for x in fills)
+        assert any(plots.LIGHT in x for x in fills)
+
+    def test_a_picture_refers_to_its_own_parts_which_no_other_has(self, written):
+        text = written[0].read_text()
+        ids = re.findall(r'\bid="(.+?)"', text)
+        assert len(set(ids)) == len(ids)
+        for svg in pictures(text).values():
+            own = {x.get("id") for x in svg.iter() if x.get("id")}
+            assert own == set(references(svg))
+
     @pytest.mark.slow
     @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no browser")
-    @pytest.mark.parametrize("width", [320, 400, 1280])
-    def test_a_screen_shows_every_number(self, written, tmp_path, width):
-        """Only tables are scrolled sideways, to their last number, beside the names."""
+    @pytest.mark.parametrize(
+        ("width", "scheme"), [(320, 1), (400, 0), (400, 1), (1280, 0), (1280, 1)]
+    )
+    def test_a_screen_shows_every_number(self, written, tmp_path, width, scheme):
+        """Only tables are scrolled sideways, to their last number, beside the names.
+
+        The headline is not, from 400 px on. 0 is the browser's dark scheme, 1 light.
+        """
         framed = html.escape(written[0].read_text())
         (tmp_path / "frame.html").write_text(
             f'<iframe style="width:{width}px" srcdoc="{framed}"></iframe>'
@@ -182,7 +234,15 @@ class TestThePage:
               const found = {
                 page: page.documentElement.scrollWidth, wide: 0, cut: 0, tables: 0,
               };
-              for (const image of page.images)
+              const light = x => x.match(/[\\d.]+/g).slice(0, 3)
+                .reduce((sum, one) => sum + Number(one), 0) / 3;
+              found.paper = light(getComputedStyle(page.body).backgroundColor);
+              const inks = [...page.querySelectorAll("figure text")]
+                .filter(x => !x.style.fill).map(x => light(getComputedStyle(x).fill));
+              found.inks = [inks.length, Math.min(...inks), Math.max(...inks)];
+              const headline = page.querySelector(".scroll");
+              found.headline = headline.scrollWidth - headline.clientWidth;
+              for (const image of page.querySelectorAll("svg"))
                 if (box(image).right > page.documentElement.clientWidth) found.cut++;
               for (const table of page.querySelectorAll(".scroll")) {
                 found.tables++;
@@ -203,6 +263,7 @@ class TestThePage:
         )
         shown = subprocess.run(
             ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu",
+             f"--blink-settings=preferredColorScheme={scheme}",
              f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
              (tmp_path / "frame.html").as_uri()],
             capture_output=True, text=True, check=True, timeout=120,
@@ -211,6 +272,13 @@ class TestThePage:
         assert found["tables"] > 5 and found["cut"] == 0
         assert found["page"] <= width
         assert found["wide"] == 0 or width < 1280
+        assert found["headline"] <= 1 or width < 400
+        count, darkest, lightest = found["inks"]
+        assert count > 100
+        if scheme:
+            assert found["paper"] > 240 and lightest < 60
+        else:
+            assert found["paper"] < 40 and darkest > 200
 
     def test_names_what_is_missing_and_what_makes_it(self, written):
         missing = Page(written[0].read_text()).missing
@@ -259,7 +327,7 @@ class TestThePage:
         run = make("<script>alert(1)</script>", folder=tmp_path / "<img src=x>")
         path = report.write(tmp_path / "page", [run], "x", whole=True)
         page = Page(path.read_text())
-        assert "script" not in page.tags and len(page.pictures) == len(page.alts) > 9
+        assert "script" not in page.tags and len(page.alts) > 9
         assert page.alts[-1].startswith("Uncertain examples of <script>alert(1)</scr")
         assert "<script>alert(1)</script> (<img src=x>)" in page.headings
 
@@ -678,6 +746,25 @@ class TestPictures:
             between = "=" if predicted == LABELS[row] else "→"
             title = f"{LABELS[row]} {between} {predicted}\n{confidence:.0%}"
             assert ax.get_title() == title
+
+    def test_classes_have_their_names_where_the_data_have_them(self):
+        names = [f"digit of the kind {i}" for i in range(10)]
+        named = make(skill=1.0)._replace(data={"class_names": names})
+        ax = self.axes(predictions.confusion_figure([named]), "confusion:SAM")
+        want = ["digit of the …" for _ in range(10)]
+        for axis in (ax.get_xticklabels(), ax.get_yticklabels()):
+            assert [text.get_text() for text in axis] == want
+        # Runs whose data name them otherwise have numbers in common, and no more.
+        others = named._replace(data={"class_names": list("abcdefghij")})
+        figure = predictions.confusion_figure([named, others])
+        axis = self.axes(figure, "confusion:SAM").get_xticklabels()
+        assert [text.get_text() for text in axis] == list("0123456789")
+        chosen = examples.worst(others, 3)
+        figure = examples.examples_figure(data.load("digits").test.images, chosen)
+        for ax, row in zip(figure.axes[:3], chosen.rows, strict=True):
+            predicted = "abcdefghij"[others.log_probs[row].argmax()]
+            title = f"{'abcdefghij'[LABELS[row]]} → {predicted}\n"
+            assert ax.get_title().startswith(title)
 
     def test_panels_have_one_scale_beside_one_without_numbers(self):
         runs = [make("a", 0, 0.5), make("b", 1, 9.0), make("sick")]

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from otmdr_jax import bnn, data, metrics
 from otmdr_jax.data import corruptions
-from otmdr_jax.experiments import cli, programs, report, training
+from otmdr_jax.experiments import cli, prediction, programs, report, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation, shift
 from otmdr_jax.experiments.measure.shift import detection, sets
 from otmdr_jax.experiments.report import page
 from otmdr_jax.experiments.report import shift as tables
+from tests.marks import slow_but
 from tests.sets import encoded, gray_examples, gray_features, real_cifar10
 
 KEYS = ("picture", "kind")
@@ -403,11 +404,11 @@ def test_a_record_is_the_evaluation_of_corrupted_sets(kind, small):
         assert (row["name"], row["num_examples"]) == ("uniform_noise", 90)
 
 
-@pytest.mark.parametrize("kind", list(KINDS)[1:])
+@pytest.mark.parametrize("kind", slow_but(["a posterior"], list(KINDS)[1:]))
 def test_mutual_information_is_that_of_the_samples(kind, small):
     config = TINY.replace(**KINDS[kind])
     compiled, state = state_of(config, small)
-    found = evaluation.predict(config, state, small.test, compiled)
+    found = prediction.predict(config, state, small.test, compiled)
     samples = np.exp(np.asarray(compiled.predict(state, small.test.images), float))
     want = metrics.mutual_information(samples)
     np.testing.assert_allclose(found.mutual_information(), want, atol=1e-6)
@@ -415,7 +416,7 @@ def test_mutual_information_is_that_of_the_samples(kind, small):
     # Of members that do not count there is nothing in it.
     if config.model.members is not None:
         count = len(config.model.member_names)
-        found = evaluation.predict(config, state, small.test, compiled, without=(0,))
+        found = prediction.predict(config, state, small.test, compiled, without=(0,))
         each = samples.reshape(count, -1, *samples.shape[1:])[1:]
         want = metrics.mutual_information(each.reshape(-1, *samples.shape[1:]))
         np.testing.assert_allclose(found.mutual_information(), want, atol=1e-6)
@@ -872,9 +873,9 @@ def test_a_mesh_of_devices_predicts_the_same_of_corrupted_images(small):
     spread = programs.compile_programs(config, small, mesh)
     compiled, state = state_of(TINY, small)
     change = shift.evaluation._corruption("gaussian_noise", 5, 1)
-    want = evaluation.predict(TINY, state, small.test, compiled, change=change)
+    want = prediction.predict(TINY, state, small.test, compiled, change=change)
     everywhere = spread.init(programs.run_keys(config.run.seed)[0])
-    got = evaluation.predict(config, everywhere, small.test, spread, change=change)
+    got = prediction.predict(config, everywhere, small.test, spread, change=change)
     np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-4)
 
 
@@ -890,8 +891,8 @@ def test_members_that_agree_have_no_information(samples):
         if samples > 1:
             within = np.stack([metrics.entropy(np.exp(log_probs))] * 3)
         members = np.stack([log_probs] * 3)
-        mean = evaluation._mean(members)
-        return evaluation.Predicted(mean, members, within, [0, 1, 2])
+        mean = prediction._mean(members)
+        return prediction.Predicted(mean, members, within, [0, 1, 2])
 
     inside, outside = (
         detection.scores(predicted(count))["mutual_information"] for count in (200, 300)

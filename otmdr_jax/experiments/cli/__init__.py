@@ -1,9 +1,15 @@
 """The command line `otmdr`: one module for each command."""
 
+import contextlib
+import gc
+import hashlib
+import importlib
 import inspect
 import io
 import logging
 import os
+import pathlib
+import platform
 import signal
 import sys
 import warnings
@@ -25,7 +31,9 @@ from otmdr_jax.experiments.cli import (
     compare,
     ensemble,
     evaluate,
+    export,
     landscape,
+    predict,
     report,
     sharpness,
     shift,
@@ -40,6 +48,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (train.Train, train.run),
     "evaluate": (evaluate.Evaluate, evaluate.run),
     "calibrate": (calibrate.Calibrate, calibrate.run),
+    "predict": (predict.Predict, predict.run),
+    "export": (export.Export, export.run),
     "sharpness": (sharpness.Sharpness, sharpness.run),
     "shift": (shift.Shift, shift.run),
     "landscape": (landscape.Landscape, landscape.run),
@@ -67,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # A terminal that cannot show an arrow shows a "?": no error after the work.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if argv is None:  # a process of its own
+        # What is imported stays: the collector need not walk through it each time.
+        gc.freeze()
     try:
         with warnings.catch_warnings(), interrupts.remembered():
             warnings.showwarning = _say_warning
@@ -98,8 +111,12 @@ def _run(argv: list[str]) -> None:
         )
     # Orbax warns when a checkpoint is opened for reading only, as evaluation does.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # networks of one's own may stand in this folder
     kind, function = COMMANDS[argv[0]]
     _cache_programs()
+    if argv[0] in ("train", "sweep", "demo"):
+        _import_tensorboard()
     try:
         if kind is train.Train:  # the method decides which options it has
             return function(argv[1:])
@@ -122,17 +139,46 @@ def _run(argv: list[str]) -> None:
 
 
 def _cache_programs() -> None:
-    """Keeps compiled programs on disk, so that a resumed run does not compile again.
+    """Keeps compiled programs on disk, so that the next run does not compile again.
 
-    JAX_COMPILATION_CACHE_DIR names the folder. Default: a folder beside the data cache.
+    JAX_COMPILATION_CACHE_DIR names the folder. Default: a folder beside the data cache,
+    in which each kind of processor has its own, since a program of one may not run on
+    another. JAX's own default keeps programs of a second and more; a run has dozens of
+    smaller ones, which together take longer.
     """
     import jax
 
     from otmdr_jax.data import cache
 
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        folder = cache.default_directory() / "programs"
+        folder = cache.default_directory() / "programs" / _processor()
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _processor() -> str:
+    """Returns a name that differs where the instructions of processors do."""
+    facts = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        facts += "".join(sorted({x for x in lines if x.startswith(("flags", "model"))}))
+    return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+
+def _import_tensorboard() -> None:
+    """Imports tensorboardX without PyTorch, which it imports where it is installed.
+
+    That takes two seconds, for tensors of PyTorch, which no command logs.
+    """
+    if "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]
 
 
 def _say_warning(message: Any, *_: Any, **__: Any) -> None:

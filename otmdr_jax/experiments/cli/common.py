@@ -42,11 +42,13 @@ def tabled_runs(
     Returns:
       The runs and the title.
     """
-    from otmdr_jax.experiments import report
+    from otmdr_jax.experiments import report, run_folder
 
     if not folders:
         raise ValueError("name the folders of at least one run.")
     report.check_folder(output)
+    for folder in folders:
+        run_folder.check_classes(folder, "a report")
     found = report.with_distinct_labels(map(report.read_run, folders))
     report.check_distinct(found)
     if not overwrite:

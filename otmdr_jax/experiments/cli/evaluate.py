@@ -85,13 +85,16 @@ def run(options: Evaluate) -> None:
             "--prior-precision and --laplace-examples are options of --laplace: give "
             "--laplace too."
         )
-    folder, config, dataset, compiled, state, _, diverged = restore.open_run(
+    run_folder.check_classes(options.run, "otmdr evaluate")
+    opened = restore.open_run(
         options.run,
         options.checkpoint,
         split=options.split,
         predicts=options.laplace is None,  # a Laplace approximation is fitted below
         **given,
     )
+    folder, config, dataset = opened.folder, opened.config, opened.dataset
+    compiled, state = opened.programs, opened.state
     settings: dict[str, Any] = {
         "split": options.split,
         "checkpoint": options.checkpoint,
@@ -116,7 +119,7 @@ def run(options: Evaluate) -> None:
         dataset,
         compiled,
         splits=(options.split,),
-        without=diverged,
+        without=opened.diverged,
         show_progress=True,
     )
     found = of_run.splits[options.split]

@@ -47,9 +47,11 @@ def run(options: Sharpness) -> None:
     given: dict[str, Any] = (
         {} if options.data_dir is None else {"data_dir": options.data_dir}
     )
-    folder, config, dataset, programs, state, _, diverged = restore.open_run(
+    run_folder.check_classes(options.run, "otmdr sharpness")
+    opened = restore.open_run(
         options.run, options.checkpoint, split="train", predicts=False, **given
     )
+    folder, dataset, state = opened.folder, opened.dataset, opened.state
     settings = {
         "step": members.steps_taken(state),
         "num_examples": min(options.num_examples, dataset.train.num_examples),
@@ -59,11 +61,11 @@ def run(options: Sharpness) -> None:
     }
     run_folder.check_record(folder / "sharpness.json", settings, options.overwrite)
     record = sharpness.measure(
-        config,
+        opened.config,
         state,
         dataset,
-        programs,
-        without=diverged,
+        opened.programs,
+        without=opened.diverged,
         num_examples=options.num_examples,
         num_eigenvalues=options.num_eigenvalues,
         num_probes=options.num_probes,

@@ -80,7 +80,8 @@ def run(options: Shift) -> None:
     given: dict[str, Any] = (
         {} if options.data_dir is None else {"data_dir": options.data_dir}
     )
-    opened = restore.open_run(options.run, options.checkpoint, **given)
+    run_folder.check_classes(options.run, "otmdr shift")
+    opened = restore.open_run(options.run, options.checkpoint, split="test", **given)
     settings = {
         "step": members.steps_taken(opened.state),
         "corruptions": options.corruptions,

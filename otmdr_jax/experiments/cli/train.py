@@ -35,13 +35,18 @@ docs/baselines.md and docs/dual.md have the equations."""
 
 # What the help shows in the place of a text; of other values their type will do.
 _METAVARS = {
-    "data": "NAME|FILE.npz",
+    "data": "NAME|FILE.npz|FOLDER",
     "data_dir": "FOLDER|FILE.npz",
+    "image_size": "PIXELS",
     "cache_dir": "FOLDER",
     "augment": "[{crop,flip} ...]",
     "model": "NAME",
     "members": "NUMBER|NAME,NAME",
     "mesh": "data=4,particle=2",
+    "init_from": "RUN|FILE",
+    "freeze": "PATTERN ...",
+    "perturb": "PATTERN ...",
+    "learning_rate_of": "PATTERN=RATE ...",
 }
 
 
@@ -56,6 +61,8 @@ class Train:
 
     otmdr train --preset paper-cifar10 --data-dir ~/tensorflow_datasets
 
+    otmdr train --data ./photos --image-size 64 --model resnet_18
+
     otmdr train --resume runs/digits-cnn_small-otmdr-seed0
 
     otmdr train --members 5 --model resnet_10 --data cifar10
@@ -67,6 +74,8 @@ class Train:
     otmdr train --method snapshot --cycles 5 --epochs 40
 
     otmdr train --mesh data=4,particle=2 --num-particles 2
+
+    otmdr train --init-from runs/pretrained --freeze "conv*" "norm*"
 
     srun otmdr train --distributed --output /shared/run
     """

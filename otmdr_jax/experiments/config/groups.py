@@ -9,12 +9,15 @@ import pathlib
 from typing import Annotated, Any, ClassVar, Literal
 
 from otmdr_jax.data.dataset import check_augmentations
+from otmdr_jax.data.sources import is_folder
 from otmdr_jax.experiments.options import (
     Bound,
     Count,
+    GroupRates,
     Must,
     NotNegative,
     OnlyWith,
+    Patterns,
     Positive,
     Rate,
     Seed,
@@ -22,6 +25,10 @@ from otmdr_jax.experiments.options import (
 )
 
 Amount = Annotated[float, Must("at least 0", lambda x: x >= 0)]
+
+
+def _absolute(path: str) -> str:
+    return str(pathlib.Path(path).expanduser().absolute())
 
 
 class Group:
@@ -49,11 +56,15 @@ class Data(Group):
     """The data set."""
 
     name: str = "digits"
-    """Data set: digits, cifar10, cifar100, any TFDS image set, or a path to an .npz
-    with train_images, train_labels, test_images, test_labels."""
+    """Data set: digits, cifar10, cifar100, any TFDS image set; a path to an .npz with
+    train_images, train_labels, test_images, test_labels; or a folder of images with a
+    folder for each class, alone or in train and test (docs/data.md)."""
+    image_size: Count | None = None
+    """Side in pixels that the images of a folder are resized to; needed unless they
+    have one size."""
     data_dir: str | None = None
-    """Folder of prepared TFDS data; of a run on an .npz that has moved, its new folder
-    or the file. Default: TFDS's own (~/tensorflow_datasets)."""
+    """Folder of prepared TFDS data; of a run on an .npz or a folder of images that has
+    moved, where it is now. Default: TFDS's own (~/tensorflow_datasets)."""
     cache_dir: str | None = None
     """Folder of decoded pixels. Default: ~/.cache/otmdr_jax."""
     download: bool = False
@@ -71,6 +82,12 @@ class Data(Group):
     def check(self, config: Any) -> None:
         super().check(config)
         check_augmentations(self.augment or ())
+        if self.image_size is not None and not is_folder(self.name):
+            raise ValueError(
+                "image_size must be left out but for a folder of images, and "
+                f"{self.name!r} is none, got {self.image_size!r}. A folder is written "
+                "as a path: ./photos."
+            )
         if self.validation > 1 and not float(self.validation).is_integer():
             raise ValueError(
                 "validation must be a fraction below 1 or a whole number of examples, "
@@ -78,10 +95,9 @@ class Data(Group):
             )
 
     def __post_init__(self) -> None:
-        """Makes the path of a file absolute: a run is opened from other folders too."""
-        if self.name.endswith(".npz"):
-            path = str(pathlib.Path(self.name).expanduser().absolute())
-            object.__setattr__(self, "name", path)
+        """Makes a path absolute: a run is opened from other folders too."""
+        if self.name.endswith(".npz") or is_folder(self.name):
+            object.__setattr__(self, "name", _absolute(self.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +106,8 @@ class Model(Group):
 
     name: str = "cnn_small"
     """Model: cnn_small, resnet_10, resnet_18, wide_resnet_<depth>_<width>,
-    pyramidnet_101, pyramidnet_<depth>_a<alpha>, densenet_121, mobilenet or
-    efficientnet_b0."""
+    pyramidnet_101, pyramidnet_<depth>_a<alpha>, densenet_121, mobilenet,
+    efficientnet_b0, or a network of your own, package.module:Name (docs/own.md)."""
     stem: Literal["cifar", "imagenet"] | None = None
     """Stem: cifar (3x3, stride 1), the default of resnet_10, resnet_18 and
     efficientnet_b0, or imagenet (stride 2, and pooling but in efficientnet_b0), that of
@@ -120,6 +136,17 @@ class Model(Group):
     an order of the data of its own."""
     member_map: Literal["auto", "vmap", "unroll", "scan"] = "auto"
     """How members of one model are computed: a matter of speed and memory alone."""
+    init_from: str | None = None
+    """Start from trained weights: those of another run's folder, or of a .safetensors
+    or .npz file with their names, or of torchvision in a .pth or .safetensors file. The
+    classifier is drawn anew where the number of classes differs. Default: random
+    weights."""
+    new_head: bool = False
+    """Draw the classifier anew although the weights of init_from have as many classes:
+    theirs are others."""
+    freeze: Patterns | None = None
+    """Parameters that stay as they are, by patterns of their names: conv1/* "*norm*".
+    They are not perturbed either. Default: none."""
 
     @property
     def member_names(self) -> tuple[str, ...]:
@@ -140,7 +167,17 @@ class Model(Group):
         """Whether members have one loss."""
         return self.members is not None and self.ensemble == "joint"
 
+    def __post_init__(self) -> None:
+        """Makes the path absolute, as that of the data."""
+        if self.init_from is not None:
+            object.__setattr__(self, "init_from", _absolute(self.init_from))
+
     def check(self, config: Any) -> None:
+        if self.new_head and self.init_from is None:
+            raise ValueError(
+                "new_head is for weights of init_from: without them every layer is "
+                "drawn anew. Leave it out."
+            )
         if self.members is None:
             for name in ("ensemble", "member_data", "member_map"):
                 if (value := getattr(self, name)) != getattr(type(self), name):
@@ -213,12 +250,24 @@ class Schedule(Group):
     constant; plateau (x 0.1 when the epoch's loss stops falling)."""
     learning_rate: NotNegative = 0.1
     """Peak learning rate (appendix B.1)."""
+    learning_rate_of: GroupRates | None = None
+    """Peak learning rates of parameters by patterns of their names, head/*=0.1
+    conv*=0.001; the first pattern that matches counts. They follow the schedule of
+    --learning-rate, in proportion. Default: that of all."""
     warmup_epochs: NotNegative = 0.0
     """Epochs of linear warmup from 0."""
     plateau_patience: Count = 10
     """Epochs without a lower loss before plateau acts (PyTorch's default)."""
     plateau_factor: Share = 0.1
     """What plateau multiplies the learning rate by (PyTorch's default)."""
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        if self.learning_rate_of is not None and not self.learning_rate:
+            raise ValueError(
+                "learning_rate_of is in proportion to learning_rate, which must then "
+                "be positive, got 0."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

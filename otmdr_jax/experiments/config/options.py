@@ -19,6 +19,8 @@ GROUPS: dict[str, type] = {
     "schedule": Schedule,
     "run": Run,
 }
+# Options of several texts, of which one may stand alone.
+LISTS = ("augment", "freeze", "learning_rate_of", "perturb")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -78,8 +80,9 @@ class TrainConfig:
         if not isinstance(given := options.get("model"), str | None):
             raise ValueError(
                 "model must be the name of a network, which a run's folder records, "
-                f"got a {type(given).__name__}. docs/extending.md shows how to give "
-                "one of your own a name; value_and_grad and methods.create need none."
+                f"got a {type(given).__name__}. Give one of your own to the training, "
+                "training.train(config, data, model=...), or name its module and "
+                'class, model="package.module:Name".'
             )
         for word in ("method", "base_method"):
             if not isinstance(given := options.get(word), str | None):
@@ -211,8 +214,8 @@ def refuse_foreign(method: str, names: Any, mine: Any) -> None:
 def _as_json(name: str, value: Any) -> Any:
     """An option's value as config.json gives it back: numbers, texts and tuples.
 
-    A seed out of np.arange, a radius of a computation, a path and one augmentation are
-    what a caller has; JSON has none of their types.
+    A seed out of np.arange, a radius of a computation, a path and one pattern are what
+    a caller has; JSON has none of their types.
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -220,7 +223,7 @@ def _as_json(name: str, value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return tuple(_as_json("", x) for x in value)
-    if name == "augment" and isinstance(value, str):
+    if name in LISTS and isinstance(value, str):
         return (value,)
     # The option is text because it may hold names: a number is meant all the same.
     return str(value) if name == "members" and type(value) is int else value

@@ -49,12 +49,14 @@ def calibrate(
 
     Returns:
       A record: `how` (the protocol in words), `num_examples`, `num_repeats`, `seed`,
-      `alpha`, `methods` and `conformal`. Each entry of `methods` has a `name`. If the
-      fit failed, `why` says the reason. Otherwise the entry has `metrics` (name -> raw,
-      calibrated, raw_std, calibrated_std; the deviations are None for "validation"), a
-      `note` if the fit did not converge or made the NLL worse and, for temperature
-      scaling, the mean `temperature` of the fits. Each entry of `conformal` has a
-      score, its coverage and its mean set size.
+      `alpha`, `methods` and `conformal`; with temperature scaling also `temperature`,
+      that of predictions of new images, fitted to all of the test set or of the
+      validation set (None if the fit failed). Each entry of `methods` has a `name`. If
+      the fit failed, `why` says the reason. Otherwise the entry has `metrics` (name ->
+      raw, calibrated, raw_std, calibrated_std; the deviations are None for
+      "validation"), a `note` if the fit did not converge or made the NLL worse and, for
+      temperature scaling, the mean `temperature` of the fits. Each entry of `conformal`
+      has a score, its coverage and its mean set size.
 
     Raises:
       FileNotFoundError: The folder is no run, or the run is not finished.
@@ -72,6 +74,7 @@ def calibrate(
     if num_repeats < 1:
         raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
     conformal.check_alpha(alpha)
+    run_folder.check_classes(folder, "calibration")
     log_probs, labels = _test_predictions(pathlib.Path(folder))
     record: dict[str, Any] = {
         "fit": fit,
@@ -95,6 +98,10 @@ def calibrate(
         found = [_held_out(name, held_out, (log_probs, labels)) for name in methods]
         sets = _sets(np.exp(held_out[0]), held_out[1], np.exp(log_probs), alpha, seed)
         sets = [(name, *_coverage_and_size(s, labels)) for name, s in sets]
+    if "temperature" in methods:
+        # It is for new images: all labels that are known may be fitted to.
+        fitted: Any = (log_probs, labels) if fit == "folds" else held_out
+        record["temperature"] = _temperature(*fitted)
     return record | {
         "methods": found,
         "conformal": [
@@ -165,6 +172,16 @@ def _on_folds(name, log_probs, labels, num_repeats, seed):
     if name == "temperature":
         row["temperature"] = float(np.mean([1 / c.weight for c in found.calibrators]))
     return row
+
+
+def _temperature(log_probs, labels):
+    """The temperature of new images; None where none can be fitted."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the same as of the fit that was measured
+            return float(calibration.fit_temperature(log_probs, labels))
+    except (ValueError, RuntimeError):
+        return None
 
 
 def _held_out(name, held_out, test):

@@ -29,7 +29,7 @@ def record_of(
     Returns:
       A record for JSON. Losses and sharpness are in nats.
     """
-    state, _, posterior, diverged = of_run
+    state, posterior, diverged = of_run.state, of_run.posterior, of_run.diverged
     found = of_run.splits[split]
     sharp = sharpness.gap(config, state, dataset, programs, without=diverged)
     solutions = members.predicting(config, state)
@@ -37,7 +37,8 @@ def record_of(
     record = {
         **found.metrics,
         "sharpness": sharp["sharpness"],
-        "train_nll": sharp["train_nll"],
+        # Of a loss of one's own it is no likelihood.
+        "train_loss" if programs.own.loss else "train_nll": sharp["train_nll"],
         "steps": members.steps_taken(state),
         "skipped_steps": sum(int(member.skipped) for member in trained),
         "parameters": sum(members.num_parameters(one) for one in solutions),

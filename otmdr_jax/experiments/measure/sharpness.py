@@ -13,19 +13,20 @@ import jax
 import numpy as np
 
 from otmdr_jax import landscape, parallel
-from otmdr_jax.data import Dataset, Split
+from otmdr_jax.data import Dataset, Loader, Split
 from otmdr_jax.experiments import members
 from otmdr_jax.experiments.config import TrainConfig
-from otmdr_jax.experiments.measure.evaluation import eval_batches
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.methods import weights_of
 from otmdr_jax.experiments.options import Seed, check
+from otmdr_jax.experiments.prediction import eval_batches
 from otmdr_jax.experiments.programs import Programs
 from otmdr_jax.io.progress import Progress
 
 PyTree = Any
 
-# The most training images to measure on, evenly spread over the set.
+# The most training images to measure on, evenly spread over the set; of a loader the
+# first ones.
 NUM_EXAMPLES = 2_000
 # Radii of SAM and ASAM for CIFAR-10 (their papers).
 RHO, ADAPTIVE_RHO = 0.05, 0.5
@@ -247,14 +248,17 @@ def _measures(num_eigenvalues, num_probes, key):
 def _members(config, state, dataset, programs, num_examples=NUM_EXAMPLES):
     """Yields (loss_sum, weights, batches) of every member that has its own loss."""
     train = dataset.train
-    chosen = np.linspace(
-        0, train.num_examples - 1, min(train.num_examples, num_examples)
-    ).astype(int)
-    part = Split(train.images[chosen], train.labels[chosen])
-    mesh = programs.mesh
+    if isinstance(train, Loader):
+        part = train.first(num_examples)
+    else:
+        chosen = np.linspace(
+            0, train.num_examples - 1, min(train.num_examples, num_examples)
+        ).astype(int)
+        part = Split(train.images[chosen], train.labels[chosen])
+    mesh, size = programs.mesh, min(config.run.eval_batch_size, part.num_examples)
     batches = [
         parallel.place(batch, mesh, parallel.data_spec(mesh))
-        for batch in eval_batches(config, part, mesh)
+        for batch in eval_batches(size, part, mesh)
     ]
     if not config.method.is_fitted:  # a fitted Gaussian keeps the trained weights
         state = config.method.finalize(config, state, dataset, programs)

@@ -39,6 +39,7 @@ from otmdr_jax.experiments.methods.training import (
     cross_entropy,
     decays,
     weights_of,
+    with_weights,
 )
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "decays",
     "kind_of",
     "weights_of",
+    "with_weights",
 ]

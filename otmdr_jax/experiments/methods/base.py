@@ -171,6 +171,21 @@ class MethodOptions:
 
     # -- what predicts --
 
+    def seen(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
+        """What a prediction needs of the training set, summed over a pass over it.
+
+        Args:
+          config: The run's options.
+          state: Its state.
+          dataset: Its data.
+          programs: Its compiled functions.
+
+        Returns:
+          The sum for `programs.finish`; None where a state predicts as it is.
+        """
+        del config, state, dataset, programs
+        return None
+
     def finalize(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
         """A state to predict with, after a pass over the training set where needed.
 
@@ -180,8 +195,8 @@ class MethodOptions:
           dataset: Its data.
           programs: Its compiled functions.
         """
-        del config, dataset, programs
-        return state
+        seen = self.seen(config, state, dataset, programs)
+        return state if seen is None else programs.finish(state, seen)
 
     def fitted(self, state: PyTree) -> dict[str, float]:
         """What is logged of what :meth:`finalize` fitted, of members a mean."""
@@ -208,6 +223,14 @@ class MethodOptions:
         Raises:
           ValueError: Options that do not go together.
         """
+
+
+def no_frozen(name: str) -> ValueError:
+    """The error that a sparse method freezes nothing."""
+    return ValueError(
+        f"freeze is not for {name}, which chooses the connections of all layers "
+        "together: leave it out, or train with another method."
+    )
 
 
 def no_joint_loss(method: MethodOptions, config: Any, why: str) -> None:

@@ -4,6 +4,7 @@ They ride on a method of one weight vector: docs/collected.md.
 """
 
 import dataclasses
+import itertools
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 
 from otmdr_jax import baselines, parallel
 from otmdr_jax.baselines import schedules
+from otmdr_jax.data import Loader
 from otmdr_jax.experiments.methods.base import Course, Run
 from otmdr_jax.experiments.methods.riding import Riding, summed
 from otmdr_jax.experiments.methods.sampled import Sampled
@@ -146,10 +148,10 @@ class Swa(Scheduled):
     def trained(self, state: PyTree) -> PyTree:
         return baselines.moments_of(state)
 
-    def finalize(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
+    def seen(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
         """BatchNorm statistics of averaged weights: what SWA's `bn_update` computes.
 
-        The mean over batches of the training set, in an order and with augmentation
+        The sum over batches of the training set, in an order and with augmentation
         of their own, of the batches' statistics at the weights that predict. One
         forward pass for each batch and weight vector; the same numbers on any mesh,
         where each batch is one.
@@ -159,19 +161,27 @@ class Swa(Scheduled):
         # Members of several architectures may have BatchNorm or not.
         statistics = jax.tree.leaves([member.model_state for member in each])
         if kept.statistics is not None or not statistics or not number(kept.number):
-            return state
-        images = dataset.train.images
-        wanted = min(self.batchnorm_examples or len(images), len(images))
+            return None
+        train = dataset.train
+        wanted = min(self.batchnorm_examples or train.num_examples, train.num_examples)
         devices = parallel.axis_size(programs.mesh, "data")
         size = max(min(config.run.batch_size, wanted) // devices, 1) * devices
-        order = np.random.default_rng(config.run.seed).permutation(len(images))
         # Neither of the two keys that a run has: see programs.run_keys.
         key = jax.random.fold_in(jax.random.key(config.run.seed), 2)
         count = max(wanted // size, 1)
-        rows = order[: count * size].reshape(count, -1)
-        batches = ((images[x], jax.random.fold_in(key, i)) for i, x in enumerate(rows))
-        total = summed(programs, state, ((np.asarray(x), own) for x, own in batches))
-        return programs.finish(state, total)
+        if isinstance(train, Loader):  # its order, and its augmentation before ours
+            read: Any = (batch.images[:size] for batch in train.epoch(0))
+        else:
+            order = np.random.default_rng(config.run.seed).permutation(
+                len(train.labels)
+            )
+            rows = order[: count * size].reshape(count, -1)
+            read = (np.asarray(train.images[x]) for x in rows)
+        batches = (
+            (images, jax.random.fold_in(key, i))
+            for i, images in enumerate(itertools.islice(read, count))
+        )
+        return summed(programs, state, batches)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Methods of one weight vector, each an Optax transformation of the gradient."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from otmdr_jax.core import dual as dual_lib
 from otmdr_jax.core.dual import MAX_RATIO, RATE
 from otmdr_jax.core.gradient import PAPER_RHO
 from otmdr_jax.core.transform import asam, otmdr, plain, sam
+from otmdr_jax.experiments import patterns
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import MethodOptions, Run
 from otmdr_jax.experiments.options import (
@@ -28,6 +30,7 @@ from otmdr_jax.experiments.options import (
     Heat,
     NotNegative,
     OnlyWith,
+    Patterns,
     Positive,
     Radii,
     Tilt,
@@ -196,7 +199,22 @@ class Climbing(Point):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Normed(Climbing):
+class Masked(Climbing):
+    """The options of methods that may leave some parameters where they are."""
+
+    perturb: Patterns | None = None
+    """Parameters that are perturbed, by patterns of their names: head/* "*/kernel". The
+    others are trained at the center, and count in no radius. Default: all."""
+
+    def options(self, run: Run) -> dict[str, Any]:
+        found = super().options(run)
+        if self.perturb is not None:
+            found["mask"] = functools.partial(patterns.mask, self.perturb)
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normed(Masked):
     """The options of methods whose ascent steps are normalised."""
 
     norm: Literal["global", "per_leaf", "none"] = "global"
@@ -304,7 +322,7 @@ class FisherSam(Sam):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Budgeted(Climbing):
+class Budgeted(Masked):
     """What methods have whose radius adapts: the dual form (Eqs. 14, 26)."""
 
     dual_power: AtLeastOne = 2.0
@@ -362,7 +380,7 @@ class OtmdrDual(Budgeted):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Particles(Climbing):
+class Particles(Masked):
     """What methods have whose particles climb on parts of the batch, or are drawn."""
 
     has_particles = True

@@ -11,7 +11,8 @@ import numpy as np
 
 from otmdr_jax import baselines, parallel
 from otmdr_jax.baselines.mc_dropout import RATE
-from otmdr_jax.data import Split, eval_batches
+from otmdr_jax.data import Loader, Split, eval_batches
+from otmdr_jax.experiments import patterns
 from otmdr_jax.experiments.methods.base import Run
 from otmdr_jax.experiments.methods.riding import Riding, summed
 from otmdr_jax.experiments.methods.sampled import Sampled
@@ -83,6 +84,7 @@ class Laplace(Sampled, Riding):
     def check(self, config: Any) -> None:
         super().check(config)
         if self.prediction != "mean":
+            self._check_frozen(config.model.freeze or ())
             return
         for name in ("laplace", "prior_precision", "laplace_examples"):
             if getattr(self, name) != getattr(type(self), name):
@@ -91,28 +93,46 @@ class Laplace(Sampled, Riding):
                     "which nothing is fitted: leave one of them out."
                 )
 
-    def finalize(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
-        """The Gaussian, from sums of curvature over the training set.
+    def _check_frozen(self, frozen):
+        """Refuses a Gaussian of weights that stay as they are."""
+        last = ("head/kernel", "head/bias")
+        if self.laplace == "diagonal" and frozen:
+            raise ValueError(
+                "laplace='diagonal' is of all weights, and freeze="
+                f"{frozen} keeps some of them as they are: use --laplace last-layer."
+            )
+        if any(patterns.matches(name, frozen) for name in last):
+            raise ValueError(
+                f"laplace={self.laplace!r} is of the last layer, which freeze={frozen} "
+                "keeps as it is: leave one of them out."
+            )
+
+    def seen(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
+        """The curvature that the Gaussian is made from, summed over the training set.
 
         A forward pass over the training set, without augmentation; of the diagonal a
         backward pass for each class as well.
         """
         if self.prediction == "mean" or self.posteriors(state):
-            return state
+            return None
         examples, devices = dataset.train, parallel.axis_size(programs.mesh, "data")
         count = examples.num_examples
         wanted = min(self.laplace_examples or count, count)
-        if wanted < count:
+        if isinstance(examples, Loader):
+            examples = examples.first(wanted) if wanted < count else examples
+        elif wanted < count:
             rows = np.random.default_rng(config.run.seed).permutation(count)[:wanted]
             rows.sort()
             examples = Split(np.asarray(examples.images[rows]), examples.labels[rows])
         size = -(-min(config.run.eval_batch_size, wanted) // devices) * devices
         key = jax.random.key(0)  # nothing is random
-        batches = (((x, mask), key) for x, _, mask in eval_batches(examples, size))
-        total = summed(programs, state, batches)
-        return programs.finish(
-            state, jax.tree.map(lambda x: x * (count / wanted), total)
-        )
+        if isinstance(examples, Loader):
+            full = np.ones(examples.batch_size, bool)
+            read: Any = ((batch.images, full) for batch in examples.epoch(0))
+        else:
+            read = ((x, mask) for x, _, mask in eval_batches(examples, size))
+        total = summed(programs, state, ((batch, key) for batch in read))
+        return jax.tree.map(lambda x: x * (count / wanted), total)
 
     def fitted(self, state: PyTree) -> dict[str, float]:
         """The prior's precision and the effective number of parameters."""

@@ -191,6 +191,11 @@ class Posterior(Sampled):
     def check(self, config: Any) -> None:
         super().check(config)
         no_joint_loss(self, config, "members with a posterior each are trained with")
+        if self.posterior_init == "released" and config.model.init_from:
+            raise ValueError(
+                "posterior_init='released' draws the means, so that the weights of "
+                "init_from would not be where training starts: leave it out."
+            )
         if self.prior != "normal" and self.prior_std != bnn.PRIOR_STD:
             raise ValueError(
                 f"prior_std={self.prior_std} is that of the normal prior; the "

@@ -8,7 +8,12 @@ import jax
 from otmdr_jax import baselines
 from otmdr_jax.baselines import dst, schedules
 from otmdr_jax.experiments.methods import point
-from otmdr_jax.experiments.methods.base import Course, MethodOptions, Run
+from otmdr_jax.experiments.methods.base import (
+    Course,
+    MethodOptions,
+    Run,
+    no_frozen,
+)
 from otmdr_jax.experiments.methods.collected import Collecting
 from otmdr_jax.experiments.methods.riding import Riding
 from otmdr_jax.experiments.options import (
@@ -82,6 +87,11 @@ class Sparse(Riding):
             "steps": steps,
             "growth": self.growth,
         }
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        if config.model.freeze:
+            raise no_frozen(self.name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,9 @@
 """The one table of methods, and their making by name."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import optax
 
 from otmdr_jax.experiments.methods import (
@@ -12,7 +14,7 @@ from otmdr_jax.experiments.methods import (
     posterior,
     sparse,
 )
-from otmdr_jax.experiments.methods.base import MethodOptions
+from otmdr_jax.experiments.methods.base import MethodOptions, no_frozen
 from otmdr_jax.experiments.methods.training import Loss, Method
 from otmdr_jax.experiments.options import hint
 
@@ -70,8 +72,11 @@ def create(
     *,
     label_smoothing: float = 0.0,
     smoothing: str = "all",
+    loss: Callable[[jax.Array, Any], jax.Array] | None = None,
+    classes: bool = True,
     sum_particles: bool = False,
     loss_scaling: bool = False,
+    freeze: Sequence[str] = (),
     **options: Any,
 ) -> Method:
     """Builds a method from a model and an optimizer.
@@ -89,10 +94,18 @@ def create(
         `optax.chain` of what follows their update, `optax.identity()` for nothing.
       label_smoothing: See :func:`cross_entropy`.
       smoothing: See :func:`cross_entropy`.
+      loss: (outputs, targets) -> (B,) losses of the examples, instead of the cross
+        entropy.
+      classes: Whether targets are class numbers and outputs logits. If not, steps have
+        no accuracy, and `predict` gives outputs.
       sum_particles: Add the K particles' gradients up instead of averaging them, as
         mode 1 of the released code.
       loss_scaling: Scale losses dynamically, as float16 needs: see
         :mod:`otmdr_jax.experiments.precision`.
+      freeze: Patterns of the names of parameters that stay as they are, as "conv*": see
+        :mod:`otmdr_jax.experiments.patterns`. They are no part of what is trained,
+        perturbed, decayed or counted in a norm, and have no posterior. Not of "dst" and
+        "edst".
       **options: Those of the method's transformation: :func:`otmdr_jax.otmdr`, `sam`,
         `asam`, `dual`, and those of :mod:`otmdr_jax.baselines` by their names; "sgd"
         has `axis_name` and `microbatch_size`. With `axis_name` (and for particles
@@ -119,7 +132,7 @@ def create(
       >>> images, labels = jnp.zeros((4, 8, 8, 1)), jnp.arange(4)
       >>> state = method.init(jax.random.key(0), images)
       >>> state, metrics = jax.jit(method.step)(state, (images, labels))
-      >>> method.predict(state, images).shape
+      >>> jax.jit(method.predict)(state, images).shape
       (1, 4, 10)
     """
     kind = kind_of(name)
@@ -139,5 +152,17 @@ def create(
                 f"{' or '.join(with_particles)}."
             )
         options["sum_particles"] = True
-    loss = Loss(label_smoothing, smoothing, loss_scaling)
-    return kind.make(model, optimizer, loss, **options)
+    if freeze and kind.is_sparse:
+        raise no_frozen(name)
+    if loss is not None and label_smoothing:
+        raise ValueError(
+            f"label_smoothing={label_smoothing} is of the cross entropy: leave it out "
+            "with a loss of your own."
+        )
+    if loss is not None and kind.is_fitted:
+        raise ValueError(
+            f"{name} fits the curvature of the cross entropy: it cannot have a loss of "
+            "your own."
+        )
+    whole = Loss(label_smoothing, smoothing, loss_scaling, loss, classes, tuple(freeze))
+    return kind.make(model, optimizer, whole, **options)

@@ -16,7 +16,7 @@ from otmdr_jax.core import tree
 from otmdr_jax.core.gradient import Diagnostics
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.transform import keep
-from otmdr_jax.experiments import precision
+from otmdr_jax.experiments import patterns, precision
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]
@@ -68,7 +68,7 @@ class Method(NamedTuple):
         likelihood_term and kl for Bayesian networks, lambda, budget_used and
         dual_value for the dual form.
       predict: (state, images) -> (S, B, C) log-probabilities of S samples of the
-        posterior; of one weight vector S is 1.
+        posterior, or outputs where there are no classes; of one weight vector S is 1.
       posterior: state -> its :class:`otmdr_jax.bnn.MeanField`, or None for a method
         without one.
       finalize: The pass over the training set that a prediction needs, or None for
@@ -130,18 +130,52 @@ class Rule(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The loss that a method minimises.
+    """The loss that a method minimises, a mean over examples.
 
     Attributes:
       label_smoothing: The probability that is taken from the label's class.
       smoothing: Where it goes, "all" or "others": see :func:`cross_entropy`.
       scaling: Scale losses dynamically, as float16 needs: see
         :mod:`otmdr_jax.experiments.precision`.
+      function: (outputs, targets) -> (B,) losses of the examples; None for the cross
+        entropy.
+      classes: Whether targets are class numbers and outputs logits.
+      frozen: Patterns of the names of parameters that it is no function of, but that
+        are its constants: see :mod:`otmdr_jax.experiments.patterns`.
     """
 
     label_smoothing: float = 0.0
     smoothing: str = "all"
     scaling: bool = False
+    function: Callable[[jax.Array, Any], jax.Array] | None = None
+    classes: bool = True
+    frozen: tuple[str, ...] = ()
+
+    def mean(self, outputs: jax.Array, targets: Any) -> jax.Array:
+        """The mean over a batch."""
+        if self.function is None and self.classes:
+            smoothed = self.label_smoothing, self.smoothing
+            return cross_entropy(outputs, targets, *smoothed)
+        return jnp.mean(self.of_examples(outputs, targets))
+
+    def of_examples(self, outputs: jax.Array, targets: Any) -> jax.Array:
+        """(B,) losses, without label smoothing."""
+        if self.function is None and not self.classes:
+            raise ValueError(
+                "targets that are no class numbers have no cross entropy: give the "
+                "loss that the run was trained on, open_run(folder, loss=...)."
+            )
+        if self.function is None:
+            return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
+        losses = jnp.asarray(self.function(outputs, targets))
+        if losses.shape != outputs.shape[:1]:
+            raise ValueError(
+                "loss(outputs, targets) must be the losses of the examples, of shape "
+                f"{outputs.shape[:1]}, got {losses.shape} for outputs {outputs.shape} "
+                f"and targets {jnp.shape(targets)}. Leave the mean over examples to "
+                "the training; take that over other axes."
+            )
+        return losses.astype(tree.accumulation_dtype(losses))
 
 
 def build(
@@ -158,29 +192,39 @@ def build(
       axis_name: The device axis that the batch is divided over.
     """
 
-    def loss_fn(params, batch, model_state):
+    def loss_fn(params, batch, model_state, fixed=None):
+        params = patterns.join(params, fixed)
         images, labels, *keys = batch
         dropped = {"keys": keys[0]} if keys else {}
         # Of an ensemble as one model the logits of its mean probability.
         logits, model_state = model.apply(
             params, model_state, images, train=True, **dropped
         )
-        value = cross_entropy(logits, labels, loss.label_smoothing, loss.smoothing)
+        value = loss.mean(logits, labels)
         # Huge images have an infinite variance, and a finite loss.
         value = jnp.where(tree.all_finite(model_state), value, jnp.nan)
-        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+        accuracy = jnp.full((), jnp.nan)
+        if loss.classes:
+            accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
         return value, (model_state, accuracy)
 
     if loss.scaling:
         loss_fn = precision.scale_loss(loss_fn, has_aux=True)
     rule = make(loss_fn)
 
+    def trained_part(state):
+        """The state as a rule sees it, and the frozen leaves."""
+        trained, fixed = patterns.split(loss.frozen, state.params)
+        return state._replace(params=trained), fixed
+
     def init(key, example_images):
         # A third key, that models of one weight vector have the keys they had.
         init_key, key, own_key = jax.random.split(one_key(key), 3)
         params, model_state = model.init(init_key, example_images)
-        params = rule.start(own_key, params)
-        opt_state, memory = rule.init(params)
+        if loss.frozen:
+            patterns.check_frozen(loss.frozen, patterns.names(params))
+        params = patterns.pinned(loss.frozen, rule.start(own_key, params), params)
+        opt_state, memory = rule.init(patterns.split(loss.frozen, params)[0])
         # Three arrays, not one three times: the state is made to be donated.
         step, skipped, in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
         return TrainState(
@@ -202,7 +246,9 @@ def build(
             # With the batch: every pass sees what its examples dropped in the others.
             keys = baselines.example_keys(step_key, len(batch[1]), axis_name)
             batch = (*batch, keys)
-        found = rule.update(state, batch, scaled)
+        state, fixed = trained_part(state)
+        constants = {} if fixed is None else {"fixed": fixed}
+        found = rule.update(state, batch, scaled | constants)
         model_state, accuracy = found.aux
         params = optax.apply_updates(state.params, found.updates)
         info = found.info
@@ -232,26 +278,37 @@ def build(
             "skipped_in_row": in_row,
             **found.metrics,
         }
+        if not loss.classes:
+            del metrics["accuracy"]
         scale = state.loss_scale
         if loss.scaling:
             metrics["loss_scale"] = scale.scale
             scale = precision.adjust(scale, finite)
         counts = state.step + 1, state.skipped + jnp.where(finite, 0, 1), in_row
+        params = patterns.join(params, fixed)
         return (
             TrainState(params, model_state, opt_state, key, *counts, scale, memory),
             metrics,
         )
 
     def predict(state, images):
+        state, fixed = trained_part(state)
+
         def log_probs(params):
+            params = patterns.join(params, fixed)
             logits, _ = model.apply(params, state.model_state, images, train=False)
-            return jax.nn.log_softmax(logits.astype(jnp.float32))  # (B, C)
+            logits = logits.astype(jnp.float32)
+            return jax.nn.log_softmax(logits) if loss.classes else logits  # (B, C)
 
         # Of the step: all batches of an evaluation see the same samples.
         key = jax.random.split(state.key, 3)[2]
         return rule.predict(log_probs, state, key)
 
-    return Method(init, step, predict, rule.posterior, share=rule.share)
+    posterior = rule.posterior
+    if posterior is not None and loss.frozen:
+        of_trained = posterior
+        posterior = lambda state: of_trained(trained_part(state)[0])  # noqa: E731
+    return Method(init, step, predict, posterior, share=rule.share)
 
 
 def cross_entropy(
@@ -301,6 +358,26 @@ def cross_entropy(
 def weights_of(trained: PyTree) -> PyTree:
     """The one weight vector that stands for what is trained: a posterior's mean."""
     return bnn.mean(trained) if isinstance(trained, bnn.MeanField) else trained
+
+
+def with_weights(trained: PyTree, weights: PyTree) -> PyTree:
+    """What is trained, at other weights: the means of a posterior, whose scales stay.
+
+    Args:
+      trained: Parameters, or a posterior over them.
+      weights: A model's parameters, with None where a leaf stays as it is.
+    """
+    if isinstance(trained, bnn.MeanField):
+        return trained._replace(
+            mean=with_weights(trained.mean, weights),
+            point=with_weights(trained.point, weights),
+        )
+    return jax.tree.map(
+        lambda x, new: x if x is None or new is None else jnp.asarray(new, x.dtype),
+        trained,
+        weights,
+        is_leaf=lambda x: x is None,
+    )
 
 
 def decays(trained: PyTree, everything: bool) -> PyTree:

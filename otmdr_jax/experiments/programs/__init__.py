@@ -20,6 +20,7 @@ from otmdr_jax.experiments.programs.inputs import (
     named,
 )
 from otmdr_jax.experiments.programs.provenance import (
+    DataInfo,
     check_same_data,
     describe,
     environment,
@@ -29,6 +30,7 @@ from otmdr_jax.experiments.programs.provenance import (
 )
 
 __all__ = [
+    "DataInfo",
     "Programs",
     "check_same_data",
     "compile_programs",

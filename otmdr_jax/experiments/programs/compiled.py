@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +21,10 @@ from otmdr_jax.baselines import dst_costs
 from otmdr_jax.data import Dataset, Split
 from otmdr_jax.experiments import building, members, optimizers
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.methods.training import Loss
+from otmdr_jax.experiments.own import NOTHING, Own
+from otmdr_jax.experiments.programs.inputs import check_loader
+from otmdr_jax.experiments.programs.provenance import DataInfo
 
 PyTree = Any
 
@@ -47,12 +50,15 @@ class Programs(NamedTuple):
         that, and normalised.
       finish: (state, the mean or the sum of these) -> a state to predict with; None
         where there is no such pass.
+      seen_shapes: state -> the shapes of that sum; None where there is no such pass.
       posterior: state -> the :class:`otmdr_jax.bnn.Summary` of each member's posterior;
         None where there is none.
       sparsity: state -> what results hold of a sparse network; None of dense ones.
       steps_per_epoch: Whole batches in an epoch.
       total_steps: Steps of the run.
       mesh: The devices; None for one.
+      own: What the run was given in Python.
+      classes: Whether targets are class numbers; if not, `predict` gives outputs.
     """
 
     init: Callable[[jax.Array], PyTree]
@@ -64,39 +70,60 @@ class Programs(NamedTuple):
     rate: Callable[..., jax.Array]
     of_batch: Callable[..., PyTree] | None
     finish: Callable[[PyTree, PyTree], PyTree] | None
+    seen_shapes: Callable[[PyTree], PyTree] | None
     posterior: Callable[[PyTree], list[bnn.Summary]] | None
     sparsity: Callable[[PyTree], dict[str, Any]] | None
     steps_per_epoch: int
     total_steps: int
     mesh: Mesh | None
+    own: Own = NOTHING
+    classes: bool = True
 
 
 def compile_programs(
-    config: TrainConfig, dataset: Dataset, mesh: Mesh | None = None
+    config: TrainConfig,
+    dataset: Dataset | DataInfo,
+    mesh: Mesh | None = None,
+    own: Own = NOTHING,
 ) -> Programs:
     """The compiled functions of a configuration: shared by runs of several seeds.
 
     Args:
       config: What to compile; its mesh is not looked at.
-      dataset: For the shapes, and for how images are augmented and normalised.
+      dataset: For the shapes, and for how images are augmented and normalised: the data
+        or what is known of them.
       mesh: From :func:`make_mesh`; None for the default device.
+      own: What the run was given in Python.
+
+    Raises:
+      ValueError: The batch is larger than the training set, or the data are batches of
+        a loader that do not go with the options.
     """
-    key = config.replace(seed=0, data_dir=None, mesh=None)
-    augment = dataset.augment if config.data.augment is None else config.data.augment
+    info: Any = dataset
+    if isinstance(dataset, Dataset):
+        check_loader(config, dataset)
+        info = DataInfo.of(dataset)
+    key = config.replace(
+        seed=0, data_dir=None, mesh=None, init_from=None, new_head=None
+    )
+    augment = info.augment if config.data.augment is None else config.data.augment
     return _programs(
         key,
-        dataset.num_classes,
-        dataset.image_shape,
-        dataset.train.num_examples,
+        info.num_classes,
+        info.image_shape,
+        info.num_train,
         tuple(augment),
-        dataset.mean,
-        dataset.std,
+        info.mean,
+        info.std,
         mesh,
+        own,
     )
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(config, num_classes, image_shape, num_train, augment, mean, std, mesh):
+def _programs(
+    config, num_classes, image_shape, num_train, augment, mean, std, mesh, own
+):
     batch_size = config.run.batch_size
     steps_per_epoch = num_train // batch_size
     if not steps_per_epoch:
@@ -108,7 +135,7 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     parts = parallel.axis_size(mesh, "data")
     size = batch_size // parts  # of a device's part
     methods_ = building.methods_of(
-        config, num_classes, num_train, total_steps, steps_per_epoch, mesh
+        config, num_classes, num_train, total_steps, steps_per_epoch, mesh, own
     )
     lifted = config.model.members is not None and config.model.ensemble == "independent"
     spread = lifted and parallel.axis_size(mesh, "member") > 1
@@ -193,6 +220,14 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
             batch = data_lib.normalise(images, mean, std), mask
         return finalize.of_batch(state, batch)
 
+    def seen_shapes(state):
+        assert finalize is not None
+        batch: Any = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+        if not finalize.augmented:
+            batch = batch, jax.ShapeDtypeStruct((batch_size,), bool)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.eval_shape(of_batch, state, batch, key)
+
     def epoch_order(key):
         if not own_data:
             return data_lib.epoch_order(key, num_train)
@@ -216,22 +251,23 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
     everywhere = parallel.replicated(mesh)
     home = NamedSharding(mesh, state_spec) if mesh is not None else None
     return Programs(
-        init=jax.jit(init, out_shardings=home),
+        init=jax.jit(init, out_shardings=home, compiler_options=_once()),
         train_step=compiled(train_step, P()),
         stream_step=compiled(stream_step, parallel.data_spec(mesh)),
         predict=jax.jit(predict, out_shardings=everywhere),
         epoch_order=jax.jit(epoch_order, out_shardings=everywhere),
         loss_sums=tuple(
-            loss_sum(network, mean, std)
-            for network in building.networks(config, num_classes, drops=False)
+            loss_sum(network, mean, std, function=own.loss, classes=num_classes > 0)
+            for network in building.networks(config, num_classes, drops=False, own=own)
         ),
         rate=rate,
         of_batch=jax.jit(of_batch, out_shardings=everywhere) if finalize else None,
         finish=finalize.finish if finalize else None,
+        seen_shapes=seen_shapes if finalize else None,
         posterior=jax.jit(posterior) if methods_[0].posterior else None,
         sparsity=(
             functools.partial(
-                _sparsity, building.networks(config, num_classes), image_shape
+                _sparsity, building.networks(config, num_classes, own=own), image_shape
             )
             if config.method.is_sparse
             else None
@@ -239,7 +275,22 @@ def _programs(config, num_classes, image_shape, num_train, augment, mean, std, m
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         mesh=mesh,
+        own=own,
+        classes=num_classes > 0,
     )
+
+
+def _once():
+    """Compiler options of a program that runs once: on CPUs a third of the time.
+
+    Draws of weights are element by element, which no level sums in another order, and
+    levels from 1 on fuse the same multiplications and additions: bits stay the same.
+    """
+    if jax.default_backend() != "cpu" or jax.config.read(
+        "jax_disable_most_optimizations"
+    ):
+        return None
+    return {"xla_backend_optimization_level": 1}
 
 
 def _sparsity(networks, image_shape, state):
@@ -259,7 +310,12 @@ def _positions(network, image_shape):
 
 @functools.lru_cache(maxsize=16)
 def loss_sum(
-    model: Any, mean: tuple[float, ...], std: tuple[float, ...], train: bool = False
+    model: Any,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    train: bool = False,
+    function: Callable[..., jax.Array] | None = None,
+    classes: bool = True,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The loss of a network on a batch: one function object, so that it compiles once.
 
@@ -268,6 +324,8 @@ def loss_sum(
       mean: The mean of each channel over the training set.
       std: The standard deviation of each channel.
       train: Normalise by the statistics of the batch instead of the running ones.
+      function: A loss of one's own; None for the cross entropy.
+      classes: Whether targets are class numbers.
 
     Returns:
       (params, (images, labels, mask, model_state)) -> (sum of losses, number of
@@ -278,7 +336,8 @@ def loss_sum(
         images, labels, mask, model_state = batch
         images = data_lib.normalise(images, mean, std)
         logits, _ = model.apply(params, model_state, images, train=train)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        loss = Loss(function=function, classes=classes)
+        losses = loss.of_examples(logits, labels)
         return jnp.sum(losses * mask), jnp.sum(mask)
 
     return of_batch

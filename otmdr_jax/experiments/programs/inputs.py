@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from otmdr_jax import data as data_lib
 from otmdr_jax import parallel
-from otmdr_jax.data import Dataset
+from otmdr_jax.data import Dataset, Loader
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs.provenance import fingerprint, same_data
 
@@ -21,7 +21,7 @@ FEW_IMAGES = 16
 # What a run on a dataset of the caller's own is recorded by: "arrays:" and its name.
 ARRAYS = "arrays:"
 # Options that are applied where a set is loaded.
-_OF_LOADING = ("validation", "label_noise", "data_seed")
+_OF_LOADING = ("validation", "label_noise", "data_seed", "image_size")
 
 
 def named(
@@ -46,7 +46,11 @@ def named(
         than the one that they load.
     """
     name = config.data.name
-    own = pathlib.Path(name).stem if name.endswith(".npz") else name
+    own = name
+    if name.endswith(".npz"):
+        own = pathlib.Path(name).stem
+    elif data_lib.is_folder(name):
+        own = pathlib.Path(name).name
     changed = [x for x in config.changed() if x in _OF_LOADING]
     matters = recorded or changed
     if own == dataset.name and (not matters or _is_loaded(config, dataset)):
@@ -83,7 +87,7 @@ def load_data(config: TrainConfig) -> Dataset:
                 "the run was trained on arrays that were given to it in Python "
                 f"({config.data.name}). Write them to a file, otmdr_jax.data.save("
                 f"dataset, {name!r}), and say --data-dir {name}; or give the dataset "
-                "itself: otmdr_jax.restore.open_run(folder, dataset=dataset)."
+                "itself: otmdr_jax.open_run(folder, dataset=dataset)."
             )
     return data_lib.load(
         name,
@@ -94,7 +98,45 @@ def load_data(config: TrainConfig) -> Dataset:
         validation=count if count < 1 else int(count),
         label_noise=config.data.label_noise,
         seed=config.data.data_seed,
+        image_size=config.data.image_size,
     )
+
+
+def check_loader(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuses options that do not go with the batches of a loader.
+
+    Args:
+      config: The options.
+      dataset: The data; only those of :func:`otmdr_jax.data.from_batches` are checked.
+
+    Raises:
+      ValueError: The batch size is another, an option needs the training set in memory,
+        or there are several hosts.
+    """
+    if not isinstance(loader := dataset.train, Loader):
+        return
+    if config.run.batch_size != loader.batch_size:
+        raise ValueError(
+            f"batch_size={config.run.batch_size}, but the loader's batches have "
+            f"{loader.batch_size} examples: set one of them to the other."
+        )
+    if config.model.member_data == "own":
+        raise ValueError(
+            "member_data='own' needs the training set on the device, where members can "
+            "read it in any order, and a loader gives one batch for all: use "
+            "member_data='shared', or data.from_arrays."
+        )
+    if config.run.input != "auto":
+        raise ValueError(
+            f"input={config.run.input!r} does nothing to the batches of a loader, "
+            "which are always streamed: leave it out."
+        )
+    if jax.process_count() > 1:
+        raise ValueError(
+            "batches of a loader train on one host, and there are "
+            f"{jax.process_count()}: use a folder, a TFDS set or arrays, of which each "
+            "host reads its own part."
+        )
 
 
 def make_mesh(config: TrainConfig) -> Mesh | None:

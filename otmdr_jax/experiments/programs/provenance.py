@@ -4,14 +4,14 @@ import dataclasses
 import platform
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 import optax
 
 from otmdr_jax import _version
-from otmdr_jax.data import Dataset, LazyImages, Split
+from otmdr_jax.data import Dataset, LazyImages, Loader, Split
 
 
 def environment() -> dict[str, str]:
@@ -32,11 +32,13 @@ def fingerprint(dataset: Dataset) -> str:
 
     Two checksums: of the labels, of a thousand images of each split and of the mean and
     deviation that normalise them; and of all images ("p" for pixels), or of their
-    records where they are not in memory ("r").
+    records where they are not in memory ("r"). Of the batches of a loader, which may
+    differ each time they are read, their number alone is compared.
     """
     # Of a set without published statistics these may be of a sample of the images.
     start = zlib.crc32(np.asarray((dataset.mean, dataset.std)).tobytes())
-    splits = [s for s in (dataset.train, dataset.validation, dataset.test) if s]
+    every = dataset.train, dataset.validation, dataset.test
+    splits = [x for x in every if x is not None and not isinstance(x, Loader)]
     return f"{dataset.name}-{dataset.train.num_examples}-{_checksums(splits, start)}"
 
 
@@ -59,15 +61,74 @@ def _checksums(splits: Sequence[Split], sampled: int) -> str:
     return f"{sampled:08x}-{kind}{whole:08x}"
 
 
+class DataInfo(NamedTuple):
+    """What the programs of a run depend on of its data.
+
+    Attributes:
+      num_classes: C; 0 where targets are no class numbers.
+      image_shape: (H, W, C_in), or the shape of another input.
+      dtype: That of the images, uint8 or float32.
+      num_train: Examples in the training set.
+      augment: Names of the augmentations.
+      mean: The mean of each channel.
+      std: The standard deviation of each channel.
+      class_names: The names of the classes, where they have some.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, ...]
+    dtype: np.dtype
+    num_train: int
+    augment: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    class_names: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """That of a dataset."""
+        return cls(
+            dataset.num_classes,
+            dataset.image_shape,
+            np.dtype(dataset.test.images.dtype),
+            dataset.train.num_examples,
+            tuple(dataset.augment),
+            dataset.mean,
+            dataset.std,
+            dataset.class_names,
+        )
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any] | None) -> Self | None:
+        """That of a run's data.json; None for a run of an older version."""
+        if record is None or "mean" not in record:
+            return None
+        names = record.get("class_names")
+        return cls(
+            record["num_classes"],
+            tuple(record["image_shape"]),
+            np.dtype(record["dtype"]),
+            record["train"],
+            tuple(record["augment"]),
+            tuple(record["mean"]),
+            tuple(record["std"]),
+            names and tuple(names),
+        )
+
+
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """The content of data.json: name, sizes and checksums of a run's data.
+    """The content of data.json: what a run's data are, and how images are prepared.
+
+    With it a run predicts new images where its data are not there.
 
     Args:
       dataset: The data.
 
     Returns:
       A record: name, fingerprint (see :func:`fingerprint`), test_fingerprint,
-      num_classes, image_shape, dtype, and the numbers of examples of train, validation
+      num_classes, class_names (None where they are not known), image_shape, dtype, mean
+      and std (lists of floats, one a channel) and augment of the
+      :class:`otmdr_jax.data.Dataset`, and the numbers of examples of train, validation
       (None without one) and test.
     """
     splits = {x: getattr(dataset, x) for x in ("train", "validation", "test")}
@@ -76,8 +137,12 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "fingerprint": fingerprint(dataset),
         "test_fingerprint": fingerprint_of_test(dataset),
         "num_classes": dataset.num_classes,
+        "class_names": dataset.class_names and list(dataset.class_names),
         "image_shape": list(dataset.image_shape),
-        "dtype": str(dataset.train.images.dtype),
+        "dtype": str(dataset.test.images.dtype),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "augment": list(dataset.augment),
         **{name: split and split.num_examples for name, split in splits.items()},
     }
 

@@ -4,17 +4,18 @@
 Markdown as its body and shows each picture's panels side by side or below each other.
 """
 
-import base64
 import functools
 import importlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from otmdr_jax.experiments.report.plots import Drawn, Piece
+from otmdr_jax.experiments.report.drawing import Drawn
 from otmdr_jax.io import extras
 
 _BRACKETS, _ESCAPED = re.compile(r"([\[\]\\])"), r"\\\1"
+# A standard deviation, or error, after its number.
+_SPREAD = re.compile(r"(?<=\d)( ± \d\S*)")
 
 
 class Picture(NamedTuple):
@@ -81,6 +82,7 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
     """
     try:
         from markdown_it import MarkdownIt
+        from markdown_it.common.utils import escapeHtml
     except ImportError as error:
         raise ImportError(
             f"HTML pages need markdown-it-py. {extras.command('train')}"
@@ -90,7 +92,11 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
     def image(renderer, tokens, index, options, env):
         name = tokens[index].attrs["src"].removesuffix(".png")
         figure = templates.get_template("picture.html.j2")
-        return figure.render(drawn=drawn[name], alt=page.pictures[name].alt)
+        return figure.render(drawn=drawn[name])
+
+    def text(renderer, tokens, index, options, env):
+        escaped = escapeHtml(tokens[index].content)
+        return _SPREAD.sub(r'<span class="spread">\1</span>', escaped)
 
     # Raw HTML in a text, such as a run's name, stays text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -99,6 +105,7 @@ def html(page: Page, drawn: Mapping[str, Drawn]) -> str:
         "table_open", lambda *_: '<div class="scroll" tabindex="0"><table>\n'
     )
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    parser.add_render_rule("text", text)
     tokens = parser.parse(page.text)
     sections = []
     for before, token, after in zip(tokens, tokens[1:], tokens[2:], strict=False):
@@ -129,7 +136,6 @@ def _templates() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data"] = _data
     environment.globals["modules"] = _modules
     return environment
 
@@ -137,8 +143,3 @@ def _templates() -> Any:
 def _modules(*names: str) -> list[Any]:
     """Imports modules of this package that a template uses."""
     return [importlib.import_module(f"{__package__}.{name}") for name in names]
-
-
-def _data(piece: Piece) -> str:
-    """Returns a data URL that embeds a picture in the page."""
-    return "data:image/png;base64," + base64.b64encode(piece.png).decode()

@@ -12,12 +12,13 @@ from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import programs
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.labels import by_label, name_of
+from otmdr_jax.experiments.report.labels import by_label, class_names, name_of
 from otmdr_jax.experiments.report.reading import Run
 
 COUNT, _COLUMNS = 12, 6
+_TITLE = 0.4  # inches above an image
 # Options of a run that name its test images and where they are.
-_DATA = ("data", "data_dir", "cache_dir")
+_DATA = ("data", "data_dir", "cache_dir", "image_size", "data_seed")
 
 
 class Shown(NamedTuple):
@@ -44,12 +45,14 @@ class Chosen(NamedTuple):
       labels: (n,) classes.
       predicted: (n,) most probable classes.
       confidence: (n,) probabilities of the most probable classes.
+      names: C texts, what the classes are called.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     predicted: np.ndarray
     confidence: np.ndarray
+    names: Sequence[str]
 
 
 def worst(run: Run, count: int = COUNT) -> Chosen:
@@ -124,19 +127,24 @@ def examples_figure(images: Any, chosen: Chosen) -> Any:
       "LABEL → PREDICTED" and its confidence in percent.
     """
     width = plots.WIDTH / _COLUMNS
+    height = width + _TITLE
     rows = math.ceil(len(chosen.rows) / _COLUMNS)
-    figure = plots.new_figure(plots.WIDTH, (width + 0.4) * rows)
-    parts = figure.subfigures(rows, _COLUMNS, squeeze=False).flat
+    figure = plots.new_figure(plots.WIDTH, height * rows)
+    # All panels are alike: there is no layout to search for.
+    figure.set_layout_engine("none")
+    parts = figure.subfigures(rows, _COLUMNS, squeeze=False, wspace=0, hspace=0).flat
     shown = np.asarray(images[chosen.rows])
     for i, part in zip(range(len(shown)), parts, strict=False):
-        ax = part.subplots()
+        ax = part.add_axes((0.04, 0.02, 0.92, 0.96 * width / height))
         ax.set_axis_off()
         label, predicted = chosen.labels[i], chosen.predicted[i]
+        names = (chosen.names[label], chosen.names[predicted])
         ax.imshow(_visible(shown[i]), cmap="gray", interpolation="nearest")
         right = "=" if label == predicted else "→"
         ax.set_title(
-            plots.plain(f"{label} {right} {predicted}\n{chosen.confidence[i]:.0%}"),
+            plots.plain(f"{names[0]} {right} {names[1]}\n{chosen.confidence[i]:.0%}"),
             fontsize=plots.SMALL,
+            y=1.0,  # see plots.dress
         )
     return figure
 
@@ -145,7 +153,11 @@ def _choose(run: Run, score: Any, count: int) -> Chosen:
     found = metrics.check(run.log_probs, run.labels, log_probs=True)
     rows = np.argsort(-score(found), kind="stable")[:count]
     return Chosen(
-        rows, found.labels[rows], found.predicted[rows], found.confidence[rows]
+        rows,
+        found.labels[rows],
+        found.predicted[rows],
+        found.confidence[rows],
+        class_names([run], found.shape[1]),
     )
 
 

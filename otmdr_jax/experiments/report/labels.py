@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,7 +45,15 @@ _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # number.
 _FREE = {"seed"} | config_lib.RESUMABLE
 # Options that change the data of a run, whatever set it names.
-_OF_LOADING = ("validation", "label_noise", "data_seed")
+_OF_LOADING = ("validation", "label_noise", "data_seed", "image_size")
+# Characters of a class's name that pictures have room for.
+_LONGEST_CLASS = 14
+# What a run's result says of how it was made, with its name in a sentence. Times belong
+# to a device; versions may round differently, which training makes larger.
+_CONDITIONS = {
+    "device": "the device", "mesh": "the mesh", "otmdr_jax": "otmdr_jax", "jax": "JAX",
+    "optax": "Optax", "python": "Python",
+}  # fmt: skip
 # Options that labels name.
 _IN_LABELS = {
     "members", "ensemble", "member_data", "dropout", "optimizer", "sampler", "tilt",
@@ -131,6 +140,23 @@ def member_runs(run: Run) -> list[Run]:
         )
         for i, member in enumerate(run.result.get("members", []))
     ]
+
+
+def class_names(runs: Sequence[Run], count: int) -> list[str]:
+    """Names the classes of runs as their data do, else by their numbers.
+
+    Args:
+      runs: The runs.
+      count: C, the number of classes.
+
+    Returns:
+      C texts, long names shortened.
+    """
+    known = [(run.data or {}).get("class_names") for run in runs]
+    if not known or not known[0] or any(names != known[0] for names in known):
+        return [str(number) for number in range(count)]
+    most = _LONGEST_CLASS
+    return [x if len(x) <= most else f"{x[: most - 1]}…" for x in known[0]]
 
 
 def grouped(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
@@ -231,8 +257,25 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:
-    """Returns warnings about means and comparisons that are not over seeds alone."""
-    found = _unlike(runs)
+    """Returns warnings about means and comparisons that are not over seeds alone.
+
+    Args:
+      runs: The runs.
+
+    Returns:
+      Sentences: options, data, devices and versions in which methods differ beside what
+      makes them methods, and runs of one method that are no seeds of each other.
+
+    Example:
+      >>> from otmdr_jax import report
+      >>> from otmdr_jax.experiments.report import Run
+      >>> epochs = {"SGD": 40, "SAM": 3, "ASAM": 40}
+      >>> runs = [Run(None, x, {"epochs": n}, {}, [], None, None)
+      ...         for x, n in epochs.items()]
+      >>> report.cautions(runs)
+      ['methods differ in more than themselves: epochs is 3 in SAM; 40 in the others.']
+    """
+    found = _unlike(runs) + _made_unlike(runs)
     for label, group in by_label(runs).items():
         options = beyond_the_seed(group)
         if options:
@@ -254,39 +297,55 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
     named = {"data"} | _IN_LABELS | _FREE
     shared = [name for name in config_lib.shared_options() if name not in named]
     found = [
-        f"{name} is "
-        + "; ".join(f"{text} in {_listed(labels)}" for text, labels in values.items())
-        for name, values in (
-            (name, _values(groups, lambda run, n=name: text_of(run.config, n)))
-            for name in differing([run.config for run in runs])
-            if name in shared
-        )
+        f"{name} is {_in_words(groups, functools.partial(_option, name))}"
+        for name in differing([run.config for run in runs])
+        if name in shared
     ]
     # Metrics of other test sets cannot be compared, whatever the options say.
     explained = differing([{n: r.config.get(n) for n in _OF_LOADING} for r in runs])
     unexplained = _of_several_data(runs) and not explained
     if "data" in beyond_the_seed(runs) or _of_several_tests(runs) or unexplained:
-        values = _values(groups, _name_of_data)
-        found.append(
-            "the data are "
-            + "; ".join(f"{text} in {_listed(x)}" for text, x in values.items())
-        )
+        found.append(f"the data are {_in_words(groups, _name_of_data)}")
     if not found:
         return []
     return [f"methods differ in more than themselves: {'. '.join(found)}."]
 
 
-def _values(groups: Mapping[str, Sequence[Run]], of: Callable) -> dict[str, list[str]]:
-    """Returns value -> the labels that have it."""
+def _made_unlike(runs: Sequence[Run]) -> list[str]:
+    """Describes differences of devices and versions; what is unknown is left out."""
+    found = []
+    for name, words in _CONDITIONS.items():
+        known = [run for run in runs if isinstance(run.result.get(name), str)]
+        if len({run.result[name] for run in known}) > 1:
+            of = functools.partial(_result, name)
+            found.append(f"{words} is {_in_words(by_label(known), of)}")
+    if not found:
+        return []
+    times = " Times cannot be compared." if found[0].startswith("the ") else ""
+    return [f"runs were not made alike: {'. '.join(found)}.{times}"]
+
+
+def _option(name: str, run: Run) -> str:
+    return text_of(run.config, name)
+
+
+def _result(name: str, run: Run) -> str:
+    return run.result[name]
+
+
+def _in_words(groups: Mapping[str, Sequence[Run]], of: Callable[[Any], str]) -> str:
+    """Says which labels have which value: "3 in SAM; 40 in the others"."""
     values: dict[str, list[str]] = {}
     for label, group in groups.items():
         for text in dict.fromkeys(of(run) for run in group):
             values.setdefault(text, []).append(label)
-    return values
-
-
-def _listed(labels: Sequence[str]) -> str:
-    return ", ".join(labels)
+    usual = max(values, key=lambda text: len(values[text]))
+    one_each = sum(map(len, values.values())) == len(groups)
+    names = {text: " and ".join(labels) for text, labels in values.items()}
+    if one_each and len(values[usual]) > 1:
+        del names[usual]
+        names[usual] = "the others"
+    return "; ".join(f"{text} in {where}" for text, where in names.items())
 
 
 def _unfinished(run: Run) -> str:

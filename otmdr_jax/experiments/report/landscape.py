@@ -118,7 +118,7 @@ def contour_figure(records: Sequence[Labelled]) -> Any:
             norm=scale.norm(),
             cmap=COLOUR_MAP,
         )
-        lines = {"colors": "white", "linewidths": 0.4, "alpha": 0.6}
+        lines = {"colors": plots.LIGHT, "linewidths": 0.4, "alpha": 0.6}
         ax.contour(*record["axes"], shown, levels=scale.levels[::2], **lines)
         _mark(ax, record)
         x, y = (plots.plain(textwrap.fill(x, 36)) for x in record["axis_names"])
@@ -165,8 +165,9 @@ def surface_figure(records: Sequence[Labelled]) -> Any:
             ccount=80,
             linewidth=0.15,
             edgecolor=(0, 0, 0, 0.25),
+            rasterized=True,  # thousands of faces would make a page of megabytes
         )
-        ax.set_title(_title(label, record), fontsize=plots.LARGE)
+        ax.set_title(_title(label, record), fontsize=plots.LARGE, y=1.0)
         ax.set_zlim(low, high)
         _set_limits(ax, found)
         # The unit gets its own line, because three axes leave little room.
@@ -216,7 +217,7 @@ def line_figure(
         name, gid = plots.plain(_with_details(label, record)), f"landscape:{label}"
         ax.plot(axis, shown, gid=gid, label=name, linewidth=1.6, **own)
         for j, (name, at) in enumerate(_points(record) if record["points"] else ()):
-            style = {"color": "black", "markersize": 5, **_marker(j, name)}
+            style = {"color": plots.INK, "markersize": 5, **_marker(j, name)}
             ax.plot(at, np.interp(at, axis, shown), **style)
     ax.set_yscale("log" if scale.wide else "linear")
     plots.dress(ax, x=plots.plain(textwrap.fill(found[0][1]["axis_names"][0], 45)))
@@ -328,7 +329,7 @@ def _points(record: Record) -> list[tuple[str, np.ndarray]]:
 
 def _mark(ax: Any, record: Record) -> None:
     """Marks solutions, and the path of a trajectory."""
-    white = {"color": "white", "markeredgecolor": "black"}
+    white = {"color": plots.LIGHT, "markeredgecolor": plots.DARK}
     if record["kind"] == "trajectory":
         line = {"marker": "o", "markersize": 3, "markeredgewidth": 0.4}
         path = np.asarray(record["points"], np.float64).T
@@ -362,6 +363,6 @@ def _legend(figure: Any, ax: Any) -> None:
     handles, names = ax.get_legend_handles_labels()
     handles = [copy.copy(handle) for handle in handles]
     for handle in handles:
-        if handle.get_color() == "white" and handle.get_linestyle() != "None":
-            handle.set(color="#888888", markerfacecolor="white")  # on white paper
+        if handle.get_color() == plots.LIGHT and handle.get_linestyle() != "None":
+            handle.set(color="#888888", markerfacecolor=plots.LIGHT)  # on any paper
     plots.legend(figure, handles, [textwrap.fill(name, 45) for name in names])

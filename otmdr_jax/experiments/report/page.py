@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from otmdr_jax import __version__, metrics
-from otmdr_jax.experiments.report import document, plots, significance, summary
+from otmdr_jax.experiments.report import document, drawing, significance, summary
 from otmdr_jax.experiments.report.labels import by_label, places
 from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.io import files
@@ -80,27 +80,31 @@ def write(
         costs=costs,
         data_dir=data_dir,
     )
-    drawn = {}
+    pngs: dict[str, bytes] = {}
+    drawn: dict[str, drawing.Drawn] = {}
     with Progress(len(page.pictures), 0, "drawing", show_progress, "pictures") as bar:
         for i, (name, picture) in enumerate(page.pictures.items(), 1):
-            drawn[name] = plots.draw(picture.figure())
+            figure = picture.figure()
+            pngs[name] = drawing.png(figure)
+            if whole:
+                drawn[name] = drawing.cut(figure, name, picture.alt)
             bar.update(i)
     texts = {"report.md": document.markdown(page)}
     if whole:
         texts["report.html"] = document.html(page, drawn)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_pictures(folder, keep=drawn)
+    _remove_pictures(folder, keep=pngs)
     if not whole and MARKER in _earlier(folder):  # of an earlier report, on other runs
         (folder / "report.html").unlink(missing_ok=True)
     # The marker comes first, so that an interrupted report can be written again.
-    results = {**_results(title, rows, runs), "pictures": list(drawn)}
+    results = {**_results(title, rows, runs), "pictures": list(pngs)}
     files.write_json(folder / "results.json", results, default=str)
     configs = [_described(run) for run in runs]
     files.write_json(folder / "configs.json", configs, default=str)
     for name, text in texts.items():
         files.write_text(folder / name, text)
-    for name, one in drawn.items():
-        files.write_bytes(folder / f"{name}.png", one.png)
+    for name, png in pngs.items():
+        files.write_bytes(folder / f"{name}.png", png)
     return folder / list(texts)[-1]
 
 

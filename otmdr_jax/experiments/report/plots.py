@@ -8,12 +8,11 @@ on a narrow one.
 """
 
 import collections
-import io
 import math
 import pathlib
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,13 +30,17 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )
+# A page draws these two in colours of its own, see :mod:`drawing`. What lies on a
+# colour map is never one of them.
+INK, PAPER = "#000000", "#ffffff"
+DARK, LIGHT = "#010101", "#fefefe"
 _STYLES = ("-", "--", ":", "-.")  # the second one starts at the eighth label
 WIDTH, DPI = 8.0, 150  # inches, dots per inch: 1200 px, the width of a README
 ALONE = 5.0  # inches: the width of a single panel
 SMALL, LARGE = 8, 9  # points: ticks and legends, labels and titles
 
 # Styles of bars and their legends: right and wrong, accuracy and gap.
-RIGHT: dict[str, Any] = {"facecolor": "#56B4E9", "edgecolor": "white"}
+RIGHT: dict[str, Any] = {"facecolor": "#56B4E9", "edgecolor": PAPER}
 WRONG: dict[str, Any] = {
     "facecolor": "#F7CDB5",
     "edgecolor": "#D55E00",
@@ -81,7 +84,8 @@ def dress(
     ax: Any, title: str = "", x: str = "", y: str = "", grid: bool = True
 ) -> None:
     """Gives axes their title and labels, and the common style of a report."""
-    ax.set_title(title, fontsize=LARGE)
+    # Said where it is, a title's place need not be searched for: a fifth of the time.
+    ax.set_title(title, fontsize=LARGE, y=1.0)
     ax.set_xlabel(x, fontsize=LARGE)
     ax.set_ylabel(y, fontsize=LARGE)
     ax.tick_params(labelsize=SMALL, which="both")
@@ -188,63 +192,3 @@ def save(figure: Any, path: str | pathlib.Path) -> pathlib.Path:
     with files.replacing(path) as file:
         figure.savefig(file, format=path.suffix[1:] or None, dpi=DPI, metadata=metadata)
     return path
-
-
-class Piece(NamedTuple):
-    """A part of a drawn figure.
-
-    Attributes:
-      png: Bytes of its picture.
-      width: Width in CSS pixels, 96 to an inch.
-    """
-
-    png: bytes
-    width: int
-
-
-class Drawn(NamedTuple):
-    """A figure that has been drawn.
-
-    Attributes:
-      png: Bytes of the whole picture.
-      panels: Panels, cut out of the picture.
-      legends: Legends, cut out of the picture.
-    """
-
-    png: bytes
-    panels: list[Piece]
-    legends: list[Piece]
-
-
-def draw(figure: Any) -> Drawn:
-    """Draws a figure once, and cuts the picture into its parts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())
-    parts = [part for part in figure.subfigs if part.axes] or [figure]
-    return Drawn(
-        _png(pixels),
-        [_piece(pixels, part.bbox) for part in parts],
-        [_piece(pixels, legend.get_window_extent()) for legend in figure.legends]
-        if figure.subfigs
-        else [],
-    )
-
-
-def _piece(pixels: np.ndarray, box: Any) -> Piece:
-    """Cuts a box out of a picture; the box counts from the lower left corner."""
-    left, right = round(box.x0), round(box.x1)
-    # A figure's height need not be a whole number of pixels.
-    top, bottom = (max(0, round(len(pixels) - y)) for y in (box.y1, box.y0))
-    return Piece(_png(pixels[top:bottom, left:right]), round(96 * (right - left) / DPI))
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    from matplotlib.image import imsave
-
-    buffer = io.BytesIO()
-    options: Any = {"metadata": {"Software": None}, "dpi": DPI, "format": "png"}
-    imsave(buffer, pixels, **options)
-    return buffer.getvalue()

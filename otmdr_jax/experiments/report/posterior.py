@@ -64,7 +64,7 @@ def signal_to_noise_figure(
         every = layers if len(layers) > len(every) else every
     used = np.nonzero(np.sum([line.get_ydata() for line in left.lines], axis=0))[0]
     left.set_xlim(centers[used[0]] - 2, centers[used[-1]] + 2)
-    left.axvline(0.0, color="black", linewidth=0.8, linestyle=":")
+    left.axvline(0.0, color=plots.INK, linewidth=0.8, linestyle=":")
     left.set_ylim(bottom=0.0)
     plots.dress(
         left,

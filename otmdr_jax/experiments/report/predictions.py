@@ -12,16 +12,16 @@ import numpy as np
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments.report import plots
-from otmdr_jax.experiments.report.labels import by_label
+from otmdr_jax.experiments.report.labels import by_label, class_names
 from otmdr_jax.experiments.report.reading import Run
 from otmdr_jax.metrics.reliability import edges_of
 
 # With more classes than these, a confusion matrix has no room for shares or for all
 # classes on its axes.
 MAX_NUMBERS, MAX_NAMES = 12, 20
-_ACCURACY: dict[str, Any] = {"color": "#004B76", "linewidth": 1.8}
-_DIAGONAL: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.0}
-_EXAMPLES: dict[str, Any] = {"facecolor": "#666666", "edgecolor": "white"}
+_ACCURACY: dict[str, Any] = {"color": plots.INK, "linewidth": 1.8}
+_DIAGONAL: dict[str, Any] = {"color": "#888888", "linestyle": "--", "linewidth": 1.2}
+_EXAMPLES: dict[str, Any] = {"facecolor": "#888888", "edgecolor": plots.PAPER}
 _SHARES = (0, 1, 5, 20, 50, 100)  # ticks of the colour bar, in percent
 _GRID = np.linspace(0.0, 1.0, 201)[1:]  # coverages at which risks are averaged
 
@@ -195,7 +195,10 @@ def confusion_figure(runs: Iterable[Run]) -> Any:
         # A root scale keeps the few errors visible beside the right predictions.
         image = ax.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0.0, 100.0))
         if classes <= MAX_NAMES:
-            ax.set(xticks=range(classes), yticks=range(classes))
+            names = [plots.plain(name) for name in class_names(group, classes)]
+            upright = max(map(len, names)) <= 2
+            ax.set_xticks(range(classes), names, rotation=0 if upright else 90)
+            ax.set_yticks(range(classes), names)
         if classes <= MAX_NUMBERS:
             _write_shares(ax, shares)
         bar = part.colorbar(image, ax=ax, shrink=0.8, ticks=_SHARES)
@@ -215,7 +218,7 @@ def _write_shares(ax: Any, shares: np.ndarray) -> None:
                 ha="center",
                 va="center",
                 fontsize=6,
-                color="black" if share > 25 else "white",
+                color=plots.DARK if share > 25 else plots.LIGHT,
             )
 
 

@@ -1,7 +1,8 @@
 """The batches of a run: gathered in the devices' memory, or streamed to the devices.
 
 Both give the same batches in the same order. The training set lies on the devices where
-it fits, and a step gathers its batch inside the compiled program.
+it fits, and a step gathers its batch inside the compiled program. Batches of a loader
+are streamed in the loader's order.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import numpy as np
 
 from otmdr_jax import data as data_lib
 from otmdr_jax import parallel
-from otmdr_jax.data import Dataset
+from otmdr_jax.data import Dataset, Loader
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.programs import Programs, run_keys
 
@@ -36,6 +37,9 @@ class Feed(contextlib.AbstractContextManager):
         )
         self.examples: PyTree = None
         self.stream: Any = None
+        if isinstance(dataset.train, Loader):
+            self.stream = dataset.train.stream(step, programs.total_steps)
+            return
         streamed = any(parallel.agree(streamed))
         if streamed and config.model.member_data == "own":
             raise ValueError(

@@ -42,14 +42,26 @@ class Loop:
       step: Steps that have been dispatched.
       meta: What is saved beside the state: checksums of the data, the best evaluation,
         seconds a step in each epoch, members that have diverged, the mesh.
+      news: Lines to say at the start.
     """
 
+    news: tuple[str, ...] = ()
+
     def __init__(
-        self, config, dataset, programs, data, show_progress, folder=None, saved=None
+        self,
+        config,
+        dataset,
+        programs,
+        data,
+        show_progress,
+        folder=None,
+        saved=None,
+        callbacks=(),
     ):
         self.config, self.dataset, self.programs = config, dataset, programs
         self.data = data  # its checksums
         self.folder, self.saved, self.show_progress = folder, saved, show_progress
+        self.callbacks = callbacks
         self.windows = Windows()
         self.warm = False  # whether the step has been compiled in this process
         self.step, self.signum = 0, 0
@@ -93,6 +105,8 @@ class Loop:
         """Says where the run resumes, and warns of what is unusual about it."""
         say, mesh = self.progress.say, self.meta["mesh"]
         left = self.step < self.programs.total_steps
+        for line in self.news:
+            say(line)
         if self.step:
             say(f"goes on after step {self.step}")
         if left and meta.get("mesh", mesh) != mesh:
@@ -178,7 +192,10 @@ class Loop:
         """Logs the means over a window of steps; stops a run that has diverged."""
         window = summarise(steps, self.config.run.max_skipped)
         self.log.write_window(step, window, float(rate), self.meta["speeds"])
-        self.progress.update(step, {k: window.means[k] for k in ("loss", "accuracy")})
+        shown = [name for name in ("loss", "accuracy") if name in window.means]
+        self.progress.update(step, {name: window.means[name] for name in shown})
+        for callback in self.callbacks:
+            callback.on_window(step, dict(window.means))
         try:
             self.meta["diverged"] = divergence.find(
                 window,
@@ -211,11 +228,15 @@ class Loop:
             show_progress=final and self.show_progress,
         )
         self.log.write_evaluation(self.step, of_run)
+        found = {split: dict(x.metrics) for split, x in of_run.splits.items()}
+        for callback in self.callbacks:
+            callback.on_evaluation(self.step, found)
         values = of_run.splits["validation"].metrics if validation else {}
+        what = "nll" if self.programs.classes else "loss"
         # NaN, before a member counts as diverged, would never be beaten.
-        if math.isnan(values.get("nll", math.nan)):
+        if math.isnan(values.get(what, math.nan)):
             return None, of_run
-        score, best = -values["nll"], self.meta["best"]
+        score, best = -values[what], self.meta["best"]
         if best is None or score > best["score"]:
             self.meta["best"] = {"step": self.step, "score": score, **values}
         return score, of_run
@@ -231,7 +252,9 @@ class Loop:
     def _save(self, state: PyTree, score: float | None = None) -> None:
         self._log_windows(self.step)
         assert self.saver is not None
-        self.saver.save(state, self.step, self.meta, score)
+        if self.saver.save(state, self.step, self.meta, score):
+            for callback in self.callbacks:
+                callback.on_checkpoint(self.step, state)
 
     def _stop(self, signum: int) -> None:
         self.signum = signum
@@ -270,7 +293,12 @@ class Loop:
         labels = np.asarray(self.dataset.test.labels)
         folder = None if self.folder is None else self.folder.path
         if folder is not None:
+            if of_run.seen is not None:
+                run_folder.write_seen(folder, self.step, of_run.seen)
             run_folder.write_result(
                 folder, result, found.log_probs, labels, found.member_log_probs
             )
-        return Result(state, result, self.log.history, found.log_probs, labels, folder)
+        whole = Result(state, result, self.log.history, found.log_probs, labels, folder)
+        for callback in self.callbacks:
+            callback.on_end(whole)
+        return whole

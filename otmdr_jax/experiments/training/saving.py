@@ -39,7 +39,8 @@ class Saver:
         step: int,
         meta: dict[str, Any],
         score: float | None = None,
-    ) -> None:
-        """Saves the state after a step, and what is known beside it."""
-        self.checkpoints.save(state, meta, score)
+    ) -> bool:
+        """Saves the state after a step, and what is known beside it, unless it is."""
+        is_new = self.checkpoints.save(state, meta, score)
         self.saved_at, self.saved_step = time.perf_counter(), step
+        return is_new

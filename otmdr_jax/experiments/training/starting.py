@@ -8,14 +8,21 @@ process makes the same call.
 import contextlib
 import os
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from otmdr_jax import parallel
 from otmdr_jax.data import Dataset
+from otmdr_jax.experiments import own as own_lib
 from otmdr_jax.experiments import run_folder
-from otmdr_jax.experiments.building import check_models
+from otmdr_jax.experiments.building import (
+    check_models,
+    check_patterns,
+    check_statistics,
+    networks,
+)
 from otmdr_jax.experiments.config import TrainConfig, differences
 from otmdr_jax.experiments.programs import (
     check_same_data,
@@ -26,6 +33,8 @@ from otmdr_jax.experiments.programs import (
     named,
     run_keys,
 )
+from otmdr_jax.experiments.training import initial
+from otmdr_jax.experiments.training.callbacks import Callback
 from otmdr_jax.experiments.training.loop import Loop
 from otmdr_jax.experiments.training.result import Result
 
@@ -37,6 +46,10 @@ def train(
     *,
     resume: bool = False,
     show_progress: bool = True,
+    model: Any = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    metrics: Mapping[str, Callable[[Any, Any], Any]] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Trains a model from a configuration.
 
@@ -48,6 +61,15 @@ def train(
         keeps everything in memory.
       resume: Whether to resume the run in `output` from its last whole checkpoint.
       show_progress: Whether to show a bar, or lines where there is no terminal.
+      model: A network of your own: a class of Flax NNX, Linen or Equinox, or functions;
+        see :func:`otmdr_jax.models.adapt`. None for the one that the options name.
+      loss: Function (outputs, targets) -> (B,), the losses of a batch's examples. None
+        for the cross entropy.
+      metrics: Functions (outputs, targets) -> a number, by name, of whole sets as NumPy
+        arrays; outputs are probabilities (N, C) where targets are class numbers, else
+        the mean outputs of members and samples.
+      callbacks: What the run calls on its way; see
+        :class:`otmdr_jax.experiments.training.Callback`.
 
     Returns:
       A :class:`Result`.
@@ -77,16 +99,33 @@ def train(
             "dataset must be a Dataset, as of data.from_arrays((images, labels)) or "
             f"data.load('mine.npz'), got a {type(dataset).__name__}."
         )
+    mine = own_lib.given(model, loss, metrics)
+    config = own_lib.named(config, mine)
     mesh = make_mesh(config)
     # What cannot work is refused before the data are read.
-    check_models(config)
+    check_models(config, mine)
     if not resume:
         config.check_used()
     if dataset is None:
         dataset = load_data(config)
     else:
         config = named(config, dataset, resume, recorded=output is not None)
+    if not dataset.num_classes and loss is None:
+        raise ValueError(
+            "the targets of these data are no class numbers: they need a loss of their "
+            "own, train(..., loss=...)."
+        )
+    if config.data.augment and len(dataset.image_shape) != 3:
+        raise ValueError(
+            f"augment={config.data.augment} is of images, and the inputs are "
+            f"{dataset.image_shape}: leave it out."
+        )
+    if mine.loss is not None or ":" in config.model.member_names[0]:
+        for network in networks(config, dataset.num_classes, drops=False, own=mine):
+            own_lib.check_loss(mine, network, dataset)
     described = describe(dataset)
+    if loss is not None:
+        described["loss"] = own_lib.name_of(loss)
     data = described["fingerprint"]
     if jax.process_count() > 1:
         same = config.replace(data_dir=None, cache_dir=None).flat()
@@ -94,13 +133,21 @@ def train(
         same["data"] = pathlib.Path(same["data"]).name
         parallel.check_agreement(repr(same), "the configuration")
         parallel.check_agreement(data, "the data")
-    programs = compile_programs(config, dataset, mesh)
+    for check in (check_patterns, check_statistics):
+        check(config, dataset.num_classes, dataset.image_shape, mine)
+    # A run that goes on has them in its checkpoint.
+    start = None if resume else initial.read(config, dataset, mesh, mine)
+    programs = compile_programs(config, dataset, mesh, mine)
     show_progress = show_progress and parallel.is_main()
     if output is None:
         if resume:
             raise ValueError("resume=True needs output, the folder of the run.")
-        loop = Loop(config, dataset, programs, data, show_progress)
-        return loop.run(programs.init(run_keys(config.run.seed)[0]), {})
+        loop = Loop(config, dataset, programs, data, show_progress, callbacks=callbacks)
+        state = programs.init(run_keys(config.run.seed)[0])
+        if start is not None:
+            loop.news = (start.line,)
+            state = initial.put(config, programs, state, start)
+        return loop.run(state, {})
     from otmdr_jax.experiments import checkpoint  # needs Orbax
 
     output = pathlib.Path(output)
@@ -108,11 +155,18 @@ def train(
         _check_same_run(run_folder.read_config(output), config, output)
         if (known := run_folder.read_data(output)) is not None:
             check_same_data(known["fingerprint"], data, output, dataset)
-    mine = run_folder.locked if resume else run_folder.claimed
+            was, now = (x.get("loss") for x in (known, described))
+            if was != now:
+                raise ValueError(
+                    f"{output} was started with the loss {was or 'cross entropy'}, and "
+                    f"{now or 'the cross entropy'} was given: resuming would give a "
+                    "run that is neither."
+                )
+    lock = run_folder.locked if resume else run_folder.claimed
     with contextlib.ExitStack() as stack:
         folder = None
         # Before checkpoints are opened, which clears away what is half written.
-        parallel.on_main(lambda: stack.enter_context(mine(output)))
+        parallel.on_main(lambda: stack.enter_context(lock(output)))
         if not resume:
             folder = parallel.on_main(
                 lambda: run_folder.create(output, config, described)
@@ -140,11 +194,20 @@ def train(
                 "go on from. To train it anew name another folder: otmdr train "
                 f"--config {output / 'config.json'} --output FOLDER."
             )
+        elif start := start or initial.read(config, dataset, mesh, mine):
+            record = start.record
+            parallel.on_main(lambda: run_folder.record_start(output, record))
+            state = initial.put(config, programs, state, start)
+            saved.save(state, {"data": data})  # nobody needs the weights after this
         if resume:
             parallel.on_main(lambda: run_folder.describe(output, config, described))
             folder = parallel.on_main(lambda: run_folder.reopen(output, step))
             stack.callback(_close, folder)
-        loop = Loop(config, dataset, programs, data, show_progress, folder, saved)
+        loop = Loop(
+            config, dataset, programs, data, show_progress, folder, saved, callbacks
+        )
+        if start is not None:
+            loop.news = (start.line,)
         return loop.run(state, meta, step)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from otmdr_jax import metrics
-from otmdr_jax.experiments.measure.evaluation import Predicted
+from otmdr_jax.experiments.prediction import Predicted
 from otmdr_jax.metrics import uncertainty
 from otmdr_jax.metrics.predictions import check_unlabelled
 
@@ -25,7 +25,7 @@ def scores(found: Predicted) -> dict[str, np.ndarray]:
 
     Example:
       >>> import numpy as np
-      >>> from otmdr_jax.experiments.measure.evaluation import Predicted
+      >>> from otmdr_jax.experiments.prediction import Predicted
       >>> p = np.log([[0.9, 0.1], [0.5, 0.5]])
       >>> found = scores(Predicted(p, p[None], None, [0]))
       >>> {name: np.exp(x).round(3).tolist() for name, x in found.items()}

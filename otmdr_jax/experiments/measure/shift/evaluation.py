@@ -10,7 +10,7 @@ import numpy as np
 
 from otmdr_jax import data as data_lib
 from otmdr_jax.data import CORRUPTIONS, SEVERITIES, Dataset, LazyImages, Split
-from otmdr_jax.experiments import options
+from otmdr_jax.experiments import options, prediction
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.measure.shift import detection, sets
@@ -156,8 +156,8 @@ class _Predict:
     bar: Progress
     done: int = 0
 
-    def __call__(self, examples: Split, change=None) -> evaluation.Predicted:
-        found = evaluation.predict(
+    def __call__(self, examples: Split, change=None) -> prediction.Predicted:
+        found = prediction.predict(
             self.config,
             self.state,
             examples,
@@ -180,7 +180,7 @@ def _row_of_set(predict: _Predict, name: str, examples: Split) -> dict[str, Any]
 
 
 def _rows_of_ood(
-    predict: _Predict, clean: evaluation.Predicted, name: str, examples: Split
+    predict: _Predict, clean: prediction.Predicted, name: str, examples: Split
 ) -> list[dict[str, Any]]:
     """Returns one row for each score."""
     inside, outside = detection.scores(clean), detection.scores(predict(examples))

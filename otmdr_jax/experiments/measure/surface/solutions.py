@@ -1,5 +1,6 @@
 """A trained run as a weight vector, and its loss as a function of the weights."""
 
+import functools
 import os
 import zlib
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ from otmdr_jax.experiments import (
     members,
     methods,
     restore,
+    run_folder,
 )
 from otmdr_jax.experiments.measure.surface.plan import Plan
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.programs import loss_sum
-from otmdr_jax.experiments.restore import Restored
+from otmdr_jax.experiments.restore import TrainedRun
 
 PyTree = Any
 
@@ -40,7 +42,7 @@ class Solution(NamedTuple):
       model_state: BatchNorm's running statistics.
     """
 
-    run: Restored
+    run: TrainedRun
     members: tuple[int, ...]
     network: Any
     step: int
@@ -62,6 +64,7 @@ def open_solution(
       FileNotFoundError: The folder is no run, or has no such checkpoint.
       ValueError: The run has no such split, checkpoint or member.
     """
+    run_folder.check_classes(folder, "a landscape of a run")
     given: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
     run = restore.open_run(
         folder, plan.checkpoint, split=plan.split, predicts=False, **given
@@ -81,7 +84,8 @@ def open_solution(
     chosen = tuple(chosen or range(count))
     separate = config.replace(ensemble="independent")
     # Without dropout: the loss is a function of the weights alone.
-    networks = building.networks(separate, run.dataset.num_classes, drops=False)
+    classes, own = run.dataset.num_classes, run.programs.own
+    networks = building.networks(separate, classes, drops=False, own=own)
     if not config.model.stacked:
         networks = tuple(networks[m] for m in chosen)
     network: Any = networks[0]
@@ -92,7 +96,7 @@ def open_solution(
 
 
 def weights_of(
-    run: Restored, state: PyTree, chosen: Sequence[int]
+    run: TrainedRun, state: PyTree, chosen: Sequence[int]
 ) -> tuple[PyTree, PyTree]:
     """Returns the weights of members in a state, and their BatchNorm statistics.
 
@@ -103,20 +107,10 @@ def weights_of(
         of different architectures they form a tuple, as in
         :class:`otmdr_jax.experiments.members.JointModel`.
     """
-    config = run.config
-    if config.model.members is None or config.model.ensemble == "independent":
-        every = [
-            (methods.weights_of(one.params), one.model_state)
-            for one in members.trained(config, state)
-        ]
-    else:
-        both = state.params, state.model_state
-        count = len(config.model.member_names)
-        every = (
-            [jax.tree.map(lambda x, m=m: x[m], both) for m in range(count)]
-            if config.model.stacked
-            else list(zip(*both, strict=True))
-        )
+    every = [
+        (methods.weights_of(params), model_state)
+        for params, model_state in members.weights(run.config, state)
+    ]
     if len(chosen) == 1:
         return every[chosen[0]]
     weights, model_states = zip(*(every[m] for m in chosen), strict=True)
@@ -132,14 +126,18 @@ def random_directions(solution: Solution, seed: int, count: int) -> list[PyTree]
       count: Number of directions.
     """
     root = jax.random.key(seed)
+    axis_of = getattr(solution.network, "models", (solution.network,))[0]
+    draw = functools.partial(
+        landscape.random_direction, filter_axis=getattr(axis_of, "filter_axis", -1)
+    )
     found = []
     for axis in range(count):
         key = jax.random.fold_in(root, axis)
         if len(solution.members) == 1:
-            found.append(landscape.random_direction(solution.weights, key))
+            found.append(draw(solution.weights, key))
             continue
         each = [
-            landscape.random_direction(
+            draw(
                 weights_of(solution.run, solution.run.state, [m])[0],
                 jax.random.fold_in(key, m),
             )
@@ -203,7 +201,9 @@ def objective(
         (*map(jnp.asarray, batch), solution.model_state)
         for batch in data_lib.eval_batches(part, size)
     ]
-    function = loss_sum(solution.network, run.dataset.mean, run.dataset.std, anew)
+    mean, std, own = run.dataset.mean, run.dataset.std, run.programs.own
+    classes = run.programs.classes
+    function = loss_sum(solution.network, mean, std, anew, own.loss, classes)
     return function, batches, count
 
 

@@ -1,0 +1,131 @@
+"""`otmdr predict` and `otmdr export`, as they are called."""
+
+import csv
+
+import numpy as np
+import pytest
+
+import otmdr_jax
+from otmdr_jax import data, training
+from otmdr_jax.experiments import cli
+from otmdr_jax.experiments.config import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(images, tmp_path_factory):
+    labels = np.arange(30) % 3
+    made = data.from_arrays((images, labels), (images, labels), name="own")
+    output = tmp_path_factory.mktemp("runs") / "run"
+    config = TrainConfig(members="2", epochs=1, batch_size=10, mesh="data=1")
+    training.train(config, made, output, show_progress=False)
+    return output
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.essential
+def test_a_table_of_predictions(folder, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.predict, "_CHUNK", 12)  # three reads
+    np.savez(tmp_path / "new.npz", images=images, other=np.zeros(3))
+    output = tmp_path / "out" / "predictions.csv"
+    command = ["predict", str(folder), str(tmp_path / "new.npz"), "--output"]
+    cli.main([*command, str(output), "--quiet"])
+    told = capsys.readouterr().out
+    assert "30 images, not calibrated" in told and f"Written: {output}" in told
+    run = otmdr_jax.open_run(folder)
+    want = run.predict(images)
+    rows = rows_of(output)
+    assert [row["image"] for row in rows] == [str(i) for i in range(30)]
+    found = [[float(row[f"p({c})"]) for c in "012"] for row in rows]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+    assert [int(row["class"]) for row in rows] == want.argmax(1).tolist()
+    np.testing.assert_allclose(
+        [float(row["probability"]) for row in rows], want.max(1), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        [float(row["entropy"]) for row in rows],
+        -(want * np.log(want)).sum(1),
+        rtol=1e-4,
+    )
+    information = run.predict_members(images).mutual_information()
+    np.testing.assert_allclose(
+        [float(row["mutual_information"]) for row in rows], information, rtol=1e-4
+    )
+    with pytest.raises(SystemExit):
+        cli.main([*command, str(output)])
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_arrays_of_predictions(folder, images, tmp_path, capsys):
+    np.save(tmp_path / "new.npy", images[:4])
+    output = tmp_path / "predictions.npz"
+    cli.main(
+        ["predict", str(folder), str(tmp_path / "new.npy"), "--output", str(output)]
+    )
+    with np.load(output, allow_pickle=False) as found:
+        want = otmdr_jax.open_run(folder).predict(images[:4])
+        np.testing.assert_array_equal(found["probabilities"], want)
+        assert found["classes"].tolist() == ["0", "1", "2"]
+        assert found["image"].tolist() == ["0", "1", "2", "3"]
+
+
+def test_a_folder_of_images(folder, images, tmp_path, monkeypatch):
+    Image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    (inside := tmp_path / "photos" / "deep").mkdir(parents=True)
+    (inside / "notes.txt").write_text("no image")
+    for i, name in enumerate(("b.png", "deep/a.png", "c.png")):
+        Image.fromarray(images[i]).save(tmp_path / "photos" / name)
+    # Resized as a folder for training is: a large one of one colour keeps it.
+    gray = Image.new("L", (40, 30), 77)
+    gray.save(tmp_path / "photos" / "z.png")
+    cli.main(["predict", str(folder), "photos", "--quiet"])
+    rows = rows_of(tmp_path / "predictions.csv")
+    assert [row["image"] for row in rows] == ["b.png", "c.png", "deep/a.png", "z.png"]
+    whole = np.stack([images[0], images[2], images[1], np.full((8, 8, 3), 77)])
+    want = otmdr_jax.open_run(folder).predict(whole.astype(np.uint8))
+    found = [[float(row[f"p({c})"]) for c in "012"] for row in rows]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arrays, options, message",
+    [
+        ({"a": 1, "b": 2}, [], "holds the arrays a, b: say which one"),
+        ({"images": 1}, ["--array", "other"], "holds the arrays images"),
+        ({"images": 1}, ["--output", "table.txt"], ".csv or .npz"),
+        (None, [], "is not there"),
+        ("folder", ["--array", "images"], "--array is of .npz files"),
+    ],
+)
+def test_wrong_files_are_refused(
+    folder, tmp_path, arrays, options, message, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "new.npz"
+    if arrays == "folder":
+        path = tmp_path
+    elif arrays is not None:
+        np.savez(path, **arrays)
+    with pytest.raises(SystemExit) as error:
+        cli.main(["predict", str(folder), str(path), *options])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_export_writes_into_the_run(folder, tmp_path, capsys):
+    cli.main(["export", str(folder), "--format", "npz"])
+    assert f"Written: {folder / 'export.npz'}" in capsys.readouterr().out
+    with np.load(folder / "export.npz") as found:
+        assert "members/1/params/head/kernel" in found
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(folder), "--format", "npz", "--batch-size", "3"])
+    assert "batch_size=3 is of the format stablehlo" in capsys.readouterr().err
