@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-all test-optimized lint format docs bench clean
+.PHONY: help setup demo test test-slow test-all test-optimized compilers lint format docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -24,14 +24,25 @@ demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-r
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## run the tests, but for those that take long (5 minutes on 2 cores)
+test: setup  ## run the tests, but for those that take long (5 to 15 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
-test-all: setup  ## run all tests (about 16 minutes on 2 cores)
+test-slow: setup  ## run the tests that make test leaves out
+	$(PYTEST) -m slow
+
+test-all: setup  ## run all tests (20 to 50 minutes on 2 cores)
 	$(PYTEST)
 
 test-optimized: setup  ## run all on programs compiled as users' are: takes longer
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(PYTEST) --cpu-limit 0
+
+# Beside the environment, not in it: JAX would look for a GPU at each start.
+compilers: setup  ## install XLA's compilers for GPUs and TPUs into .compilers
+	rm -rf .compilers
+	$(BIN)/python -c 'import importlib.metadata as m; v = m.version("jax"); \
+	print(f"jax-cuda13-plugin=={v}\njax-cuda13-pjrt=={v}"); \
+	print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))' | \
+	$(BIN)/python -m pip install --quiet --no-deps --target .compilers -r /dev/stdin
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
@@ -42,12 +53,13 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## build the site into site/
+docs: setup  ## build the site into site/ (needs npm, for its formulas)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	npm install --silent --no-save --prefix .cache/npm katex@0.16
 	$(BIN)/mkdocs build --strict
 
 bench: setup  ## time a step of each method (about 10 minutes)
 	$(BIN)/python benchmarks/step_time.py
 
 clean:  ## remove the environment, caches and the demo's report
-	rm -rf $(VENV) .venv-newest .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report
+	rm -rf $(VENV) .venv-newest .compilers .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis site demo-report

@@ -24,12 +24,13 @@ FLOORS: list[dict[str, str]] = [
         "parallel": "many devices",
         "models": "networks in Flax",
         "data": "image sets",
+        "frameworks": "models as objects",
     },
     {"core": "one robust gradient (Eqs. 9-10)", "io": "files, progress"},
 ]
 ROOMS = {room: text for floor in FLOORS for room, text in floor.items()}
-COLUMNS = {"experiments": 6, "baselines": 1.4, "core": 5}  # how many a room spans
-WIDTH, HEIGHT, GAP, RISE = 146, 48, 14, 92
+COLUMNS = {"experiments": 7, "baselines": 1.4, "core": 6}  # how many a room spans
+WIDTH, HEIGHT, GAP, RISE = 138, 48, 14, 92
 
 
 def imports() -> dict[str, set[str]]:
@@ -62,7 +63,7 @@ def draw() -> str:
         for other in sorted(used[room])
         if not any(other in needs[between] for between in used[room])
     ]
-    total = 6 * (WIDTH + GAP) + GAP
+    total = COLUMNS["experiments"] * (WIDTH + GAP) + GAP
     places = {}
     for level, rooms in enumerate(FLOORS):
         x = float(GAP)

@@ -39,6 +39,9 @@ if TYPE_CHECKING:  # who reads types follows the parts to where they stand
     from otmdr_jax.experiments import sweep as sweep
     from otmdr_jax.experiments import training as training
     from otmdr_jax.experiments.measure import shift as shift
+    from otmdr_jax.experiments.restore import open_run as open_run
+    from otmdr_jax.frameworks import equinox as equinox
+    from otmdr_jax.frameworks import nnx as nnx
     from otmdr_jax.metrics import calibration as calibration
     from otmdr_jax.metrics import diversity as diversity
 
@@ -80,6 +83,8 @@ _PARTS = {
     },
     "calibration": "otmdr_jax.metrics.calibration",
     "diversity": "otmdr_jax.metrics.diversity",
+    "equinox": "otmdr_jax.frameworks.equinox",
+    "nnx": "otmdr_jax.frameworks.nnx",
     "precision": "otmdr_jax.experiments.precision",
     "shift": "otmdr_jax.experiments.measure.shift",
     **{
@@ -98,14 +103,19 @@ _PARTS = {
     },
 }
 
+# Names that need more than the core does.
+_NAMES = {"open_run": "otmdr_jax.experiments.restore"}
+
 
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(_PARTS[name])
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module 'otmdr_jax' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     # What is for users, and what every module has.
     standard = (name for name in globals() if name.startswith("__"))
-    return sorted({*__all__, *_PARTS, *standard})
+    return sorted({*__all__, *_PARTS, *_NAMES, *standard})

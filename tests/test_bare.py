@@ -9,6 +9,7 @@ import pytest
 ABSENT = (
     "tensorflow_datasets", "array_record", "grain", "tyro",
     "sklearn", "tensorboardX", "matplotlib", "PIL", "chex", "hypothesis", "equinox",
+    "safetensors",
 )  # fmt: skip
 
 BLOCK = f"""

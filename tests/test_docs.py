@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -26,6 +26,8 @@ IDS = [page.name for page in PAGES]
 # A fence may be indented (in a list item); it ends at the same indentation.
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>```+|~~~+) *(?P<language>[\w+-]*)")
 SKIP = re.compile(r"<!-- skip:(?P<reason>.*)-->")
+# A block that is left out where a package is missing that no extra brings.
+NEEDS = re.compile(r"<!-- needs: (?P<package>\w+) -->")
 
 
 class Block(typing.NamedTuple):
@@ -76,7 +78,7 @@ def page_texts():
 # -- code -----------------------------------------------------------------------------
 
 
-FIRST = ("README.md", "method.md")  # what everybody reads
+FIRST = ("README.md",)  # what everybody reads
 # Changes the package itself: tests/test_extending.py follows it on a copy.
 CHANGING = "extending.md"
 
@@ -101,6 +103,9 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     for block in blocks(page.read_text()):
         if block.language != "python" or SKIP.match(block.before):
+            continue
+        needs = NEEDS.match(block.before)
+        if needs and importlib.util.find_spec(needs["package"]) is None:
             continue
         # Tracebacks show the page's own line.
         source = "\n" * (block.line - 1) + block.code
@@ -453,10 +458,11 @@ def test_performance_page_shows_the_committed_measurement(monkeypatch):
     # What the text below says in figures.
     page = (ROOT / "docs" / "performance.md").read_text()
     mib = {name: f"{x['peak_mib']:.0f}" for name, x in record["results"].items()}
-    one, two, four = (mib[f"OT-MDR K={k}"] for k in ("1", "2 unroll", "4 auto"))
+    assert mib["OT-MDR K=2 scan"] == mib["OT-MDR K=4 auto"] == mib["OT-MDR K=2 auto"]
     sentence = (
-        f"Unrolled, two particles take {two} MiB and four {four}, where one takes "
-        f"{one}; a scan takes {mib['OT-MDR K=2 scan']} for two"
+        f"A scan takes {mib['OT-MDR K=4 auto']} MiB for two particles and for four, "
+        f"where one takes {mib['OT-MDR K=1']}, and no more time; unrolled, two take "
+        f"{mib['OT-MDR K=2 unroll']}"
     )
     assert sentence in " ".join(page.split())
 
@@ -503,6 +509,87 @@ def test_performance_page_says_who_is_faster():
     }
     assert f"n = {n} each: <!-- alternatives layers -->" in page
     assert f"n = {of_flags}: <!-- alternatives flags -->" in page
+
+
+def test_performance_page_shows_the_committed_versions(monkeypatch):
+    """Tables and the figures of the sentences below them."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cpu_convolution
+    import cpu_versions
+
+    record = json.loads((RESULTS / "cpu_versions.json").read_text())
+    for name, table in zip(
+        ("steps", "layers"), cpu_versions.tables(record), strict=True
+    ):
+        assert table in shown("performance.md", f"cpu_versions {name}")
+    loops = json.loads((RESULTS / "cpu_convolution_newest.json").read_text())
+    table = cpu_convolution.tables(loops)[2]
+    assert table in shown("performance.md", "cpu_convolution_newest loops")
+
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    new, old = "JAX 0.12.0.1", "JAX 0.10.2"
+    assert loops["jax"] == new.removeprefix("JAX ")
+
+    def ratio(step, key):
+        return f"{record['steps'][step][key]['processor_ratio']:.2f}"
+
+    sgd, robust = (
+        [ratio(step, f"{new}{kept}: ours") for kept in ("", ", kept")]
+        for step in ("SGD", "OT-MDR K=1")
+    )
+    assert (
+        f"takes {sgd[0]} times PyTorch's processor time for SGD, and {robust[0]} times "
+        f"for OT-MDR with $K = 1$; with memory kept it takes {sgd[1]} and {robust[1]}."
+    ) in page
+
+    again = json.loads((RESULTS / "cpu_versions_again.json").read_text())["steps"]
+    sgd, robust = (
+        [
+            f"{again[step][f'{new}{kept}: ours']['processor_ratio']:.2f}"
+            for kept in ("", ", kept")
+        ]
+        for step in ("SGD", "OT-MDR K=1")
+    )
+    assert (
+        f"A second run of 7 rounds gave {sgd[0]} and {robust[0]}, and {sgd[1]} and "
+        f"{robust[1]}."
+    ) in page
+
+    def total(part, key):
+        counted = zip(cpu_convolution.LAYERS, cpu_convolution.COUNTS, strict=True)
+        return sum(
+            count
+            * record["layers"][cpu_convolution.layer_name(layer, part)][key][
+                "processor_milliseconds"
+            ]
+            for layer, count in counted
+        )
+
+    pytorch = next(key for key in record["steps"]["SGD"] if key.startswith("PyTorch"))
+    forward, images = (
+        [total(part, key) for key in (f"{new}: XLA", f"{old}: XLA", pytorch)]
+        for part in ("forward", "images")
+    )
+    kernel = [total("kernel", f"{new}: {way}") for way in ("XLA", "ours")]
+    assert (
+        f"take {forward[0]:.0f} ms with the newest, {forward[1]:.0f} with 0.10.2 and "
+        f"{forward[2]:.0f} with PyTorch (oneDNN), the gradients of images "
+        f"{images[0]:.0f}, {images[1]:.0f} and {images[2]:.0f}."
+    ) in page
+    assert f"take {kernel[0]:.0f} ms by XLA alone and {kernel[1]:.0f} by ours" in page
+
+    others = json.loads((RESULTS / "cpu_alternatives_newest.json").read_text())
+    winograd, xla = (
+        [
+            f"{layer['ways'][way]['processor_milliseconds']:.1f}"
+            for layer in others["layers"]["forward"][1:]
+        ]
+        for way in ("Winograd", "XLA")
+    )
+    assert (
+        f"takes {winograd[0]} ms with 64 channels and {winograd[1]} with 128, where "
+        f"XLA takes {xla[0]} and {xla[1]} (JAX 0.12, n = 7)"
+    ) in page
 
 
 def test_shift_page_shows_the_committed_measurements(monkeypatch):
@@ -623,11 +710,8 @@ def test_scaling_page_shows_the_committed_measurement(monkeypatch):
 
     record = json.loads((RESULTS / "scaling_cpu.json").read_text())
     tables = scaling.tables(record)
-    for name, table in zip(
-        ("collectives", "weak scaling", "prediction"), tables, strict=True
-    ):
+    for name, table in zip(("collectives", "weak scaling"), tables, strict=True):
         assert table in shown("scaling.md", name)
-    assert record["prediction"] == json.loads(json.dumps(scaling.predict()))
 
 
 def test_performance_page_shows_the_committed_memory():

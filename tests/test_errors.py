@@ -149,6 +149,20 @@ class TestParameters:
         with pytest.raises(TypeError, match=message):
             otmdr_jax.sam(toy.regression).init(params)
 
+    @pytest.mark.parametrize(
+        ("params", "name"),
+        [
+            (Dropout(), "otmdr_jax.nnx.value_and_grad"),
+            (LEAVES[-1][0], "otmdr_jax.equinox.filter_value_and_grad"),
+        ],
+        ids=["nnx", "equinox"],
+    )
+    def test_what_takes_a_model_whole_is_named(self, params, name):
+        with pytest.raises(TypeError, match=f"loss. {name} takes the model as it is"):
+            call(params=params, split="shared")
+        with pytest.raises(TypeError, match="argument of the loss. Of a model pass"):
+            call(params={"model": 3}, split="shared")
+
     def test_the_way_out_of_nnx_works(self):
         graphdef, params, rest = nnx.split(Dropout(), nnx.Param, ...)
 

@@ -38,6 +38,18 @@ def test_quickstart_is_short_and_does_what_its_header_expects(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_language_model_learns_by_each_method(tmp_path):
+    out = run("language_model.py", "--steps", "12", "--seeds", "1", cwd=tmp_path)
+    found = {
+        name: float(value)
+        for name, value in re.findall(r"^(AdamW|SAM|OT-MDR) +([\d.]+)$", out, re.M)
+    }
+    assert set(found) == {"AdamW", "SAM", "OT-MDR"}
+    # Of 128 characters that are equally likely it is 4.85.
+    assert all(1.0 < loss < 4.2 for loss in found.values())
+
+
+@pytest.mark.slow
 def test_cifar_single_runs_whole_and_resumes_in_its_smoke_form(tmp_path):
     out = run("cifar_single.py", "--smoke", cwd=tmp_path)
     folder = tmp_path / "runs" / "smoke-paper-cifar10-seed0"
@@ -126,6 +138,21 @@ def test_bnn_regression_covers_its_points(tmp_path):
     for name in ("SGVB", "OT-MDR"):
         objective = float(re.search(rf"{name}.*: objective ([-\d.]+)", out)[1])
         assert objective < 20  # from 60 nats an example
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_its_smoke_form(tmp_path):
+    out = run("fine_tuning.py", "--smoke", "--seeds", "1", cwd=tmp_path)
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in out.splitlines()
+        if line.startswith("| ")
+    ]
+    assert len(rows) == 2 + 3 * 2 and len({tuple(row[:2]) for row in rows}) == 8
+    accuracy = [float(re.match(r"([\d.]+) ± 0", row[2])[1]) for row in rows[2:]]
+    assert all(10 <= value <= 100 for value in accuracy)
+    folder = tmp_path / "runs" / "fine-tuning" / "digits-even"
+    assert json.loads((folder / "result.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)

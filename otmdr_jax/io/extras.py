@@ -14,6 +14,8 @@ EXTRAS = {
         "matplotlib",
         "markdown-it-py",
         "rich",
+        "flatbuffers",
+        "safetensors",
         "tensorboardX",
         "tyro",
     ),
