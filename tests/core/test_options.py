@@ -349,10 +349,16 @@ def stepped(method, steps=2):
 
 
 def method(options):
-    """A training method: its state after two steps."""
+    """A training method: its state after two steps, and what it predicts."""
     options = {"name": "otmdr", "rho": RHO, **options}
     made = methods.create(options.pop("name"), Model(), optax.sgd(0.1), **options)
-    return stepped(made)
+    state = stepped(made)
+    return state, made.predict(state, IMAGES)
+
+
+def squares(outputs, targets):
+    """A loss of its own for each example: of a regression, not of classes."""
+    return jnp.mean(jnp.square(outputs - targets[:, None]), -1)
 
 
 def riding(build, *args, seen=None, **base):
@@ -623,6 +629,9 @@ TABLE = {
         {
             "label_smoothing": Seen(0.3),
             "smoothing": Seen("others", {"label_smoothing": 0.3}),
+            "loss": Seen(squares),
+            "classes": Seen(False, {"loss": squares}),
+            "freeze": Seen(("head/bias",)),
             "sum_particles": Seen(True, {"num_particles": 2}),
             "loss_scaling": Seen(True),
         },
