@@ -53,7 +53,7 @@ format: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## build the site into site/ (needs npm, for its formulas)
+docs: setup  ## build the site into site/: runs the gallery (3 minutes), needs npm for formulas
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	npm install --silent --no-save --prefix .cache/npm katex@0.16
 	$(BIN)/mkdocs build --strict

@@ -131,13 +131,63 @@ def test_the_papers_bayesian_networks_are_in_the_zoo(monkeypatch):
             assert config.model.name == model and config.run.epochs == 100
 
 
+def columns(out, pattern):
+    """The name and the numbers of each line of a script's output that is as asked."""
+    found = re.findall(pattern, out, re.MULTILINE)
+    assert found, out
+    return {name: [float(x) for x in numbers] for name, *numbers in found}
+
+
 @pytest.mark.slow
-def test_bnn_regression_covers_its_points(tmp_path):
-    out = run("bnn_regression.py", "--steps", "2000", cwd=tmp_path)
-    assert (tmp_path / "bnn_regression.png").stat().st_size > 10_000
-    for name in ("SGVB", "OT-MDR"):
-        objective = float(re.search(rf"{name}.*: objective ([-\d.]+)", out)[1])
-        assert objective < 20  # from 60 nats an example
+def test_robust_training_draws_a_better_border_between_moons(tmp_path):
+    out = run("gallery/moons.py", cwd=tmp_path)
+    found = columns(out, r"^([\w -]+): training loss ([\d.]+), .*? ([\d.]+)$")
+    (plain_loss, plain), (loss, robust) = found["Adam"], found["Adam with OT-MDR"]
+    assert plain + 0.03 < robust and plain_loss < loss
+    assert (tmp_path / "moons.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_robust_solutions_of_the_gallery_are_flatter(tmp_path):
+    out = run("gallery/sharpness.py", cwd=tmp_path)
+    found = columns(out, r"^(.{23}) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)$")
+    plain, *robust = found.values()
+    for accuracy, loss, _, eigenvalue in robust:
+        assert accuracy > plain[0] and loss > plain[1] and eigenvalue < plain[3]
+
+
+@pytest.mark.slow
+def test_draws_of_the_gallery_climb_as_the_temperature_falls(tmp_path):
+    out = run("gallery/worst_distribution.py", cwd=tmp_path)
+    found = columns(out, r"^(.+): mean loss ([-\d.]+), highest ([\d.]+)$")
+    assert len(found) == 6
+    anywhere, warmer, on_the_hill = (mean for mean, _ in list(found.values())[:3])
+    # The loss is odd in its first weight, so that its mean over the ball is 0.
+    assert abs(anywhere) < 0.1 and 0.3 < warmer < on_the_hill <= 1.0
+
+
+@pytest.mark.slow
+def test_bands_of_the_gallerys_regression_cover_its_points(tmp_path):
+    text = (EXAMPLES / "gallery" / "regression.py").read_text()
+    assert "6_000" in text
+    (tmp_path / "short.py").write_text(text.replace("6_000", "1_500"))
+    out = run(tmp_path / "short.py", cwd=tmp_path)
+    found = columns(
+        out, r"^(.+): log-likelihood inside (\S+), gap (\S+); spread at 0 (\S+)$"
+    )
+    assert len(found) == 4
+    # By the noise alone it is 1.38, without a slope about -50.
+    assert all(inside > -1 and spread > 0.1 for inside, _, spread in found.values())
+
+
+@pytest.mark.slow
+def test_a_temperature_mends_the_gallerys_ensemble(tmp_path):
+    out = run("gallery/calibration.py", cwd=tmp_path)
+    found = columns(
+        out, r"^(as trained|temperature .*): accuracy (\S+), NLL (\S+), ECE (\S+)$"
+    )
+    (right, nll, ece), (same, lower, mended) = found.values()
+    assert right == same > 0.9 and lower < nll and mended < ece / 3
 
 
 @pytest.mark.slow
@@ -155,8 +205,12 @@ def test_fine_tuning_in_its_smoke_form(tmp_path):
     assert json.loads((folder / "result.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [path.relative_to(EXAMPLES) for path in sorted(EXAMPLES.rglob("*.py"))],
+    ids=str,
+)
 def test_an_example_opens_with_command_time_and_expectation(path):
-    header = path.read_text().split('"""')[1]
-    assert f"python examples/{path.name}" in header
+    header = (EXAMPLES / path).read_text().split('"""')[1]
+    assert f"python examples/{path}" in header
     assert re.search(r"second|minute|hour", header) and "xpected" in header

@@ -22,6 +22,9 @@ from otmdr_jax.experiments.methods import Method, TrainState
 from otmdr_jax.experiments.methods.collected import number
 from otmdr_jax.experiments.methods.training import Share
 
+# For users; the rest serves the commands.
+__all__ = ["JointModel", "join", "joint", "lift", "lift_step", "separate"]
+
 PyTree = Any
 Step = Callable[..., tuple[PyTree, dict[str, jax.Array]]]
 

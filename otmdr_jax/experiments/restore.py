@@ -23,6 +23,9 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods.post_hoc import Laplace
 from otmdr_jax.metrics.calibration import log_softmax
 
+# For users; the rest serves the commands.
+__all__ = ["TrainedRun", "open_run"]
+
 PyTree = Any
 
 # Normalised images are a few deviations from 0; those of another scale are far off.
