@@ -71,11 +71,12 @@ print("accuracy", values["accuracy"])
         ("from otmdr_jax import data; data.load('digits')", "data"),
         ("from otmdr_jax import data; data.load('cifar10')", "data"),
         ("import otmdr_jax.experiments.cli", "train"),
-        (
+        pytest.param(
             "import numpy as np; from otmdr_jax import report;"
             "run = report.Run(None, 'a', {}, {}, [], np.log([[0.5, 0.5]]), [0]);"
             "report.plot_reliability([run], 'x.png')",
             "train",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -244,6 +244,7 @@ def test_pytorch_counts_the_same_parameters(monkeypatch):
     assert sum(p.numel() for p in module.parameters()) == count
 
 
+@pytest.mark.slow
 def test_no_backend_starts_before_pytorch_has_run(tmp_path):
     """Else JAX would hold most of the device's memory by then."""
     images, labels = np.zeros((8, 8, 8, 3), np.uint8), np.arange(8) % 2

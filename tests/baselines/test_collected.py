@@ -87,6 +87,7 @@ class TestSchedules:
         for end in ends[:-1]:  # the next step starts anew
             assert_allclose(rate(end), peak, rtol=1e-6)
 
+    @pytest.mark.slow
     @settings(deadline=None, max_examples=30)
     @given(st.integers(0, 50), st.integers(1, 12), st.integers(30, 90))
     def test_fge_is_the_triangle_of_garipov(self, start, half, more):
@@ -421,6 +422,7 @@ class TestAverage:
         rows = method.predict(state, None)
         assert rows.dtype == jnp.bfloat16 and np.all(np.isfinite(np.float32(rows)))
 
+    @pytest.mark.slow
     def test_statistics_leave_out_a_batch_that_is_not_finite(self, key):
         """As training skips it: NaN pixels, and pixels whose squares are infinite."""
         method = methods.create(
@@ -534,6 +536,7 @@ class TestStatistics:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_snapshots_are_an_ensemble(self, snapshot_run, small):
         result = snapshot_run
         assert_array_equal(result.state.method_state.number, 3)
@@ -555,6 +558,7 @@ class TestRuns:
         counts = [len(r.get("members", {}).get("nll", ())) for r in tests]
         assert counts == [0, 0, 0, 2, 2, 3]
 
+    @pytest.mark.slow
     def test_learning_rates_of_the_log_are_those_of_the_method(self, snapshot_run):
         rates = {
             r["step"]: r["learning_rate"]

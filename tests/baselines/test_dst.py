@@ -173,6 +173,7 @@ class TestRenewal:
         kept, new = dst.renew(mask, same, flat, 0.25, jax.random.key(0))
         assert int(kept["w"].sum()) == 30 and int(new["w"].sum()) == 40
 
+    @pytest.mark.slow
     def test_random_growth_is_even_over_what_is_not_kept(self):
         mask = {"w": jnp.arange(100).reshape(10, 10) < 40}
         weights = {"w": jnp.arange(100.0).reshape(10, 10) * mask["w"] + mask["w"]}

@@ -11,6 +11,7 @@ from otmdr_jax import baselines, bnn, parallel
 from otmdr_jax.experiments import cli, methods, report
 from otmdr_jax.experiments.config import TrainConfig
 from tests.baselines.test_bsam import Linear, gradient, loss, problem, run
+from tests.marks import slow_but
 
 ALPHA, B1, B2, DELTA, H0, N = 0.2, 0.8, 0.9, 0.05, 0.5, 40.0
 OPTIONS = dict(
@@ -112,7 +113,7 @@ class TestEquations:
         q = baselines.posterior(w, baselines.ivon_precision(state.hess, 0.1), 50.0)
         assert_allclose(np.mean(bnn.std(q)[-4000:]), 1 / np.sqrt(50 * 8.1), rtol=0.1)
 
-    @pytest.mark.parametrize("samples", [1, 2])
+    @pytest.mark.parametrize("samples", slow_but([1], [1, 2]))
     def test_on_devices(self, samples, key):
         w, batches = problem(steps=1, size=16)
         w = jnp.asarray(w, jnp.float32)

@@ -310,6 +310,7 @@ def test_uncertainty_is_that_of_loops(key):
         assert_allclose(found.epistemic[n], np.mean(kls), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_uncertainty_is_that_of_metrics(key):
     """On the device here, on the host in float64 there: two codes, one formula."""
     log_probs = jax.nn.log_softmax(3 * jax.random.normal(key, (7, 20, 5)))
@@ -320,6 +321,7 @@ def test_uncertainty_is_that_of_metrics(key):
     assert_allclose(found.epistemic, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_likelihood_of_predictions_is_in_log_space():
     """Where all probabilities underflow, their mean does not become log 0."""
     log_probs = jnp.array([[[-500.0, 0.0]], [[-600.0, 0.0]]])
@@ -418,6 +420,7 @@ def test_a_posterior_whose_parts_do_not_fit():
         bnn.mean(q._replace(point={"w": None}))
 
 
+@pytest.mark.slow
 def test_a_posterior_of_another_model(key):
     images = jnp.zeros((2, 8, 8, 1))
     small, other = (models.create("cnn_small", classes) for classes in (10, 7))
@@ -476,6 +479,7 @@ def test_join_is_the_inverse_of_splitting():
     assert posterior.chosen(q) == {"a": True, "n": {"scale": False}, "none": None}
 
 
+@pytest.mark.slow
 def test_a_sampled_divergence_has_the_gradient_of_the_closed_form(key):
     """Of a single sample the gradient is noisy; over many it is that of the KL."""
     q, prior = one(0.4, 0.3), bnn.Normal(0.5)

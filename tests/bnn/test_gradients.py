@@ -109,7 +109,7 @@ def test_a_norm_over_scales_has_no_ball():
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("particles", slow_but([1], [1, 3]))
 @pytest.mark.parametrize("norm", ["global", "per_leaf"])
 def test_without_sigma_and_divergence_it_is_otmdr_of_one_model(key, particles, norm):
     params, data = toy.regression_problem()
@@ -377,6 +377,7 @@ def test_the_objective_at_the_optimum_is_the_evidence_bound():
     assert abs(-40 * float(values.mean()) - (evidence - gap)) < 5 * error + 1e-3
 
 
+@pytest.mark.slow
 def test_otmdr_of_the_paper_has_the_same_fixed_point():
     """Its gradient of mu is g + rho A g / ||g|| with g = A (mu - m) + H sigma kappa.
 
@@ -454,6 +455,7 @@ def posterior_log(q, kappa):
     return sum(jax.tree.leaves(logs))
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_divergence_and_radii_change_without_recompiling(
     problem, key
 ):

@@ -180,7 +180,7 @@ def test_covariance_of_two_outputs_is_that_of_their_inputs(how, estimator):
 
 
 @pytest.mark.filterwarnings("ignore:estimator=")
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", slow_but(["flipout"], ESTIMATORS))
 def test_gradients_of_a_siamese_network_have_the_right_mean(estimator):
     """For ((x1 - x2) w - t)^2: 2 d (d m - t), and 2 d^2 sigma for the scales."""
     rng = np.random.default_rng(2)
@@ -237,7 +237,7 @@ def test_networks_that_use_a_kernel_again_are_those_of_sampled_weights(
     assert_allclose(got.std(0), want.std(0), rtol=0.12)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", slow_but(["flipout"], ESTIMATORS))
 def test_a_warning_names_the_kernels_that_examples_share(estimator, key):
     params = {"in": jnp.zeros((3, 4)), "again": jnp.ones((4, 4)), "b": jnp.ones(4)}
     q = bnn.init(params, sigma=0.5)

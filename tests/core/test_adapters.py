@@ -223,6 +223,7 @@ def test_optax_inject_hyperparams(problem):
     assert_close(updates, jax.tree.map(lambda g: -0.1 * g, grads))
 
 
+@pytest.mark.slow
 def test_donated_buffers(problem):
     params, data = problem
     tx = optax.chain(otmdr_jax.otmdr(toy.regression, jax.random.key(0)), optax.sgd(0.1))

@@ -135,6 +135,7 @@ def test_each_device_has_the_rows_of_its_examples(options, sync, key):
         check(value, aux, data)
 
 
+@pytest.mark.slow
 def test_particles_on_devices_are_averaged(key):
     params, data = problem()
     mesh = jax.make_mesh((2,), ("particle",), axis_types=(AxisType.Auto,))

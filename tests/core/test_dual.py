@@ -280,6 +280,7 @@ def test_members_that_are_a_tuple_share_it_too():
     assert_allclose(optax.tree.get(state, "multiplier"), 5 * 5**0.5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_member_that_is_not_finite_does_not_count():
     dual = ensemble.dual_gradient(lambda w, b, size: size * linear(w, b), RHO)
     members, sizes = jnp.zeros((3, 2)), jnp.array([jnp.nan, 1.0, 3.0])
@@ -293,6 +294,7 @@ def test_a_member_that_is_not_finite_does_not_count():
     assert_same_bits(step(state, jnp.full(3, jnp.inf)), state)
 
 
+@pytest.mark.slow
 def test_members_on_devices_have_one_lambda():
     """Each device has one member: the state is that of one device, on both."""
     function = lambda w, b, size: size * linear(w, b)  # noqa: E731
@@ -369,6 +371,7 @@ def test_draws_of_a_posterior_share_the_budget():
     assert_allclose(np.mean(used[100:]), 1.0, atol=0.1)
 
 
+@pytest.mark.slow
 def test_scales_of_a_posterior_have_their_gradient_at_the_center():
     """With a budget of 0 all is SGVB; with one, means move and scales do not."""
     q = bnn.init(jnp.array([[1.0], [-2.0]]), sigma=0.5)
@@ -390,6 +393,7 @@ def test_scales_of_a_posterior_have_their_gradient_at_the_center():
 # -- what lambda lives through ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     sizes=st.lists(

@@ -9,6 +9,7 @@ import pytest
 import otmdr_jax
 from otmdr_jax.core import loops
 from tests import toy
+from tests.marks import slow_but
 
 # As a user's programs are compiled: see tests/conftest.py.
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -213,7 +214,9 @@ def test_limit_without_randomness_all_particles_are_the_same():
     )
 
 
-@pytest.mark.parametrize("particle_map", ["vmap", "unroll", "scan"])
+@pytest.mark.parametrize(
+    "particle_map", slow_but(["vmap", "scan"], ["vmap", "unroll", "scan"])
+)
 def test_limit_permuting_the_particles_changes_nothing(particle_map, key):
     params, data = toy.regression_problem()
     keys = jax.random.split(key, 4)

@@ -138,7 +138,7 @@ def test_without_a_radius_it_is_the_gradient_of_the_whole_batch(way, key):
     close(jax.jit(fn)(params, data, key=key), reference(params, data))
 
 
-@pytest.mark.parametrize("way", slow_but(("three particles", "sub-batches"), WAYS))
+@pytest.mark.parametrize("way", slow_but(("sub-batches",), WAYS))
 def test_equal_weights_are_none(way, key):
     params, data = weighted_problem(np.full(12, 0.7))
     got = otmdr_jax.value_and_grad(weighted, RHO, weights=weights_of, **WAYS[way])
@@ -240,7 +240,7 @@ LIGHT = {
 }
 
 
-@pytest.mark.parametrize("way", slow_but(("ordered", "uneven micro-batches"), SEEN))
+@pytest.mark.parametrize("way", slow_but(("ordered",), SEEN))
 def test_aux_and_gap_are_those_of_the_weights(way):
     """By NumPy, of the examples that the passes at the center see."""
     options, parts = SEEN[way]
@@ -388,7 +388,7 @@ def test_pairs_of_a_part_are_those_inside_of_it():
     close((found.value, found.grads), jax.value_and_grad(loss)(moved, x))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", slow_but([False], [True, False]))
 def test_pairs_over_devices_are_gathered_inside_of_the_loss(check_vma):
     w, x = np.eye(3, 2, dtype=np.float32), toy.regression_problem(dim=3)[1]["x"]
 
@@ -489,6 +489,7 @@ def test_plain_gradients_of_a_loss_without_a_batch(tx):
     close(jnp.abs(updates), np.abs(A * W))
 
 
+@pytest.mark.slow
 def test_members_and_posteriors_of_a_loss_without_a_batch(key):
     members = jnp.stack([W, 2 * W])
     for how in ("vmap", "unroll", "scan"):

@@ -127,7 +127,7 @@ def test_it_ends_at_the_point_of_sam(kappa):
 # -- draws for a linear loss -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", slow_but([1, 5], [1, 2, 5, 200]))
+@pytest.mark.parametrize("n", slow_but([5], [1, 2, 5, 200]))
 def test_without_preference_it_is_uniform_in_the_ball(n):
     particles, seen = draws(linear(np.ones(n)), dim=n, inverse_temperature=0.0, rho=0.3)
     radii = np.linalg.norm(particles, axis=1)
@@ -453,6 +453,7 @@ def test_it_agrees_with_the_chain_of_blackjax():
         assert test.pvalue > LEVEL
 
 
+@pytest.mark.slow
 def test_a_quadratic_gives_a_gaussian_cut_off_at_the_ball():
     """Whose squared radius is chi-square, cut off."""
     heat, n = 6.0, 3
@@ -641,7 +642,11 @@ def test_a_projected_climb_is_one_in_numpy():
             5,
             marks=pytest.mark.slow,
         ),
-        ({"sampler": "langevin", "split": "shared", "num_particles": 2}, 1 + 2 * 4),
+        pytest.param(
+            {"sampler": "langevin", "split": "shared", "num_particles": 2},
+            1 + 2 * 4,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

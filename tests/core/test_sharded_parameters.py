@@ -282,7 +282,7 @@ def test_explicit_axes(name):
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        ["dual", "sub-batches"],
+        ["sub-batches"],
         ["looksam", "dual", "dynamic", "per_member(bsam)", "bnn", "sub-batches"],
     ),
 )
@@ -365,6 +365,7 @@ def test_a_state_may_be_made_inside_of_jit(name):
     assert_close(state, METHODS[name].init(setup(name)))
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_stay_what_and_where_they_are():
     mesh = make_mesh("explicit-2d")
     params, batch = setup("noise", mesh), make_batch(mesh, P("data"))

@@ -875,6 +875,7 @@ def test_another_data_folder_never_gets_this_cache(own_copy, cache_dir):
     assert len(list(cache_dir.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_neither_tensorflow_nor_the_main_guard_is_needed(cifar_dir, cache_dir):
     code = """
         import sys

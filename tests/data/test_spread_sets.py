@@ -35,6 +35,7 @@ def images():
     return pixels.astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_images_are_augmented_where_they_are(place, images, key):
     want = data.augment(key, images, ("crop", "flip"))
     got = data.augment(key, place(images), ("crop", "flip"))

@@ -193,6 +193,7 @@ def test_statistics_read_a_limited_sample(monkeypatch):
 # -- the order ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings
 @hypothesis.given(
     num=st.sampled_from([1, 2, 31, 90]),  # each compiles
@@ -387,6 +388,7 @@ def test_unfit_arguments_are_refused(change, message):
         data.stream_batches(numbered(40), key=jax.random.key(0), **options)
 
 
+@pytest.mark.slow
 def test_without_grain_the_error_says_what_to_install():
     code = """
         import sys

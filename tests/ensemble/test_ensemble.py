@@ -15,6 +15,7 @@ from otmdr_jax.core import loops
 from otmdr_jax.experiments import members, methods
 from otmdr_jax.metrics import diversity
 from tests import toy
+from tests.marks import slow_but
 
 MAPS = ("vmap", "unroll", "scan")
 RHO = (0.05, 0.1)
@@ -105,7 +106,7 @@ class TestGradient:
             want = one(together[m], data, key=keys[m])
             assert_close((values[m], grads[m]), want)
 
-    @pytest.mark.parametrize("how", MAPS)
+    @pytest.mark.parametrize("how", slow_but([x for x in MAPS if x != "vmap"], MAPS))
     def test_aux_and_arguments_are_per_member_keywords_are_shared(self, how):
         def loss(w, batch, state, *, scale):
             value = scale * jnp.mean((batch - w) ** 2)

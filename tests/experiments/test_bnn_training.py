@@ -145,6 +145,7 @@ class TestMethod:
             beside = numbers["loss"] - numbers["likelihood_term"]
             assert_allclose(beside, weight * numbers["kl"] / 400, rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.slow
     def test_the_released_codes_initialisation(self, key):
         _, method = self.make("otmdr-bnn", "cnn_small", init="released")
         q = method.init(key, jnp.zeros((1, 8, 8, 1))).params
@@ -218,6 +219,7 @@ class TestRuns:
         assert isinstance(state.params, bnn.MeanField)
         assert_same_bits(state, result.state)
 
+    @pytest.mark.slow
     def test_metrics_are_those_of_the_mean_probability(self, small, sgvb):
         result = sgvb
         chosen = of_method(TINY, "sgvb")
@@ -238,6 +240,7 @@ class TestRuns:
             found.metrics["epistemic"], total - entropy.mean(), rtol=1e-2, atol=1e-5
         )
 
+    @pytest.mark.slow
     def test_sharpness_is_that_of_the_mean(self, small, sgvb):
         result = sgvb
         compiled = programs.compile_programs(of_method(TINY, "sgvb"), small)

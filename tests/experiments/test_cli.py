@@ -291,6 +291,7 @@ def help_of(capsys, *args):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_documents_every_option(capsys):
     for name, (kind, _) in cli.COMMANDS.items():
         text = help_of(capsys, name)

@@ -37,6 +37,7 @@ def run(method, count, batch=BATCH):
     return state, metrics
 
 
+@pytest.mark.slow
 def test_members_of_a_run_share_one_budget():
     """Of different networks: distances as their gradients, their mean the budget."""
     each = [
@@ -127,6 +128,7 @@ def test_it_goes_with_other_options(options, small, one_layer):
     assert 0 < memory.budget_used < 10 and np.isfinite(memory.value)
 
 
+@pytest.mark.slow
 def test_with_the_ball_of_theorem_43_a_run_is_that_of_sam():
     """And with no rate lambda stays what the first gradient makes it."""
     ball = dict(power=1.0, max_ratio=1.0)

@@ -36,7 +36,6 @@ IMAGES = jax.random.normal(jax.random.key(7), (SIZE, 1, 1, INPUTS))
 BATCH = IMAGES, jnp.arange(SIZE) % CLASSES
 ALL = tuple(methods.METHODS)
 SPARSE = ("dst", "edst")
-KINDS = ("sgd", "otmdr")
 
 
 # --- networks without a zoo ---------------------------------------------------------
@@ -106,7 +105,9 @@ def without_first(tree):
     return [x for path, x in with_paths if "first" not in jax.tree_util.keystr(path)]
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, [x for x in ALL if x not in SPARSE]))
+@pytest.mark.parametrize(
+    "name", slow_but(["otmdr"], [x for x in ALL if x not in SPARSE])
+)
 def test_frozen_leaves_are_constants_of_every_method(name):
     """The run is that of a network without them: their bits stay, no norm counts them.
 
@@ -156,7 +157,7 @@ def test_frozen_leaves_with_loss_scaling_micro_batches_and_particles():
     close(states[-1].params["head"], wanted[-1].params["head"])
 
 
-@pytest.mark.parametrize("name", ["otmdr", "sgvb"])
+@pytest.mark.parametrize("name", slow_but(["otmdr"], ["otmdr", "sgvb"]))
 def test_frozen_leaves_on_two_devices(name):
     options = {"split": "shared"} if name == "otmdr" else {}
     one, _ = run(make(name, Net(), freeze=("first/*",), **options))
@@ -176,6 +177,7 @@ def test_statistics_of_frozen_layers_go_on():
     assert np.all(np.asarray(states[1].model_state["mean"]) != 0)
 
 
+@pytest.mark.slow
 def test_one_frozen_leaf_of_a_layer_and_a_posterior_of_its_own():
     states, _ = run(make("otmdr-bnn", Net(), freeze=("*/bias",)))
     params = states[-1].params
@@ -244,7 +246,7 @@ def test_a_group_has_an_optimizer_of_its_rate(name, own):
         close(got, wanted, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", slow_but(KINDS, ALL))
+@pytest.mark.parametrize("name", slow_but(["sgd"], ALL))
 def test_rates_of_groups_with_every_method(name):
     """The first update is the rate times what does not depend on it."""
     model = Net(dropout=0.5 if name == "mc-dropout" else 0.0)
@@ -402,6 +404,7 @@ def begun(config, dataset):
     return initial.put(config, compiled, state, start), start
 
 
+@pytest.mark.slow
 def test_a_new_head_where_classes_differ(source, five, tmp_path, capsys):
     folder = source.folder
     config = TINY.replace(init_from=folder)
@@ -583,6 +586,7 @@ def test_architectures_that_differ_start_from_their_own(how, ten, one_layer, tmp
         assert_same_bits(got.params, want.params)
 
 
+@pytest.mark.slow
 def test_averages_give_their_mean(ten, one_layer, tmp_path):
     config = TINY.replace(method="swa", steps=6, collect_start=0.5, collect_every=0.1)
     result = training.train(config, ten, tmp_path / "swa", show_progress=False)
@@ -647,6 +651,7 @@ def test_a_run_without_a_checkpoint_goes_on_with_the_same_weights_alone(
     assert files.read_json(folder / "initial.json") == record
 
 
+@pytest.mark.slow
 def test_from_the_command_line(source, few_digits, tmp_path, capsys):
     out = tmp_path / "run"
     cli.main(

@@ -97,6 +97,7 @@ class TestRun:
                 trio.metrics["members"][m]["nll"], alone.metrics["nll"], rtol=2e-3
             )
 
+    @pytest.mark.slow
     def test_the_prediction_is_the_mean_of_probabilities(self, small, trio):
         with np.load(trio.folder / "predictions.npz") as saved:
             each, mean = np.exp(saved["member_log_probs"]), np.exp(saved["log_probs"])
@@ -358,6 +359,7 @@ class TestCombine:
         np.testing.assert_allclose(predictions(out), want, rtol=1e-3, atol=1e-4)
         assert run_folder.read_config(out).model.members == "2"
 
+    @pytest.mark.slow
     def test_single_models_join(self, folders):
         out = folders / "mixed"
         combine.combine(
@@ -374,7 +376,12 @@ class TestCombine:
             (["one"], [], "at least two members"),
             (["three", "nowhere"], [], "no run folder"),
             (["three", "three"], [], "named once"),
-            (["three", "other"], [], "rho: .0.05,. and .0.1,."),
+            pytest.param(
+                ["three", "other"],
+                [],
+                "rho: .0.05,. and .0.1,.",
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     def test_refusals(self, names, options, message, folders, capsys):

@@ -78,10 +78,11 @@ NEEDS = {
 }
 ALL = tuple(methods.METHODS)
 every_method = pytest.mark.parametrize("name", ALL)
-# One of each kind: `make test-all` runs the others.
-one_of_each_kind = pytest.mark.parametrize(
-    "name", slow_but(("sgd", "otmdr", "otmdr-dual", "edst", "ivon"), ALL)
-)
+
+
+def some(*fast):
+    """These by `make test`, all of them by `make test-all`."""
+    return pytest.mark.parametrize("name", slow_but(fast, ALL))
 
 
 def make(name, **options):
@@ -109,7 +110,11 @@ def close(got, want, rtol=1e-4, atol=1e-5):
     jax.tree.map(compare, got, want)
 
 
-@every_method
+# One of each kind, and those that take no longer.
+@some(
+    "sgd", "sam", "otmdr", "otmdr-dual", "looksam", "sgvb", "edst", "fge", "swa",
+    "laplace",
+)  # fmt: skip
 def test_it_steps_predicts_and_skips(name):
     """One trace; what is not finite changes nothing; predictions are probabilities.
 
@@ -153,7 +158,7 @@ def test_it_steps_predicts_and_skips(name):
         assert all(jnp.all(x > 0) for x in jax.tree.leaves(bnn.std(q)))
 
 
-@one_of_each_kind
+@some("sgd", "otmdr-dual")
 def test_a_checkpoint_goes_on_as_the_run_did(name, tmp_path):
     method, state, step = start(name)
     state, _ = run(step, state, 2)
@@ -167,7 +172,7 @@ def test_a_checkpoint_goes_on_as_the_run_did(name, tmp_path):
     close(*(run(step, s, 2)[0] for s in (restored, state)), rtol=1e-5)
 
 
-@one_of_each_kind
+@some("otmdr")
 def test_members_are_runs_of_their_own(name):
     one = make(name)
     both = members.lift(one, 2, "vmap")
@@ -189,7 +194,7 @@ def test_members_are_runs_of_their_own(name):
 
 
 @pytest.mark.essential
-@one_of_each_kind
+@some("sgd", "otmdr", "ivon")
 def test_two_devices_train_what_one_does(name):
     """With the split of one device, since each cuts its own part of the batch."""
     whole = {"split": "shared"} if methods.METHODS[name].has_particles else {}

@@ -128,6 +128,7 @@ def test_options_of_loading_are_refused_with_a_dataset(mine, option):
         training.train(TINY.replace(**option), mine, show_progress=False)
 
 
+@pytest.mark.slow
 def test_an_npz_may_move_and_is_found_from_any_folder(tmp_path, monkeypatch, one_layer):
     (first := tmp_path / "first").mkdir()
     (second := tmp_path / "second").mkdir()

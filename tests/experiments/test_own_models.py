@@ -244,6 +244,7 @@ def test_several_labels_at_once():
     assert result.metrics["members"][0]["right"] > 0.95
 
 
+@pytest.mark.slow
 def test_callbacks_are_called(classes, tmp_path):
     calls = []
 

@@ -577,6 +577,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 def test_write(tmp_path, folder):
     runs = [
         report.read_run(folder)._replace(result={"nll": 0.5, "device": "cpu"}),

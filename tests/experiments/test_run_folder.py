@@ -59,6 +59,7 @@ with run_folder.locked(sys.argv[1]):
 
 
 class TestTwoProcesses:
+    @pytest.mark.slow
     def test_one_folder_is_one_processs(self, run, mine):
         before = {path.name: path.read_bytes() for path in run.glob("*.*")}
         other = subprocess.Popen(
@@ -178,6 +179,7 @@ class TestReports:
             return stop.code
         return 0
 
+    @pytest.mark.slow
     def test_one_on_other_runs_is_kept(self, run, finished, tmp_path, capsys):
         page = tmp_path / "page"
         (run / "config.json").write_text(

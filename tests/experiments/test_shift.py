@@ -234,7 +234,13 @@ def test_floats_and_bytes_are_the_same_images(name, severity, seed, dtype):
         np.testing.assert_allclose(found, np.round(found), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["contrast", "pixelate", "gaussian_blur", "rotation"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["contrast", "pixelate", "gaussian_blur"],
+        ["contrast", "pixelate", "gaussian_blur", "rotation"],
+    ),
+)
 def test_a_constant_image_has_nothing_to_lose(name):
     flat = np.full((2, 16, 16, 3), 77, np.uint8)
     for severity in data.SEVERITIES:
@@ -263,6 +269,7 @@ def test_sizes_of_pixelation():
     assert corruptions.sizes(3) == [2, 1, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_real_images_change_as_much_as_they_should():
     """CIFAR-10 itself: every kind moves it, none beyond recognition."""
     images, _ = real_cifar10(range(50_000, 60_000, 100))
@@ -867,6 +874,7 @@ def test_the_uncertainty_of_a_posterior_is_in_its_record(small):
     assert row["aleatoric"] == pytest.approx(float(want.aleatoric.mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_of_devices_predicts_the_same_of_corrupted_images(small):
     config = TINY.replace(mesh="data=4", eval_batch_size=32)
     mesh = programs.make_mesh(config)

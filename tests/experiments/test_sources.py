@@ -61,6 +61,7 @@ def photos(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_folder_is_trained_on_and_resumed_from_the_command_line(
     photos, tmp_path, one_layer, monkeypatch, capsys
 ):
@@ -134,7 +135,7 @@ def test_image_size_is_for_folders():
 # -- Arrays with a validation set of their own ----------------------------------------
 
 
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("saved", slow_but([True], [False, True]))
 def test_an_own_validation_set_chooses_the_best_checkpoint(saved, tmp_path, one_layer):
     """In memory, and from a file by name."""
     train, test, validation = images_of(0, 60), images_of(1, 30), images_of(2, 21)

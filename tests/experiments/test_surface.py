@@ -145,6 +145,7 @@ class TestLosses:
         np.testing.assert_allclose(record["losses"], want, rtol=2e-4)
         assert record["members"] == shown
 
+    @pytest.mark.slow
     def test_of_one_member(self, trained, tmp_path):
         plan = dataclasses.replace(SMALL, member=1, dimensions=1)
         record = measure([trained("pair")], plan, tmp_path)

@@ -34,7 +34,7 @@ KINDS = {
     "fitted": {"method": "laplace", "num_samples": 3},
     "dropped": {"method": "mc-dropout", "num_samples": 3},
 }
-FAST = ("point", "fitted")
+FAST = ("point",)
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +239,7 @@ def test_what_a_pass_gave_is_of_its_step_and_options_alone(small, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_needs_its_data(small, tmp_path):
     folder = tmp_path / "run"
     training.train(TINY.replace(epochs=1), small, folder, show_progress=False)

@@ -103,6 +103,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(straight, small):
     assert result["best"]["step"] in (2, 4, 6) and result["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(straight, small):
     again = training.train(TINY, small, show_progress=False)
     assert_same_bits(again.state, straight.state)
@@ -190,6 +191,7 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
     assert events == sorted(events)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(straight, small):
     log = (straight.folder / "metrics.jsonl").read_bytes()
     result = json.loads((straight.folder / "result.json").read_text())
@@ -486,6 +488,7 @@ def test_non_finite_steps_are_skipped_and_counted(small):
     assert result.metrics["accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_stops_after_too_many_non_finite_steps_in_a_row(small):
     config = TINY.replace(max_skipped=4, epochs=10)
     with pytest.raises(training.NonFiniteError, match="not finite in 4 steps in a row"):
@@ -711,6 +714,7 @@ def test_a_step_is_gradient_update_and_statistics_from_the_center(key):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_summed_particles_are_k_times_the_mean(key):
     images, labels = jnp.ones((6, 2)) * jnp.arange(6.0)[:, None], jnp.arange(6) % 2
     updates = []

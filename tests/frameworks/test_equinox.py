@@ -123,6 +123,7 @@ def test_one_shared_step_is_sam(model, batch):
 # -- as tutorials call it -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_step_of_equinox_tutorials_runs_with_one_changed_line(batch):
     """A loss of x and y, jitted before, in a step that is jitted."""
 

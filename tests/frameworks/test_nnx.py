@@ -108,6 +108,7 @@ def test_without_a_radius_it_is_nnx_value_and_grad(batch):
     assert isinstance(grads, nnx.State) and logits.shape == (SIZE, 3)
 
 
+@pytest.mark.slow
 def test_one_shared_step_is_sam(batch):
     """Optax's own: the gradient at w + rho g / |g|."""
     model, rho = net(), 0.3
@@ -207,6 +208,7 @@ def test_streams_of_the_loss_advance_once_and_passes_share_their_draw(key):
     assert len(set(seen)) == 2 and rngs.noise.count[...] == 2
 
 
+@pytest.mark.slow
 def test_eval_mode_leaves_the_state_alone(batch, key):
     model = net()
     model.eval()

@@ -66,6 +66,7 @@ class TestProduct:
         want = dense @ np.asarray(v, float)
         np.testing.assert_allclose(ravel_pytree(got)[0], want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_mask_cuts_rows_and_columns(self, key):
         params, batches, dense = network()
         mask = {"in": (True, False), "out": True, "bias": False}
@@ -89,7 +90,7 @@ class TestProduct:
 
 class TestEigenvalues:
     @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
-    @pytest.mark.parametrize("k", [1, 5])
+    @pytest.mark.parametrize("k", slow_but([5], [1, 5]))
     def test_are_those_of_the_dense_hessian(self, which, k):
         params, batches, dense = network()
         values = np.linalg.eigvalsh(dense)
@@ -251,6 +252,7 @@ class TestTrace:
         )
         assert found.value == 7 and found.standard_error == 0
 
+    @pytest.mark.slow
     def test_is_that_of_the_dense_hessian_within_its_error(self, key):
         params, batches, dense = network()
         found = landscape.hessian_trace(
@@ -275,6 +277,7 @@ class TestTrace:
         # Two entries of 1 a row pair: the variance of a probe is 2 x 100.
         assert found.standard_error == pytest.approx(np.sqrt(200 / 100), rel=0.3)
 
+    @pytest.mark.slow
     def test_is_the_average_sharpness_of_small_noise(self, key):
         _, matrix = rotated([3.0, 2.0, 1.0, -1.0])
         at = (quadratic(matrix), jnp.zeros(4), ONE)

@@ -166,6 +166,7 @@ def test_gradients_equal_finite_differences():
         check_grads(f, (x, w), order=2, modes=["fwd", "rev"], eps=1e-5)
 
 
+@pytest.mark.slow
 def test_without_jit():
     """`jax.disable_jit`, to look for an error with a debugger."""
     ours, lax_own = map(scalar, both(strides=(2, 1)))

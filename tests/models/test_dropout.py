@@ -188,6 +188,7 @@ class TestNetworks:
         assert_allclose(got[0], np_head(x, params["head"]), rtol=2e-4, atol=2e-4)
         jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4), got[1], moved)
 
+    @pytest.mark.slow
     def test_the_wide_one_drops_between_its_convolutions(self):
         model = models.create("wide_resnet_10_1", 5, dropout=RATE)
         params, state, x = draw(model, (3, 8, 8, 3))
@@ -462,6 +463,7 @@ class TestRobustGradients:
             after.params["kernel"], want.params["kernel"], rtol=1e-5, atol=1e-6
         )
 
+    @pytest.mark.slow
     def test_steps_differ_and_other_draws_do_not(self):
         """At a radius of 0 the particles of a random split are the center."""
         drops, plain = (
@@ -560,6 +562,7 @@ class TestMonteCarlo:
         want = jax.nn.log_softmax(x @ state.params["kernel"])[None]
         assert_allclose(method.predict(state, IMAGES), want, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     def test_trains_as_its_base_does(self):
         mine = self.method(base="otmdr", num_particles=2, num_samples=3)
         base = methods.create("otmdr", Softmax(), optax.sgd(0.5), num_particles=2)

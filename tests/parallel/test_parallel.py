@@ -248,6 +248,7 @@ class TestData:
         assert_close(got, want, rtol=1e-5)
         assert np.all(np.isfinite(seen.distances))
 
+    @pytest.mark.slow
     def test_barriers_and_sums_keep_the_axes_of_each_value(self):
         """shard_map refuses a result that is marked as differing and is not."""
 
@@ -611,17 +612,25 @@ class TestMicrobatches:
 
     @pytest.mark.parametrize(
         "size, options, passes",
-        [
-            (256, {"split": "shared", "rho": 0.1}, 2),
-            (256, {"split": "random"}, 2),
-            (256, {"split": "ordered"}, 2),
-            # Of sizes that parts, or devices, do not divide.
-            (200, {"rho": (0.1, 0.1, 0.1)}, 2),
-            (204, {"split": "random"}, 2),
-            (204, {"split": "ordered"}, 2),
-            (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
-            (256, {"num_particles": 2, "particle_map": "vmap"}, 4),
-        ],
+        slow_but(
+            [
+                (256, {"split": "shared", "rho": 0.1}, 2),
+                (256, {"split": "ordered"}, 2),
+                (204, {"split": "ordered"}, 2),
+                (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
+            ],
+            [
+                (256, {"split": "shared", "rho": 0.1}, 2),
+                (256, {"split": "random"}, 2),
+                (256, {"split": "ordered"}, 2),
+                # Of sizes that parts, or devices, do not divide.
+                (200, {"rho": (0.1, 0.1, 0.1)}, 2),
+                (204, {"split": "random"}, 2),
+                (204, {"split": "ordered"}, 2),
+                (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
+                (256, {"num_particles": 2, "particle_map": "vmap"}, 4),
+            ],
+        ),
         ids=str,
     )
     @pytest.mark.parametrize("fsdp", [False, True])
