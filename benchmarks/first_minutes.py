@@ -39,6 +39,8 @@ def otmdr(code, cache, *words):
     subprocess.run(
         [sys.executable, "-m", "otmdr_jax", *map(str, words)],
         env={**others, **own},
+        # Python looks there first, before PYTHONPATH.
+        cwd=code,
         check=True,
         capture_output=True,
     )

@@ -28,7 +28,7 @@ from otmdr_jax.data.corruptions import (
     check_severity,
     corrupt,
 )
-from otmdr_jax.data.dataset import Dataset, Split, from_arrays
+from otmdr_jax.data.dataset import Dataset, Split, from_arrays, subset
 from otmdr_jax.data.device import augment, epoch_order, eval_batches, normalise, take
 from otmdr_jax.data.folder import from_folder
 from otmdr_jax.data.huggingface import from_huggingface
@@ -72,5 +72,6 @@ __all__ = [
     "normalise",
     "save",
     "stream_batches",
+    "subset",
     "take",
 ]

@@ -13,6 +13,9 @@ from otmdr_jax.experiments import own as own_lib
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.own import NOTHING, Own
 
+# Options that a network which is not of the zoo does not have.
+_OF_ZOO = ("stem", "dtype", "activation", "dropout", "remat", "input_size", "width")
+
 
 def networks(
     config: TrainConfig,
@@ -78,6 +81,8 @@ def _model_options(config, drops):
     options = {
         "dropout": (drops and dropout_rate(config)) or None,
         "stem": config.model.stem,
+        "input_size": config.model.input_size,
+        "width": config.model.width,
         "remat": config.model.remat or None,
         "activation": None
         if config.model.activation == "relu"
@@ -89,7 +94,7 @@ def _model_options(config, drops):
 def _check_own(config, name):
     """Refuses options that a network which is not of the zoo does not have."""
     changed = config.changed()
-    for option in ("stem", "dtype", "activation", "dropout", "remat"):
+    for option in _OF_ZOO:
         if option in changed:
             raise ValueError(
                 f"{option}={changed[option]!r} is of the zoo's networks: {name} says "

@@ -65,18 +65,40 @@ _REGISTRY: dict[str, tuple[Any, dict[str, Any]]] = {
     "wide_resnet_28_10": (WideResNet, {"depth": 28, "width": 10}),
     "wide_resnet_34_10": (WideResNet, {"depth": 34, "width": 10}),
 }
-# Names with numbers in them -> the family, and what the numbers are.
-_PATTERNS: tuple[tuple[re.Pattern[str], Any, tuple[str, str]], ...] = (
-    (re.compile(r"wide_resnet_(\d+)_(\d+)"), WideResNet, ("depth", "width")),
-    (re.compile(r"pyramidnet_(\d+)_a(\d+)"), PyramidNet, ("depth", "alpha")),
+
+
+def _equal_stages(depth: int) -> dict[str, Any]:
+    """Four stages of n layers of two convolutions, three transitions, stem and head."""
+    if depth % 8 != 5 or depth < 13:
+        raise ValueError(
+            "A dense network's depth must be 8n + 5 (13, 21, 29, ...), four stages of "
+            f"n layers, or 121; got {depth=}."
+        )
+    return {"stage_sizes": (depth // 8,) * 4, "growth": 32}
+
+
+# Names with numbers in them -> the family, and the options that the numbers are.
+_PATTERNS: tuple[tuple[re.Pattern[str], Any, Any], ...] = (
+    (
+        re.compile(r"wide_resnet_(\d+)_(\d+)"),
+        WideResNet,
+        lambda depth, width: {"depth": depth, "width": width},
+    ),
+    (
+        re.compile(r"pyramidnet_(\d+)_a(\d+)"),
+        PyramidNet,
+        lambda depth, alpha: {"depth": depth, "alpha": alpha},
+    ),
+    (re.compile(r"densenet_(\d+)"), DenseNet, _equal_stages),
 )
 
 
 def names() -> tuple[str, ...]:
     """Lists the registered models.
 
-    Any other `wide_resnet_<depth>_<width>` with depth = 6n + 4 and
-    `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2 can be created too.
+    Any other `wide_resnet_<depth>_<width>` with depth = 6n + 4,
+    `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2 and `densenet_<depth>` with
+    depth = 8n + 5 (four stages of n layers) can be created too.
 
     Returns:
       The names, sorted; `create` takes each of them.
@@ -98,13 +120,15 @@ def create(
     batchnorm_axis_name: str | None = None,
     remat: bool = False,
     dropout: float = 0.0,
+    input_size: int | None = None,
     **options: Any,
 ) -> Model:
     """Creates a model by name; allocates nothing until `Model.init`.
 
     Args:
       name: A name in `names()`, or `wide_resnet_<depth>_<width>` with depth = 6n + 4,
-        or `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2.
+        or `pyramidnet_<depth>_a<alpha>` with depth = 9n + 2, or `densenet_<depth>` with
+        depth = 8n + 5.
       num_classes: The number of logits, at least 2.
       dtype: The dtype of convolutions and activations. `jnp.bfloat16` halves their
         memory and uses the matrix units of GPUs and TPUs. BatchNorm, the pooled
@@ -129,12 +153,17 @@ def create(
         other residual networks; before each but the first in a pyramidal one and in
         `cnn_small`), after each convolution but the stem (densely connected), or before
         the classifier (MobileNet, EfficientNet). To train, `apply` then needs keys.
+      input_size: The side in pixels that images are resized to before the first layer,
+        bilinearly (antialiased where they shrink); None leaves them as they are. So a
+        set of 32 x 32 pixels trains a network at 224 x 224 without being stored so.
       **options: Options of the family. `stem` is "cifar" (3x3, stride 1) or "imagenet"
         (stride 2; 7x7 and a max-pool, but in `efficientnet_b0` 3x3 and 1280 features
         before the classifier). `resnet_10`, `resnet_18` and `efficientnet_b0` default
         to "cifar"; `densenet_121` to "imagenet", as in the paper's table. `activation`
         of `resnet_10` and `resnet_18` is "relu" or "softplus" (the released code's
-        Bayesian networks).
+        Bayesian networks). `width` multiplies the channels of every layer but the last
+        (in `densenet_121` the growth) of all families whose name has no width in it: a
+        quarter makes a network of a sixteenth of the operations. Default 1.
 
     Returns:
       A frozen, hashable `Model`.
@@ -169,6 +198,8 @@ def create(
             f"num_classes must be at least 2, got {num_classes}. A binary classifier "
             "has two logits here."
         )
+    if input_size is not None:
+        check_count("input_size", input_size)
     if not isinstance(remat, bool):
         raise TypeError(f"remat must be True or False, got {remat!r}.")
     family, fixed = _lookup(name)
@@ -184,6 +215,7 @@ def create(
         batchnorm_axis_name=batchnorm_axis_name,
         remat=remat,
         dropout=_check_rate(dropout),
+        input_size=input_size if input_size is None else int(input_size),
     )
 
 
@@ -193,13 +225,14 @@ def _lookup(name: str) -> tuple[Any, dict[str, Any]]:
         return _REGISTRY[name]
     for pattern, family, options in _PATTERNS:
         if match := pattern.fullmatch(name):
-            return family, dict(zip(options, map(int, match.groups()), strict=True))
+            return family, options(*map(int, match.groups()))
     close = difflib.get_close_matches(name, names(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
         f"Unknown model {name!r}.{hint} Known models: {', '.join(names())}, and any "
-        "wide_resnet_<depth>_<width> with depth = 6n + 4 or "
-        "pyramidnet_<depth>_a<alpha> with depth = 9n + 2."
+        "wide_resnet_<depth>_<width> with depth = 6n + 4, "
+        "pyramidnet_<depth>_a<alpha> with depth = 9n + 2 or densenet_<depth> with "
+        "depth = 8n + 5."
     )
 
 
@@ -214,7 +247,7 @@ def _check_known(
             takes = f"the options: {', '.join(known)}" if known else "no options"
             raise TypeError(
                 f"Model {name!r} has no option {option!r}. Beside dtype, param_dtype, "
-                f"batchnorm_axis_name, remat and dropout it takes {takes}."
+                f"batchnorm_axis_name, remat, dropout and input_size it takes {takes}."
             )
 
 

@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from otmdr_jax.core.options import check_number
 from otmdr_jax.models.convolution import convolve
 from otmdr_jax.models.depthwise import convolve_depthwise
 from otmdr_jax.models.dropout import Dropout, checked_keys
@@ -92,6 +93,20 @@ class BatchNorm(nnx.BatchNorm):
             moments = tuple(jax.lax.pmean(jnp.stack(moments), self.axis_name))
         mean, square = moments
         return mean, jnp.maximum(0.0, square - jnp.square(mean))
+
+
+def widened(channels: int, width: float) -> int:
+    """The channels of a layer in a network of another width: at least 4."""
+    return max(4, round(channels * width))
+
+
+def check_width(width: float) -> None:
+    """Raises ValueError or TypeError unless it is a positive number."""
+    check_number("width", width)
+    if not width > 0:
+        raise ValueError(
+            f"width must be above 0, what channels are multiplied by, got {width}."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +274,7 @@ class Model:
       batchnorm_axis_name: Name of the axis that shares batch statistics, or None.
       remat: True if blocks are recomputed in the backward pass.
       dropout: The rate at which activations are dropped, in [0, 1).
+      input_size: The side in pixels that images are resized to; None leaves them.
     """
 
     name: str
@@ -270,6 +286,7 @@ class Model:
     batchnorm_axis_name: str | None = None
     remat: bool = False
     dropout: float = 0.0
+    input_size: int | None = None
 
     @property
     def batchnorm_momentum(self) -> float:
@@ -399,6 +416,9 @@ class Model:
         _check_fits("state", state, state_shapes, self)
         module = nnx.merge(graph, params, state, copy=True)
         images = jnp.asarray(images, self.dtype)
+        if self.input_size is not None:
+            shape = (images.shape[0], self.input_size, self.input_size, images.shape[3])
+            images = jax.image.resize(images, shape, "bilinear")
         logits = module(images, train=bool(train), keys=keys)
         if not train:
             return logits, state

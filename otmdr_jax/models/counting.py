@@ -54,5 +54,7 @@ def output_positions(model: Model, image_shape: tuple[int, ...]) -> dict[str, in
                 layer.dot_general = record(name, layer.dot_general)
         return module(images, train=False)
 
+    if model.input_size is not None:
+        image_shape = (model.input_size, model.input_size, image_shape[-1])
     jax.eval_shape(apply, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return found

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from otmdr_jax.core.options import check_word
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.base import Layers, check_width, global_average_pool, widened
 
 _STEMS = ("cifar", "imagenet")
 
@@ -80,9 +80,11 @@ class DenseNet(nnx.Module):
         stage_sizes: tuple[int, ...],
         growth: int,
         stem: str = "imagenet",
+        width: float = 1.0,
     ):
         """Builds the network of `stage_sizes` layers a stage."""
         self.downsamples = stem == "imagenet"
+        growth = widened(growth, width)
         channels = 2 * growth
         self.stem = (
             layers.conv(in_channels, channels, 7, stride=2)
@@ -105,10 +107,14 @@ class DenseNet(nnx.Module):
 
     @staticmethod
     def check(
-        stage_sizes: tuple[int, ...], growth: int, stem: str = "imagenet"
+        stage_sizes: tuple[int, ...],
+        growth: int,
+        stem: str = "imagenet",
+        width: float = 1.0,
     ) -> None:
         """Raises ValueError unless the stem is known."""
         del stage_sizes, growth  # the registry's
+        check_width(width)
         check_word("stem", stem, _STEMS)
 
     def __call__(

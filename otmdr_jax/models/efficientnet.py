@@ -20,7 +20,13 @@ import jax
 from flax import nnx
 
 from otmdr_jax.core.options import check_word
-from otmdr_jax.models.base import Chain, Layers, global_average_pool
+from otmdr_jax.models.base import (
+    Chain,
+    Layers,
+    check_width,
+    global_average_pool,
+    widened,
+)
 
 _STEMS = ("cifar", "imagenet")
 
@@ -106,40 +112,46 @@ class EfficientNet(Chain):
         *,
         stage_sizes: tuple[int, ...],
         stem: str = "cifar",
+        width: float = 1.0,
     ):
         """Builds the network of `stage_sizes` blocks a stage."""
         standard = stem == "imagenet"
-        channels = 32
+        channels = widened(32, width)
         self.stem = layers.conv(in_channels, channels, 3, stride=2 if standard else 1)
         self.stem_norm = layers.batch_norm(channels)
         for number, (stage, size) in enumerate(
             zip(_STAGES, stage_sizes, strict=True), start=1
         ):
+            out_channels = widened(stage.channels, width)
             for index in range(size):
                 name = f"stage{number}_block{index + 1}"
                 block = InvertedBottleneck(
                     layers,
                     channels,
-                    stage.channels,
+                    out_channels,
                     stage.expansion,
                     stage.kernel_size,
                     stage.stride if index == 0 else 1,
                 )
                 self.add(name, block)
-                channels = stage.channels
+                channels = out_channels
         self.remat = layers.remat
         self.widens = standard
         if standard:
-            self.last = layers.conv(channels, 1280, 1)
-            self.last_norm = layers.batch_norm(1280)
-            channels = 1280
+            last = widened(1280, width)
+            self.last = layers.conv(channels, last, 1)
+            self.last_norm = layers.batch_norm(last)
+            channels = last
         self.dropout = layers.dropout()
         self.head = layers.dense(channels, num_classes)
 
     @staticmethod
-    def check(stage_sizes: tuple[int, ...], stem: str = "cifar") -> None:
+    def check(
+        stage_sizes: tuple[int, ...], stem: str = "cifar", width: float = 1.0
+    ) -> None:
         """Raises ValueError unless the stem is known."""
         del stage_sizes  # the registry's
+        check_width(width)
         check_word("stem", stem, _STEMS)
 
     def __call__(

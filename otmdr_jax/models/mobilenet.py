@@ -12,7 +12,13 @@ Dropout, 0 unless asked for, is before the classifier, as in TF-Slim's `mobilene
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Chain, Layers, global_average_pool
+from otmdr_jax.models.base import (
+    Chain,
+    Layers,
+    check_width,
+    global_average_pool,
+    widened,
+)
 
 # Channels and stride of each block.
 _BLOCKS = (
@@ -47,12 +53,15 @@ class SeparableBlock(nnx.Module):
 class MobileNet(Chain):
     """The network: 3x3 stem of 32 - BN - ReLU, 13 blocks, pool, dense."""
 
-    def __init__(self, layers: Layers, in_channels: int, num_classes: int):
-        channels = 32
+    def __init__(
+        self, layers: Layers, in_channels: int, num_classes: int, *, width: float = 1.0
+    ):
+        channels = widened(32, width)
         self.stem = layers.conv(in_channels, channels, 3)
         self.stem_norm = layers.batch_norm(channels)
         for index, (out_channels, stride) in enumerate(_BLOCKS):
             name = f"block{index + 1}"
+            out_channels = widened(out_channels, width)
             block = SeparableBlock(layers, channels, out_channels, stride)
             self.add(name, block)
             channels = out_channels
@@ -61,8 +70,9 @@ class MobileNet(Chain):
         self.head = layers.dense(channels, num_classes)
 
     @staticmethod
-    def check() -> None:
-        """Does nothing: there are no options."""
+    def check(width: float = 1.0) -> None:
+        """Raises ValueError unless the width is positive."""
+        check_width(width)
 
     def __call__(
         self, images: jax.Array, *, train: bool, keys: jax.Array | None = None

@@ -12,7 +12,13 @@ import jax
 from flax import nnx
 
 from otmdr_jax.core.options import check_word
-from otmdr_jax.models.base import Chain, Layers, global_average_pool
+from otmdr_jax.models.base import (
+    Chain,
+    Layers,
+    check_width,
+    global_average_pool,
+    widened,
+)
 
 _STEMS = ("cifar", "imagenet")
 # softplus is what the code released with Nguyen et al., 2023 has in Bayesian networks.
@@ -66,21 +72,22 @@ class ResNet(Chain):
         stage_sizes: tuple[int, ...],
         stem: str = "cifar",
         activation: str = "relu",
+        width: float = 1.0,
     ):
         """Builds the network of `stage_sizes` blocks a stage."""
         self.activation = activation
         self.downsamples = stem == "imagenet"
+        channels = widened(64, width)
         self.stem = (
-            layers.conv(in_channels, 64, 7, stride=2)
+            layers.conv(in_channels, channels, 7, stride=2)
             if self.downsamples
-            else layers.conv(in_channels, 64, 3)
+            else layers.conv(in_channels, channels, 3)
         )
-        self.stem_norm = layers.batch_norm(64)
-        channels = 64
+        self.stem_norm = layers.batch_norm(channels)
         for stage, size in enumerate(stage_sizes):
             for index in range(size):
                 name = f"stage{stage + 1}_block{index + 1}"
-                out_channels = 64 * 2**stage
+                out_channels = widened(64 * 2**stage, width)
                 stride = 2 if stage > 0 and index == 0 else 1
                 block = BasicBlock(layers, channels, out_channels, stride, activation)
                 self.add(name, block)
@@ -90,10 +97,14 @@ class ResNet(Chain):
 
     @staticmethod
     def check(
-        stage_sizes: tuple[int, ...], stem: str = "cifar", activation: str = "relu"
+        stage_sizes: tuple[int, ...],
+        stem: str = "cifar",
+        activation: str = "relu",
+        width: float = 1.0,
     ) -> None:
         """Raises ValueError unless the stem and the activation are known."""
         del stage_sizes  # the registry's
+        check_width(width)
         check_word("stem", stem, _STEMS)
         check_word("activation", activation, tuple(_ACTIVATIONS))
 

@@ -739,13 +739,24 @@ class TestPictures:
         assert uncertain.rows.tolist() == np.argsort(-entropy)[:5].tolist()
         images = data.load("digits").test.images
         figure = examples.examples_figure(images, worst)
-        for ax, row in zip(figure.axes[:5], worst.rows, strict=True):
-            np.testing.assert_array_equal(ax.images[0].get_array(), images[row, ..., 0])
+        for part, row in zip(figure.subfigs[:5], worst.rows, strict=True):
+            (image,), (text,) = part.artists, part.texts
+            np.testing.assert_array_equal(image.get_array(), images[row, ..., 0])
             predicted = run.log_probs[row].argmax()
             confidence = np.exp(run.log_probs[row].max())
             between = "=" if predicted == LABELS[row] else "→"
             title = f"{LABELS[row]} {between} {predicted}\n{confidence:.0%}"
-            assert ax.get_title() == title
+            assert text.get_text() == title
+
+    @pytest.mark.parametrize(("shape", "across_to_up"), [((4, 8), 2), ((9, 3), 1 / 3)])
+    def test_images_keep_their_proportions(self, shape, across_to_up):
+        images = np.zeros((len(LABELS), *shape, 3), np.uint8)
+        figure = examples.examples_figure(images, examples.worst(make(), 2))
+        for part in figure.subfigs[:2]:
+            box = part.artists[0].get_window_extent()
+            assert box.width / box.height == pytest.approx(across_to_up, rel=0.05)
+            assert part.bbox.x0 <= box.x0 and box.x1 <= part.bbox.x1
+            assert part.bbox.y0 <= box.y0 and box.y1 <= part.bbox.y1
 
     def test_classes_have_their_names_where_the_data_have_them(self):
         names = [f"digit of the kind {i}" for i in range(10)]
@@ -761,10 +772,10 @@ class TestPictures:
         assert [text.get_text() for text in axis] == list("0123456789")
         chosen = examples.worst(others, 3)
         figure = examples.examples_figure(data.load("digits").test.images, chosen)
-        for ax, row in zip(figure.axes[:3], chosen.rows, strict=True):
+        for part, row in zip(figure.subfigs[:3], chosen.rows, strict=True):
             predicted = "abcdefghij"[others.log_probs[row].argmax()]
             title = f"{'abcdefghij'[LABELS[row]]} → {predicted}\n"
-            assert ax.get_title().startswith(title)
+            assert part.texts[0].get_text().startswith(title)
 
     def test_panels_have_one_scale_beside_one_without_numbers(self):
         runs = [make("a", 0, 0.5), make("b", 1, 9.0), make("sick")]

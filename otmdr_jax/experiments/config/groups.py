@@ -71,13 +71,19 @@ class Data(Group):
     """Let TFDS download and prepare the set if it is not there."""
     validation: Amount = 0.0
     """Training examples held out for validation: a fraction below 1, or a count."""
+    train_examples: Count | None = None
+    """Train on so many of the training examples, stratified and drawn by data_seed.
+    Default: all."""
+    test_examples: Count | None = None
+    """Test on so many of the test examples, stratified and drawn by data_seed. Default:
+    all."""
     label_noise: Rate = 0.0
     """Fraction of the training labels replaced by another class."""
     augment: tuple[str, ...] | None = None
     """Augmentations out of crop and flip. Default: the data set's own."""
     data_seed: Seed = 0
-    """Seed of the validation split and the label noise: the same for all runs that are
-    compared."""
+    """Seed of the validation split, the label noise and of what is left out: the same
+    for all runs that are compared."""
 
     def check(self, config: Any) -> None:
         super().check(config)
@@ -112,6 +118,14 @@ class Model(Group):
     """Stem: cifar (3x3, stride 1), the default of resnet_10, resnet_18 and
     efficientnet_b0, or imagenet (stride 2, and pooling but in efficientnet_b0), that of
     densenet_121. The others have no choice."""
+    width: Positive | None = None
+    """What the channels of every layer are multiplied by, in resnet_10, resnet_18,
+    densenet_121 (its growth), mobilenet and efficientnet_b0: 0.25 for a sixteenth of
+    the operations. Default: 1."""
+    input_size: Count | None = None
+    """Side in pixels that images are resized to before the first layer, as 224 for
+    CIFAR in the paper's Table 2: in each step, so that they are stored as they are.
+    Default: no resizing."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation. Parameters, norms and statistics stay float32. float16
     comes with dynamic loss scaling."""

@@ -21,7 +21,14 @@ FEW_IMAGES = 16
 # What a run on a dataset of the caller's own is recorded by: "arrays:" and its name.
 ARRAYS = "arrays:"
 # Options that are applied where a set is loaded.
-_OF_LOADING = ("validation", "label_noise", "data_seed", "image_size")
+OF_LOADING = (
+    "validation",
+    "label_noise",
+    "data_seed",
+    "image_size",
+    "train_examples",
+    "test_examples",
+)
 
 
 def named(
@@ -51,7 +58,7 @@ def named(
         own = pathlib.Path(name).stem
     elif data_lib.is_folder(name):
         own = pathlib.Path(name).name
-    changed = [x for x in config.changed() if x in _OF_LOADING]
+    changed = [x for x in config.changed() if x in OF_LOADING]
     matters = recorded or changed
     if own == dataset.name and (not matters or _is_loaded(config, dataset)):
         return config
@@ -89,7 +96,7 @@ def load_data(config: TrainConfig) -> Dataset:
                 f"dataset, {name!r}), and say --data-dir {name}; or give the dataset "
                 "itself: otmdr_jax.open_run(folder, dataset=dataset)."
             )
-    return data_lib.load(
+    loaded = data_lib.load(
         name,
         data_dir=config.data.data_dir,
         cache_dir=config.data.cache_dir,
@@ -99,6 +106,12 @@ def load_data(config: TrainConfig) -> Dataset:
         label_noise=config.data.label_noise,
         seed=config.data.data_seed,
         image_size=config.data.image_size,
+    )
+    return data_lib.subset(
+        loaded,
+        train=config.data.train_examples,
+        test=config.data.test_examples,
+        seed=config.data.data_seed,
     )
 
 

@@ -65,7 +65,7 @@ def cut(figure: Any, name: str, alt: str) -> Drawn:
       name: Name that no other figure of the page has.
       alt: Description for readers who cannot see it.
     """
-    parts = [part for part in figure.subfigs if part.axes] or [figure]
+    parts = [part for part in figure.subfigs if part.axes or part.texts] or [figure]
     legends = figure.legends if figure.subfigs else []
     every = [*parts, *legends]
     for i, part in enumerate(every):

@@ -123,9 +123,12 @@ def examples_figure(images: Any, chosen: Chosen) -> Any:
       chosen: The examples to draw.
 
     Returns:
-      A `matplotlib.figure.Figure` with an axes for each example, titled
+      A `matplotlib.figure.Figure` with a panel for each example, titled
       "LABEL → PREDICTED" and its confidence in percent.
     """
+    from matplotlib.image import BboxImage
+    from matplotlib.transforms import Bbox, TransformedBbox
+
     width = plots.WIDTH / _COLUMNS
     height = width + _TITLE
     rows = math.ceil(len(chosen.rows) / _COLUMNS)
@@ -134,17 +137,30 @@ def examples_figure(images: Any, chosen: Chosen) -> Any:
     figure.set_layout_engine("none")
     parts = figure.subfigures(rows, _COLUMNS, squeeze=False, wspace=0, hspace=0).flat
     shown = np.asarray(images[chosen.rows])
+    # All of a set are of one shape: the longer side fills the panel.
+    share = np.array(shown.shape[2:0:-1]) / max(shown.shape[1:3])  # across, up
+    across, up = share * (0.92, 0.96 * width / height)
     for i, part in zip(range(len(shown)), parts, strict=False):
-        ax = part.add_axes((0.04, 0.02, 0.92, 0.96 * width / height))
-        ax.set_axis_off()
+        # Without axes, which take most of the time of a page of images.
+        place = Bbox.from_bounds(0.5 - across / 2, 0.02, across, up)
+        image = BboxImage(
+            TransformedBbox(place, part.transSubfigure),
+            cmap="gray",
+            interpolation="nearest",
+            origin="upper",
+        )
+        image.set_data(_visible(shown[i]))
+        part.add_artist(image)
         label, predicted = chosen.labels[i], chosen.predicted[i]
         names = (chosen.names[label], chosen.names[predicted])
-        ax.imshow(_visible(shown[i]), cmap="gray", interpolation="nearest")
         right = "=" if label == predicted else "→"
-        ax.set_title(
+        part.text(
+            0.5,
+            place.y1 + 0.03,
             plots.plain(f"{names[0]} {right} {names[1]}\n{chosen.confidence[i]:.0%}"),
             fontsize=plots.SMALL,
-            y=1.0,  # see plots.dress
+            ha="center",
+            va="bottom",
         )
     return figure
 

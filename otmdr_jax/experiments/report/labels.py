@@ -13,6 +13,7 @@ import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.programs import same_data
+from otmdr_jax.experiments.programs.inputs import OF_LOADING
 
 Run = Any  # reading.Run; `reading` imports this module
 T = TypeVar("T")
@@ -44,8 +45,6 @@ _OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
 # Options that may differ between averaged runs: the seed, and those that change no
 # number.
 _FREE = {"seed"} | config_lib.RESUMABLE
-# Options that change the data of a run, whatever set it names.
-_OF_LOADING = ("validation", "label_noise", "data_seed", "image_size")
 # Characters of a class's name that pictures have room for.
 _LONGEST_CLASS = 14
 # What a run's result says of how it was made, with its name in a sentence. Times belong
@@ -302,7 +301,7 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
         if name in shared
     ]
     # Metrics of other test sets cannot be compared, whatever the options say.
-    explained = differing([{n: r.config.get(n) for n in _OF_LOADING} for r in runs])
+    explained = differing([{n: r.config.get(n) for n in OF_LOADING} for r in runs])
     unexplained = _of_several_data(runs) and not explained
     if "data" in beyond_the_seed(runs) or _of_several_tests(runs) or unexplained:
         found.append(f"the data are {_in_words(groups, _name_of_data)}")
