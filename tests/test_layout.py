@@ -56,7 +56,7 @@ EXPERIMENTS = [
     {"training"},
     {"combine", "sweep"},
     {"report"},
-    {"demo"},
+    {"demo", "reproduce"},
     {"cli"},
 ]
 

@@ -534,7 +534,7 @@ def test_illegal_names_and_classes(arguments, error, message):
         ("resnet_18", {"stem": "mnist"}, ValueError, "one of .*'imagenet'.*'mnist'"),
         ("densenet_121", {"stem": 3}, ValueError, "one of .*'imagenet'; got 3"),
         ("efficientnet_b0", {"stem": ""}, ValueError, "one of .*'imagenet'; got ''"),
-        ("mobilenet", {"stem": "cifar"}, TypeError, "it takes no options"),
+        ("mobilenet", {"stem": "cifar"}, TypeError, "takes the options: width"),
         (
             "resnet_18",
             {"steam": "cifar"},

@@ -35,6 +35,7 @@ from otmdr_jax.experiments.cli import (
     landscape,
     predict,
     report,
+    reproduce,
     sharpness,
     shift,
     sweep,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "compare": (compare.Compare, compare.run),
     "ensemble": (ensemble.Ensemble, ensemble.run),
     "sweep": (sweep.Sweep, sweep.run),
+    "reproduce": (reproduce.Reproduce, reproduce.run),
     "demo": (about.Demo, about.run_demo),
     "info": (about.Info, about.run_info),
 }

@@ -1,0 +1,159 @@
+"""`otmdr reproduce`: the paper's tables and figures."""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from otmdr_jax.experiments.cli.common import DataPath, Folder
+
+Name = Literal["table1", "table2", "table3", "table4", "table5", "figure1", "figure2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reproduce:
+    """Train the runs of a table or figure of the paper; print it beside the paper's.
+
+    Runs that are finished are kept, one that was interrupted goes on: several sittings
+    add up. Targets of one output folder share the runs that they have in common.
+
+    Writes TARGET.md, TARGET.html and TARGET.json: each cell with mean, standard
+    deviation, number of seeds and seconds, the printed number beside it, and paired
+    tests of the paper's order.
+
+    Examples:
+    otmdr reproduce table1 --scale small --dry-run
+
+    otmdr reproduce table1 --scale small --data-dir ~/tfds --datasets cifar10
+
+    otmdr reproduce table3 --scale paper --variant released
+    """
+
+    target: tyro.conf.Positional[Name]
+    """Table or figure."""
+    scale: Literal["paper", "small", "smoke"] = "paper"
+    """paper: the paper's networks and epochs. small: the same families at small width,
+    5,000 training and 2,000 test images, a tenth of the epochs: hours on two processor
+    cores. smoke: a few steps of each cell on digits, to see that all of it runs."""
+    variant: Literal["paper", "released"] = "paper"
+    """The paper's text, or its published code where the two differ
+    (docs/paper-versus-code.md)."""
+    datasets: tuple[Literal["cifar10", "cifar100"], ...] = ("cifar10", "cifar100")
+    """Data sets of the paper to run."""
+    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")] = ()
+    """Methods to run, by their names in the table. Default: all of them."""
+    data_dir: DataPath = None
+    """Folder of prepared TFDS data."""
+    output: Annotated[Folder | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of the runs and pages. Default: reproduction/SCALE-VARIANT."""
+    dry_run: bool = False
+    """Print the cells, their gradients and an estimate of hours on this machine, and
+    stop."""
+    quiet: bool = False
+    """Show no progress."""
+
+
+def run(options: Reproduce) -> None:
+    """`otmdr reproduce TARGET`."""
+    from otmdr_jax.experiments import reproduce, training
+    from otmdr_jax.experiments.report.tables import Table
+    from otmdr_jax.experiments.reproduce import figures, running, tables
+
+    datasets = options.datasets
+    if options.scale == "smoke":  # one set of digits stands for both
+        datasets = datasets[:1]
+    cells = reproduce.cells(
+        options.target,
+        options.scale,
+        options.variant,
+        datasets=datasets,
+        data_dir=options.data_dir,
+    )
+    names = list(dict.fromkeys(cell.method for cell in cells))
+    if unknown := [name for name in options.only if name not in names]:
+        raise ValueError(
+            f"only must name methods of {options.target}, {', '.join(names)}; got "
+            f"{', '.join(unknown)}."
+        )
+    if options.only:
+        cells = [cell for cell in cells if cell.method in options.only]
+    output = pathlib.Path(
+        options.output or f"reproduction/{options.scale}-{options.variant}"
+    )
+    what = reproduce.TARGETS[options.target]
+    if options.dry_run:
+        done = running.finished(cells, output / "runs")
+        rows = reproduce.estimate(cells)
+        lines = [
+            [
+                row["name"],
+                f"{len(done[row['name']])} of {row['runs']}",
+                f"{row['steps']:,}",
+                f"{row['gradients']:,.0f}",
+                f"{row['operations']:.1e}",
+                f"{row['hours']:.2g}",
+            ]
+            for row in rows
+        ]
+        header = [
+            "cell", "finished", "steps a run", "gradients", "operations", "hours",
+        ]  # fmt: skip
+        Table(header, lines).print(f"{what.title}, {options.scale}")
+        hours = sum(row["hours"] for row in rows)
+        print(
+            f"In all about {hours:.2g} hours on this machine, from the speed of a "
+            "small network; evaluation and compilation come on top."
+        )
+        return
+    try:
+        reproduce.run(cells, output / "runs", show_progress=not options.quiet)
+        landscapes = []
+        if options.target == "figure2":
+            landscapes = figures.landscapes(
+                cells,
+                output / "runs",
+                options.scale,
+                data_dir=options.data_dir,
+                show_progress=not options.quiet,
+            )
+    except training.Interrupted as stop:
+        print(f"otmdr: {stop}\nTo go on: {_command(options)}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    found = reproduce.measured(cells, output / "runs", options.target)
+    page = reproduce.page(
+        options.target,
+        options.scale,
+        options.variant,
+        found,
+        _command(options),
+        landscapes,
+    )
+    for (part, data), group in tables.grouped(
+        found, lambda one: (one.cell.part, one.cell.data)
+    ).items():
+        tables.table(group, what.metrics).print(f"{part}, {data}")
+    path = tables.write(
+        output,
+        options.target,
+        page,
+        tables.record(options.target, options.scale, options.variant, found),
+    )
+    print(f"Written: {path}")
+
+
+def _command(options: Reproduce) -> str:
+    words = ["otmdr", "reproduce", options.target, "--scale", options.scale]
+    if options.variant != "paper":
+        words += ["--variant", options.variant]
+    if options.datasets != ("cifar10", "cifar100"):
+        words += ["--datasets", *options.datasets]
+    if options.only:
+        words += ["--only", *options.only]
+    if options.data_dir is not None:
+        words += ["--data-dir", options.data_dir]
+    if options.output is not None:
+        words += ["--output", str(options.output)]
+    return shlex.join(words)

@@ -1,0 +1,153 @@
+"""Trains what is missing of a table, and says before how long that takes."""
+
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from otmdr_jax import models
+from otmdr_jax.experiments import building, run_folder, sweep
+from otmdr_jax.experiments.measure import cost
+from otmdr_jax.experiments.reproduce.plans import Cell
+from otmdr_jax.experiments.sweep import Planned
+
+# A network of the size that the miniatures have; its speed stands for all.
+_TIMED, _BATCH, _ROUNDS = "wide_resnet_10_2", 64, 3
+
+
+def planned(cells: Sequence[Cell], output: str | os.PathLike) -> list[Planned]:
+    """The runs of cells, as a sweep has them.
+
+    Args:
+      cells: The cells.
+      output: The folder that the runs' folders are in; targets of one scale and variant
+        may share it, and then share runs.
+    """
+    root = pathlib.Path(output)
+    return [
+        Planned(cell.name, cell.config.replace(seed=seed), root / cell.name / f"{seed}")
+        for cell in cells
+        for seed in cell.seeds
+    ]
+
+
+def run(
+    cells: Sequence[Cell], output: str | os.PathLike, *, show_progress: bool = True
+) -> list[dict[str, Any]]:
+    """Trains the runs that are not finished; Ctrl-C saves, and the same call goes on.
+
+    Args:
+      cells: The cells, of :func:`otmdr_jax.experiments.reproduce.cells`.
+      output: The folder of the runs.
+      show_progress: Whether to show progress.
+
+    Returns:
+      A row for each run, as :func:`otmdr_jax.experiments.sweep.run` returns it.
+
+    Raises:
+      ValueError: A folder holds a run with other options.
+      Interrupted: On Ctrl-C or SIGTERM.
+    """
+    runs = planned(cells, output)
+    sweep.check(runs)
+    return sweep.run(
+        runs, pathlib.Path(output) / "rows.json", show_progress=show_progress
+    )
+
+
+def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What each cell costs: gradients of a batch, operations, hours on this machine.
+
+    A gradient is counted as three forward passes, and a forward pass as two operations
+    for each multiply-add of a kernel. The machine's speed is measured with one small
+    network, so that hours are an order of magnitude: other networks use it better or
+    worse. Evaluation, compilation and the input pipeline come on top.
+
+    Args:
+      cells: The cells.
+
+    Returns:
+      A row for each cell: name, runs, steps, gradients (of whole batches, of all runs),
+      operations and hours.
+    """
+    speed = _speed()
+    return [_row(cell, speed) for cell in cells]
+
+
+def _row(cell: Cell, speed: float) -> dict[str, Any]:
+    config = cell.config
+    digits = config.data.name == "digits"
+    count = config.data.train_examples or 50_000
+    shape = (8, 8, 1) if digits else (32, 32, 3)
+    classes = 100 if config.data.name == "cifar100" else 10
+    steps = config.run.steps or config.run.epochs * (count // config.run.batch_size)
+    names = config.model.member_names
+    networks = building.networks(config, classes, drops=False)
+    each = [
+        _operations(network, shape)
+        for network in (networks * len(names) if len(networks) == 1 else networks)
+    ]
+    gradients = steps * cost.gradient_evaluations(config) * len(cell.seeds)
+    mean = float(np.mean(each))
+    operations = 3 * mean * config.run.batch_size * gradients
+    return {
+        "name": cell.name,
+        "runs": len(cell.seeds),
+        "steps": steps,
+        "gradients": gradients,
+        "operations": operations,
+        "hours": operations / speed / 3600,
+    }
+
+
+def _operations(network: Any, image_shape: tuple[int, ...]) -> float:
+    """Of a forward pass of one image."""
+    if hasattr(network, "models"):  # a joint loss of members
+        return float(np.mean([_operations(one, image_shape) for one in network.models]))
+    params, _ = building.shapes_of(network, image_shape)
+    positions = models.output_positions(network, image_shape)
+    kernels = {
+        "/".join(str(key.key) for key in path): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    return sum(2.0 * count * kernels[name] for name, count in positions.items())
+
+
+def _speed() -> float:
+    """Operations a second of a gradient of one small network on this machine."""
+    shape = (32, 32, 3)
+    network = models.create(_TIMED, num_classes=10)
+    params, state = network.init(jax.random.key(0), jnp.zeros((1, *shape)))
+    images, labels = jnp.ones((_BATCH, *shape)), jnp.zeros(_BATCH, int)
+
+    def loss_fn(params):
+        logits, _ = network.apply(params, state, images, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradient = jax.jit(jax.grad(loss_fn))
+    jax.block_until_ready(gradient(params))
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        jax.block_until_ready(gradient(params))
+        seconds.append(time.perf_counter() - start)
+    return 3 * _operations(network, shape) * _BATCH / min(seconds)
+
+
+def finished(cells: Sequence[Cell], output: str | os.PathLike) -> dict[str, list[int]]:
+    """The seeds of each cell whose runs are finished, by the cell's name."""
+    root = pathlib.Path(output)
+    return {
+        cell.name: [
+            seed
+            for seed in cell.seeds
+            if run_folder.is_finished(root / cell.name / f"{seed}")
+        ]
+        for cell in cells
+    }
