@@ -120,6 +120,7 @@ def run(
     planned: Sequence[Planned],
     rows_file: str | os.PathLike,
     *,
+    measure_memory: bool = True,
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Runs what is missing, resumes what was interrupted, leaves the rest.
@@ -127,6 +128,8 @@ def run(
     Args:
       planned: The runs, of :func:`plan`.
       rows_file: Where the rows are written, as JSON, after each run.
+      measure_memory: Whether rows have the memory of a step, for which it is compiled
+        once more.
       show_progress: Whether to show progress.
 
     Returns:
@@ -157,7 +160,7 @@ def run(
             status = _train(one, title, show_progress)
         row = _row(one, status)
         row["memory_mib"] = old.get("memory_mib")
-        if row["memory_mib"] is None:
+        if row["memory_mib"] is None and measure_memory:
             alike = one.config.replace(seed=0)
             if alike not in memory:
                 memory[alike] = _memory(one.config)

@@ -310,6 +310,17 @@ def check_landscapes(tmp_path):
     )  # fmt: skip
 
 
+def test_data_that_are_not_prepared_are_said_before_anything_is_trained(
+    cifar_dir, tmp_path, capsys
+):
+    command = ["reproduce", "table1", "--scale", "small", "--quiet", "--output"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, str(tmp_path), "--data-dir", str(cifar_dir)])
+    assert stop.value.code == 2
+    assert "cifar100" in capsys.readouterr().err
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_unknown_methods_are_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["reproduce", "table1", "--only", "ASAM"])

@@ -378,6 +378,9 @@ def _scaled(
             # Its prior and its posterior are those of as many examples as there are.
             options["weight_decay"] = 10 / (4.0 * size.options["train_examples"])
             options["batch_size"] = size.options["batch_size"]
+        if config.schedule.name == "plateau":
+            patience = round(config.schedule.plateau_patience * size.epochs)
+            options["plateau_patience"] = max(patience, 1)
         if config.optimizer.name == "adam":
             options["adam_eps"] = 1e-8 / size.options["train_examples"]
     if scale == "smoke":

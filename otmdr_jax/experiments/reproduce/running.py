@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from otmdr_jax import data as data_lib
 from otmdr_jax import models
 from otmdr_jax.experiments import building, run_folder, sweep
 from otmdr_jax.experiments.measure import cost
@@ -51,13 +52,20 @@ def run(
       A row for each run, as :func:`otmdr_jax.experiments.sweep.run` returns it.
 
     Raises:
+      FileNotFoundError: Data are not prepared; the message has the command.
       ValueError: A folder holds a run with other options.
       Interrupted: On Ctrl-C or SIGTERM.
     """
     runs = planned(cells, output)
     sweep.check(runs)
+    # Hours later would be late to say that the second set is not there.
+    for name, data_dir in {(c.config.data.name, c.config.data.data_dir) for c in cells}:
+        data_lib.describe_test(name, data_dir=data_dir)
     return sweep.run(
-        runs, pathlib.Path(output) / "rows.json", show_progress=show_progress
+        runs,
+        pathlib.Path(output) / "rows.json",
+        measure_memory=False,
+        show_progress=show_progress,
     )
 
 
