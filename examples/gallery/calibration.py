@@ -20,9 +20,9 @@ from otmdr_jax import calibration, config, metrics, training
 
 # %%
 # ## A run
-# The library's own loop: `training.train` writes a folder, which `open_run` opens
-# without the training data. A tenth of the training images is held back, and has the
-# wrong labels of its own; the test images' labels are right.
+# The library's own loop: `training.train` writes a folder, which `open_run` opens. A
+# tenth of the training images is held back; their labels, as the test images', are
+# right.
 
 folder = pathlib.Path(tempfile.mkdtemp()) / "run"
 setting = config.TrainConfig().replace(
@@ -35,11 +35,12 @@ test = run.dataset.test
 
 # %%
 # ## Predictions
-# Half of the test images fit the temperature, the other half judge it.
+# The images that were held back fit the temperature, the test images judge it.
 
-log_probs = np.log(run.predict(test.images))
-half = len(test.labels) // 2
-temperature = calibration.fit_temperature(log_probs[:half], test.labels[:half])
+held_back = run.dataset.validation
+temperature = calibration.fit_temperature(
+    np.log(run.predict(held_back.images)), held_back.labels
+)
 print(f"temperature {temperature:.2f}")
 
 
@@ -47,10 +48,10 @@ def probabilities(log_probs, temperature):
     return np.exp(calibration.log_softmax(log_probs / temperature))
 
 
-judged = test.labels[half:]
+log_probs, judged = np.log(run.predict(test.images)), test.labels
 variants = {
-    "as trained": probabilities(log_probs[half:], 1.0),
-    f"temperature {temperature:.2f}": probabilities(log_probs[half:], temperature),
+    "as trained": probabilities(log_probs, 1.0),
+    f"temperature {temperature:.2f}": probabilities(log_probs, temperature),
 }
 for name, probs in variants.items():
     print(

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import shlex
+import signal
 import sys
 from typing import Annotated, Literal
 
@@ -62,16 +63,17 @@ def run(options: Reproduce) -> None:
     from otmdr_jax.experiments.report.tables import Table
     from otmdr_jax.experiments.reproduce import figures, running, tables
 
-    datasets = options.datasets
-    if options.scale == "smoke":  # one set of digits stands for both
-        datasets = datasets[:1]
-    cells = reproduce.cells(
+    # One set of digits stands for both, and Table 5 is of one.
+    single = options.scale == "smoke" or options.target == "table5"
+    both = ("cifar10",) if single else ("cifar10", "cifar100")
+    every = reproduce.cells(
         options.target,
         options.scale,
         options.variant,
-        datasets=datasets,
+        datasets=both,
         data_dir=options.data_dir,
     )
+    cells = [cell for cell in every if single or cell.data in options.datasets]
     names = list(dict.fromkeys(cell.method for cell in cells))
     if unknown := [name for name in options.only if name not in names]:
         raise ValueError(
@@ -94,7 +96,7 @@ def run(options: Reproduce) -> None:
                 f"{row['steps']:,}",
                 f"{row['gradients']:,.0f}",
                 f"{row['operations']:.1e}",
-                f"{row['hours']:.2g}",
+                _hours(row["hours"]),
             ]
             for row in rows
         ]
@@ -104,25 +106,30 @@ def run(options: Reproduce) -> None:
         Table(header, lines).print(f"{what.title}, {options.scale}")
         hours = sum(row["hours"] for row in rows)
         print(
-            f"In all about {hours:.2g} hours on this machine, from the speed of a "
+            f"In all about {_hours(hours)} hours on this machine, from the speed of a "
             "small network; evaluation and compilation come on top."
         )
         return
+    stopped: BaseException | None = None
+    landscapes = []
     try:
-        reproduce.run(cells, output / "runs", show_progress=not options.quiet)
-        landscapes = []
+        reproduce.run(
+            cells, output / "runs", options.target, show_progress=not options.quiet
+        )
         if options.target == "figure2":
             landscapes = figures.landscapes(
-                cells,
+                every,
                 output / "runs",
                 options.scale,
                 data_dir=options.data_dir,
                 show_progress=not options.quiet,
             )
-    except training.Interrupted as stop:
-        print(f"otmdr: {stop}\nTo go on: {_command(options)}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    found = reproduce.measured(cells, output / "runs", options.target)
+    except (training.Interrupted, KeyboardInterrupt) as stop:
+        stopped = stop  # what is finished is shown all the same
+    # What other sittings have trained stays on the page.
+    done = running.finished(every, output / "runs")
+    shown = [cell for cell in every if cell in cells or done[cell.name]]
+    found = reproduce.measured(shown, output / "runs", options.target)
     page = reproduce.page(
         options.target,
         options.scale,
@@ -142,6 +149,14 @@ def run(options: Reproduce) -> None:
         tables.record(options.target, options.scale, options.variant, found),
     )
     print(f"Written: {path}")
+    if stopped is not None:
+        said = str(stopped) or "stopped"
+        print(f"otmdr: {said}\nTo go on: {_command(options)}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _command(options: Reproduce) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.measure import surface
 from otmdr_jax.experiments.report import landscape as pictures
 from otmdr_jax.experiments.report import plots
@@ -58,7 +59,7 @@ def landscapes(
     al., 2018. What is measured is read; what was interrupted goes on.
 
     Args:
-      cells: The cells of "figure2", whose runs are finished.
+      cells: The cells of "figure2"; those whose runs are not finished are left out.
       output: The folder of the runs.
       scale: The scale, which says how fine the grid is.
       data_dir: Folder of prepared TFDS data.
@@ -68,27 +69,28 @@ def landscapes(
       For each kind of ensemble, pairs of a label and a record that one picture shows.
     """
     plan = surface.Plan(**_PLAN[scale])
-    return [
-        [
-            (
-                f"{part}, {data}: {cell.method}",
-                surface.measure(
-                    [pathlib.Path(output) / cell.name / f"{cell.seeds[0]}"],
-                    plan,
-                    data_dir=data_dir,
-                    show_progress=show_progress,
-                ),
-            )
-            for cell in group
+    found = []
+    for (part, data), group in grouped(
+        cells, lambda cell: (cell.part, cell.data)
+    ).items():
+        folders = [
+            pathlib.Path(output) / cell.name / f"{cell.seeds[0]}" for cell in group
         ]
-        for (part, data), group in grouped(
-            cells, lambda cell: (cell.part, cell.data)
-        ).items()
-    ]
+        if not all(map(run_folder.is_finished, folders)):
+            continue
+        records = [
+            surface.measure(
+                [folder], plan, data_dir=data_dir, show_progress=show_progress
+            )
+            for folder in folders
+        ]
+        labels = [f"{part}, {data}: {cell.method}" for cell in group]
+        found.append(list(zip(labels, records, strict=True)))
+    return found
 
 
 def landscape(records: Sequence[tuple[str, dict[str, Any]]]) -> Any:
     """A picture of ensembles side by side, on one scale."""
     return pictures.contour_figure(
-        [(label.split(": ")[-1], record) for label, record in records]
+        [(label.rsplit(": ", 1)[1], record) for label, record in records]
     )

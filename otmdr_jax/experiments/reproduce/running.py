@@ -39,13 +39,18 @@ def planned(cells: Sequence[Cell], output: str | os.PathLike) -> list[Planned]:
 
 
 def run(
-    cells: Sequence[Cell], output: str | os.PathLike, *, show_progress: bool = True
+    cells: Sequence[Cell],
+    output: str | os.PathLike,
+    target: str,
+    *,
+    show_progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains the runs that are not finished; Ctrl-C saves, and the same call goes on.
 
     Args:
       cells: The cells, of :func:`otmdr_jax.experiments.reproduce.cells`.
       output: The folder of the runs.
+      target: The table, for the file of its rows.
       show_progress: Whether to show progress.
 
     Returns:
@@ -57,16 +62,23 @@ def run(
       Interrupted: On Ctrl-C or SIGTERM.
     """
     runs = planned(cells, output)
+    for cell in cells:
+        building.check_models(cell.config)
     sweep.check(runs)
     # Hours later would be late to say that the second set is not there.
     for name, data_dir in {(c.config.data.name, c.config.data.data_dir) for c in cells}:
         data_lib.describe_test(name, data_dir=data_dir)
     return sweep.run(
         runs,
-        pathlib.Path(output) / "rows.json",
+        rows_file(output, target),
         measure_memory=False,
         show_progress=show_progress,
     )
+
+
+def rows_file(output: str | os.PathLike, target: str) -> pathlib.Path:
+    """The file of a target's rows: of which runs diverged, among others."""
+    return pathlib.Path(output) / f"{target}.rows.json"
 
 
 def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:

@@ -3,18 +3,19 @@
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from otmdr_jax import metrics
-from otmdr_jax.experiments import run_folder
+from otmdr_jax.experiments import run_folder, sweep
 from otmdr_jax.experiments.measure.calibrate import calibrate
 from otmdr_jax.experiments.report import document
 from otmdr_jax.experiments.report.labels import grouped
 from otmdr_jax.experiments.report.tables import Column, Table
-from otmdr_jax.experiments.reproduce import figures
+from otmdr_jax.experiments.reproduce import figures, running
 from otmdr_jax.experiments.reproduce.plans import TARGETS, Cell
 from otmdr_jax.io import files
 
@@ -32,9 +33,9 @@ COLUMNS = {
         Column("seconds_per_epoch", "s / epoch", better="lower", decimals=1),
     )
 }
-# The rows that the paper's claims are about, and what they are compared with.
-OURS, BASELINES = "OT-MDR", ("SAM", "SGVB", "SGD", "bSAM", "Deep Ensemble")
-LEVEL = 0.95
+OURS, LEVEL = "OT-MDR", 0.95
+# Which AUROC the paper means is not known, and it may differ between rows.
+_NO_CLAIM = ("misclassification_auroc", "ovr_auroc")
 
 
 class Measured(NamedTuple):
@@ -46,6 +47,7 @@ class Measured(NamedTuple):
       values: The metrics, one number for each of these seeds.
       seconds: The mean time of a run's steps; None without a run.
       made: What the runs were made with: devices and versions.
+      diverged: How many runs diverged, and how many had a member that did.
     """
 
     cell: Cell
@@ -53,6 +55,7 @@ class Measured(NamedTuple):
     values: dict[str, list[float]]
     seconds: float | None
     made: tuple[str, ...]
+    diverged: tuple[int, int] = (0, 0)
 
 
 def measured(
@@ -65,45 +68,53 @@ def measured(
       output: The folder of the runs.
       target: The table, which says what is measured.
     """
-    return [_measured(cell, pathlib.Path(output), target) for cell in cells]
+    lost = {
+        row["folder"]
+        for row in sweep.read_rows(running.rows_file(output, target))
+        if row["status"] == "diverged"
+    }
+    return [_measured(cell, pathlib.Path(output), target, lost) for cell in cells]
 
 
-def _measured(cell, output, target):
+def _measured(cell, output, target, lost):
     seeds, rows, seconds, made = [], [], [], set()
+    folders = [output / cell.name / f"{seed}" for seed in cell.seeds]
+    members = 0
     for seed in cell.seeds:
         folder = output / cell.name / f"{seed}"
         if not run_folder.is_finished(folder):
             continue
         result = run_folder.read_result(folder)
         seeds.append(seed)
+        members += any(m.get("diverged") for m in result.get("members") or ())
         rows.append(_numbers(folder, result, cell, target))
         if result.get("seconds_per_step") is not None:
             seconds.append(result["seconds_per_step"] * result["steps"])
         made.add(f"{result.get('device')}, JAX {result.get('jax')}")
     values = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
     mean = float(np.mean(seconds)) if seconds else None
-    return Measured(cell, seeds, values, mean, tuple(sorted(made)))
+    gone = sum(str(folder) in lost for folder in folders)
+    return Measured(cell, seeds, values, mean, tuple(sorted(made)), (gone, members))
 
 
 def _numbers(folder, result, cell, target):
     names = TARGETS[target].metrics
+    unknown = dict.fromkeys(names, float("nan"))
     if target == "table5":
+        if result.get("seconds_per_step") is None:  # evaluated again
+            return unknown
         batch = cell.config.run.batch_size
         count = cell.config.data.train_examples or 50_000
         return {names[0]: result["seconds_per_step"] * (count // batch)}
     with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
         log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
+    if not np.isfinite(log_probs.max(axis=1)).all():  # it diverged at the end
+        return unknown
     if TARGETS[target].calibrated:
-        record = calibrate(folder, ["temperature"])["methods"][0]
-        if "metrics" not in record:
-            return dict.fromkeys(names, float("nan"))
-        return {
-            # A temperature changes no prediction: the accuracy is that of all.
-            name: result["accuracy"]
-            if name == "accuracy"
-            else record["metrics"][name]["calibrated"]
-            for name in names
-        }
+        record = calibrate(folder, ["temperature"])["methods"][0].get("metrics", {})
+        found = {n: record[n]["calibrated"] if record else unknown[n] for n in names}
+        # A temperature changes no prediction: the accuracy is that of all.
+        return found | {"accuracy": result["accuracy"]}
     found = metrics.summary(log_probs, labels, log_probs=True)
     probs = np.exp(log_probs)
     return {
@@ -150,25 +161,33 @@ def page(
             "compare the order of methods, not the numbers."
         )
     pictures: dict[str, document.Picture] = {}
+    tests = 0
     for (part, data), group in grouped(
         found, lambda one: (one.cell.part, one.cell.data)
     ).items():
         parts += [f"## {part}, {data}", table(group, what.metrics).markdown()]
         if (claims := tested(group, what.metrics)) is not None:
             parts.append(claims.markdown())
+            tests += len(claims.lines)
     if target == "figure1" and any(one.seeds for one in found):
         alt = "Accuracy by the number of particles; lines are means over seeds."
         pictures["particles"] = document.Picture(
             alt, lambda: figures.particles(_curves(found))
         )
         parts.append(f"![{alt}](particles.png)")
-    for i, records in enumerate(landscapes):
+    for records in landscapes:
         alt = "The loss around the solutions of SAM and OT-MDR, on one scale."
-        name = f"landscape{i}"
+        words = records[0][0].rsplit(":", 1)[0]
+        name = "landscape-" + re.sub(r"\W+", "-", words)
         pictures[name] = document.Picture(
             alt, functools.partial(figures.landscape, records)
         )
-        parts += [f"## {records[0][0].split(':')[0]}", f"![{alt}]({name}.png)"]
+        parts += [f"## {words}", f"![{alt}]({name}.png)"]
+    if tests:
+        parts.append(
+            f"This page has {tests} tests, each by itself at 5 %: about "
+            f"{tests / 20:.1f} of them would decide where there is no difference."
+        )
     parts.append(f"To make it again, or go on: `{command}`")
     return document.Page(what.title, "\n\n".join(parts) + "\n", pictures)
 
@@ -180,7 +199,7 @@ def table(found: Sequence[Measured], names: Sequence[str]) -> Table:
         header += [COLUMNS[name].title, "paper"]
     lines = []
     for one in found:
-        line = [one.cell.method, str(len(one.seeds))]
+        line = [one.cell.method, _count(one)]
         for name in names:
             line.append(_text(COLUMNS[name], one.values.get(name, [])))
             number = one.cell.printed.get(name)
@@ -189,8 +208,15 @@ def table(found: Sequence[Measured], names: Sequence[str]) -> Table:
     return Table([*header, "seconds a run"], lines)
 
 
+def _count(one: Measured) -> str:
+    gone, members = one.diverged
+    said = [f"{gone} diverged"] * bool(gone)
+    said += [f"a member diverged in {members}"] * bool(members)
+    return f"{len(one.seeds)}" + (f" ({', '.join(said)})" if said else "")
+
+
 def _text(column: Column, values: Sequence[float]) -> str:
-    if not values:
+    if not values or not np.isfinite(values).all():
         return "-"
     mean = column.text(float(np.mean(values)))
     if len(values) < 2:
@@ -251,7 +277,7 @@ def _tested(ours, other, common, column):
     printed = [one.cell.printed.get(column.name) for one in (ours, other)]
     claim = "-"
     verdict = "-"
-    if None not in printed:
+    if None not in printed and column.name not in _NO_CLAIM:
         claimed = printed[0].mean - printed[1].mean
         claim = f"{claimed:+.3g}"
         if claimed == 0:
@@ -297,12 +323,27 @@ def record(target: str, scale: str, variant: str, found: Sequence[Measured]) -> 
                 "method": one.cell.method,
                 "seeds": one.seeds,
                 "values": one.values,
+                "mean": {k: float(np.mean(v)) for k, v in one.values.items()},
+                "std": {
+                    k: float(np.std(v, ddof=1))
+                    for k, v in one.values.items()
+                    if len(v) > 1
+                },
+                "diverged": one.diverged[0],
                 "seconds_a_run": one.seconds,
                 "made_with": list(one.made),
                 "printed": {k: list(v) for k, v in one.cell.printed.items()},
                 "options": one.cell.config.changed(),
             }
             for one in found
+        ],
+        "tests": [
+            {"part": part, "data": data, **dict(zip(claims.header, line, strict=True))}
+            for (part, data), group in grouped(
+                found, lambda one: (one.cell.part, one.cell.data)
+            ).items()
+            if (claims := tested(group, TARGETS[target].metrics)) is not None
+            for line in claims.lines
         ],
     }
 
