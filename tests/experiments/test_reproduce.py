@@ -314,7 +314,7 @@ def test_the_command_trains_measures_and_writes(reproduced, capsys):
         assert cell["seeds"] == [0, 1] and set(cell["values"]) == {
             "accuracy", "nll", "ece",
         }  # fmt: skip
-    name = "cifar10-resnet_10-SGVB"
+    name = "cifar10-resnet_10-SGVB-posterior"
     results = [
         run_folder.read_result(output / "runs" / name / f"{seed}") for seed in (0, 1)
     ]
@@ -354,7 +354,7 @@ def test_what_is_finished_is_shown_when_it_is_stopped(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    first = tmp_path / "runs" / "cifar10-resnet_10-SGVB" / "0" / "result.json"
+    first = tmp_path / "runs" / "cifar10-resnet_10-SGVB-posterior" / "0" / "result.json"
     until = time.monotonic() + 120
     second = first.parent.parent / "1" / "metrics.jsonl"
     while not (first.exists() and second.exists()) and time.monotonic() < until:
