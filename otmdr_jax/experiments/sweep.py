@@ -166,9 +166,9 @@ def run(
                 memory[alike] = _memory(one.config)
             row["memory_mib"] = memory[alike]
         rows.append(row)
-        # What is not reached yet keeps its row, for when this is cut off.
-        rest = [str(x.folder) for x in planned[i + 1 :]]
-        kept = [known[folder] for folder in rest if folder in known]
+        # What is not reached yet, or is not planned this time, keeps its row.
+        reached = {str(x.folder) for x in planned[: i + 1]}
+        kept = [row for folder, row in known.items() if folder not in reached]
         files.write_json(rows_file, {"rows": [*rows, *kept]})
     return rows
 

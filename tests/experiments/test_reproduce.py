@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from otmdr_jax.experiments import building, cli, programs, reproduce, run_folder
+from otmdr_jax.experiments import building, cli, programs, reproduce, run_folder, sweep
 from otmdr_jax.experiments.reproduce import printed, running, tables
 from otmdr_jax.experiments.reproduce.plans import _SIDE
 
@@ -337,6 +337,8 @@ def test_finished_runs_are_kept(reproduced, capsys):
     page = (output / "table4.md").read_text()
     cli.main([*command, str(output), "--only", "SGVB"])
     assert {p: p.stat().st_mtime_ns for p in times} == times
+    rows = sweep.read_rows(running.rows_file(output / "runs", "table4"))
+    assert len(rows) == 8  # those of what was not asked for, too
     # Another sitting, of less: all that is known stays on the page.
     again = (output / "table4.md").read_text()
     assert again.replace(" --only SGVB", "") == page
@@ -417,6 +419,20 @@ def test_data_that_are_not_prepared_are_said_before_anything_is_trained(
     assert stop.value.code == 2
     assert "cifar100" in capsys.readouterr().err
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["table1", "--scale", "smoke", "--datasets", "cifar100"], "no choice of data"),
+        (["table5", "--datasets", "cifar100"], "no choice of data"),
+        (["table1", "--scale", "smoke", "--data-dir", "."], "need no --data-dir"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words, match, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", *words])
+    assert stop.value.code == 2 and match in capsys.readouterr().err
 
 
 def test_unknown_methods_are_refused(capsys):

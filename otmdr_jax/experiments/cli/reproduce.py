@@ -66,6 +66,13 @@ def run(options: Reproduce) -> None:
     # One set of digits stands for both, and Table 5 is of one.
     single = options.scale == "smoke" or options.target == "table5"
     both = ("cifar10",) if single else ("cifar10", "cifar100")
+    if single and options.datasets not in (both, ("cifar10", "cifar100")):
+        raise ValueError(
+            f"{options.target} at the scale {options.scale!r} has no choice of data: "
+            "leave --datasets out."
+        )
+    if options.scale == "smoke" and options.data_dir is not None:
+        raise ValueError("smoke trains on digits, which need no --data-dir.")
     every = reproduce.cells(
         options.target,
         options.scale,
@@ -73,7 +80,7 @@ def run(options: Reproduce) -> None:
         datasets=both,
         data_dir=options.data_dir,
     )
-    cells = [cell for cell in every if single or cell.data in options.datasets]
+    cells = [cell for cell in every if cell.data in options.datasets]
     names = list(dict.fromkeys(cell.method for cell in cells))
     if unknown := [name for name in options.only if name not in names]:
         raise ValueError(

@@ -1,8 +1,8 @@
 """The runs behind each table and figure of the paper, at three scales.
 
 "paper" is the paper's setting. "small" is a miniature that two processor cores train in
-hours: the same families of networks at small width on a tenth of the training images,
-few enough to be learned by heart. "smoke" runs every cell in minutes, to see that it
+hours: the same families of networks at small width on a tenth of the training images.
+"smoke" runs every cell in minutes, to see that it
 runs.
 """
 
@@ -86,14 +86,12 @@ class Scale(NamedTuple):
     Attributes:
       seeds: The seeds of each cell.
       epochs: The share of the paper's epochs.
-      least: The fewest epochs.
       options: Options of all runs.
       networks: The paper's networks -> options of those that take their places.
     """
 
     seeds: tuple[int, ...]
     epochs: float
-    least: int
     options: dict[str, Any]
     networks: dict[str, dict[str, Any]]
 
@@ -121,7 +119,6 @@ SCALES = {
     "paper": Scale(
         (0, 1, 2),
         1.0,
-        1,
         {},
         {
             **{name: {"model": name} for name in (*NETWORKS, *BAYESIAN)},
@@ -133,7 +130,6 @@ SCALES = {
     "small": Scale(
         (0, 1, 2),
         0.1,
-        1,
         # Smaller batches, so that 20 epochs of a tenth of the images are 1,560 steps.
         {"train_examples": 5_000, "test_examples": 2_000, "batch_size": 64, **_ONE},
         _SMALL,
@@ -141,7 +137,6 @@ SCALES = {
     "smoke": Scale(
         (0, 1),
         0.0,
-        1,
         {"train_examples": 640, "test_examples": 100, "batch_size": 32, **_ONE},
         _SMOKE,
     ),
@@ -389,7 +384,7 @@ def _scaled(
             network["members"] = {FIVE: "5", THREE: "3"}[key.part]
     options: dict[str, Any] = {**network, **size.options}
     if scale != "paper":
-        epochs = max(round(config.run.epochs * size.epochs), size.least)
+        epochs = max(round(config.run.epochs * size.epochs), 1)
         options |= {"epochs": epochs, "eval_every": epochs, "log_every": 50}
         if config.schedule.warmup_epochs:
             options["warmup_epochs"] = config.schedule.warmup_epochs * size.epochs
@@ -399,7 +394,7 @@ def _scaled(
             # Its prior and its posterior are those of as many examples as there are.
             options["weight_decay"] = 10 / (4.0 * size.options["train_examples"])
             options["batch_size"] = size.options["batch_size"]
-            # As many images for BatchNorm in each pass as there can be.
+            # Its eight would leave BatchNorm eight images of 64.
             options["num_subbatches"] = 2
         if config.schedule.name == "plateau":
             patience = round(config.schedule.plateau_patience * size.epochs)

@@ -107,14 +107,9 @@ def _row(cell: Cell, speed: float) -> dict[str, Any]:
     shape = (8, 8, 1) if digits else (32, 32, 3)
     classes = 100 if config.data.name == "cifar100" else 10
     steps = config.run.steps or config.run.epochs * (count // config.run.batch_size)
-    names = config.model.member_names
     networks = building.networks(config, classes, drops=False)
-    each = [
-        _operations(network, shape)
-        for network in (networks * len(names) if len(networks) == 1 else networks)
-    ]
+    mean = float(np.mean([_operations(network, shape) for network in networks]))
     gradients = steps * cost.gradient_evaluations(config) * len(cell.seeds)
-    mean = float(np.mean(each))
     operations = 3 * mean * config.run.batch_size * gradients
     return {
         "name": cell.name,
