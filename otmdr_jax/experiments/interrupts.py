@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# A Ctrl-C that came before a run listened.
+# A signal that came before a run listened.
 _early: list[int] = []
 
 
@@ -36,7 +36,7 @@ def remembered() -> Iterator[None]:
         return
 
     def handle(signum, frame):
-        _early.append(signum)
+        remember(signum)
         signal.default_int_handler(signum, frame)
 
     signal.signal(signal.SIGINT, handle)
@@ -45,6 +45,11 @@ def remembered() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _early.clear()
+
+
+def remember(signum: int) -> None:
+    """Remembers a signal that came before a run listened."""
+    _early.append(signum)
 
 
 def came_early() -> bool:

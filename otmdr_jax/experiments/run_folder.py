@@ -209,6 +209,19 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     return files.read_json(pathlib.Path(path) / "result.json")
 
 
+def read_validation(path: str | os.PathLike) -> dict[str, float]:
+    """The metrics of a run's last evaluation on its validation set; {} without one."""
+    lines = (pathlib.Path(path) / "metrics.jsonl").read_text(encoding="utf-8")
+    events = [json.loads(line) for line in lines.splitlines()]
+    those = [event for event in events if event.get("split") == "validation"]
+    numbers = those[-1] if those else {}
+    return {
+        name: value
+        for name, value in numbers.items()
+        if isinstance(value, float) and name != "epoch"
+    }
+
+
 def read_config(path: str | os.PathLike) -> TrainConfig:
     """The configuration of a run.
 

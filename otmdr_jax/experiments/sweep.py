@@ -17,27 +17,36 @@ own options:
     method = "otmdr"
     num_particles = [1, 2]          # a list of values: each is run
 
+A table [tuning] says how each method's settings are chosen before:
+
+    [tuning]
+    metric = "nll"                  # on the validation set
+    seeds = [10, 11]
+
 Epochs, augmentation and model are then equal by construction, and the schedule but for
 methods that have one of their own (snapshot, FGE, SWA, SWAG, EDST). A run is a
 folder like any other, `OUTPUT/<method>/seed<seed>`.
 """
 
 import itertools
+import math
 import os
 import pathlib
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from otmdr_jax.experiments import building, programs, run_folder, training
+from otmdr_jax.experiments import building, programs, run_folder
 from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments import jobs as jobs_lib
 from otmdr_jax.experiments.config import TrainConfig, differences
 from otmdr_jax.experiments.config.options import LISTS
 from otmdr_jax.experiments.measure import cost
 from otmdr_jax.io import files
-from otmdr_jax.io.progress import Progress
 
+# What settings may be chosen by, and whether less of it is better.
+METRICS = {"nll": True, "accuracy": False, "brier": True, "ece": True}
 # Options that are lists themselves: of these a list of lists is one of values.
 _LISTS = {"rho", "cycle_rates", *LISTS}
 
@@ -56,17 +65,48 @@ class Planned(NamedTuple):
     folder: pathlib.Path
 
 
+class Setting(NamedTuple):
+    """A method with one value for each of its options.
+
+    Attributes:
+      method: The method's name in the file.
+      label: That and its values, of the options that have several in the file.
+      ends: The options whose value is the first or last of three or more in the file.
+    """
+
+    method: str
+    label: str
+    ends: tuple[str, ...]
+
+
+class Tuning(NamedTuple):
+    """How the setting of each method is chosen.
+
+    Attributes:
+      metric: A name in `METRICS`, on the validation set.
+      runs: The runs of all settings of the methods that have several.
+    """
+
+    metric: str
+    runs: list[Planned]
+
+
 class Plan(NamedTuple):
     """The runs of a sweep's file.
 
     Attributes:
-      runs: All runs, method by method.
+      runs: All runs, method by method; with `tuning` those of every setting, of which
+        :func:`chosen` names one for each method.
       unequal: Options that differ between methods and are no method's own: what a
         comparison must say.
+      settings: All settings.
+      tuning: How they are chosen. None: all of them are run.
     """
 
     runs: list[Planned]
     unequal: list[str]
+    settings: list[Setting]
+    tuning: Tuning | None = None
 
 
 def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
@@ -89,37 +129,153 @@ def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # a TOMLDecodeError, or bytes that are no text
         raise ValueError(f"{path} is no TOML file: {error}") from error
-    if unknown := sorted(set(content) - {"seeds", "options", "methods"}):
+    if unknown := sorted(set(content) - {"seeds", "options", "methods", "tuning"}):
         raise ValueError(
-            f"{path} may hold seeds, options and methods; got {', '.join(unknown)}."
+            f"{path} may hold seeds, options, methods and tuning; got "
+            f"{', '.join(unknown)}."
         )
     seeds, methods = content.get("seeds", [0]), content.get("methods", {})
-    whole = isinstance(seeds, list) and all(type(s) is int for s in seeds)
-    if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"{path}: seeds must be distinct integers, got {seeds!r}.")
+    _check_seeds(f"{path}: seeds", seeds)
     if not isinstance(methods, dict) or not methods:
         raise ValueError(
             f'{path} must name methods, as [methods."SAM"] with method = "sam" below.'
         )
+    metric, tuning_seeds = _tuning(path, content.get("tuning"))
     planned: list[Planned] = []
+    settings: list[Setting] = []
+    trials: list[Planned] = []
     for name, own in methods.items():
-        for label, options in _settings(path, name, content.get("options", {}), own):
-            for seed in seeds:
-                config = _config(path, label, {**options, "seed": seed})
-                folder = output / _file_name(label) / f"seed{seed}"
-                planned.append(Planned(label, config, folder))
+        for setting, options in _settings(path, name, content.get("options", {}), own):
+            settings.append(setting)
+            several = setting.label != name
+            for seed in dict.fromkeys([*seeds, *(tuning_seeds if several else ())]):
+                config = _config(path, setting.label, {**options, "seed": seed})
+                folder = output / _file_name(setting.label) / f"seed{seed}"
+                one = Planned(setting.label, config, folder)
+                if seed in seeds:
+                    planned.append(one)
+                if several and seed in tuning_seeds:
+                    trials.append(one)
     # Some file systems do not tell upper from lower case.
     folders = [str(one.folder).casefold() for one in planned]
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"{path}: two runs would lie in {twice}; rename a method.")
-    return Plan(planned, _unequal(planned))
+    if metric is None:
+        return Plan(planned, _unequal(planned), settings)
+    if not trials:
+        raise ValueError(f"{path}: tuning has nothing to choose: no option has values.")
+    for one in trials:
+        if not one.config.data.validation:
+            raise ValueError(
+                f"{path}, {one.label}: tuning needs a validation set, as "
+                "validation = 0.2 in [options]."
+            )
+    return Plan(planned, _unequal(planned), settings, Tuning(metric, trials))
+
+
+class Tuned(NamedTuple):
+    """What a tuning found.
+
+    Attributes:
+      scores: The mean validation metric of each setting, by its label.
+      chosen: The best setting of each method, in the file's order.
+      runs: The runs of these settings.
+    """
+
+    scores: dict[str, float]
+    chosen: list[Setting]
+    runs: list[Planned]
+
+
+def tune(
+    plan: Plan,
+    rows_file: str | os.PathLike,
+    *,
+    jobs: int = 1,
+    show_progress: bool = True,
+) -> Tuned:
+    """Runs what is missing of a tuning, and chooses each method's setting.
+
+    Args:
+      plan: A plan with `tuning`.
+      rows_file: Where the rows of its runs are written, as JSON.
+      jobs: How many runs are trained at a time, as in :func:`run`.
+      show_progress: Whether to show progress.
+
+    Returns:
+      A :class:`Tuned`; :func:`run` takes its `runs`.
+
+    Raises:
+      ValueError: As :func:`run` and :func:`chosen`.
+      Interrupted: On Ctrl-C or SIGTERM; the same call goes on.
+    """
+    assert plan.tuning is not None
+    rows = run(
+        plan.tuning.runs,
+        rows_file,
+        jobs=jobs,
+        measure_memory=False,
+        show_progress=show_progress,
+    )
+    found = scores(plan, rows)
+    best = chosen(plan, found)
+    labels = {one.label for one in best}
+    return Tuned(found, best, [one for one in plan.runs if one.label in labels])
+
+
+def scores(plan: Plan, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean validation metric of each setting over the seeds of the tuning.
+
+    Args:
+      plan: A plan with `tuning`.
+      rows: The rows of its runs, of :func:`run`.
+
+    Returns:
+      {label: mean}; NaN where a run diverged.
+    """
+    assert plan.tuning is not None
+    name = f"validation_{plan.tuning.metric}"
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        found = row.get(name) if row["status"] == "finished" else None
+        values.setdefault(row["label"], []).append(math.nan if found is None else found)
+    return {label: sum(found) / len(found) for label, found in values.items()}
+
+
+def chosen(plan: Plan, found: Mapping[str, float]) -> list[Setting]:
+    """The best setting of each method on the validation set.
+
+    Args:
+      plan: A plan with `tuning`.
+      found: The scores, of :func:`scores`.
+
+    Returns:
+      A setting for each method, in the file's order; the first of equal ones.
+
+    Raises:
+      ValueError: A run of every setting of a method diverged.
+    """
+    assert plan.tuning is not None
+    sign = 1 if METRICS[plan.tuning.metric] else -1
+    best = []
+    for method in dict.fromkeys(setting.method for setting in plan.settings):
+        those = [one for one in plan.settings if one.method == method]
+        if len(those) > 1:
+            those = [one for one in those if not math.isnan(found[one.label])]
+        if not those:
+            raise ValueError(
+                f"a run of every setting of {method} diverged: add a smaller value."
+            )
+        best.append(min(those, key=lambda one: sign * found.get(one.label, 0.0)))
+    return best
 
 
 def run(
     planned: Sequence[Planned],
     rows_file: str | os.PathLike,
     *,
+    jobs: int = 1,
     measure_memory: bool = True,
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -128,6 +284,8 @@ def run(
     Args:
       planned: The runs, of :func:`plan`.
       rows_file: Where the rows are written, as JSON, after each run.
+      jobs: How many runs are trained at a time, on processors. Each has cores of its
+        own: small networks finish sooner so than one after another with all cores.
       measure_memory: Whether rows have the memory of a step, for which it is compiled
         once more.
       show_progress: Whether to show progress.
@@ -138,39 +296,53 @@ def run(
       step by the compiler's account, and the numbers of its result.
 
     Raises:
-      ValueError: A folder holds a run with other options.
+      ValueError: A folder holds a run with other options; more jobs than cores.
       FileExistsError: A folder holds something else.
       Interrupted: On Ctrl-C or SIGTERM; the same call goes on.
     """
     check(planned)
+    jobs_lib.check(jobs)
     rows_file = pathlib.Path(rows_file)
     known = {row["folder"]: row for row in read_rows(rows_file)}
     memory: dict[TrainConfig, float] = {}
-    rows = []
-    for i, one in enumerate(planned):
-        title = (
-            f"run {i + 1} of {len(planned)}: {one.label}, seed {one.config.run.seed}"
-        )
-        # A row whose folder was deleted says nothing about the next run there.
-        old = known.get(str(one.folder), {}) if run_folder.is_run(one.folder) else {}
-        status = "finished"
-        if _has_diverged(one, old):
-            status = "diverged"
-        elif state_of(one) != "finished":
-            status = _train(one, title, show_progress)
+    rows: dict[str, dict[str, Any]] = {}
+    # A row whose folder was deleted says nothing about the next run there.
+    before = {
+        one.folder: known.get(str(one.folder), {})
+        if run_folder.is_run(one.folder)
+        else {}
+        for one in planned
+    }
+
+    def note(one, status):
         row = _row(one, status)
-        row["memory_mib"] = old.get("memory_mib")
+        row["memory_mib"] = before[one.folder].get("memory_mib")
         if row["memory_mib"] is None and measure_memory:
             alike = one.config.replace(seed=0)
             if alike not in memory:
                 memory[alike] = _memory(one.config)
             row["memory_mib"] = memory[alike]
-        rows.append(row)
+        rows[str(one.folder)] = row
         # What is not reached yet, or is not planned this time, keeps its row.
-        reached = {str(x.folder) for x in planned[: i + 1]}
-        kept = [row for folder, row in known.items() if folder not in reached]
-        files.write_json(rows_file, {"rows": [*rows, *kept]})
-    return rows
+        kept = [row for folder, row in known.items() if folder not in rows]
+        files.write_json(rows_file, {"rows": [*_in_order(planned, rows), *kept]})
+
+    missing = []
+    for one in planned:
+        if _has_diverged(one, before[one.folder]):
+            note(one, "diverged")
+        elif state_of(one) == "finished":
+            note(one, "finished")
+        else:
+            missing.append(one)
+    for one, status in jobs_lib.train(missing, jobs, show_progress=show_progress):
+        note(one, status)
+    return _in_order(planned, rows)
+
+
+def _in_order(planned, rows):
+    folders = [str(one.folder) for one in planned]
+    return [rows[folder] for folder in folders if folder in rows]
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -199,23 +371,6 @@ def _has_diverged(one, old):
         return False
     before = run_folder.read_config(one.folder).run
     return before.max_skipped == one.config.run.max_skipped
-
-
-def _train(one, title, show_progress):
-    with Progress(1, 0, title, show_progress) as bar:
-        bar.say(str(one.folder))
-    try:
-        training.train(
-            one.config,
-            output=one.folder,
-            resume=run_folder.is_run(one.folder),
-            show_progress=show_progress,
-        )
-    except training.NonFiniteError as error:
-        with Progress(1, 0, title, show_progress) as bar:
-            bar.say(f"diverged: {error}")
-        return "diverged"
-    return "finished"
 
 
 def _memory(config):
@@ -251,7 +406,9 @@ def _row(one: Planned, status: str) -> dict[str, Any]:
     result = run_folder.read_result(one.folder) if finished else {}
     steps, seconds = result.get("steps"), result.get("seconds_per_step")
     per_step = cost.gradient_evaluations(one.config)
+    held_out = run_folder.read_validation(one.folder) if finished else {}
     return {
+        **{f"validation_{name}": value for name, value in held_out.items()},
         **{
             name: value
             for name, value in result.items()
@@ -266,8 +423,32 @@ def _row(one: Planned, status: str) -> dict[str, Any]:
     }
 
 
+def _check_seeds(what, seeds):
+    whole = isinstance(seeds, list) and all(type(s) is int for s in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{what} must be distinct integers, got {seeds!r}.")
+
+
+def _tuning(path, table):
+    """(metric, seeds) of the table [tuning]; (None, []) without one."""
+    if table is None:
+        return None, []
+    if not isinstance(table, dict) or set(table) != {"metric", "seeds"}:
+        raise ValueError(
+            f'{path}: [tuning] must have metric, as "nll", and seeds, as [10, 11], and '
+            "nothing else."
+        )
+    if table["metric"] not in METRICS:
+        raise ValueError(
+            f"{path}: the metric of tuning must be of {', '.join(METRICS)}; got "
+            f"{table['metric']!r}."
+        )
+    _check_seeds(f"{path}: seeds of tuning", table["seeds"])
+    return table["metric"], table["seeds"]
+
+
 def _settings(path, name, shared, own):
-    """(label, options) of a method: one for each combination of its lists of values."""
+    """(setting, options) for each combination of a method's lists of values."""
     if not isinstance(own, dict) or not isinstance(shared, dict):
         raise ValueError(f"{path}: options and methods are tables, as [options].")
     options = {**shared, **own}
@@ -284,9 +465,14 @@ def _settings(path, name, shared, own):
     if empty := [key for key, x in several.items() if not x]:
         raise ValueError(f"{path}, {name}: {empty[0]} is a list without values.")
     for values in itertools.product(*several.values()):
-        chosen = dict(zip(several, values, strict=True))
-        extra = "".join(f", {key} = {_word(x)}" for key, x in chosen.items())
-        yield name + extra, {**options, **chosen}
+        picked = dict(zip(several, values, strict=True))
+        extra = "".join(f", {key} = {_word(x)}" for key, x in picked.items())
+        ends = tuple(
+            key
+            for key, x in picked.items()
+            if len(several[key]) > 2 and x in (several[key][0], several[key][-1])
+        )
+        yield Setting(name, name + extra, ends), {**options, **picked}
 
 
 def _is_several(name, value):

@@ -28,6 +28,8 @@ method = "sam"
 rho = [[0.05], [0.1]]
 """
 
+TUNING = "[tuning]\nmetric = 'nll'\nseeds = [10]\n"
+
 
 def write(folder, text=FILE):
     path = folder / "sweep.toml"
@@ -103,7 +105,7 @@ class TestPlan:
         ("text", "message"),
         [
             ("seeds = [", "is no TOML file"),
-            ("seed = [1]", "may hold seeds, options and methods; got seed"),
+            ("seed = [1]", "may hold seeds, options, methods and tuning; got seed"),
             ("seeds = [1]", "must name methods"),
             ('seeds = 3\n[methods.a]\nmethod = "sgd"', "must be distinct integers"),
             (
@@ -135,11 +137,134 @@ class TestPlan:
             ('[methods.a]\nmethod = "sgd"\nepochs = []', "epochs is a list without"),
             ('[methods.a]\nmethod = "sgd"\nseed = 3', r"seeds = \[3\] names"),
             ('[methods.a]\nmethod = "sgd"\nepoch = 3', "did you mean epochs"),
+            (f"{TUNING}[methods.a]\nmethod = 'sgd'", "tuning has nothing to choose"),
+            (
+                f"{TUNING}[methods.a]\nmethod = 'sgd'\nlearning_rate = [0.1, 0.2]",
+                "a, learning_rate = 0.1: tuning needs a validation set",
+            ),
+            (
+                TUNING.replace("nll", "loss") + "[methods.a]\nmethod = 'sgd'",
+                "metric of tuning must be of nll, accuracy, brier, ece; got 'loss'",
+            ),
+            (
+                TUNING.replace("[10]", "[1, 1]") + "[methods.a]\nmethod = 'sgd'",
+                "seeds of tuning must be distinct",
+            ),
+            (
+                "[tuning]\nmetric = 'nll'\n[methods.a]\nmethod = 'sgd'",
+                "must have metric, .* and seeds",
+            ),
+            ("tuning = 3\n[methods.a]\nmethod = 'sgd'", "must have metric"),
         ],
     )
     def test_what_cannot_be_is_refused(self, text, message, tmp_path):
         with pytest.raises(ValueError, match=message):
             sweep.plan(write(tmp_path, text), tmp_path)
+
+
+TUNED = (
+    FILE.replace("[options]", "[tuning]\nmetric = 'nll'\nseeds = [3, 9]\n[options]")
+    .replace("eval_every", "validation = 0.2\neval_every")
+    .replace("[[0.05], [0.1]]", "[[0.05], [0.1], [0.2]]")
+)
+
+
+def tried(label, values, name="validation_nll"):
+    return [{"label": label, "status": "finished", name: value} for value in values]
+
+
+class TestTuning:
+    def test_it_tries_each_setting_where_there_are_several(self, tmp_path):
+        plan = sweep.plan(write(tmp_path, TUNED), tmp_path / "out")
+        assert plan.tuning.metric == "nll"
+        assert [(x.label, x.config.run.seed) for x in plan.tuning.runs] == [
+            (f"SAM, rho = {rho}", seed) for rho in (0.05, 0.1, 0.2) for seed in (3, 9)
+        ]
+        # A seed of both is one run.
+        assert plan.tuning.runs[0] in plan.runs
+        assert plan.tuning.runs[1].folder == tmp_path / "out/SAM-rho=0.05/seed9"
+        assert [(x.method, x.label, x.ends) for x in plan.settings] == [
+            ("SGD", "SGD", ()),
+            ("SAM", "SAM, rho = 0.05", ("rho",)),
+            ("SAM", "SAM, rho = 0.1", ()),
+            ("SAM", "SAM, rho = 0.2", ("rho",)),
+        ]
+        # Of two values both would be ends.
+        two = TUNED.replace(", [0.2]]", "]")
+        plan = sweep.plan(write(tmp_path, two), tmp_path / "out")
+        assert [x.ends for x in plan.settings] == [()] * 3
+        without = sweep.plan(write(tmp_path), tmp_path / "out")
+        assert without.tuning is None and len(without.settings) == 3
+
+    @pytest.mark.parametrize(
+        ("metric", "best"), [("nll", "SAM, rho = 0.1"), ("accuracy", "SAM, rho = 0.2")]
+    )
+    def test_the_best_mean_is_chosen(self, metric, best, tmp_path):
+        text = TUNED.replace("'nll'", f"'{metric}'")
+        plan = sweep.plan(write(tmp_path, text), tmp_path)
+        name = f"validation_{metric}"
+        rows = [
+            *tried("SAM, rho = 0.05", [0.1, 0.9], name),
+            *tried("SAM, rho = 0.1", [0.3, 0.4], name),
+            *tried("SAM, rho = 0.2", [0.8, 0.6], name),
+        ]
+        found = sweep.scores(plan, rows)
+        assert found == pytest.approx(
+            {"SAM, rho = 0.05": 0.5, "SAM, rho = 0.1": 0.35, "SAM, rho = 0.2": 0.7}
+        )
+        assert [one.label for one in sweep.chosen(plan, found)] == ["SGD", best]
+
+    def test_a_setting_that_diverged_is_not_chosen(self, tmp_path):
+        plan = sweep.plan(write(tmp_path, TUNED), tmp_path)
+        lost = {"label": "SAM, rho = 0.05", "status": "diverged"}
+        rows = [
+            *tried("SAM, rho = 0.05", [0.1]),
+            lost,
+            *tried("SAM, rho = 0.1", [0.4, 0.3]),
+            *tried("SAM, rho = 0.2", [0.2, 0.6]),
+        ]
+        found = sweep.scores(plan, rows)
+        assert sweep.chosen(plan, found)[1].label == "SAM, rho = 0.1"
+        every = dict.fromkeys(found, float("nan"))
+        with pytest.raises(ValueError, match="a run of every setting of SAM diverged"):
+            sweep.chosen(plan, every)
+
+    @pytest.mark.slow
+    def test_the_command_tunes_and_compares_the_chosen(self, tmp_path, capsys):
+        file = write(tmp_path, TUNED.replace("seeds = [0, 3]", "seeds = [0, 3, 9]"))
+        output = tmp_path / "out"
+        args = ["sweep", str(file), "--output", str(output)]
+        cli.main([*args, "--dry-run"])
+        out = capsys.readouterr().out
+        assert "out: tuning" in out and "each method's best setting" in out
+        cli.main([*args, "--baseline", "sam", "--quiet"])
+        out = capsys.readouterr().out
+        # By the runs' own records, read by hand.
+        found = {}
+        for rho in (0.05, 0.1, 0.2):
+            values = []
+            for seed in (3, 9):
+                folder = output / f"SAM-rho={rho}" / f"seed{seed}"
+                lines = (folder / "metrics.jsonl").read_text().splitlines()
+                events = [json.loads(line) for line in lines]
+                values += [x["nll"] for x in events if x["split"] == "validation"][-1:]
+            assert len(values) == 2
+            found[rho] = np.mean(values)
+        best = min(found, key=found.get)
+        trained = {path.parent.name for path in output.glob("SAM*/seed0")}
+        assert trained == {f"SAM-rho={best}"}
+        rows = json.loads((output / "sweep.json").read_text())["rows"]
+        assert [(row["label"], row["seed"]) for row in rows] == [
+            (label, seed)
+            for label in ("SGD", f"SAM, rho = {best}")
+            for seed in (0, 3, 9)
+        ]
+        last = rows[-1]
+        folder = output / f"SAM-rho={best}" / "seed9"
+        result = json.loads((folder / "result.json").read_text())
+        assert last["accuracy"] == result["accuracy"] and "validation_nll" in last
+        assert f"Paired with SAM, rho = {best}" in out
+        assert ("at the end of its values" in out) == (best != 0.1)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rows": [{"a": 1}]}'])

@@ -50,6 +50,8 @@ class Reproduce:
     """Folder of prepared TFDS data."""
     output: Annotated[Folder | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the runs and pages. Default: reproduction/SCALE-VARIANT."""
+    jobs: int = 1
+    """Runs to train at a time, on processors: each has cores of its own."""
     dry_run: bool = False
     """Print the cells, their gradients and an estimate of hours on this machine, and
     stop."""
@@ -59,7 +61,7 @@ class Reproduce:
 
 def run(options: Reproduce) -> None:
     """`otmdr reproduce TARGET`."""
-    from otmdr_jax.experiments import reproduce, training
+    from otmdr_jax.experiments import jobs, reproduce, training
     from otmdr_jax.experiments.report.tables import Table
     from otmdr_jax.experiments.reproduce import figures, running, tables
 
@@ -93,6 +95,7 @@ def run(options: Reproduce) -> None:
         options.output or f"reproduction/{options.scale}-{options.variant}"
     )
     what = reproduce.TARGETS[options.target]
+    jobs.check(options.jobs)
     if options.dry_run:
         done = running.finished(cells, output / "runs")
         rows = reproduce.estimate(cells)
@@ -121,7 +124,11 @@ def run(options: Reproduce) -> None:
     landscapes = []
     try:
         reproduce.run(
-            cells, output / "runs", options.target, show_progress=not options.quiet
+            cells,
+            output / "runs",
+            options.target,
+            jobs=options.jobs,
+            show_progress=not options.quiet,
         )
         if options.target == "figure2":
             landscapes = figures.landscapes(
@@ -176,6 +183,8 @@ def _command(options: Reproduce) -> str:
         words += ["--only", *options.only]
     if options.data_dir is not None:
         words += ["--data-dir", options.data_dir]
+    if options.jobs != 1:
+        words += ["--jobs", str(options.jobs)]
     if options.output is not None:
         words += ["--output", str(options.output)]
     return shlex.join(words)

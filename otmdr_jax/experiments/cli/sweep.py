@@ -17,12 +17,15 @@ class Sweep:
 
     The TOML file holds seeds = [0, 1, 2], a table [options] that all runs share, and a
     table [methods."NAME"] with the options of each method. A list of values stands for
-    one run for each value. Every run is checked before the first one starts. Ctrl-C
-    saves the current run, and the same command resumes the sweep.
+    one run for each value; with a table [tuning], each method's best setting on the
+    validation set is found first, and it alone is run with the seeds. Every run is
+    checked before the first one starts. Ctrl-C saves the runs at work, and the same
+    command resumes the sweep.
 
     Writes a folder for each run, sweep.json with a row for each run (metrics, gradient
-    evaluations, seconds, memory), and a report: mean and standard deviation over seeds,
-    paired tests against the baseline, accuracy against cost.
+    evaluations, seconds, memory), tuning.json with those of the tuning, and a report:
+    mean and standard deviation over seeds, paired tests against the baseline, accuracy
+    against cost.
 
     Examples:
     otmdr sweep examples/sweep_digits.toml --output sweeps/digits --baseline SGD
@@ -36,6 +39,9 @@ class Sweep:
     """Folder of the runs. Name the folder of an earlier sweep to resume it."""
     baseline: Method = None
     """Method to compare the others with. Default: the first one."""
+    jobs: int = 1
+    """Runs to train at a time, on processors: each has cores of its own, and small
+    networks finish sooner so."""
     dry_run: bool = False
     """List the runs and stop."""
     quiet: bool = False
@@ -44,37 +50,38 @@ class Sweep:
 
 def run(options: Sweep) -> None:
     """`otmdr sweep FILE --output FOLDER`."""
-    from otmdr_jax.experiments import report, run_folder, sweep, training
-    from otmdr_jax.experiments.report import cost, significance, tables
+    from otmdr_jax.experiments import jobs, report, run_folder, sweep, training
+    from otmdr_jax.experiments.report import cost, significance
 
     output = pathlib.Path(options.output).expanduser()
     if run_folder.is_run(output):
         raise ValueError(f"{output} is a run, not the folder of a sweep.")
     plan = sweep.plan(options.file, output)
-    labels = list(dict.fromkeys(one.label for one in plan.runs))
-    baseline = significance.find_baseline(labels, options.baseline)
-    sweep.check(plan.runs)
+    jobs.check(options.jobs)
+    names = [one.label if plan.tuning is None else one.method for one in plan.settings]
+    baseline = significance.find_baseline(names, options.baseline)
+    trials = [] if plan.tuning is None else plan.tuning.runs
+    sweep.check([*trials, *plan.runs])
     report.check_folder(output / "report")
-    lines = [
-        [one.label, str(one.config.run.seed), str(one.folder), sweep.state_of(one)]
-        for one in plan.runs
-    ]
     if options.dry_run:
-        table = tables.Table(["Method", "Seed", "Folder", "State"], lines)
-        table.print(str(output))
-        _warn(plan)
+        _print_plan(plan, trials, output)
         return
+    training_options = {"jobs": options.jobs, "show_progress": not options.quiet}
+    runs = plan.runs
     try:
-        rows = sweep.run(
-            plan.runs, output / "sweep.json", show_progress=not options.quiet
-        )
+        if plan.tuning is not None:
+            tuned = sweep.tune(plan, output / "tuning.json", **training_options)
+            _print_tuning(plan, tuned)
+            runs = tuned.runs
+            baseline = next(one.label for one in tuned.chosen if one.method == baseline)
+        rows = sweep.run(runs, output / "sweep.json", **training_options)
     except training.Interrupted as stop:
         again = _command(options)
         print(f"otmdr: {stop}\nTo resume the whole sweep: {again}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     finished = [
         report.read_run(one.folder, one.label)
-        for one in plan.runs
+        for one in runs
         if run_folder.is_finished(one.folder)
     ]
     if not finished:
@@ -101,10 +108,47 @@ def run(options: Sweep) -> None:
     print(f"Written: {output / 'sweep.json'}, {path}")
 
 
+def _print_plan(plan, trials, output):
+    from otmdr_jax.experiments import sweep
+    from otmdr_jax.experiments.report import tables
+
+    for title, runs in (("tuning", trials), ("runs", plan.runs)):
+        lines = [
+            [one.label, str(one.config.run.seed), str(one.folder), sweep.state_of(one)]
+            for one in runs
+        ]
+        if runs:
+            table = tables.Table(["Method", "Seed", "Folder", "State"], lines)
+            table.print(f"{output}: {title}")
+    if trials:
+        print("Of the runs, those of each method's best setting will be trained.")
+    _warn(plan)
+
+
+def _print_tuning(plan, tuned):
+    from otmdr_jax.experiments.report import tables
+
+    chosen = [one.label for one in tuned.chosen]
+    lines = [
+        [label, f"{value:.4f}", "yes" if label in chosen else ""]
+        for label, value in tuned.scores.items()
+    ]
+    metric = f"validation {plan.tuning.metric}"
+    tables.Table(["Setting", metric, "chosen"], lines).print("Tuning")
+    for one in tuned.chosen:
+        for name in one.ends:
+            print(
+                f"{one.label}: {name} is at the end of its values; a better one may "
+                "lie beyond."
+            )
+
+
 def _command(options) -> str:
     words = ["otmdr", "sweep", options.file, "--output", options.output]
     if options.baseline is not None:
         words += ["--baseline", options.baseline]
+    if options.jobs != 1:
+        words += ["--jobs", str(options.jobs)]
     return shlex.join(words)
 
 

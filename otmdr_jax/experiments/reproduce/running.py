@@ -19,7 +19,7 @@ from otmdr_jax.experiments.reproduce.plans import Cell
 from otmdr_jax.experiments.sweep import Planned
 
 # A network of the size that the miniatures have; its speed stands for all.
-_TIMED, _BATCH, _ROUNDS = "wide_resnet_10_2", 64, 3
+_TIMED, _BATCH, _ROUNDS = "wide_resnet_10_1", 64, 3
 
 
 def planned(cells: Sequence[Cell], output: str | os.PathLike) -> list[Planned]:
@@ -43,6 +43,7 @@ def run(
     output: str | os.PathLike,
     target: str,
     *,
+    jobs: int = 1,
     show_progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Trains the runs that are not finished; Ctrl-C saves, and the same call goes on.
@@ -51,6 +52,7 @@ def run(
       cells: The cells, of :func:`otmdr_jax.experiments.reproduce.cells`.
       output: The folder of the runs.
       target: The table, for the file of its rows.
+      jobs: How many runs are trained at a time, on processors.
       show_progress: Whether to show progress.
 
     Returns:
@@ -71,6 +73,7 @@ def run(
     return sweep.run(
         runs,
         rows_file(output, target),
+        jobs=jobs,
         measure_memory=False,
         show_progress=show_progress,
     )

@@ -1,0 +1,199 @@
+"""Runs side by side: cores of their own, signals, errors."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from otmdr_jax.experiments import jobs, sweep
+from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.sweep import Planned
+
+CORES = jobs._cores()
+several = pytest.mark.skipif(len(CORES) < 2, reason="needs two processor cores")
+SHORT = dict(method="sgd", batch_size=64, eval_every=99, mesh="data=1")
+LONG = dict(SHORT, steps=200_000, log_every=10, checkpoint_every=1_000_000)
+
+
+class Broken:
+    """A run that says which cores it has, and fails."""
+
+    label = "broken"
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    @property
+    def folder(self):
+        return self._folder
+
+    @property
+    def config(self):
+        if hasattr(os, "sched_getaffinity") and os.getpid() != int(
+            (self._folder.parent / "parent").read_text()
+        ):
+            cores = sorted(os.sched_getaffinity(0))
+            self._folder.with_suffix(".json").write_text(json.dumps(cores))
+            raise OSError("no such luck")
+        return SimpleNamespace(run=SimpleNamespace(seed=7))
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (0, "positive integer, got 0"),
+        (True, "positive integer, got True"),
+        (1.5, "positive integer, got 1.5"),
+        (len(CORES) + 1, f"at most the processor's {len(CORES)} cores"),
+    ],
+)
+def test_what_cannot_be_is_refused(count, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        jobs.check(count)
+    with pytest.raises(ValueError, match=message):
+        sweep.run([], tmp_path / "rows.json", jobs=count)
+
+
+def test_on_an_accelerator_it_is_refused(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    jobs.check(1)
+    if len(CORES) > 1:
+        with pytest.raises(ValueError, match="runs here use the gpu"):
+            jobs.check(2)
+
+
+@several
+@pytest.mark.slow
+def test_each_run_has_cores_of_its_own_and_an_error_is_told(tmp_path):
+    (tmp_path / "parent").write_text(f"{os.getpid()}")
+    runs = [Broken(tmp_path / name) for name in "ab"]
+    with pytest.raises(RuntimeError, match=r"(?s)[ab] failed:.*no such luck"):
+        list(jobs.train(runs, 2, show_progress=False))
+    seen = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    if len(seen) == 2:  # the second one may have been stopped before
+        assert not set(seen[0]) & set(seen[1])
+    assert seen and all(len(cores) == len(CORES) // 2 for cores in seen)
+    assert jobs._cores() == CORES and "NPROC" not in os.environ
+
+
+def planned(folder, options, **differing):
+    (name, values), *_ = differing.items()
+    return [
+        Planned(
+            f"{name} {value}",
+            TrainConfig(**options).replace(**{name: value}),
+            folder / f"{value}",
+        )
+        for value in values
+    ]
+
+
+@several
+@pytest.mark.slow
+def test_runs_are_those_of_one_after_another(tmp_path):
+    options = dict(SHORT, steps=4, max_skipped=2)
+    found = {}
+    for count in (1, 2):
+        folder = tmp_path / f"{count}"
+        runs = planned(folder, options, learning_rate=[0.1, 1e30, 0.2])
+        # Enough steps to see that one diverges.
+        runs[1] = runs[1]._replace(config=runs[1].config.replace(steps=12))
+        how = {"jobs": count, "measure_memory": False, "show_progress": False}
+        found[count] = sweep.run(runs, folder / "rows.json", **how)
+        stored = json.loads((folder / "rows.json").read_text())["rows"]
+        assert [row["label"] for row in stored] == [one.label for one in runs]
+    status = [row["status"] for row in found[1]]
+    assert status == ["finished", "diverged", "finished"]
+    assert [row["status"] for row in found[2]] == status
+    for one, other in zip(found[1][::2], found[2][::2], strict=True):
+        # Sums over two cores and over one may round apart.
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-4)
+
+
+def start(tmp_path, text):
+    file = tmp_path / "sweep.toml"
+    file.write_text(text)
+    command = [sys.executable, "-m", "otmdr_jax", "sweep", str(file)]
+    command += ["--output", str(tmp_path / "out"), "--jobs", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    logs = [tmp_path / f"out/{name}/seed0/metrics.jsonl" for name in "ab"]
+    until(lambda: all(log.is_file() and log.stat().st_size for log in logs))
+    return process
+
+
+def until(what, seconds=120):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def text_of(steps):
+    options = "\n".join(
+        f"{name} = {json.dumps(value)}"
+        for name, value in {**LONG, "steps": steps}.items()
+    )
+    return f"[options]\n{options}\n[methods.a]\n[methods.b]\nlearning_rate = 0.2\n"
+
+
+def saved(tmp_path):
+    return sorted(
+        int(path.name)
+        for path in (tmp_path / "out").glob("*/seed0/checkpoints/*")
+        if path.name.isdigit()
+    )
+
+
+@several
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_a_signal_saves_all_runs_at_work(tmp_path):
+    process = start(tmp_path, text_of(200_000))
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "saved the runs at work" in said and "--jobs 2" in said
+    steps = saved(tmp_path)
+    assert len(steps) == 2 and min(steps) > 0
+
+
+@several
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not pathlib.Path("/proc").is_dir(), reason="looks for processes in /proc"
+)
+def test_runs_do_not_outlive_a_killed_parent(tmp_path):
+    process = start(tmp_path, text_of(200_000))
+    children = [
+        int(path.name)
+        for path in pathlib.Path("/proc").iterdir()
+        if path.name.isdigit() and parent_of(path) == process.pid
+    ]
+    assert len(children) >= 2
+    process.kill()
+    process.communicate(timeout=60)
+    until(lambda: not any(alive(pid) for pid in children))
+    assert len(saved(tmp_path)) == 2
+
+
+def parent_of(path):
+    try:
+        return int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return None
+
+
+def alive(pid):
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return text.rsplit(")", 1)[1].split()[0] != "Z"
