@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from otmdr_jax import data, models
 
@@ -605,3 +606,32 @@ def test_sweeps_in_their_smoke_form(tmp_path):
     sgd = [100 * row["accuracy"] for row in rows[:2]]
     mean, std = np.mean(sgd), np.std(sgd, ddof=1)
     assert f"| SGD | 2 | {mean:.2f} ± {std:.2f} |" in out
+
+
+@pytest.mark.slow
+def test_the_comparison_in_its_smoke_form(tmp_path, monkeypatch):
+    file, picture = tmp_path / "c.json", tmp_path / "c.png"
+    options = ["--smoke", "--json", str(file), "--picture", str(picture)]
+    out = run("comparison.py", str(EXAMPLES / "sweep_fair.toml"), *options)
+    record = json.loads(file.read_text())
+    rows = record["rows"]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    assert len(rows) == 2 * len(methods) and picture.stat().st_size > 20_000
+    # Each question has its two methods.
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    comparison = importlib.import_module("comparison")
+    assert len(comparison.asked(rows)) == len(comparison.QUESTIONS)
+    named = {name for _, *both in comparison.QUESTIONS for name in both}
+    assert named == set(methods)
+    ours, theirs = (
+        np.array([row["accuracy"] for row in rows if row["method"] == name])
+        for name in ("OT-MDR", "SAM")
+    )
+    low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    mean, half = 50 * (low + high), 50 * (high - low)
+    assert f"| OT-MDR - SAM | {mean:+.2f} ± {half:.2f} |" in out
+    again = run("comparison.py", "--read", str(file))
+    assert again in out
+    # Holm's own example of how values are raised.
+    raised = comparison.holm(np.array([0.04, 0.01, 0.03]))
+    np.testing.assert_allclose(raised, [0.06, 0.03, 0.06])
