@@ -24,7 +24,7 @@ from scipy import stats
 from otmdr_jax.experiments import restore, sweep
 from otmdr_jax.experiments.measure import shift
 from otmdr_jax.experiments.measure.calibrate import calibrate
-from otmdr_jax.experiments.report import plots
+from otmdr_jax.experiments.report import cost, plots
 
 # name: (title, factor, decimals, whether more is better)
 MEASURES = {
@@ -110,15 +110,6 @@ def difference(rows, method, other, name):
     return gaps.mean(), half, stats.ttest_1samp(gaps, 0.0).pvalue
 
 
-def holm(pvalues):
-    """Holm's (1979) p-values, which hold for all questions at once."""
-    order = np.argsort(pvalues)
-    scaled = np.sort(pvalues) * np.arange(len(pvalues), 0, -1)
-    adjusted = np.empty(len(pvalues))
-    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
-    return adjusted
-
-
 def means_table(rows):
     header = ["method", "setting", "n", "gradients"]
     header += [title for title, *_ in MEASURES.values()]
@@ -149,15 +140,15 @@ def asked(rows):
 
 
 def questions_table(rows, names=("accuracy", "calibrated_nll", "shifted_accuracy")):
-    """A line for each question: differences, intervals, and Holm's p of the first."""
+    """A line for each question: differences with 95 % intervals, p and q."""
     header = ["question", "method minus other"]
     for name in names:
         title, *_ = MEASURES[name]
-        header += [f"Δ {title}", "p", "p, Holm"]
+        header += [f"Δ {title}", "p", "q"]
     columns = []
     for name in names:
         found = [difference(rows, ours, other, name) for _, ours, other in asked(rows)]
-        columns.append((name, found, holm(np.array([p for *_, p in found]))))
+        columns.append((name, found, cost.q_values([p for *_, p in found])))
     lines = []
     for i, (question, ours, other) in enumerate(asked(rows)):
         line = [question, f"{ours} - {other}"]

@@ -1,5 +1,6 @@
 """The paper's tables: what is printed, what is planned, and small runs of cells."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -230,20 +231,41 @@ def made(method, values, part="resnet_18", data="cifar10"):
     return reproduce.Measured(cell, seeds, {"accuracy": values}, 1.0, ("a cpu",))
 
 
+def lines_of(found, *names):
+    return tables.claims_table(tables.tested(found, names)).lines
+
+
 def test_claims_are_tested_over_seeds():
     ours, sam, sgd = [0.92, 0.93, 0.94], [0.90, 0.915, 0.92], [0.95, 0.957, 0.97]
     found = [made("SGD", sgd), made("SAM", sam), made("OT-MDR", ours)]
-    lines = {line[0]: line for line in tables.tested(found, ["accuracy"]).lines}
+    lines = {line[0]: line for line in lines_of(found, "accuracy")}
     test = stats.ttest_rel(ours, sam)
     assert lines["SAM"][2] == f"{100 * np.mean(np.subtract(ours, sam)):+.2f}"
     assert lines["SAM"][4] == f"{test.pvalue:.3f}"
     low, high = test.confidence_interval(0.95)
     assert lines["SAM"][3] == f"{100 * low:+.2f} to {100 * high:+.2f}"
-    assert lines["SAM"][5] == "+0.87"  # 96.59 - 95.72
-    assert lines["SAM"][6] == "holds"
-    assert lines["SGD"][6] == "reversed"
+    assert lines["SAM"][6] == "+0.87"  # 96.59 - 95.72
+    assert lines["SAM"][7] == "holds"
+    assert lines["SGD"][7] == "reversed"
     close = [made("SAM", [0.93, 0.92, 0.95]), made("OT-MDR", ours)]
-    assert tables.tested(close, ["accuracy"]).lines[0][6] == "not decided"
+    assert lines_of(close, "accuracy")[0][7] == "not decided"
+
+
+def test_q_is_corrected_for_all_tests_of_the_page():
+    ours, sam, sgd = [0.92, 0.93, 0.94], [0.90, 0.915, 0.92], [0.95, 0.957, 0.97]
+    cells = [made("SGD", sgd), made("SAM", sam), made("OT-MDR", ours)]
+    other = [
+        one._replace(cell=dataclasses.replace(one.cell, data="cifar100"))
+        for one in cells
+    ]
+    claims = tables.tested([*cells, *other], ["accuracy"])
+    assert [(x.data, x.other) for x in claims] == [
+        (data, name) for data in ("cifar10", "cifar100") for name in ("SGD", "SAM")
+    ]
+    low, high = sorted({claim.p for claim in claims})
+    # Each p stands twice among four: ranks 2 and 4.
+    want = {low: min(low * 4 / 2, high * 4 / 4), high: high}
+    assert [claim.q for claim in claims] == pytest.approx([want[x.p] for x in claims])
 
 
 def test_an_undefined_auroc_is_no_claim():
@@ -251,7 +273,7 @@ def test_an_undefined_auroc_is_no_claim():
         one._replace(values={"ovr_auroc": one.values["accuracy"]})
         for one in (made("SAM", [0.9, 0.91]), made("OT-MDR", [0.99, 0.98]))
     ]
-    assert tables.tested(found, ["ovr_auroc"]).lines[0][5:] == ["-", "-"]
+    assert lines_of(found, "ovr_auroc")[0][6:] == ["-", "-"]
 
 
 def test_diverged_runs_and_members_are_said():
@@ -267,21 +289,19 @@ def test_diverged_runs_and_members_are_said():
 def test_seeds_are_paired_by_their_numbers():
     ours, sam = made("OT-MDR", [0.9, 0.8, 0.7]), made("SAM", [0.71, 0.82])
     sam = sam._replace(seeds=[2, 1])
-    line = tables.tested([ours, sam], ["accuracy"]).lines[0]
+    (line,) = lines_of([ours, sam], "accuracy")
     assert line[2] == "-1.50"  # of 0.7 - 0.71 and 0.8 - 0.82
 
 
 def test_differences_without_a_spread_decide_nothing():
     ours, sam = made("OT-MDR", [0.90, 0.80]), made("SAM", [0.73, 0.63])
-    assert tables.tested([ours, sam], ["accuracy"]).lines[0][2:5] == [
-        "+17.00", "+17.00 to +17.00", "-",
+    assert lines_of([ours, sam], "accuracy")[0][2:6] == [
+        "+17.00", "+17.00 to +17.00", "-", "-",
     ]  # fmt: skip
 
 
 def test_a_single_seed_decides_nothing():
-    assert tables.tested([made("SAM", [0.9]), made("OT-MDR", [0.8])], ["accuracy"]) is (
-        None
-    )
+    assert not tables.tested([made("SAM", [0.9]), made("OT-MDR", [0.8])], ["accuracy"])
 
 
 def test_what_is_not_run_yet_is_a_dash():

@@ -12,7 +12,7 @@ import numpy as np
 from otmdr_jax import metrics
 from otmdr_jax.experiments import run_folder, sweep
 from otmdr_jax.experiments.measure.calibrate import calibrate
-from otmdr_jax.experiments.report import document
+from otmdr_jax.experiments.report import cost, document
 from otmdr_jax.experiments.report.labels import grouped
 from otmdr_jax.experiments.report.tables import Column, Table
 from otmdr_jax.experiments.reproduce import figures, running
@@ -161,14 +161,11 @@ def page(
             "compare the order of methods, not the numbers."
         )
     pictures: dict[str, document.Picture] = {}
-    tests = 0
-    for (part, data), group in grouped(
-        found, lambda one: (one.cell.part, one.cell.data)
-    ).items():
+    tests = tested(found, what.metrics)
+    for (part, data), group in _blocks(found).items():
         parts += [f"## {part}, {data}", table(group, what.metrics).markdown()]
-        if (claims := tested(group, what.metrics)) is not None:
-            parts.append(claims.markdown())
-            tests += len(claims.lines)
+        if claims := [one for one in tests if (one.part, one.data) == (part, data)]:
+            parts.append(claims_table(claims).markdown())
     if target == "figure1" and any(one.seeds for one in found):
         alt = "Accuracy by the number of particles; lines are means over seeds."
         pictures["particles"] = document.Picture(
@@ -185,8 +182,10 @@ def page(
         parts += [f"## {words}", f"![{alt}]({name}.png)"]
     if tests:
         parts.append(
-            f"This page has {tests} tests, each by itself at 5 %: about "
-            f"{tests / 20:.1f} of them would decide where there is no difference."
+            f"This page has {len(tests)} tests, each by itself at 5 %: about "
+            f"{len(tests) / 20:.1f} of them would decide where there is no difference. "
+            "q corrects for their number: of those with q below 0.05, one in twenty is "
+            "expected to be no difference (Benjamini and Hochberg, 1995)."
         )
     parts.append(f"To make it again, or go on: `{command}`")
     return document.Page(what.title, "\n\n".join(parts) + "\n", pictures)
@@ -228,42 +227,71 @@ def _printed(number: Any) -> str:
     return f"{number.mean:g}" + ("" if number.std is None else f" ± {number.std:g}")
 
 
-def tested(found: Sequence[Measured], names: Sequence[str]) -> Table | None:
+class Claim(NamedTuple):
+    """A claim of the paper, and what was found.
+
+    Attributes:
+      part: The paper's network or ensemble.
+      data: The data set.
+      other: The row that OT-MDR is compared with.
+      metric: The metric.
+      difference: The mean over seeds of OT-MDR's value minus the other's.
+      interval: Its 95 % interval.
+      p: The p-value of Student's paired t-test; NaN where there is no spread.
+      q: The p-value, corrected for all tests of the page.
+      claimed: The same difference in print. None where the paper makes no claim.
+    """
+
+    part: str
+    data: str
+    other: str
+    metric: str
+    difference: float
+    interval: tuple[float, float]
+    p: float
+    q: float
+    claimed: float | None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the paper's order is seen."""
+        if self.claimed is None:
+            return "-"
+        if self.claimed == 0:
+            return "a tie in the paper"
+        if not self.p < 1 - LEVEL:
+            return "not decided"
+        same = np.sign(self.difference) == np.sign(self.claimed)
+        return "holds" if same else "reversed"
+
+
+def tested(found: Sequence[Measured], names: Sequence[str]) -> list[Claim]:
     """Whether the paper's claims hold: OT-MDR against each other row, over seeds.
 
     Args:
-      found: The methods of one network and data set.
+      found: The cells of a page.
       names: The metrics.
 
     Returns:
-      A line for each baseline and metric: the mean difference over the seeds that both
-      have, its 95 % interval and p-value by Student's paired t-test, what the paper
-      prints, and whether its direction is seen. None where there is nothing to test.
+      A :class:`Claim` for each baseline and metric of each network and data set, over
+      the seeds that both have; none where these are less than two.
     """
-    ours = next((one for one in found if one.cell.method == OURS), None)
-    if ours is None or len(ours.seeds) < 2:
-        return None
-    lines = []
-    for other in found:
-        common = [seed for seed in ours.seeds if seed in other.seeds]
-        if other is ours or len(common) < 2:
-            continue
-        for name in names:
-            lines.append(_tested(ours, other, common, COLUMNS[name]))
-    if not lines:
-        return None
-    header = [
-        f"{OURS} minus", "metric", "difference", f"{LEVEL:.0%} interval", "p", "paper",
-        "the paper's order",
-    ]  # fmt: skip
-    return Table(header, lines)
+    claims = []
+    for group in _blocks(found).values():
+        ours = next((one for one in group if one.cell.method == OURS), None)
+        for other in group if ours is not None else ():
+            common = [seed for seed in ours.seeds if seed in other.seeds]
+            if other is not ours and len(common) > 1:
+                claims += [_tested(ours, other, common, name) for name in names]
+    corrected = cost.q_values([claim.p for claim in claims])
+    return [claim._replace(q=q) for claim, q in zip(claims, corrected, strict=True)]
 
 
-def _tested(ours, other, common, column):
+def _tested(ours, other, common, name):
     from scipy import stats
 
     pairs = [
-        [one.values[column.name][one.seeds.index(seed)] for seed in common]
+        [one.values[name][one.seeds.index(seed)] for seed in common]
         for one in (ours, other)
     ]
     differences = np.array(pairs[0]) - np.array(pairs[1])
@@ -274,28 +302,42 @@ def _tested(ours, other, common, column):
     else:
         test = stats.ttest_rel(*pairs)
         interval, p = test.confidence_interval(LEVEL), float(test.pvalue)
-    printed = [one.cell.printed.get(column.name) for one in (ours, other)]
-    claim = "-"
-    verdict = "-"
-    if None not in printed and column.name not in _NO_CLAIM:
+    printed = [one.cell.printed.get(name) for one in (ours, other)]
+    claimed = None
+    if None not in printed and name not in _NO_CLAIM:
         claimed = printed[0].mean - printed[1].mean
-        claim = f"{claimed:+.3g}"
-        if claimed == 0:
-            verdict = "a tie in the paper"
-        elif not p < 1 - LEVEL:
-            verdict = "not decided"
-        else:
-            verdict = "holds" if np.sign(mean) == np.sign(claimed) else "reversed"
-    ends = " to ".join(column.text(float(end), "+") for end in interval)
-    return [
-        other.cell.method,
-        column.title,
-        column.text(mean, "+"),
-        ends,
-        "-" if np.isnan(p) else f"{p:.3f}",
-        claim,
-        verdict,
-    ]
+    cell = other.cell
+    ends = (float(interval[0]), float(interval[1]))
+    where = (cell.part, cell.data, cell.method, name)
+    return Claim(*where, mean, ends, p, float("nan"), claimed)
+
+
+def claims_table(claims: Sequence[Claim]) -> Table:
+    """A line for each claim: difference, interval, p, q, the paper's, the verdict."""
+    lines = []
+    for claim in claims:
+        column = COLUMNS[claim.metric]
+        lines.append(
+            [
+                claim.other,
+                column.title,
+                column.text(claim.difference, "+"),
+                " to ".join(column.text(end, "+") for end in claim.interval),
+                *("-" if np.isnan(x) else f"{x:.3f}" for x in (claim.p, claim.q)),
+                "-" if claim.claimed is None else f"{claim.claimed:+.3g}",
+                claim.verdict,
+            ]
+        )
+    header = [
+        f"{OURS} minus", "metric", "difference", f"{LEVEL:.0%} interval", "p", "q",
+        "paper", "the paper's order",
+    ]  # fmt: skip
+    return Table(header, lines)
+
+
+def _blocks(found):
+    """{(network, data): cells}: a table each."""
+    return grouped(found, lambda one: (one.cell.part, one.cell.data))
 
 
 def _curves(found):
@@ -338,12 +380,8 @@ def record(target: str, scale: str, variant: str, found: Sequence[Measured]) -> 
             for one in found
         ],
         "tests": [
-            {"part": part, "data": data, **dict(zip(claims.header, line, strict=True))}
-            for (part, data), group in grouped(
-                found, lambda one: (one.cell.part, one.cell.data)
-            ).items()
-            if (claims := tested(group, TARGETS[target].metrics)) is not None
-            for line in claims.lines
+            {**claim._asdict(), "verdict": claim.verdict}
+            for claim in tested(found, TARGETS[target].metrics)
         ],
     }
 
