@@ -18,6 +18,7 @@ import pytest
 from scipy import stats
 
 from otmdr_jax import data, models
+from otmdr_jax.experiments import sweep
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 EXAMPLES = BENCHMARKS.parent / "examples"
@@ -608,27 +609,39 @@ def test_sweeps_in_their_smoke_form(tmp_path):
     assert f"| SGD | 2 | {mean:.2f} ± {std:.2f} |" in out
 
 
+def test_the_comparison_asks_about_the_methods_of_its_sweep(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    comparison = importlib.import_module("comparison")
+    plan = sweep.plan(EXAMPLES / "sweep_fair.toml", tmp_path)
+    named = {name for _, *both in comparison.QUESTIONS for name in both}
+    assert named == {setting.method for setting in plan.settings}
+    # All that are tuned go the same four distances at most, but for the fixed ones.
+    distances = {}
+    for one in plan.tuning.runs:
+        name = next(x.method for x in plan.settings if x.label == one.label)
+        distances.setdefault(name, []).append(sum(one.config.method.rho))
+    assert len(distances) == 10
+    for name, found in distances.items():
+        np.testing.assert_allclose(found, [0.075, 0.15, 0.3, 0.6], err_msg=name)
+    assert plan.unequal == []
+
+
 @pytest.mark.slow
 def test_the_comparison_in_its_smoke_form(tmp_path, monkeypatch):
     file, picture = tmp_path / "c.json", tmp_path / "c.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]
     out = run("comparison.py", str(EXAMPLES / "sweep_fair.toml"), *options)
-    record = json.loads(file.read_text())
-    rows = record["rows"]
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    assert len(rows) == 2 * len(methods) and picture.stat().st_size > 20_000
-    # Each question has its two methods.
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    comparison = importlib.import_module("comparison")
-    assert len(comparison.asked(rows)) == len(comparison.QUESTIONS)
-    named = {name for _, *both in comparison.QUESTIONS for name in both}
-    assert named == set(methods)
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        (name, seed) for name in ("SGD", "SAM", "OT-MDR") for seed in (0, 1)
+    ]
+    assert all(row["shifted_nll"] > 0 and row["sharpness"] != 0 for row in rows)
+    assert picture.stat().st_size > 10_000
     ours, theirs = (
-        np.array([row["accuracy"] for row in rows if row["method"] == name])
+        [100 * row["accuracy"] for row in rows if row["method"] == name]
         for name in ("OT-MDR", "SAM")
     )
     low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    mean, half = 50 * (low + high), 50 * (high - low)
-    assert f"| OT-MDR - SAM | {mean:+.2f} ± {half:.2f} |" in out
-    again = run("comparison.py", "--read", str(file))
-    assert again in out
+    text = f"{(low + high) / 2:+.2f} ± {(high - low) / 2:.2f}"
+    assert f"| OT-MDR - SAM | {text} |" in out
+    assert run("comparison.py", "--read", str(file)) in out

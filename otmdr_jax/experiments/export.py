@@ -19,7 +19,7 @@ from otmdr_jax import bnn
 from otmdr_jax._version import __version__
 from otmdr_jax.experiments import members
 from otmdr_jax.experiments.methods import weights_of
-from otmdr_jax.experiments.restore import TrainedRun
+from otmdr_jax.experiments.trained_run import TrainedRun
 from otmdr_jax.io import extras, files
 
 PyTree = Any

@@ -447,6 +447,8 @@ def test_data_that_are_not_prepared_are_said_before_anything_is_trained(
         (["table1", "--scale", "smoke", "--datasets", "cifar100"], "no choice of data"),
         (["table5", "--datasets", "cifar100"], "no choice of data"),
         (["table1", "--scale", "smoke", "--data-dir", "."], "need no --data-dir"),
+        (["table5", "--jobs", "2"], "leave out jobs"),
+        (["table1", "--jobs", "0"], "positive integer, got 0"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(words, match, capsys):

@@ -62,8 +62,41 @@ class Reproduce:
 def run(options: Reproduce) -> None:
     """`otmdr reproduce TARGET`."""
     from otmdr_jax.experiments import jobs, reproduce, training
-    from otmdr_jax.experiments.report.tables import Table
-    from otmdr_jax.experiments.reproduce import figures, running, tables
+    from otmdr_jax.experiments.reproduce import figures
+
+    every, cells = _cells(options)
+    output = pathlib.Path(
+        options.output or f"reproduction/{options.scale}-{options.variant}"
+    )
+    jobs.check(options.jobs)
+    if options.jobs > 1 and options.target == "table5":
+        raise ValueError(
+            "table5 times runs that have the machine alone: leave out jobs."
+        )
+    if options.dry_run:
+        _print_estimate(options, cells, output)
+        return
+    show = {"show_progress": not options.quiet}
+    stopped: BaseException | None = None
+    landscapes = []
+    try:
+        reproduce.run(cells, output / "runs", options.target, jobs=options.jobs, **show)
+        if options.target == "figure2":
+            landscapes = figures.landscapes(
+                every, output / "runs", options.scale, data_dir=options.data_dir, **show
+            )
+    except (training.Interrupted, KeyboardInterrupt) as stop:
+        stopped = stop  # what is finished is shown all the same
+    _show(options, every, cells, output, landscapes)
+    if stopped is not None:
+        said = str(stopped) or "stopped"
+        print(f"otmdr: {said}\nTo go on: {_command(options)}", file=sys.stderr)
+        sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
+
+
+def _cells(options):
+    """(all cells of the target, those that are asked for)."""
+    from otmdr_jax.experiments import reproduce
 
     # One set of digits stands for both, and Table 5 is of one.
     single = options.scale == "smoke" or options.target == "table5"
@@ -89,84 +122,53 @@ def run(options: Reproduce) -> None:
             f"only must name methods of {options.target}, {', '.join(names)}; got "
             f"{', '.join(unknown)}."
         )
-    if options.only:
-        cells = [cell for cell in cells if cell.method in options.only]
-    output = pathlib.Path(
-        options.output or f"reproduction/{options.scale}-{options.variant}"
-    )
-    what = reproduce.TARGETS[options.target]
-    jobs.check(options.jobs)
-    if options.dry_run:
-        done = running.finished(cells, output / "runs")
-        rows = reproduce.estimate(cells)
-        lines = [
-            [
-                row["name"],
-                f"{len(done[row['name']])} of {row['runs']}",
-                f"{row['steps']:,}",
-                f"{row['gradients']:,.0f}",
-                f"{row['operations']:.1e}",
-                _hours(row["hours"]),
-            ]
-            for row in rows
+    return every, [c for c in cells if not options.only or c.method in options.only]
+
+
+def _print_estimate(options, cells, output):
+    from otmdr_jax.experiments import reproduce
+    from otmdr_jax.experiments.report.tables import Table
+    from otmdr_jax.experiments.reproduce import running
+
+    done = running.finished(cells, output / "runs")
+    rows = reproduce.estimate(cells)
+    lines = [
+        [
+            row["name"],
+            f"{len(done[row['name']])} of {row['runs']}",
+            f"{row['steps']:,}",
+            f"{row['gradients']:,.0f}",
+            f"{row['operations']:.1e}",
+            _hours(row["hours"]),
         ]
-        header = [
-            "cell", "finished", "steps a run", "gradients", "operations", "hours",
-        ]  # fmt: skip
-        Table(header, lines).print(f"{what.title}, {options.scale}")
-        hours = sum(row["hours"] for row in rows)
-        print(
-            f"In all about {_hours(hours)} hours on this machine, from the speed of a "
-            "small network; evaluation and compilation come on top."
-        )
-        return
-    stopped: BaseException | None = None
-    landscapes = []
-    try:
-        reproduce.run(
-            cells,
-            output / "runs",
-            options.target,
-            jobs=options.jobs,
-            show_progress=not options.quiet,
-        )
-        if options.target == "figure2":
-            landscapes = figures.landscapes(
-                every,
-                output / "runs",
-                options.scale,
-                data_dir=options.data_dir,
-                show_progress=not options.quiet,
-            )
-    except (training.Interrupted, KeyboardInterrupt) as stop:
-        stopped = stop  # what is finished is shown all the same
+        for row in rows
+    ]
+    header = ["cell", "finished", "steps a run", "gradients", "operations", "hours"]
+    title = reproduce.TARGETS[options.target].title
+    Table(header, lines).print(f"{title}, {options.scale}")
+    hours = sum(row["hours"] for row in rows)
+    print(
+        f"In all about {_hours(hours)} hours on this machine, from the speed of a "
+        "small network; evaluation and compilation come on top."
+    )
+
+
+def _show(options, every, cells, output, landscapes):
+    """Prints and writes what there is."""
+    from otmdr_jax.experiments import reproduce
+    from otmdr_jax.experiments.reproduce import running, tables
+
     # What other sittings have trained stays on the page.
     done = running.finished(every, output / "runs")
     shown = [cell for cell in every if cell in cells or done[cell.name]]
     found = reproduce.measured(shown, output / "runs", options.target)
-    page = reproduce.page(
-        options.target,
-        options.scale,
-        options.variant,
-        found,
-        _command(options),
-        landscapes,
-    )
-    for (part, data), group in tables.grouped(
-        found, lambda one: (one.cell.part, one.cell.data)
-    ).items():
-        tables.table(group, what.metrics).print(f"{part}, {data}")
-    path = tables.write(
-        output,
-        options.target,
-        page,
-        tables.record(options.target, options.scale, options.variant, found),
-    )
+    what = (options.target, options.scale, options.variant, found)
+    for (part, data), group in tables.blocks(found).items():
+        names = reproduce.TARGETS[options.target].metrics
+        tables.table(group, names).print(f"{part}, {data}")
+    page = reproduce.page(*what, _command(options), landscapes)
+    path = tables.write(output, options.target, page, tables.record(*what))
     print(f"Written: {path}")
-    if stopped is not None:
-        said = str(stopped) or "stopped"
-        print(f"otmdr: {said}\nTo go on: {_command(options)}", file=sys.stderr)
-        sys.exit(128 + getattr(stopped, "signum", signal.SIGINT))
 
 
 def _hours(hours: float) -> str:

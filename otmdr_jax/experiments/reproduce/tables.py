@@ -162,7 +162,7 @@ def page(
         )
     pictures: dict[str, document.Picture] = {}
     tests = tested(found, what.metrics)
-    for (part, data), group in _blocks(found).items():
+    for (part, data), group in blocks(found).items():
         parts += [f"## {part}, {data}", table(group, what.metrics).markdown()]
         if claims := [one for one in tests if (one.part, one.data) == (part, data)]:
             parts.append(claims_table(claims).markdown())
@@ -189,6 +189,11 @@ def page(
         )
     parts.append(f"To make it again, or go on: `{command}`")
     return document.Page(what.title, "\n\n".join(parts) + "\n", pictures)
+
+
+def blocks(found: Sequence[Measured]) -> dict[tuple[str, str], list[Measured]]:
+    """{(network, data set): cells}; each has a table of its own."""
+    return grouped(found, lambda one: (one.cell.part, one.cell.data))
 
 
 def table(found: Sequence[Measured], names: Sequence[str]) -> Table:
@@ -277,7 +282,7 @@ def tested(found: Sequence[Measured], names: Sequence[str]) -> list[Claim]:
       the seeds that both have; none where these are less than two.
     """
     claims = []
-    for group in _blocks(found).values():
+    for group in blocks(found).values():
         ours = next((one for one in group if one.cell.method == OURS), None)
         for other in group if ours is not None else ():
             common = [seed for seed in ours.seeds if seed in other.seeds]
@@ -333,11 +338,6 @@ def claims_table(claims: Sequence[Claim]) -> Table:
         "paper", "the paper's order",
     ]  # fmt: skip
     return Table(header, lines)
-
-
-def _blocks(found):
-    """{(network, data): cells}: a table each."""
-    return grouped(found, lambda one: (one.cell.part, one.cell.data))
 
 
 def _curves(found):

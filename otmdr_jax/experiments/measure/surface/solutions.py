@@ -25,7 +25,7 @@ from otmdr_jax.experiments import (
 from otmdr_jax.experiments.measure.surface.plan import Plan
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.programs import loss_sum
-from otmdr_jax.experiments.restore import TrainedRun
+from otmdr_jax.experiments.trained_run import TrainedRun
 
 PyTree = Any
 
