@@ -19,7 +19,6 @@ import tempfile
 import numpy as np
 from _common import environment
 from _record import markdown, options_of, write_json
-from scipy import stats
 
 from otmdr_jax.experiments import restore, sweep
 from otmdr_jax.experiments.measure import shift
@@ -75,20 +74,28 @@ SMOKE = {
 
 
 def measured(row, folder, programs):
-    """The numbers of a run that its own result does not have."""
+    """Adds what a run's own result does not have; a run that predicts NaN diverged."""
     run = restore.open_run(folder, split="test")
-    programs.setdefault("same network", run.programs)
-    found = shift.evaluate(
-        run.config, run.state, run.dataset, programs["same network"], **SHIFT
-    )
-    at_temperature = calibrate(folder, ["temperature"], show_progress=False)
-    calibrated = at_temperature["methods"][0]["metrics"]
-    corrupted = found["corruptions"]
+    # One program evaluates all runs of one network on the same data.
+    network = (run.config.model, run.config.data, run.config.run.eval_batch_size)
+    compiled = programs.setdefault(network, run.programs)
+    try:
+        at_temperature = calibrate(folder, ["temperature"], show_progress=False)
+    except ValueError as error:
+        print(error)
+        return row | {"status": "diverged"}
+    calibrated = at_temperature["methods"][0].get("metrics", {})
+    found = shift.evaluate(run.config, run.state, run.dataset, compiled, **SHIFT)
     return row | {
-        "calibrated_nll": calibrated["nll"]["calibrated"],
-        "calibrated_ece": calibrated["ece"]["calibrated"],
-        "shifted_accuracy": float(np.mean([x["accuracy"] for x in corrupted])),
-        "shifted_nll": float(np.mean([x["nll"] for x in corrupted])),
+        **{
+            f"calibrated_{name}": calibrated[name]["calibrated"]
+            for name in ("nll", "ece")
+            if calibrated
+        },
+        **{
+            f"shifted_{name}": float(np.mean([x[name] for x in found["corruptions"]]))
+            for name in ("accuracy", "nll")
+        },
     }
 
 
@@ -102,12 +109,8 @@ def values_of(rows, method, name):
 
 
 def difference(rows, method, other, name):
-    """(mean, half of the 95 % interval, p) over the seeds that both have."""
-    ours, theirs = (values_of(rows, one, name) for one in (method, other))
-    gaps = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    error = stats.sem(gaps)
-    half = stats.t.ppf(0.975, len(gaps) - 1) * error
-    return gaps.mean(), half, stats.ttest_1samp(gaps, 0.0).pvalue
+    """The :class:`cost.Paired` difference of two methods."""
+    return cost.paired(*(values_of(rows, one, name) for one in (method, other)))
 
 
 def means_table(rows):
@@ -115,21 +118,21 @@ def means_table(rows):
     header += [title for title, *_ in MEASURES.values()]
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        done = [
-            row
-            for row in rows
-            if row["method"] == method and row["status"] == "finished"
-        ]
-        label = done[0]["label"] if done else method
-        setting = label.removeprefix(method).removeprefix(", ") or "-"
-        gradients = f"{done[0]['gradient_evaluations']:,.0f}" if done else "-"
+        first = next(row for row in rows if row["method"] == method)
+        setting = first["label"].removeprefix(method).removeprefix(", ") or "-"
         cells = []
         for name, (_, factor, digits, _) in MEASURES.items():
-            values = factor * np.array([row[name] for row in done])
-            cells.append(
-                f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
-            )
-        lines.append([method, setting, len(done), gradients, *cells])
+            values = [
+                x for x in values_of(rows, method, name).values() if x is not None
+            ]
+            text = "-"
+            if len(values) > 1:
+                mean, deviation = np.mean(values), np.std(values, ddof=1)
+                text = f"{factor * mean:.{digits}f} ± {factor * deviation:.{digits}f}"
+            cells.append(text)
+        gradients = first["gradient_evaluations"]
+        cells.insert(0, "-" if gradients is None else f"{gradients:,.0f}")
+        lines.append([method, setting, len(values), *cells])
     return markdown(header, lines)
 
 
@@ -143,33 +146,41 @@ def questions_table(rows, names=("accuracy", "calibrated_nll", "shifted_accuracy
     """A line for each question: differences with 95 % intervals, p and q."""
     header = ["question", "method minus other"]
     for name in names:
-        title, *_ = MEASURES[name]
-        header += [f"Δ {title}", "p", "q"]
-    columns = []
-    for name in names:
-        found = [difference(rows, ours, other, name) for _, ours, other in asked(rows)]
-        columns.append((name, found, cost.q_values([p for *_, p in found])))
+        header += [f"Δ {MEASURES[name][0]}", "p", "q"]
+    found = [
+        [difference(rows, ours, other, name) for name in names]
+        for _, ours, other in asked(rows)
+    ]
+    corrected = iter(cost.q_values([one.p for line in found for one in line]))
     lines = []
-    for i, (question, ours, other) in enumerate(asked(rows)):
-        line = [question, f"{ours} - {other}"]
-        for name, found, adjusted in columns:
+    for (question, ours, other), line in zip(asked(rows), found, strict=True):
+        cells = []
+        for name, one in zip(names, line, strict=True):
             _, factor, digits, _ = MEASURES[name]
-            mean, half, p = found[i]
-            line += [
-                f"{factor * mean:+.{digits}f} ± {factor * half:.{digits}f}",
-                f"{p:.3f}",
-                f"{adjusted[i]:.3f}",
+            half = (one.interval[1] - one.interval[0]) / 2
+            cells += [
+                f"{factor * one.mean:+.{digits}f} ± {factor * half:.{digits}f}",
+                f"{one.p:.3f}",
+                f"{next(corrected):.3f}",
             ]
-        lines.append(line)
+        lines.append([question, f"{ours} - {other}", *cells])
     return markdown(header, lines)
 
 
-def tuning_table(found, chosen):
-    lines = [
-        [label, f"{value:.4f}", "chosen" if label in chosen else ""]
-        for label, value in found.items()
+def tuning_table(record):
+    """The validation scores of each method, by the distance of its radii."""
+    chosen = {row["label"] for row in record["rows"]}
+    lines = {}
+    for setting in record["tuning"]:
+        mark = "**" if setting["label"] in chosen else ""
+        text = "-" if setting["score"] is None else f"{setting['score']:.3f}"
+        end = " (an end)" if mark and setting["ends"] else ""
+        lines.setdefault(setting["method"], []).append(f"{mark}{text}{mark}{end}")
+    distances = [
+        x["distance"] for x in record["tuning"][: len(next(iter(lines.values())))]
     ]
-    return markdown(["setting", "validation NLL", ""], lines)
+    header = [f"validation {record['metric']} at"] + [f"{x:g}" for x in distances]
+    return markdown(header, [[name, *cells] for name, cells in lines.items()])
 
 
 def figure(rows):
@@ -179,7 +190,8 @@ def figure(rows):
     questions = asked(rows)
     drawn, axes = plt.subplots(figsize=(8.5, 0.36 * len(questions) + 0.9))
     for i, (_, ours, other) in enumerate(reversed(questions)):
-        mean, half, _ = difference(rows, ours, other, "accuracy")
+        found = difference(rows, ours, other, "accuracy")
+        mean, half = found.mean, (found.interval[1] - found.interval[0]) / 2
         sure = abs(mean) > half
         axes.errorbar(
             100 * mean, i, xerr=100 * half, fmt="o", capsize=3,
@@ -201,7 +213,8 @@ def trained(options):
     text = pathlib.Path(options.file).read_text()
     if options.smoke:
         for pattern, replacement in SMOKE.items():
-            text = re.sub(pattern, replacement, text)
+            text, count = re.subn(pattern, replacement, text)
+            assert count, f"{options.file} has no {pattern}"
         shared, *methods = text.split("[methods.")
         few = ('"SGD"', '"SAM"', '"OT-MDR"')
         text = "[methods.".join([shared, *(m for m in methods if m.startswith(few))])
@@ -213,8 +226,14 @@ def trained(options):
         how = {"jobs": options.jobs, "show_progress": not options.smoke}
         tuned = sweep.tune(plan, output / "tuning.json", **how)
         rows = sweep.run(tuned.runs, output / "sweep.json", measure_memory=False, **how)
+        record = {
+            **environment(),
+            "sweep": text,
+            "metric": plan.tuning.metric,
+            "tuning": list(scores(plan, tuned)),
+            "rows": [],
+        }
         methods = {one.label: one.method for one in tuned.chosen}
-        record = {**environment(), "sweep": text, "tuning": tuned.scores, "rows": []}
         programs = {}
         for i, row in enumerate(rows):
             row = row | {"method": methods[row["label"]]}
@@ -227,28 +246,42 @@ def trained(options):
     return record
 
 
+def scores(plan, tuned):
+    """What is kept of each setting that was tried."""
+    configs = {one.label: one.config for one in plan.tuning.runs}
+    for setting in plan.settings:
+        if setting.label in configs:
+            score = tuned.scores[setting.label]
+            yield {
+                "method": setting.method,
+                "label": setting.label,
+                "distance": sum(configs[setting.label].method.rho),
+                "score": None if np.isnan(score) else score,
+                "ends": list(setting.ends),
+            }
+
+
 def main():
     parser = options_of(__doc__, "three methods on digits, two steps, two seeds")
     parser.add_argument("file", nargs="?", help="the sweep, with a table [tuning]")
-    parser.add_argument("--output", help="folder of the runs; default: a temporary one")
+    parser.add_argument("--output", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--read", help="a record, whose tables are printed")
     parser.add_argument("--picture", help="also draw the differences into this file")
     options = parser.parse_args()
     if (options.file is None) == (options.read is None):
         parser.error("name a sweep's file, or a record to --read")
+    if options.read is not None and (options.json or options.output or options.smoke):
+        parser.error("--read trains nothing: it goes with --picture alone")
+    if options.file is not None and options.output is None and not options.smoke:
+        parser.error("name the folder of the runs, --output: they take long")
     record = (
         trained(options)
         if options.read is None
         else json.loads(pathlib.Path(options.read).read_text())
     )
     rows = record["rows"]
-    chosen = {row["label"] for row in rows}
-    print(tuning_table(record["tuning"], chosen))
-    print()
-    print(means_table(rows))
-    print()
-    print(questions_table(rows))
+    print(tuning_table(record), means_table(rows), questions_table(rows), sep="\n\n")
     if options.picture:
         plots.save(figure(rows), options.picture)
 

@@ -1,4 +1,4 @@
-"""Runs one after another, or side by side, each with processor cores of its own.
+"""Runs one after another, or side by side, each with its share of the processor.
 
 A small network leaves most of a processor's cores waiting. Two runs with a core each
 finish sooner than one after the other with both.
@@ -7,41 +7,50 @@ finish sooner than one after the other with both.
 import contextlib
 import multiprocessing
 import os
+import pathlib
+import pickle
+import re
 import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple
 
+import jax
+
 from otmdr_jax.experiments import interrupts, run_folder, training
+from otmdr_jax.experiments.programs.provenance import cores_at_hand
 from otmdr_jax.io.progress import Progress
 
 # Processes are started anew: JAX has threads, which do not survive a fork.
 _SPAWN = multiprocessing.get_context("spawn")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds that a process may take to end after its answer.
+_PATIENCE = 60.0
 
 
 class _Job(NamedTuple):
     """A process that trains a run."""
 
-    index: int
+    run: Any
     process: Any
     answer: connection.Connection
     cores: list[int]
 
 
 def check(jobs: int) -> None:
-    """Raises a ValueError unless each of `jobs` runs can have a core of its own."""
+    """Raises a ValueError unless `jobs` runs can be trained at a time."""
     if isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs must be a positive integer, got {jobs!r}.")
     if jobs == 1:
         return
-    if jobs > (count := len(_cores())):
+    if os.name != "posix":
+        raise ValueError("jobs needs POSIX signals, to save runs: leave it out.")
+    if jobs > (count := len(cores_at_hand())):
         raise ValueError(
             f"jobs must be at most the processor's {count} cores, got {jobs}."
         )
-    import jax
-
     if (backend := jax.default_backend()) != "cpu":
         raise ValueError(
             f"jobs shares out processor cores, and runs here use the {backend}: leave "
@@ -53,6 +62,9 @@ def train(
     runs: Sequence[Any], jobs: int = 1, *, show_progress: bool = True
 ) -> Iterator[tuple[Any, str]]:
     """Trains runs, and yields each with its status as it ends.
+
+    A script that asks for several jobs needs `if __name__ == "__main__":` around what
+    it does: the processes of the runs import it.
 
     Args:
       runs: Runs that are not finished, with a label, a config and a folder. One that
@@ -66,14 +78,15 @@ def train(
     Raises:
       ValueError: More jobs than cores.
       Interrupted: On Ctrl-C or SIGTERM, after each run at work has saved its state.
-      RuntimeError: A run ended with an error. Those beside it are saved and stopped.
+      RuntimeError: The process of a run was killed.
+      Exception: What a run raises. Those beside it are saved and stopped.
     """
     check(jobs)
     if min(jobs, len(runs)) > 1:
         yield from _side_by_side(runs, min(jobs, len(runs)), show_progress)
         return
     for i, one in enumerate(runs):
-        title = f"run {i + 1} of {len(runs)}: {one.label}, seed {one.config.run.seed}"
+        title = f"run {i + 1} of {len(runs)}: {_name(one)}"
         with Progress(1, 0, title, show_progress) as bar:
             bar.say(str(one.folder))
         status, said = _train(one, show_progress)
@@ -97,12 +110,10 @@ def _train(one, show_progress):
 
 
 def _side_by_side(runs, count, show_progress):
-    cores = _cores()
-    size = len(cores) / count
-    free = [cores[round(i * size) : round((i + 1) * size)] for i in range(count)]
-    waiting, working = list(range(len(runs))), list[_Job]()
+    waiting, working, free = list(runs), list[_Job](), _shares(count)
     ended: list[tuple[Any, str]] = []
     asked: list[int] = []
+    failures: list[BaseException] = []
 
     def ask(signum):
         asked.append(signum)
@@ -115,41 +126,48 @@ def _side_by_side(runs, count, show_progress):
         Progress(len(runs), 0, title, show_progress, unit="runs") as bar,
     ):
         try:
-            while working or ended or (waiting and not asked):
-                while free and waiting and not asked:
-                    index = waiting.pop(0)
-                    working.append(_start(index, runs[index], free.pop()))
-                    bar.say(f"{_name(runs[index])}: {runs[index].folder}")
+            while True:
+                while free and waiting and not asked and not failures:
+                    one = waiting.pop(0)
+                    working.append(_start(one, free.pop()))
+                    bar.say(f"{_name(one)}: {one.folder}")
                     if asked:  # the signal came while it started
                         _stop(working[-1])
                 # After the next ones have started: the caller may take its time.
                 while ended:
                     yield ended.pop(0)
-                ready = connection.wait([job.answer for job in working], timeout=1.0)
+                if not working:
+                    break
+                ready = connection.wait([job.answer for job in working])
                 for job in [job for job in working if job.answer in ready]:
                     working.remove(job)
                     free.append(job.cores)
-                    one = runs[job.index]
-                    status, said = _answer(job)
-                    if status == "interrupted":
-                        asked.append(int(said))
+                    status, said = _answer(job, asked or failures)
+                    if status == "failed" and not failures:
+                        failures.append(said)
+                        for other in working:
+                            _stop(other)
+                    elif status == "interrupted" and not asked and not failures:
+                        ask(said)  # somebody stopped this run alone
+                    if status in ("failed", "interrupted"):
                         continue
-                    if status == "failed":
-                        raise RuntimeError(f"{one.folder} failed:\n{said}")
                     note = f"diverged: {said}" if status == "diverged" else status
-                    bar.say(f"{_name(one)}: {note}")
-                    ended.append((one, status))
+                    bar.say(f"{_name(job.run)}: {note}")
+                    ended.append((job.run, status))
                     bar.update(len(runs) - len(waiting) - len(working))
-        except (GeneratorExit, RuntimeError):
+        except KeyboardInterrupt:  # a second Ctrl-C
+            raise
+        except BaseException:  # the caller wants no more, or nothing can be started
             for job in working:
                 _stop(job)
             for job in working:
                 job.process.join()
             raise
-        except BaseException:  # a second Ctrl-C
+        finally:
             for job in working:
                 job.process.kill()
-            raise
+    if failures:
+        raise failures[0]
     if asked:
         raise training.Interrupted("stopped, and saved the runs at work", asked[0])
 
@@ -158,14 +176,19 @@ def _name(one):
     return f"{one.label}, seed {one.config.run.seed}"
 
 
-def _start(index, one, cores):
+def _start(one, cores):
     ours, theirs = _SPAWN.Pipe(duplex=False)
+    settings = dict(jax.config.values)
     # A daemon would be killed, without saving, where this process ends by an error.
-    process = _SPAWN.Process(target=_work, args=(one, cores, theirs), daemon=False)
-    with _environment(NPROC=str(len(cores))):  # what XLA asks where nothing is pinned
+    process = _SPAWN.Process(
+        target=_work, args=(one, cores, settings, theirs), daemon=False
+    )
+    resource_tracker.ensure_running()  # else it starts now, and clears the mask
+    # What XLA asks for where nothing is pinned.
+    with _environment(NPROC=str(len(cores))), _deaf():
         process.start()
     theirs.close()
-    return _Job(index, process, ours, cores)
+    return _Job(one, process, ours, cores)
 
 
 def _stop(job):
@@ -173,30 +196,55 @@ def _stop(job):
         os.kill(job.process.pid, signal.SIGTERM)
 
 
-def _answer(job):
+def _answer(job, told):
+    """(status, what goes with it): of a run that failed, the error."""
     try:
         status, said = job.answer.recv()
-    except EOFError:  # killed, for memory perhaps
+    except EOFError:
         job.process.join()
-        return "failed", f"its process ended with exit code {job.process.exitcode}."
-    job.process.join()
+        if told:  # to stop, before it listened
+            return "interrupted", signal.SIGTERM
+        code, why = job.process.exitcode, ""
+        if code == -signal.SIGKILL:
+            why = ", for want of memory perhaps: ask for fewer jobs"
+        elif code == 1:
+            why = '; does the script that started it lack `if __name__ == "__main__":`?'
+        text = f"the process of {job.run.folder} ended with exit code {code}{why}."
+        return "failed", RuntimeError(text)
+    job.process.join(_PATIENCE)
+    if job.process.is_alive():  # it has answered, and hangs at its exit
+        job.process.kill()
+    if status == "failed":
+        error, text = said
+        error.__cause__ = RuntimeError(f"{job.run.folder}:\n{text}")
+        return status, error
     return status, said
 
 
-def _work(one, cores, answer):
+def _work(one, cores, settings, answer):
     """In a process of its own: trains a run on its cores."""
     # Ctrl-C reaches every process of a terminal: the parent says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: interrupts.remember(signum))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     threading.Thread(target=_follow_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
+    # As the parent was told in Python: precision, platforms, the cache of programs.
+    for name, value in settings.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
     try:
         answer.send(_train(one, False))
     except interrupts.Interrupted as stop:
-        answer.send(("interrupted", str(stop.signum)))
-    except Exception:
-        answer.send(("failed", traceback.format_exc()))
+        answer.send(("interrupted", stop.signum))
+    except Exception as error:
+        text = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # of a class that takes other arguments
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        answer.send(("failed", (error, text)))
 
 
 def _follow_parent():
@@ -207,10 +255,30 @@ def _follow_parent():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _cores():
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+def _shares(count):
+    """As many lists of cores; threads of one core stay together."""
+    cores = sorted(cores_at_hand(), key=lambda core: (_siblings(core), core))
+    size = len(cores) / count
+    return [cores[round(i * size) : round((i + 1) * size)] for i in range(count)]
+
+
+def _siblings(core):
+    """The first of the threads that share a physical core."""
+    path = f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
+    try:
+        return int(re.split("[-,]", pathlib.Path(path).read_text())[0])
+    except (OSError, ValueError):
+        return core
+
+
+@contextlib.contextmanager
+def _deaf():
+    """Puts signals off, here and in a process that is started, until it listens."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ NOTHING = Own()
 _TAKEN = (
     "loss", "sharpness", "train_nll", "train_loss", "steps", "epochs", "step", "epoch",
     "split", "skipped_steps", "parameters", "finished", "seconds_per_step", "best",
-    "mesh", "members", "sparsity", "aleatoric", "epistemic", "device", "platform",
+    "mesh", "members", "sparsity", "aleatoric", "epistemic", "device", "cores",
+    "platform",
 )  # fmt: skip
 
 

@@ -14,9 +14,11 @@ seen.npz          of swa, swag and laplace: what the pass over the training set 
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -211,15 +213,17 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
 
 def read_validation(path: str | os.PathLike) -> dict[str, float]:
     """The metrics of a run's last evaluation on its validation set; {} without one."""
-    lines = (pathlib.Path(path) / "metrics.jsonl").read_text(encoding="utf-8")
-    events = [json.loads(line) for line in lines.splitlines()]
-    those = [event for event in events if event.get("split") == "validation"]
-    numbers = those[-1] if those else {}
-    return {
-        name: value
-        for name, value in numbers.items()
-        if isinstance(value, float) and name != "epoch"
-    }
+    found: dict[str, float] = {}
+    with contextlib.suppress(FileNotFoundError):
+        text = (pathlib.Path(path) / "metrics.jsonl").read_text(encoding="utf-8")
+        for line in text.splitlines():
+            # A killed run may have left a torn line.
+            with contextlib.suppress(json.JSONDecodeError, TypeError):
+                event = json.loads(line)
+                if event["split"] == "validation":
+                    found = {k: v for k, v in event.items() if isinstance(v, float)}
+    found.pop("epoch", None)
+    return found
 
 
 def read_config(path: str | os.PathLike) -> TrainConfig:
@@ -416,8 +420,22 @@ def _until(line: str, step: int) -> bool:
 
 def _tensorboard(path, step):
     try:
-        from tensorboardX import SummaryWriter
+        writer = _tensorboardx().SummaryWriter
     except ImportError:  # metrics.jsonl holds the same
         return None
     # purge_step hides what a resumed run will log again.
-    return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+    return writer(str(path), purge_step=step + 1 if step else None)
+
+
+def _tensorboardx():
+    """Imports tensorboardX, without PyTorch, which it imports where it is installed.
+
+    That takes two seconds, for tensors of PyTorch, which no run logs.
+    """
+    if "torch" in sys.modules:
+        return importlib.import_module("tensorboardX")
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("tensorboardX")
+    finally:
+        del sys.modules["torch"]

@@ -66,14 +66,15 @@ def test_programs_are_kept_by_processor_and_pytorch_is_left_alone(tmp_path):
         import sys
         from otmdr_jax.experiments import cli
         cli._cache_programs()
-        cli._import_tensorboard()
+        from otmdr_jax.experiments import run_folder
+        assert run_folder._tensorboard(sys.argv[1], 0) is not None
         assert "tensorboardX" in sys.modules and "torch" not in sys.modules
         import jax
         jax.jit(lambda x: x + 1)(1.0)
     """
     gone = {"JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
     subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "board")],
         check=True,
         env={
             **{name: x for name, x in os.environ.items() if name not in gone},

@@ -1,47 +1,71 @@
 """Runs side by side: cores of their own, signals, errors."""
 
 import json
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from otmdr_jax.experiments import jobs, sweep
+from otmdr_jax.experiments import interrupts, jobs, sweep, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.sweep import Planned
 
-CORES = jobs._cores()
+CORES = jobs.cores_at_hand()
 several = pytest.mark.skipif(len(CORES) < 2, reason="needs two processor cores")
 SHORT = dict(method="sgd", batch_size=64, eval_every=99, mesh="data=1")
 LONG = dict(SHORT, steps=200_000, log_every=10, checkpoint_every=1_000_000)
 
 
-class Broken:
-    """A run that says which cores it has, and fails."""
+class Odd(Exception):
+    """Cannot be pickled: its arguments are not those of its constructor."""
 
-    label = "broken"
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
 
-    def __init__(self, folder):
-        self._folder = folder
 
-    @property
-    def folder(self):
-        return self._folder
+class Fake:
+    """A run that says which cores its process has, and then does something."""
+
+    def __init__(self, folder, what):
+        self.folder, self.what, self.parent = folder, what, os.getpid()
+        self.label = what
 
     @property
     def config(self):
-        if hasattr(os, "sched_getaffinity") and os.getpid() != int(
-            (self._folder.parent / "parent").read_text()
-        ):
-            cores = sorted(os.sched_getaffinity(0))
-            self._folder.with_suffix(".json").write_text(json.dumps(cores))
-            raise OSError("no such luck")
-        return SimpleNamespace(run=SimpleNamespace(seed=7))
+        if os.getpid() == self.parent:
+            return SimpleNamespace(run=SimpleNamespace(seed=7))
+        cores = sorted(os.sched_getaffinity(0))
+        facts = [cores, os.environ["NPROC"], jax.config.jax_default_matmul_precision]
+        self.folder.with_suffix(".json").write_text(json.dumps(facts))
+        return getattr(self, self.what)()
+
+    def error(self):
+        raise FileExistsError("another process trains it")
+
+    def odd(self):
+        raise Odd("one", "two")
+
+    def killed(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def diverges(self):
+        raise training.NonFiniteError("it is NaN")
+
+    def waits(self):
+        until(interrupts.came_early)
+        raise training.Interrupted("saved", signal.SIGTERM)
+
+
+def fakes(folder, *what):
+    return [Fake(folder / f"{i}", name) for i, name in enumerate(what)]
 
 
 @pytest.mark.parametrize(
@@ -68,18 +92,81 @@ def test_on_an_accelerator_it_is_refused(monkeypatch):
             jobs.check(2)
 
 
-@several
+pinned = pytest.mark.skipif(
+    len(CORES) < 2 or not hasattr(os, "sched_setaffinity"), reason="pins two cores"
+)
+
+
+@pinned
 @pytest.mark.slow
-def test_each_run_has_cores_of_its_own_and_an_error_is_told(tmp_path):
-    (tmp_path / "parent").write_text(f"{os.getpid()}")
-    runs = [Broken(tmp_path / name) for name in "ab"]
-    with pytest.raises(RuntimeError, match=r"(?s)[ab] failed:.*no such luck"):
+def test_each_run_has_cores_of_its_own_and_the_parents_settings(tmp_path):
+    old = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "float32")
+    try:
+        runs = fakes(tmp_path, "diverges", "diverges", "diverges")
+        found = list(jobs.train(runs, 2, show_progress=False))
+    finally:
+        jax.config.update("jax_default_matmul_precision", old)
+    assert sorted(one.folder.name for one, _ in found) == ["0", "1", "2"]
+    assert [status for _, status in found] == ["diverged"] * 3
+    seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    assert {tuple(cores) for cores, *_ in seen} == {tuple(x) for x in jobs._shares(2)}
+    assert all(int(count) == len(cores) for cores, count, _ in seen)
+    assert all(precision == "float32" for *_, precision in seen)
+    assert jobs.cores_at_hand() == CORES and "NPROC" not in os.environ
+
+
+def test_shares_are_of_all_cores_and_keep_threads_of_a_core_together(monkeypatch):
+    monkeypatch.setattr(jobs, "cores_at_hand", lambda: list(range(8)))
+    monkeypatch.setattr(jobs, "_siblings", lambda core: core % 4)  # 0 and 4, 1 and 5
+    assert jobs._shares(2) == [[0, 4, 1, 5], [2, 6, 3, 7]]
+    assert [len(x) for x in jobs._shares(3)] == [3, 2, 3]
+    assert sorted(sum(jobs._shares(3), [])) == list(range(8))
+
+
+@pinned
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "kind", "message"),
+    [
+        ("error", FileExistsError, "^another process trains it$"),
+        ("odd", RuntimeError, "^Odd: one and two$"),
+        ("killed", RuntimeError, "0 ended with exit code -9, for want of memory"),
+    ],
+)
+def test_an_error_is_that_of_the_run_and_the_others_are_stopped(
+    what, kind, message, tmp_path
+):
+    runs = fakes(tmp_path, what, "waits", "diverges")
+    with pytest.raises(kind, match=message) as caught:
         list(jobs.train(runs, 2, show_progress=False))
-    seen = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    if len(seen) == 2:  # the second one may have been stopped before
-        assert not set(seen[0]) & set(seen[1])
-    assert seen and all(len(cores) == len(CORES) // 2 for cores in seen)
-    assert jobs._cores() == CORES and "NPROC" not in os.environ
+    if what != "killed":
+        assert f"{runs[0].folder}:" in str(caught.value.__cause__)
+    assert not (tmp_path / "2.json").exists()  # it was not begun
+    assert not multiprocessing.active_children()
+
+
+@pinned
+@pytest.mark.slow
+def test_who_wants_no_more_runs_stops_those_at_work(tmp_path):
+    training_runs = jobs.train(
+        fakes(tmp_path, "diverges", "waits", "waits"), 2, show_progress=False
+    )
+    assert next(training_runs)[1] == "diverged"
+    training_runs.close()
+    assert not multiprocessing.active_children()
+
+
+@pinned
+@pytest.mark.slow
+def test_a_signal_while_a_process_starts_is_heard(tmp_path):
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(training.Interrupted, match="saved the runs at work"):
+        list(jobs.train(fakes(tmp_path, "waits", "waits"), 2, show_progress=False))
+    timer.join()
+    assert not multiprocessing.active_children()
+    assert not interrupts.came_early()
 
 
 def planned(folder, options, **differing):

@@ -139,8 +139,13 @@ class TestPlan:
             ('[methods.a]\nmethod = "sgd"\nepoch = 3', "did you mean epochs"),
             (f"{TUNING}[methods.a]\nmethod = 'sgd'", "tuning has nothing to choose"),
             (
-                f"{TUNING}[methods.a]\nmethod = 'sgd'\nlearning_rate = [0.1, 0.2]",
-                "a, learning_rate = 0.1: tuning needs a validation set",
+                f"seeds = [0, 10]\n{TUNING}[methods.a]\nmethod = 'sgd'\n"
+                "learning_rate = [0.1, 0.2]",
+                "must be others than those of the comparison; got 10 twice",
+            ),
+            (
+                TUNING.replace("'nll'", "['nll']") + "[methods.a]\nmethod = 'sgd'",
+                r"metric of tuning must be of .*; got \['nll'\]",
             ),
             (
                 TUNING.replace("nll", "loss") + "[methods.a]\nmethod = 'sgd'",
@@ -163,7 +168,7 @@ class TestPlan:
 
 
 TUNED = (
-    FILE.replace("[options]", "[tuning]\nmetric = 'nll'\nseeds = [3, 9]\n[options]")
+    FILE.replace("[options]", "[tuning]\nmetric = 'nll'\nseeds = [7, 9]\n[options]")
     .replace("eval_every", "validation = 0.2\neval_every")
     .replace("[[0.05], [0.1]]", "[[0.05], [0.1], [0.2]]")
 )
@@ -178,10 +183,9 @@ class TestTuning:
         plan = sweep.plan(write(tmp_path, TUNED), tmp_path / "out")
         assert plan.tuning.metric == "nll"
         assert [(x.label, x.config.run.seed) for x in plan.tuning.runs] == [
-            (f"SAM, rho = {rho}", seed) for rho in (0.05, 0.1, 0.2) for seed in (3, 9)
+            (f"SAM, rho = {rho}", seed) for rho in (0.05, 0.1, 0.2) for seed in (7, 9)
         ]
-        # A seed of both is one run.
-        assert plan.tuning.runs[0] in plan.runs
+        assert len(plan.runs) == 4 * 2
         assert plan.tuning.runs[1].folder == tmp_path / "out/SAM-rho=0.05/seed9"
         assert [(x.method, x.label, x.ends) for x in plan.settings] == [
             ("SGD", "SGD", ()),
@@ -226,12 +230,40 @@ class TestTuning:
         found = sweep.scores(plan, rows)
         assert sweep.chosen(plan, found)[1].label == "SAM, rho = 0.1"
         every = dict.fromkeys(found, float("nan"))
-        with pytest.raises(ValueError, match="a run of every setting of SAM diverged"):
+        with pytest.raises(ValueError, match="every setting of SAM has a run that div"):
             sweep.chosen(plan, every)
+
+    def test_a_validation_set_is_needed_before_anything_is_trained(
+        self, tmp_path, monkeypatch
+    ):
+        text = TUNED.replace("validation = 0.2\n", "")
+        plan = sweep.plan(write(tmp_path, text), tmp_path)
+        monkeypatch.setattr(training, "train", None)
+        with pytest.raises(ValueError, match="tuning needs a validation set"):
+            sweep.tune(plan, tmp_path / "tuning.json")
+        assert not (tmp_path / "tuning.json").exists()
+        without = sweep.plan(write(tmp_path), tmp_path)
+        for function in (sweep.scores, sweep.chosen, sweep.tune):
+            with pytest.raises(ValueError, match=r"no table \[tuning\]"):
+                function(without, {})
+
+    def test_data_may_bring_a_validation_set(self, tmp_path, monkeypatch):
+        text = TUNED.replace("validation = 0.2\n", "")
+        plan = sweep.plan(write(tmp_path, text), tmp_path)
+        monkeypatch.setattr(sweep.tuning, "_has_validation", lambda config: True)
+        rows = [
+            *tried("SAM, rho = 0.05", [0.5]),
+            *tried("SAM, rho = 0.1", [0.4]),
+            *tried("SAM, rho = 0.2", [0.6]),
+        ]
+        monkeypatch.setattr(sweep.running, "run", lambda *args, **kwargs: rows)
+        tuned = sweep.tune(plan, tmp_path / "tuning.json")
+        assert [one.label for one in tuned.chosen] == ["SGD", "SAM, rho = 0.1"]
+        assert {one.label for one in tuned.runs} == {"SGD", "SAM, rho = 0.1"}
 
     @pytest.mark.slow
     def test_the_command_tunes_and_compares_the_chosen(self, tmp_path, capsys):
-        file = write(tmp_path, TUNED.replace("seeds = [0, 3]", "seeds = [0, 3, 9]"))
+        file = write(tmp_path, TUNED)
         output = tmp_path / "out"
         args = ["sweep", str(file), "--output", str(output)]
         cli.main([*args, "--dry-run"])
@@ -243,7 +275,7 @@ class TestTuning:
         found = {}
         for rho in (0.05, 0.1, 0.2):
             values = []
-            for seed in (3, 9):
+            for seed in (7, 9):
                 folder = output / f"SAM-rho={rho}" / f"seed{seed}"
                 lines = (folder / "metrics.jsonl").read_text().splitlines()
                 events = [json.loads(line) for line in lines]
@@ -255,12 +287,10 @@ class TestTuning:
         assert trained == {f"SAM-rho={best}"}
         rows = json.loads((output / "sweep.json").read_text())["rows"]
         assert [(row["label"], row["seed"]) for row in rows] == [
-            (label, seed)
-            for label in ("SGD", f"SAM, rho = {best}")
-            for seed in (0, 3, 9)
+            (label, seed) for label in ("SGD", f"SAM, rho = {best}") for seed in (0, 3)
         ]
         last = rows[-1]
-        folder = output / f"SAM-rho={best}" / "seed9"
+        folder = output / f"SAM-rho={best}" / "seed3"
         result = json.loads((folder / "result.json").read_text())
         assert last["accuracy"] == result["accuracy"] and "validation_nll" in last
         assert f"Paired with SAM, rho = {best}" in out
@@ -483,6 +513,16 @@ class TestTables:
         assert tables.paired_difference(one + one, other, "accuracy")[2] == 1
         same = tables.paired_difference(one, one, "accuracy")
         assert same == (0.0, 1.0, 3)
+
+    def test_the_interval_is_scipys_and_a_constant_gap_is_no_test(self):
+        ours, theirs = {0: 0.5, 1: 0.6, 4: 0.9}, {4: 0.6, 0: 0.4, 1: 0.55, 2: None}
+        found = tables.paired(ours, theirs)
+        test = stats.ttest_rel([0.5, 0.6, 0.9], [0.4, 0.55, 0.6])
+        assert found.interval == pytest.approx(tuple(test.confidence_interval(0.95)))
+        assert (found.p, found.n) == (pytest.approx(test.pvalue), 3)
+        constant = tables.paired({0: 0.9, 1: 0.8}, {0: 0.73, 1: 0.63})
+        assert np.isnan(constant.p) and constant.interval == (constant.mean,) * 2
+        assert tables.paired({0: 1.0}, {0: None}) is None
 
     def test_cells(self):
         rows = rows_of("a", [0.5, 0.6, 0.9]) + rows_of("b", [0.4, 0.55, 0.6])

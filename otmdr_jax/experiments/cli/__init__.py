@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import hashlib
-import importlib
 import inspect
 import io
 import logging
@@ -117,8 +116,6 @@ def _run(argv: list[str]) -> None:
         sys.path.insert(0, "")  # networks of one's own may stand in this folder
     kind, function = COMMANDS[argv[0]]
     _cache_programs()
-    if argv[0] in ("train", "sweep", "demo"):
-        _import_tensorboard()
     try:
         if kind is train.Train:  # the method decides which options it has
             return function(argv[1:])
@@ -166,21 +163,6 @@ def _processor() -> str:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         facts += "".join(sorted({x for x in lines if x.startswith(("flags", "model"))}))
     return hashlib.sha256(facts.encode()).hexdigest()[:12]
-
-
-def _import_tensorboard() -> None:
-    """Imports tensorboardX without PyTorch, which it imports where it is installed.
-
-    That takes two seconds, for tensors of PyTorch, which no command logs.
-    """
-    if "torch" in sys.modules:
-        return
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        with contextlib.suppress(ImportError):
-            importlib.import_module("tensorboardX")
-    finally:
-        del sys.modules["torch"]
 
 
 def _say_warning(message: Any, *_: Any, **__: Any) -> None:

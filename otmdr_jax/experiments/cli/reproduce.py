@@ -37,8 +37,9 @@ class Reproduce:
     """Table or figure."""
     scale: Literal["paper", "small", "smoke"] = "paper"
     """paper: the paper's networks and epochs. small: the same families at small width,
-    5,000 training and 2,000 test images, a tenth of the epochs: hours on two processor
-    cores. smoke: a few steps of each cell on digits, to see that all of it runs."""
+    5,000 training and 2,000 test images, a tenth of the epochs (of ensembles a
+    twentieth): hours on two processor cores. smoke: a few steps of each cell on digits,
+    to see that all of it runs."""
     variant: Literal["paper", "released"] = "paper"
     """The paper's text, or its published code where the two differ
     (docs/paper-versus-code.md)."""
@@ -51,7 +52,7 @@ class Reproduce:
     output: Annotated[Folder | None, tyro.conf.arg(metavar="FOLDER")] = None
     """Folder of the runs and pages. Default: reproduction/SCALE-VARIANT."""
     jobs: int = 1
-    """Runs to train at a time, on processors: each has cores of its own."""
+    """Runs to train at a time, on processors: each has its share of the cores."""
     dry_run: bool = False
     """Print the cells, their gradients and an estimate of hours on this machine, and
     stop."""

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -40,8 +40,8 @@ class Sweep:
     baseline: Method = None
     """Method to compare the others with. Default: the first one."""
     jobs: int = 1
-    """Runs to train at a time, on processors: each has cores of its own, and small
-    networks finish sooner so."""
+    """Runs to train at a time, on processors: each has its share of the cores, and
+    small networks finish sooner so."""
     dry_run: bool = False
     """List the runs and stop."""
     quiet: bool = False
@@ -66,7 +66,10 @@ def run(options: Sweep) -> None:
     if options.dry_run:
         _print_plan(plan, trials, output)
         return
-    training_options = {"jobs": options.jobs, "show_progress": not options.quiet}
+    training_options: dict[str, Any] = {
+        "jobs": options.jobs,
+        "show_progress": not options.quiet,
+    }
     runs = plan.runs
     try:
         if plan.tuning is not None:

@@ -1,6 +1,7 @@
 """The provenance of a run's numbers: versions, the device, checksums of the data."""
 
 import dataclasses
+import os
 import platform
 import zlib
 from collections.abc import Sequence
@@ -17,14 +18,23 @@ from otmdr_jax.data import Dataset, LazyImages, Loader, Split
 def environment() -> dict[str, str]:
     """Versions and device, to be recorded with every figure."""
     device = jax.devices()[0]
+    cores = {"cores": str(len(cores_at_hand()))} if device.platform == "cpu" else {}
     return {
         "device": f"{device.device_kind} x {jax.device_count()}",
+        **cores,
         "platform": device.platform,
         "jax": jax.__version__,
         "optax": optax.__version__,
         "otmdr_jax": _version.__version__,
         "python": platform.python_version(),
     }
+
+
+def cores_at_hand() -> list[int]:
+    """The processor's cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -4,10 +4,9 @@ Rows are those of :func:`otmdr_jax.experiments.sweep.run`.
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,38 +68,83 @@ def paired_table(rows: Rows, baseline: str) -> Table:
     return Table(header, lines)
 
 
+class Paired(NamedTuple):
+    """A difference over pairs.
+
+    Attributes:
+      mean: The mean difference.
+      interval: Its 95 % interval, of Student's t; NaN for a single pair.
+      p: The two-sided p-value of Student's paired t-test; NaN for a single pair, and
+        where all differences are the same, but for rounding, and not 0.
+      n: The number of pairs.
+    """
+
+    mean: float
+    interval: tuple[float, float]
+    p: float
+    n: int
+
+
+def paired(
+    ours: Mapping[int, float | None], theirs: Mapping[int, float | None]
+) -> Paired | None:
+    """Compares two methods over the seeds that both have.
+
+    Args:
+      ours: {seed: value} of one method; None where there is no value.
+      theirs: The same of the other.
+
+    Returns:
+      The :class:`Paired` difference of ours minus theirs; None without a common seed.
+
+    Example:
+      >>> found = paired({0: 0.9, 1: 0.8, 2: 0.9}, {0: 0.7, 1: 0.7, 3: 0.1})
+      >>> round(found.mean, 3), found.n
+      (0.15, 2)
+
+    Reference: Student, 1908; SciPy's `ttest_1samp`.
+    """
+    from scipy import stats  # comes with JAX
+
+    pairs = np.array(
+        [
+            (value, theirs[seed])
+            for seed, value in ours.items()
+            if value is not None and theirs.get(seed) is not None
+        ],
+        np.float64,
+    )
+    if not len(pairs):
+        return None
+    gaps = pairs[:, 0] - pairs[:, 1]
+    mean, nan = float(gaps.mean()), float("nan")
+    if len(gaps) < 2:
+        return Paired(mean, (nan, nan), nan, 1)
+    if np.ptp(gaps) <= 1e-12 * np.abs(pairs).max():
+        return Paired(mean, (mean, mean), nan if gaps.any() else 1.0, len(gaps))
+    test = stats.ttest_1samp(gaps, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return Paired(mean, (float(low), float(high)), float(test.pvalue), len(gaps))
+
+
 def paired_difference(
     rows: Rows, others: Rows, name: str
 ) -> tuple[float, float, int] | None:
     """Returns mean difference, p-value and number of the common seeds.
 
-    The result is None if no seed has both numbers. The p-value of one seed is NaN.
+    The result is None if no seed has both numbers. P-values are those of
+    :func:`paired`.
     """
     mine, other = ({x["seed"]: x.get(name) for x in one} for one in (rows, others))
-    gaps = [
-        value - other[seed]
-        for seed, value in mine.items()
-        if value is not None and other.get(seed) is not None
-    ]
-    if not gaps:
-        return None
-    mean, p = float(np.mean(gaps)), float("nan")
-    if len(gaps) > 1 and not any(gaps):
-        p = 1.0
-    elif len(gaps) > 1:
-        from scipy import stats  # comes with JAX
-
-        with warnings.catch_warnings():  # nearly equal differences: p is 0
-            warnings.simplefilter("ignore", RuntimeWarning)
-            p = float(stats.ttest_1samp(gaps, 0.0).pvalue)
-    return mean, p, len(gaps)
+    found = paired(mine, other)
+    return None if found is None else (found.mean, found.p, found.n)
 
 
 def q_values(pvalues: Sequence[float]) -> list[float]:
     """Corrects the p-values of many tests, by the false discovery rate.
 
-    Where all tests with q below 0.05 are called differences, one in twenty of these is
-    expected to be none.
+    Where all tests with q below 0.05 are called differences, at most one in twenty of
+    these is expected to be none, if tests are independent or positively dependent.
 
     Args:
       pvalues: P-values; NaN is no test, and stays NaN.

@@ -50,8 +50,8 @@ _LONGEST_CLASS = 14
 # What a run's result says of how it was made, with its name in a sentence. Times belong
 # to a device; versions may round differently, which training makes larger.
 _CONDITIONS = {
-    "device": "the device", "mesh": "the mesh", "otmdr_jax": "otmdr_jax", "jax": "JAX",
-    "optax": "Optax", "python": "Python",
+    "device": "the device", "cores": "the number of cores", "mesh": "the mesh",
+    "otmdr_jax": "otmdr_jax", "jax": "JAX", "optax": "Optax", "python": "Python",
 }  # fmt: skip
 # Options that labels name.
 _IN_LABELS = {

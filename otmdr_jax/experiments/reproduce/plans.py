@@ -392,7 +392,7 @@ def _scaled(
     if scale != "paper":
         share = size.epochs
         if scale == "small" and target in ("table3", "figure2"):
-            share /= 2  # ResNet-10 fits the images in ten epochs
+            share /= 2  # an ensemble takes several times as long
         epochs = max(round(config.run.epochs * share), 1)
         options |= {"epochs": epochs, "eval_every": epochs, "log_every": 50}
         if config.schedule.warmup_epochs:
