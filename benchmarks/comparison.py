@@ -2,7 +2,7 @@ r"""The tables of docs/comparison.md: where OT-MDR's gain comes from.
 
     python benchmarks/comparison.py examples/sweep_fair.toml --output sweeps/fair \
         --jobs 2 --json benchmarks/results/comparison.json \
-        --picture docs/comparison/differences.png      # two cores, an hour and a half
+        --pictures docs/comparison       # two cores, an hour and a half
     python benchmarks/comparison.py examples/sweep_fair.toml --smoke
     python benchmarks/comparison.py --read benchmarks/results/comparison.json
 
@@ -113,6 +113,14 @@ def difference(rows, method, other, name):
     return cost.paired(*(values_of(rows, one, name) for one in (method, other)))
 
 
+def text_of(rows, method, other, name):
+    """A difference in words: +3.15 ± 0.59, the half of its 95 % interval."""
+    _, factor, digits, _ = MEASURES[name]
+    found = difference(rows, method, other, name)
+    half = (found.interval[1] - found.interval[0]) / 2
+    return f"{factor * found.mean:+.{digits}f} ± {factor * half:.{digits}f}"
+
+
 def means_table(rows):
     header = ["method", "setting", "n", "gradients"]
     header += [title for title, *_ in MEASURES.values()]
@@ -156,10 +164,8 @@ def questions_table(rows, names=("accuracy", "calibrated_nll", "shifted_accuracy
     for (question, ours, other), line in zip(asked(rows), found, strict=True):
         cells = []
         for name, one in zip(names, line, strict=True):
-            _, factor, digits, _ = MEASURES[name]
-            half = (one.interval[1] - one.interval[0]) / 2
             cells += [
-                f"{factor * one.mean:+.{digits}f} ± {factor * half:.{digits}f}",
+                text_of(rows, ours, other, name),
                 f"{one.p:.3f}",
                 f"{next(corrected):.3f}",
             ]
@@ -183,29 +189,53 @@ def tuning_table(record):
     return markdown(header, [[name, *cells] for name, cells in lines.items()])
 
 
-def figure(rows):
-    """The differences of the questions in accuracy, with their 95 % intervals."""
-    import matplotlib.pyplot as plt
-
+def differences_figure(rows):
+    """The questions' differences in accuracy, with their 95 % intervals."""
     questions = asked(rows)
-    drawn, axes = plt.subplots(figsize=(8.5, 0.36 * len(questions) + 0.9))
+    picture = plots.new_figure(7.5, 0.36 * len(questions) + 0.8)
+    axes = picture.subplots()
     for i, (_, ours, other) in enumerate(reversed(questions)):
         found = difference(rows, ours, other, "accuracy")
-        mean, half = found.mean, (found.interval[1] - found.interval[0]) / 2
-        sure = abs(mean) > half
+        half = (found.interval[1] - found.interval[0]) / 2
+        colour = plots.COLOURS[0] if abs(found.mean) > half else "#999999"
         axes.errorbar(
-            100 * mean, i, xerr=100 * half, fmt="o", capsize=3,
-            color="#1f6fb4" if sure else "#999999",
-        )  # fmt: skip
+            100 * found.mean, i, xerr=100 * half, fmt="o", capsize=3, color=colour
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(
         range(len(questions)),
         [f"{ours} - {other}" for _, ours, other in reversed(questions)],
     )
-    axes.set_xlabel("difference in test accuracy, points")
-    axes.grid(axis="x", alpha=0.3)
-    drawn.tight_layout()
-    return drawn
+    plots.dress(axes, x="difference in test accuracy, points")
+    return picture
+
+
+def radii_figure(record):
+    """The validation score of each method against the distance of its radii."""
+    methods = list(dict.fromkeys(x["method"] for x in record["tuning"]))
+    picture = plots.new_figure(7.5, 4.2)
+    axes = picture.subplots()
+    for method, style in zip(methods, plots.line_styles(methods), strict=True):
+        those = [x for x in record["tuning"] if x["method"] == method]
+        axes.plot(
+            [x["distance"] for x in those],
+            [np.nan if x["score"] is None else x["score"] for x in those],
+            marker="o", markersize=3.5, linewidth=1.5, label=method, **style,
+        )  # fmt: skip
+    plots.dress(
+        axes, x="rho, or rho1 + rho2", y=f"validation {record['metric'].upper()}"
+    )
+    axes.set_xscale("log")
+    ticks = sorted({x["distance"] for x in record["tuning"]})
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.legend(
+        fontsize=plots.SMALL,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+    )
+    return picture
 
 
 def trained(options):
@@ -221,7 +251,10 @@ def trained(options):
     with tempfile.TemporaryDirectory() as scratch:
         output = pathlib.Path(options.output or scratch)
         file = pathlib.Path(scratch) / "sweep.toml"
-        file.write_text(text)
+        place = ""
+        if options.data_dir is not None:
+            place = f"\ndata_dir = {json.dumps(options.data_dir)}"
+        file.write_text(text.replace("[options]", f"[options]{place}"))
         plan = sweep.plan(file, output)
         how = {"jobs": options.jobs, "show_progress": not options.smoke}
         tuned = sweep.tune(plan, output / "tuning.json", **how)
@@ -265,14 +298,15 @@ def main():
     parser = options_of(__doc__, "three methods on digits, two steps, two seeds")
     parser.add_argument("file", nargs="?", help="the sweep, with a table [tuning]")
     parser.add_argument("--output", help="folder of the runs")
+    parser.add_argument("--data-dir", help="folder of prepared TFDS data")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--read", help="a record, whose tables are printed")
-    parser.add_argument("--picture", help="also draw the differences into this file")
+    parser.add_argument("--pictures", help="also draw into this folder")
     options = parser.parse_args()
     if (options.file is None) == (options.read is None):
         parser.error("name a sweep's file, or a record to --read")
     if options.read is not None and (options.json or options.output or options.smoke):
-        parser.error("--read trains nothing: it goes with --picture alone")
+        parser.error("--read trains nothing: it goes with --pictures alone")
     if options.file is not None and options.output is None and not options.smoke:
         parser.error("name the folder of the runs, --output: they take long")
     record = (
@@ -282,8 +316,10 @@ def main():
     )
     rows = record["rows"]
     print(tuning_table(record), means_table(rows), questions_table(rows), sep="\n\n")
-    if options.picture:
-        plots.save(figure(rows), options.picture)
+    if options.pictures:
+        folder = pathlib.Path(options.pictures)
+        plots.save(differences_figure(rows), folder / "differences.png")
+        plots.save(radii_figure(record), folder / "radii.png")
 
 
 if __name__ == "__main__":

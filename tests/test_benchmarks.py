@@ -628,15 +628,16 @@ def test_the_comparison_asks_about_the_methods_of_its_sweep(monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_the_comparison_in_its_smoke_form(tmp_path, monkeypatch):
-    file, picture = tmp_path / "c.json", tmp_path / "c.png"
-    options = ["--smoke", "--json", str(file), "--picture", str(picture)]
+    file = tmp_path / "c.json"
+    options = ["--smoke", "--json", str(file), "--pictures", str(tmp_path)]
     out = run("comparison.py", str(EXAMPLES / "sweep_fair.toml"), *options)
     rows = json.loads(file.read_text())["rows"]
     assert [(row["method"], row["seed"]) for row in rows] == [
         (name, seed) for name in ("SGD", "SAM", "OT-MDR") for seed in (0, 1)
     ]
     assert all(row["shifted_nll"] > 0 and row["sharpness"] != 0 for row in rows)
-    assert picture.stat().st_size > 10_000
+    for name in ("differences", "radii"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     ours, theirs = (
         [100 * row["accuracy"] for row in rows if row["method"] == name]
         for name in ("OT-MDR", "SAM")

@@ -432,6 +432,66 @@ def test_theory_page_shows_the_committed_measurements(
     assert table(results) in shown("theory.md", name)
 
 
+@pytest.fixture
+def comparison(monkeypatch):
+    """benchmarks/comparison.py and its committed record."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    record = json.loads((RESULTS / "comparison.json").read_text())
+    return importlib.import_module("comparison"), record
+
+
+def test_comparison_page_shows_the_committed_measurements(comparison):
+    script, record = comparison
+    assert script.means_table(record["rows"]) in shown("comparison.md", "means")
+    assert script.questions_table(record["rows"]) in shown("comparison.md", "questions")
+    assert script.tuning_table(record) in shown("comparison.md", "tuning")
+    # It is of the sweep that is in examples, but for where its data lie.
+    text = (ROOT / "examples" / "sweep_fair.toml").read_text()
+    assert record["sweep"] == text
+
+
+# What the page's sentences say, in the order of the text.
+SAID = (
+    ("SAM", "SGD", "accuracy"),
+    ("SAM", "SGD", "nll"),
+    ("OT-MDR", "SGD", "accuracy"),
+    ("OT-MDR at the paper's radii", "SAM at rho1", "accuracy"),
+    ("OT-MDR at the paper's radii", "SAM at rho1", "nll"),
+    ("SAM at rho1 + rho2", "SAM at rho1", "accuracy"),
+    ("SAM at rho1 + rho2", "SAM at rho1", "nll"),
+    ("OT-MDR at the paper's radii", "SAM at rho2", "accuracy"),
+    ("OT-MDR at the paper's radii", "SAM at rho1 + rho2", "nll"),
+    ("OT-MDR at the paper's radii", "SAM at rho1 + rho2", "accuracy"),
+    ("OT-MDR", "SAM", "accuracy"),
+    ("OT-MDR", "SAM", "nll"),
+    ("OT-MDR", "SAM", "calibrated_nll"),
+    ("OT-MDR", "SAM", "shifted_accuracy"),
+    ("SAM, two steps", "SAM", "accuracy"),
+    ("OT-MDR", "SAM, two steps", "accuracy"),
+    ("OT-MDR, released", "OT-MDR", "accuracy"),
+    ("OT-MDR, K = 2", "OT-MDR", "accuracy"),
+    ("OT-MDR, projected", "OT-MDR", "accuracy"),
+    ("OT-MDR, noise 0.01", "OT-MDR", "accuracy"),
+    ("Exact distribution, tilt 0.5", "SAM", "accuracy"),
+    ("Random weights", "SGD", "accuracy"),
+    ("Dual form", "SAM", "accuracy"),
+)
+
+
+def test_comparison_page_says_what_came_out(comparison):
+    script, record = comparison
+    page = (ROOT / "docs" / "comparison.md").read_text().split("<!-- /questions -->")[1]
+    found = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", page.split("## The radii")[0])
+    assert found == [script.text_of(record["rows"], *one) for one in SAID]
+    scores = {x["label"]: x["score"] for x in record["tuning"]}
+    merged, text = (
+        scores[f"{name}, rho = 0.05 0.1"] for name in ("OT-MDR, released", "OT-MDR")
+    )
+    assert f"{merged:.3f} against {text:.3f} in validation NLL" in " ".join(
+        page.split()
+    )
+
+
 def by_label(record):
     """The rows of a sweep's record, by the label of their method."""
     groups = {}
