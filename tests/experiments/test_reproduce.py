@@ -164,8 +164,13 @@ def test_the_miniature_keeps_families_and_methods():
         same = one.config.method == other.config.method
         assert same or one.method == "Fast Geometric"  # whose cycles are epochs
         assert other.config.data.train_examples == 5_000
-        assert other.config.run.epochs == round(one.config.run.epochs / 10)
+        assert other.config.run.epochs == round(one.config.run.epochs / 20)
+        assert other.config.data.augment == ()  # its networks fit the images
         assert len(other.seeds) == 3
+    for one in reproduce.cells("table1", "small"):
+        assert one.config.run.epochs == 200 // 10
+    for one in reproduce.cells("figure1", "small"):
+        assert one.config.run.epochs == 100 // 10
 
 
 def test_figure_2_shares_the_ensembles_of_table_3():
