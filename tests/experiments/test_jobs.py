@@ -216,7 +216,7 @@ def start(tmp_path, text):
     return process
 
 
-def until(what, seconds=120):
+def until(what, seconds=300):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "waited in vain"
@@ -245,7 +245,7 @@ def saved(tmp_path):
 def test_a_signal_saves_all_runs_at_work(tmp_path):
     process = start(tmp_path, text_of(200_000))
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, said
     assert "saved the runs at work" in said and "--jobs 2" in said
     steps = saved(tmp_path)
@@ -266,7 +266,7 @@ def test_runs_do_not_outlive_a_killed_parent(tmp_path):
     ]
     assert len(children) >= 2
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     until(lambda: not any(alive(pid) for pid in children))
     assert len(saved(tmp_path)) == 2
 

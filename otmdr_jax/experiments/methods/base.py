@@ -109,7 +109,11 @@ class MethodOptions:
 
     @classmethod
     def make(
-        cls, model: Any, optimizer: optax.GradientTransformation, loss: Loss, **options
+        cls,
+        model: Any,
+        optimizer: optax.GradientTransformation,
+        loss: Loss,
+        **options: Any,
     ) -> Method:
         """The method around a model; options are those of its functions.
 
