@@ -25,16 +25,17 @@ from otmdr_jax.experiments.measure import shift
 from otmdr_jax.experiments.measure.calibrate import calibrate
 from otmdr_jax.experiments.report import cost, plots
 
-# name: (title, factor, decimals, whether more is better)
+# name: (title, factor, decimals)
 MEASURES = {
-    "accuracy": ("accuracy, %", 100, 2, True),
-    "nll": ("NLL", 1, 3, False),
-    "ece": ("ECE", 1, 3, False),
-    "calibrated_nll": ("NLL, calibrated", 1, 3, False),
-    "calibrated_ece": ("ECE, calibrated", 1, 3, False),
-    "shifted_accuracy": ("corrupted accuracy, %", 100, 2, True),
-    "shifted_nll": ("corrupted NLL", 1, 3, False),
-    "sharpness": ("sharpness", 1, 3, False),
+    "accuracy": ("accuracy, %", 100, 2),
+    "nll": ("NLL", 1, 3),
+    "ece": ("ECE", 1, 3),
+    "calibrated_nll": ("NLL, calibrated", 1, 3),
+    "calibrated_ece": ("ECE, calibrated", 1, 3),
+    "shifted_accuracy": ("corrupted accuracy, %", 100, 2),
+    "shifted_nll": ("corrupted NLL", 1, 3),
+    "sharpness": ("sharpness", 1, 3),
+    "train_nll": ("training NLL", 1, 2),
 }
 KEPT = (
     "method", "label", "seed", "status", "gradient_evaluations", "seconds", *MEASURES,
@@ -115,7 +116,7 @@ def difference(rows, method, other, name):
 
 def text_of(rows, method, other, name):
     """A difference in words: +3.15 ± 0.59, the half of its 95 % interval."""
-    _, factor, digits, _ = MEASURES[name]
+    _, factor, digits = MEASURES[name]
     found = difference(rows, method, other, name)
     half = (found.interval[1] - found.interval[0]) / 2
     return f"{factor * found.mean:+.{digits}f} ± {factor * half:.{digits}f}"
@@ -129,7 +130,7 @@ def means_table(rows):
         first = next(row for row in rows if row["method"] == method)
         setting = first["label"].removeprefix(method).removeprefix(", ") or "-"
         cells = []
-        for name, (_, factor, digits, _) in MEASURES.items():
+        for name, (_, factor, digits) in MEASURES.items():
             values = [
                 x for x in values_of(rows, method, name).values() if x is not None
             ]

@@ -487,9 +487,23 @@ def test_comparison_page_says_what_came_out(comparison):
     merged, text = (
         scores[f"{name}, rho = 0.05 0.1"] for name in ("OT-MDR, released", "OT-MDR")
     )
-    assert f"{merged:.3f} against {text:.3f} in validation NLL" in " ".join(
-        page.split()
-    )
+    page = " ".join(page.split())
+    assert f"{merged:.3f} against {text:.3f} in validation NLL" in page
+    lines = script.questions_table(record["rows"]).splitlines()[2:]
+    small = [
+        q for line in lines for q in line.split(" | ")[4::3] if float(q[:5]) < 0.05
+    ]
+    assert len(small) == 4 and "four are below q = 0.05" in page
+
+    def fit(method):
+        values = script.values_of(record["rows"], method, "train_nll").values()
+        return sum(values) / len(values)
+
+    ends = [
+        fit(x["method"]) for x in record["tuning"] if x["method"] != "Random weights"
+    ]
+    assert f"NLL of {min(ends):.2f} to {max(ends):.2f}, where SGD's" in page
+    assert f"where SGD's end at {fit('SGD'):.2f}" in page
 
 
 def by_label(record):

@@ -69,11 +69,11 @@ def run(options: Reproduce) -> None:
     output = pathlib.Path(
         options.output or f"reproduction/{options.scale}-{options.variant}"
     )
-    jobs.check(options.jobs)
-    if options.jobs > 1 and options.target == "table5":
+    if options.jobs != 1 and options.target == "table5":
         raise ValueError(
             "table5 times runs that have the machine alone: leave out jobs."
         )
+    jobs.check(options.jobs)
     if options.dry_run:
         _print_estimate(options, cells, output)
         return
@@ -149,8 +149,8 @@ def _print_estimate(options, cells, output):
     Table(header, lines).print(f"{title}, {options.scale}")
     hours = sum(row["hours"] for row in rows)
     print(
-        f"In all about {_hours(hours)} hours on this machine, from the speed of a "
-        "small network; evaluation and compilation come on top."
+        f"In all about {_hours(hours)} hours on this machine, one run at a time, "
+        "from the speed of a small network; evaluation and compilation come on top."
     )
 
 

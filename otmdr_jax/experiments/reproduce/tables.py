@@ -297,7 +297,7 @@ def _tested(ours, other, name):
     """A claim without its q; None without two common seeds."""
     found = cost.paired(
         *(
-            dict(zip(one.seeds, one.values.get(name, ()), strict=False))
+            dict(zip(one.seeds, one.values.get(name, ()), strict=True))
             for one in (ours, other)
         )
     )

@@ -47,7 +47,7 @@ def tune(
       Interrupted: On Ctrl-C or SIGTERM; the same call goes on.
     """
     tuning = _tuning_of(plan)
-    for config in {one.config.replace(seed=0) for one in tuning.runs}:
+    for config in {one.config.data: one.config for one in tuning.runs}.values():
         if not config.data.validation and not _has_validation(config):
             raise ValueError(
                 "tuning needs a validation set, as validation = 0.2 in [options]."
