@@ -483,6 +483,7 @@ class TestStatistics:
         assert_allclose(got["mean"], np.mean(means, 0), rtol=1e-3, atol=1e-5)
         assert_allclose(got["var"], np.mean(variances, 0), rtol=1e-3)
 
+    @pytest.mark.slow
     def test_deeper_layers_are_the_limit_of_running_statistics(self, key):
         from otmdr_jax.baselines import swag
 

@@ -233,6 +233,7 @@ OPTIMIZERS = {
 
 
 class TestDynamic:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_zeros_are_exact_at_every_step(self, name):
         params = {"a": jnp.zeros((12, 10)), "b": jnp.zeros(10)}
@@ -272,6 +273,7 @@ class TestDynamic:
             assert np.all(np.asarray(params["b"]) != np.asarray(before["b"]))
         assert changed == [3, 6, 8, 9]
 
+    @pytest.mark.slow
     def test_between_updates_it_is_the_optimizer_on_masked_gradients(self):
         key = jax.random.key(0)
         params = {"a": jax.random.normal(key, (12, 10))}
@@ -303,6 +305,7 @@ class TestDynamic:
         with pytest.raises(ValueError, match="needs params"):
             tx.update(params, tx.init(params))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("growth", ["gradient", "random"])
     @pytest.mark.parametrize("guard", ["none", "apply_if_finite", "zero_nans"])
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -336,6 +339,7 @@ class TestDynamic:
         for steps in ((0,), (1,), (2,), (0, 1, 2)):
             assert_same_bits(run(*steps), clean)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("make", "beside"),
         [

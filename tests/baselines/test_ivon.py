@@ -11,7 +11,6 @@ from otmdr_jax import baselines, bnn, parallel
 from otmdr_jax.experiments import cli, methods, report
 from otmdr_jax.experiments.config import TrainConfig
 from tests.baselines.test_bsam import Linear, gradient, loss, problem, run
-from tests.marks import slow_but
 
 ALPHA, B1, B2, DELTA, H0, N = 0.2, 0.8, 0.9, 0.05, 0.5, 40.0
 OPTIONS = dict(
@@ -69,12 +68,14 @@ class TestEquations:
         assert_allclose(got, want, rtol=5e-5, atol=1e-6)
         assert_allclose(states[-1].hess, hess, rtol=5e-5)
 
+    @pytest.mark.slow
     def test_without_rescaling(self, key):
         w, batches = problem(steps=1)
         one, _ = run(baselines.ivon(loss, key, **OPTIONS), w, batches)
         other, _ = run(baselines.ivon(loss, key, rescale=False, **OPTIONS), w, batches)
         assert_allclose(one - w, (H0 + DELTA) * (other - w), rtol=1e-4)
 
+    @pytest.mark.slow
     def test_the_noise_has_a_root(self, key):
         """On w^2 / 2 the gradient less w is the noise."""
         tx = baselines.ivon(
@@ -113,7 +114,8 @@ class TestEquations:
         q = baselines.posterior(w, baselines.ivon_precision(state.hess, 0.1), 50.0)
         assert_allclose(np.mean(bnn.std(q)[-4000:]), 1 / np.sqrt(50 * 8.1), rtol=0.1)
 
-    @pytest.mark.parametrize("samples", slow_but([1], [1, 2]))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("samples", [1, 2])
     def test_on_devices(self, samples, key):
         w, batches = problem(steps=1, size=16)
         w = jnp.asarray(w, jnp.float32)

@@ -167,6 +167,7 @@ class TestCurvature:
         got = np.kron(found["features"], found["logits"] / found["count"])
         assert_allclose(got, whole, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["cnn_small", "resnet_10", "mobilenet"])
     def test_the_last_layer_of_the_zoo_is_found(self, name):
         model = models.create(name, 7)
@@ -318,6 +319,7 @@ class TestPosterior:
             entropies.append(float(np.mean(np.var(log_probs, axis=0))))
         assert entropies == sorted(entropies)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("structure", STRUCTURES)
     def test_no_curvature_gives_no_prior(self, structure):
         """Draws had a length of 1e17: the marginal likelihood is highest at 0."""
@@ -333,6 +335,7 @@ class TestPosterior:
         mode = method.predict(state, images)
         assert_allclose(given.predict(drawn, images), mode.repeat(2, 0), atol=1e-2)
 
+    @pytest.mark.slow
     def test_a_head_that_is_not_the_last_layer_is_refused(self):
         images = points(40)
 

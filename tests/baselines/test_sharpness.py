@@ -311,6 +311,7 @@ class TestLooksam:
         assert state[0].memory.count == 7
         assert state[0].diagnostics.distances.shape == (1,)
 
+    @pytest.mark.slow
     def test_k_1_is_sam(self, batches):
         params, _ = toy.regression_problem()
         params = jax.tree.map(jnp.asarray, params)
@@ -398,6 +399,7 @@ class TestMethods:
         "sam": dict(num_subbatches=2),
     }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", OPTIONS)
     def test_a_step_is_the_transformation_and_the_optimizer(self, name, key):
         model = Linear()
@@ -421,6 +423,7 @@ class TestMethods:
         assert np.isfinite(metrics["loss"]) and not metrics["skipped"]
         assert method.predict(state, images).shape == (1, 8, 3)
 
+    @pytest.mark.slow
     def test_the_radius_of_gsam_follows_the_schedule(self, key):
         chosen = TrainConfig(
             method="gsam", rho=(0.4,), rho_min=0.1, learning_rate=0.2, batch_size=8

@@ -149,6 +149,7 @@ def test_kl_of_a_mixture_by_monte_carlo_is_that_of_quadrature(mean, sigma, key):
     assert_allclose(got, want, rtol=0.03, atol=0.01)
 
 
+@pytest.mark.slow
 @hypothesis.given(st.floats(-3.0, 3.0))
 @hypothesis.settings(deadline=None, max_examples=20)
 def test_mixture_density_is_that_of_numpyro(w):
@@ -277,6 +278,7 @@ def test_prediction_at_the_mean(key):
     assert_allclose(got[0], linear(bnn.mean(q), x), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [-80.0, -88.0, -100.0, -1000.0])
 def test_a_posterior_that_collapsed_is_pulled_back(raw):
     """In float32 softplus(-88) is 0: an infinite divergence, and a gradient of NaN."""
@@ -290,6 +292,7 @@ def test_a_posterior_that_collapsed_is_pulled_back(raw):
     assert_allclose(along, -4.0, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_uncertainty_is_that_of_loops(key):
     log_probs = np.asarray(
         jax.nn.log_softmax(3 * jax.random.normal(key, (6, 4, 5))), np.float64
@@ -330,6 +333,7 @@ def test_likelihood_of_predictions_is_in_log_space():
     assert all(np.all(np.isfinite(x)) for x in found)
 
 
+@pytest.mark.slow
 def test_uncertainty_of_what_diverged_is_no_certainty(key):
     """Where p > 0 is asked, NaN has an entropy of 0, as if it were sure."""
     log_probs = jax.nn.log_softmax(jax.random.normal(key, (3, 4, 5)))

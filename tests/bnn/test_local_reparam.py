@@ -46,6 +46,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
 @pytest.mark.parametrize("layer", LAYERS)
 def test_dense_layers_have_the_distribution_of_sampled_weights(layer, estimator):
@@ -69,9 +70,10 @@ def test_dense_layers_have_the_distribution_of_sampled_weights(layer, estimator)
 POSITIONS = jnp.cos(jnp.arange(24.0).reshape(4, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*draws")
 @pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
-@pytest.mark.parametrize("times", slow_but([4], [3, 4, 5]))
+@pytest.mark.parametrize("times", [3, 4, 5])
 @pytest.mark.parametrize("how", ["time first", "a table", "examples first"])
 def test_an_axis_as_long_as_the_batch_is_not_taken_for_it(how, times, estimator):
     """4 examples of so many steps: the sum over steps is that of one network."""
@@ -139,8 +141,9 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:estimator=")
-@pytest.mark.parametrize("estimator", slow_but(["local"], ESTIMATORS))
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("use", USES)
 def test_uses_of_one_kernel_see_one_kernel(use, estimator):
     rng = np.random.default_rng(0)
@@ -204,6 +207,7 @@ def test_gradients_of_a_siamese_network_have_the_right_mean(estimator):
         assert np.all(np.abs(got.mean(0) - want) < 5 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:estimator=")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("network", ["unrolled", "scanned", "tied"])
@@ -284,6 +288,7 @@ def zoo_convolution(w, x):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("layer", [convolution, zoo_convolution])
 def test_convolutions_have_the_distribution_of_sampled_weights(layer, estimator):
@@ -298,6 +303,7 @@ def test_convolutions_have_the_distribution_of_sampled_weights(layer, estimator)
     assert abs(between) < 0.07
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [convolution, zoo_convolution])
 def test_flipout_keeps_one_set_of_weights_for_an_example(layer):
     """Within an example outputs stay as correlated as with sampled weights, but signs.
@@ -372,6 +378,7 @@ def test_a_module_of_another_library(estimator, key):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_kernels_that_are_rounded_keep_noise_of_their_own(estimator, key):
     """As in a model that computes in bfloat16."""
@@ -412,6 +419,7 @@ def test_a_loss_without_layers_is_refused(estimator, key):
         grad_fn(q, jnp.ones((5, 8)), key=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_inputs_of_zero_have_a_gradient(estimator, key):
     q = bnn.init(jnp.ones((3, 2)))

@@ -67,6 +67,7 @@ def test_rows_are_the_whole_batchs_in_its_order(way, key):
     check(value, aux, data)
 
 
+@pytest.mark.slow
 def test_the_accuracy_of_logits_is_that_of_the_examples(key):
     """Sixty separable examples of six classes, in a random order."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(6), 10))
@@ -107,12 +108,11 @@ def test_what_keeps_its_shape_is_a_statistic_of_the_center():
     np.testing.assert_allclose(aux["statistics"], np.mean(data["x"][:6]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("sync", slow_but([True], [True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize(
     "options",
-    slow_but(
-        [{}, {"split": "shared"}], [{}, {"split": "shared"}, {"num_subbatches": 4}]
-    ),
+    [{}, {"split": "shared"}, {"num_subbatches": 4}],
 )
 def test_each_device_has_the_rows_of_its_examples(options, sync, key):
     params, data = problem()
@@ -152,12 +152,10 @@ def test_particles_on_devices_are_averaged(key):
     check(value, aux, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    slow_but(
-        [{"microbatch_size": 4}],
-        [WAYS["micro-batches, uneven"], {"microbatch_size": 4}, WAYS["sub-batches"]],
-    ),
+    [WAYS["micro-batches, uneven"], {"microbatch_size": 4}, WAYS["sub-batches"]],
 )
 def test_rows_of_a_batch_on_explicit_axes(options, key):
     params, data = problem()
@@ -169,7 +167,8 @@ def test_rows_of_a_batch_on_explicit_axes(options, key):
     check(value, aux, data)
 
 
-@pytest.mark.parametrize("member_map", slow_but(["vmap"], ["vmap", "scan", "unroll"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("member_map", ["vmap", "scan", "unroll"])
 def test_members_have_rows_of_their_own(member_map, key):
     params, data = problem()
     members = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
@@ -199,9 +198,10 @@ def test_of_a_joint_loss_the_examples_are_on_the_second_axis(key):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    slow_but([{"num_particles": 2}], [{"num_particles": 2}, {"microbatch_size": 5}]),
+    [{"num_particles": 2}, {"microbatch_size": 5}],
 )
 def test_of_a_posterior_too(options, key):
     params, data = problem()

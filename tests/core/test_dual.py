@@ -251,6 +251,7 @@ def test_with_the_distance_of_theorem_43_it_is_sam(power):
 # -- a budget for several --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_members_share_the_budget_by_their_gradients():
     dual = ensemble.dual_gradient(lambda w, b, size: size * linear(w, b), RHO)
     members, sizes = jnp.zeros((2, 2)), jnp.array([1.0, 3.0])
@@ -266,6 +267,7 @@ def test_two_members_share_the_budget_by_their_gradients():
     assert_allclose(state.multiplier, 5 * 5**0.5 / (2 * RHO), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_members_that_are_a_tuple_share_it_too():
     losses = [linear, lambda w, b: 3 * linear(w["deep"], b)]
     tx = ensemble.dual(losses, RHO)
@@ -347,6 +349,7 @@ def test_parts_of_a_batch_share_the_budget(how):
     assert_allclose(found.diagnostics.distances[0], mean, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_draws_of_a_posterior_share_the_budget():
     """The mean over draws: what lambda moves by is the sum of 1 - u, to rounding."""
     q = bnn.init(jnp.array([[1.0], [-2.0]]), sigma=0.5)

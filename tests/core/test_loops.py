@@ -17,7 +17,6 @@ import otmdr_jax
 from otmdr_jax import bnn, ensemble, models
 from otmdr_jax.core import loops, tree
 from otmdr_jax.experiments import methods
-from tests.marks import slow_but
 
 KEY = jax.random.key(0)
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -165,7 +164,8 @@ def test_every_backend_computes_the_same(how, backend):
     assert_allclose(values, [v for _, v in each], rtol=1e-6)
 
 
-@pytest.mark.parametrize("how", slow_but(["scan"], ["unroll", "scan"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["unroll", "scan"])
 def test_a_program_of_a_gpu_can_be_differentiated_and_mapped(how):
     """Barriers and layouts do not stand in the way; by differences."""
     params, batch = jnp.full((4, 3), 0.3), jax.random.normal(KEY, (8, 4))
@@ -221,6 +221,7 @@ def test_a_scan_for_a_gpu_can_be_exported():
     assert found.platforms == ("cuda",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["auto", "unroll", "scan", "vmap"])
 def test_no_parameters_at_all(how):
     fn = otmdr_jax.value_and_grad(
@@ -231,9 +232,8 @@ def test_no_parameters_at_all(how):
     assert grads is None
 
 
-@pytest.mark.parametrize(
-    "how", slow_but(["auto", "unroll", "scan"], ["auto", "unroll", "scan", "vmap"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["auto", "unroll", "scan", "vmap"])
 def test_aux_may_hold_numbers_of_python(how):
     fn = otmdr_jax.value_and_grad(
         lambda w, batch: (jnp.mean((batch @ w) ** 2), {"temperature": 1.5}),

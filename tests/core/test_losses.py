@@ -75,7 +75,8 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("microbatch_size", slow_but([4], [None, 4]))
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatch_size", [None, 4])
 @pytest.mark.parametrize("weight", HALVES)
 def test_a_part_has_the_weights_of_its_examples(weight, microbatch_size):
     params, data = weighted_problem(HALVES[weight])
@@ -138,7 +139,8 @@ def test_without_a_radius_it_is_the_gradient_of_the_whole_batch(way, key):
     close(jax.jit(fn)(params, data, key=key), reference(params, data))
 
 
-@pytest.mark.parametrize("way", slow_but(("sub-batches",), WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_equal_weights_are_none(way, key):
     params, data = weighted_problem(np.full(12, 0.7))
     got = otmdr_jax.value_and_grad(weighted, RHO, weights=weights_of, **WAYS[way])
@@ -267,9 +269,10 @@ def test_aux_and_gap_are_those_of_the_weights(way):
         np.testing.assert_allclose(info.gap, found.value - info.center_loss, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    slow_but([{}], [{}, {"num_particles": 3, "particle_map": "vmap"}]),
+    [{}, {"num_particles": 3, "particle_map": "vmap"}],
 )
 def test_aux_of_random_parts_is_that_of_their_weights(options, key):
     """The loss as aux is the loss at the center, whatever part that is of."""
@@ -542,6 +545,7 @@ def graph_loss(w, graph):
     return jnp.mean((sums - graph["globals"]) ** 2)
 
 
+@pytest.mark.slow
 def test_graphs_have_no_axis_in_common():
     adjacency = np.zeros((5, 5))
     np.add.at(adjacency, (GRAPH["receivers"], GRAPH["senders"]), 1)

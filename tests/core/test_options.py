@@ -24,7 +24,6 @@ from otmdr_jax.core.options import RobustOptions, fields_of
 from otmdr_jax.experiments import building, cli, config, methods, training
 from otmdr_jax.experiments.methods.riding import Riding
 from tests import toy
-from tests.marks import slow_but
 
 KEY = jax.random.key(0)
 PARAMS, BATCH = jax.tree.map(jnp.asarray, toy.regression_problem(batch=8))
@@ -795,9 +794,8 @@ class TestSubbatchesOfAPosterior:
 
     OPTIONS = dict(num_data=50, rho=RHO, split="ordered", norm="joint")
 
-    @pytest.mark.parametrize(
-        "sigma", slow_but(["particle"], ["center", "center_first", "particle"])
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("sigma", ["center", "center_first", "particle"])
     def test_against_a_loop(self, sigma):
         options = self.OPTIONS | {"sigma_gradient": sigma, "weight_noise": "each_step"}
         one = bnn.robust_gradient(toy.regression, **options)

@@ -148,7 +148,8 @@ class TestLeaves:
         otmdr_jax.value_and_grad(loss, norm="per_leaf")(params, jnp.ones(4), key=KEY)
         assert set(seen) == {jnp.dtype(jnp.bfloat16)} and len(seen) == 3
 
-    @pytest.mark.parametrize("name", slow_but(("looksam",), OWN))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", OWN)
     def test_transformations_take_them(self, name):
         tx = transformations(scaled)[name]()
         got, want = (updated(tx, p, batch=X) for p in (AS_PEOPLE, AS_ARRAYS))
@@ -171,9 +172,8 @@ class TestLeaves:
 
         assert_equal(run(as_people), run(as_arrays))
 
-    @pytest.mark.parametrize(
-        "member_map", slow_but(["scan"], ["unroll", "scan", "vmap"])
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("member_map", ["unroll", "scan", "vmap"])
     def test_stacked_members_of_numpy(self, member_map):
         stacked = {name: np.stack([x, x + 1]) for name, x in AS_PEOPLE.items()}
         arrays = jax.tree.map(jnp.float32, stacked)
@@ -233,6 +233,7 @@ class TestLeaves:
         with pytest.raises(TypeError, match=r"got str at params\['w'\]"):
             otmdr_jax.value_and_grad(scaled)({"w": "weights"}, X, key=KEY)
 
+    @pytest.mark.slow
     def test_aux_init_may_be_python_numbers(self):
         traces = []
 
@@ -373,12 +374,10 @@ class TestExport:
         with pytest.raises(ValueError, match=what):
             exported(make(), "b")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
-        slow_but(
-            [{"split": "ordered"}],
-            [{"split": "ordered"}, {"split": "shared", "num_subbatches": 2}],
-        ),
+        [{"split": "ordered"}, {"split": "shared", "num_subbatches": 2}],
     )
     def test_a_multiple_may_be_cut(self, options):
         assert_exported(robust(**options), "2*b")
@@ -390,6 +389,7 @@ class TestExport:
 # -- derivatives ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bfloat16_loses_small_steps_and_a_cast_in_the_loss_does_not():
     """0.05 / sqrt(P) is below half a unit in the last place of most weights."""
     w = 0.05 * jax.random.normal(KEY, (1_000_000,))
@@ -420,11 +420,10 @@ class TestDerivatives:
         moves = jax.tree.map(jnp.ones_like, x)
         assert_close(jax.jvp(tree.norm, (x,), (moves,))[1], 1.4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "dtype",
-        slow_but(
-            [jnp.bfloat16, jnp.complex64], [jnp.float32, jnp.bfloat16, jnp.complex64]
-        ),
+        [jnp.float32, jnp.bfloat16, jnp.complex64],
     )
     def test_norm_at_zero_has_the_derivative_zero(self, dtype):
         zero = {"a": jnp.zeros(3, dtype), "b": jnp.zeros((), dtype)}
@@ -458,20 +457,18 @@ class TestDerivatives:
         far = jax.grad(lambda g: ascent.fisher(0.5)(None, g).sum())
         assert np.all(np.isfinite(far(jnp.array([1e20, 1e-30]))))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
-        slow_but(
-            [{}, {"fisher": 0.5}, {"merge": "sum"}],
-            [
-                {},
-                {"norm": "per_leaf"},
-                {"norm": "none"},
-                {"adaptive": True},
-                {"fisher": 0.5},
-                {"merge": "sum"},
-                {"noise_std": 0.01},
-            ],
-        ),
+        [
+            {},
+            {"norm": "per_leaf"},
+            {"norm": "none"},
+            {"adaptive": True},
+            {"fisher": 0.5},
+            {"merge": "sum"},
+            {"noise_std": 0.01},
+        ],
         ids=str,
     )
     def test_at_a_zero_gradient_all_is_finite(self, options):
@@ -539,9 +536,10 @@ class TestDerivatives:
             np.testing.assert_allclose(by_rho, numeric, rtol=1e-5, atol=1e-8)
             assert abs(float(by_rho)) > 1e-4
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name",
-        slow_but(["dual", "looksam"], ["dual", "gsam", "looksam", "bsam", "ivon"]),
+        ["dual", "gsam", "looksam", "bsam", "ivon"],
     )
     def test_updates_of_all_transformations_at_a_zero_gradient(self, name):
         def loss(w, x):
@@ -563,9 +561,8 @@ class TestDerivatives:
 class TestKeys:
     """Raw keys, of jax.random.PRNGKey, wherever typed ones go."""
 
-    @pytest.mark.parametrize(
-        "way", slow_but(["noisy particles"], ["noisy particles", "sub-batches"])
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("way", ["noisy particles", "sub-batches"])
     def test_both_kinds_give_the_same(self, way):
         fn = otmdr_jax.value_and_grad(scaled, **OPTIONS[way])
         assert_equal(call(fn, AS_ARRAYS, key=RAW), call(fn, AS_ARRAYS))
@@ -632,7 +629,8 @@ class TestKeys:
         with pytest.raises(ValueError, match=r"one for each of 2 members.*\(3,\)"):
             ensemble.member_keys(jax.random.split(RAW, 3), 2)
 
-    @pytest.mark.parametrize("member_map", slow_but(["scan"], ["scan", "vmap"]))
+    @pytest.mark.slow
+    @pytest.mark.parametrize("member_map", ["scan", "vmap"])
     def test_members_with_raw_keys(self, member_map):
         fn = ensemble.value_and_grad(scaled, member_map=member_map, noise_std=0.01)
         want = call(fn, MEMBERS)
@@ -746,6 +744,7 @@ class TestMasked:
         with pytest.raises(TypeError, match="needs all parameters"):
             tx.update(part, tx.init(AS_ARRAYS), part, batch=X)
 
+    @pytest.mark.slow
     def test_after_it_they_work(self):
         robust = otmdr_jax.otmdr(scaled, KEY)
         tx = optax.chain(
@@ -765,6 +764,7 @@ class TestMasked:
         fn = otmdr_jax.value_and_grad(scaled, 0.05, split="shared", mask=TRAINED)
         assert_close(grads, fn(AS_ARRAYS, X)[1])
 
+    @pytest.mark.slow
     def test_sparse_training_of_some_leaves(self):
         params = {"a": jnp.ones((20, 10)), "b": jnp.ones((20, 10))}
         inner = baselines.dynamic(
@@ -813,18 +813,16 @@ DECOMPOSING = {
 class TestComplex:
     """JAX's gradient of complex weights is the conjugate of the steepest ascent."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
-        slow_but(
-            [{"norm": "per_leaf", "merge": "sum"}],
-            [
+        [
                 {"norm": norm, "merge": merge}
                 for norm, merge in (
                     ("global", None), ("per_leaf", None), ("none", None),
                     ("global", "sum"), ("global", "mean"), ("per_leaf", "sum"),
                 )
             ] + [{"microbatch_size": 4}, {"num_subbatches": 2}],
-        ),
         ids=str,
     )  # fmt: skip
     def test_they_are_the_problem_of_their_parts(self, options):
@@ -839,9 +837,10 @@ class TestComplex:
         assert_close(got.diagnostics, want.diagnostics, atol=1e-5)
         assert got.grads["z"].dtype == jnp.complex64
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name",
-        slow_but(("gsam",), DECOMPOSING),
+        DECOMPOSING,
     )
     def test_decompositions_are_those_of_their_parts(self, name):
         make = DECOMPOSING[name]
@@ -872,6 +871,7 @@ class TestComplex:
                 moved, w + 0.1 * t**2 * g.conj() / want, rtol=1e-6
             )
 
+    @pytest.mark.slow
     def test_noise_is_that_of_both_parts(self):
         w = jnp.zeros(20_000, jnp.complex64)
         moved, _ = ascent.ascend(w, w, 0.0, noise_std=0.5, key=KEY)
@@ -879,16 +879,14 @@ class TestComplex:
             [moved.real.std(), moved.imag.std()], [0.5, 0.5], rtol=0.03
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "options",
-        slow_but(
-            [{}, {"merge": "sum"}, {"fisher": 0.5, "split": "shared"}],
-            [
+        [
                 {}, {"merge": "sum"}, {"merge": "mean"}, {"norm": "per_leaf"},
                 {"adaptive": True}, {"fisher": 0.5, "split": "shared"},
                 {"num_particles": 2},
             ],
-        ),
         ids=str,
     )  # fmt: skip
     def test_particles_climb_and_conjugates_descend(self, options):
@@ -902,9 +900,10 @@ class TestComplex:
             params = jax.tree.map(lambda w, g: w - 0.005 * g.conj(), params, grads)
         assert np.all(np.diff(losses) < 0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name",
-        slow_but(("sam",), [n for n in NAMES if n not in ("bsam", "ivon")]),
+        [n for n in NAMES if n not in ("bsam", "ivon")],
     )
     def test_transformations_descend_with_conjugates_after_them(self, name):
         conjugate = optax.stateless(lambda g, _: jax.tree.map(jnp.conj, g))

@@ -137,6 +137,7 @@ def test_norm_is_homogeneous_over_sixty_orders_of_magnitude(values, exponent):
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
 def test_norm_of_all_normal_numbers(dtype, shape):

@@ -279,12 +279,10 @@ def test_explicit_axes(name):
     assert not of_kernels(check(name, make_mesh("explicit-2d")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    slow_but(
-        ["sub-batches"],
-        ["looksam", "dual", "dynamic", "per_member(bsam)", "bnn", "sub-batches"],
-    ),
+    ["looksam", "dual", "dynamic", "per_member(bsam)", "bnn", "sub-batches"],
 )
 def test_automatic_axes(name):
     assert not of_kernels(check(name, make_mesh("auto-2d")))
@@ -299,12 +297,10 @@ def test_nothing_moves_where_the_batch_is_everywhere(kind):
     assert not moved(compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    slow_but(
-        ["ensemble, vmap"],
-        ["ensemble, vmap", "per_member(looksam)", "ensemble.dual, vmap"],
-    ),
+    ["ensemble, vmap", "per_member(looksam)", "ensemble.dual, vmap"],
 )
 def test_members_may_be_spread_over_an_explicit_axis(name):
     mesh = jax.make_mesh(
@@ -355,6 +351,7 @@ def test_fully_sharded_parameters_are_gathered_by_the_loss_alone(name):
     assert len(of_kernels(compiled)) <= passes * len(of_kernels(plain.compile()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["looksam", "dual", "bsam", "dynamic"])
 def test_a_state_may_be_made_inside_of_jit(name):
     mesh = make_mesh("explicit-2d")

@@ -703,6 +703,7 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(tmp_path, caplog):
     assert "could not be written" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while writing", "before replacing"])
 def test_a_killed_writer_leaves_no_cache(tmp_path, moment):
     code = """

@@ -51,7 +51,8 @@ def test_batches_are_gathered(place, images):
     assert_array_equal(got.images, images[[1, 2, 6, 4]])
 
 
-@pytest.mark.parametrize("samples", slow_but([3], [1, 3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("samples", [1, 3])
 def test_metrics_of_a_batch(place, samples):
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.ones(4), (samples, 8)).astype(np.float32)
@@ -66,6 +67,7 @@ def test_metrics_of_a_batch(place, samples):
         assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_batch_whose_labels_alone_are_spread(place):
     probs, labels = np.full((8, 2), 0.5, np.float32), np.arange(8) % 2
     state = streaming.update(
@@ -74,6 +76,7 @@ def test_a_batch_whose_labels_alone_are_spread(place):
     assert streaming.compute(state)["accuracy"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [ROWS, PartitionSpec(None, "data")], ids=str)
 def test_a_plane_through_solutions(place, spec):
     solutions = np.random.default_rng(0).normal(size=(3, 8, 4)).astype(np.float32)

@@ -650,6 +650,7 @@ def test_members_that_diverged_do_not_count():
     assert found["sigma"] == {"w": 2.0} and found["snr_counts"] == [4] * 60
 
 
+@pytest.mark.slow
 def test_uncertainty_of_an_ensemble_is_that_of_the_members_that_count(small):
     chosen = TINY.replace(members="2", method="sgvb", noise_std=0.0)
     compiled = programs.compile_programs(chosen, small)

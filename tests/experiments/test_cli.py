@@ -59,6 +59,7 @@ def otmdr_here(*args, cwd, check=True):
     )
 
 
+@pytest.mark.slow
 def test_programs_are_kept_by_processor_and_pytorch_is_left_alone(tmp_path):
     """Small programs too; tensorboardX finds PyTorch absent, and nothing else does."""
     (tmp_path / "torch.py").write_text("raise ImportError('it was imported')")

@@ -14,7 +14,6 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import cost
 from tests.experiments.test_methods import BATCH, IMAGES, Net, small
 from tests.experiments.test_training import assert_same_bits
-from tests.marks import slow_but
 
 __all__ = ["small"]  # a fixture
 
@@ -53,7 +52,8 @@ def test_members_of_a_run_share_one_budget():
     assert_same_bits(state[0].memory, state[1].memory)
 
 
-@pytest.mark.parametrize("how", slow_but(["vmap"], ["vmap", "scan", "unroll"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["vmap", "scan", "unroll"])
 def test_a_member_that_is_skipped_goes_on_with_the_others_lambda(how):
     one = methods.create("otmdr-dual", Net(), optax.sgd(0.1), rho=0.3)
     both = members.lift(one, 2, how)

@@ -61,6 +61,7 @@ def read(path):
         return {name: file.get_tensor(name) for name in file.keys()}, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["safetensors", "npz"])
 def test_weights_come_back_by_name_and_predict_the_same(run, small, tmp_path, name):
     path = export.export(run, tmp_path / "deep" / f"weights.{name}")

@@ -105,9 +105,8 @@ def without_first(tree):
     return [x for path, x in with_paths if "first" not in jax.tree_util.keystr(path)]
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(["otmdr"], [x for x in ALL if x not in SPARSE])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [x for x in ALL if x not in SPARSE])
 def test_frozen_leaves_are_constants_of_every_method(name):
     """The run is that of a network without them: their bits stay, no norm counts them.
 
@@ -157,7 +156,8 @@ def test_frozen_leaves_with_loss_scaling_micro_batches_and_particles():
     close(states[-1].params["head"], wanted[-1].params["head"])
 
 
-@pytest.mark.parametrize("name", slow_but(["otmdr"], ["otmdr", "sgvb"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["otmdr", "sgvb"])
 def test_frozen_leaves_on_two_devices(name):
     options = {"split": "shared"} if name == "otmdr" else {}
     one, _ = run(make(name, Net(), freeze=("first/*",), **options))
@@ -246,7 +246,8 @@ def test_a_group_has_an_optimizer_of_its_rate(name, own):
         close(got, wanted, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", slow_but(["sgd"], ALL))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
 def test_rates_of_groups_with_every_method(name):
     """The first update is the rate times what does not depend on it."""
     model = Net(dropout=0.5 if name == "mc-dropout" else 0.0)
@@ -549,6 +550,7 @@ def test_every_method_starts_there_as_if_its_network_did(
     assert_same_bits(got, method.init(key, jnp.zeros((1, 8, 8, 1))))
 
 
+@pytest.mark.slow
 def test_members_start_from_one_run_each_with_a_head_of_its_own(source, five):
     for how in ("independent", "joint"):
         config = TINY.replace(init_from=source.folder, members="2", ensemble=how)
@@ -561,7 +563,8 @@ def test_members_start_from_one_run_each_with_a_head_of_its_own(source, five):
         assert "5 of 7 arrays are taken" in start.line
 
 
-@pytest.mark.parametrize("how", slow_but(["independent"], ["independent", "joint"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["independent", "joint"])
 def test_an_ensemble_starts_from_as_many_members(how, ten, one_layer, tmp_path):
     config = TINY.replace(members="2", ensemble=how, steps=1)
     result = training.train(config, ten, tmp_path / "both", show_progress=False)

@@ -265,6 +265,7 @@ class TestRun:
         found = training.train(config, held, show_progress=False).metrics["best"]
         assert np.isfinite(found["score"]) and found["step"] > 4
 
+    @pytest.mark.slow
     def test_a_run_ends_when_all_have_diverged(self, small):
         config = TINY.replace(
             method="sgd", noise_std=0.0, learning_rate=1e20, schedule="constant",
@@ -351,6 +352,7 @@ class TestCombine:
         cli.main(["evaluate", str(out)])
         assert "5 members" in capsys.readouterr().out
 
+    @pytest.mark.slow
     def test_members_are_dropped(self, folders):
         out = folders / "pair"
         cli.main(["ensemble", str(folders / "three"), "--keep", "2", "0",

@@ -57,6 +57,7 @@ def run(tmp_path_factory, mine, one_layer):
     return folder, result
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_is_recorded(run, mine):
     folder, _ = run
     assert json.loads((folder / "config.json").read_text())["data"] == "arrays:mine"
@@ -74,6 +75,7 @@ def test_what_was_trained_on_is_recorded(run, mine):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arrays_are_opened_by_the_dataset_or_its_file(run, mine, tmp_path, capsys):
     folder, result = run
     with pytest.raises(ValueError, match=r"given to it in Python .*data\.save\(.*mine"):
@@ -184,6 +186,7 @@ def test_save_keeps_a_dataset_whole(mine, tmp_path):
     np.testing.assert_array_equal(again.train.images, floats.train.images)
 
 
+@pytest.mark.slow
 def test_evaluations_of_other_settings_leave_each_other_alone(run, mine, tmp_path):
     folder, _ = run
     data.save(mine, tmp_path / "mine.npz")
@@ -231,6 +234,7 @@ def test_a_report_shows_no_images_of_a_file_that_has_changed(tmp_path, one_layer
     assert shown.images is None and "differ from its test set" in shown.why
 
 
+@pytest.mark.slow
 def test_warnings_of_the_command_line_are_one_line(tmp_path, one_layer, capfd):
     images, labels = images_of(0, 60)
     np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)

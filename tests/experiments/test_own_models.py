@@ -192,6 +192,7 @@ def test_regression_reaches_least_squares(numbers, tmp_path):
     assert "accuracy" not in result.history[0]
 
 
+@pytest.mark.slow
 def test_a_step_on_a_loss_of_ones_own_is_the_gradient_of_its_mean(numbers):
     config = TINY.replace(
         method="sgd",

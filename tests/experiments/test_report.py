@@ -624,6 +624,7 @@ def test_write(tmp_path, folder):
     assert configs[0]["folder"] == "run"  # no path of this machine
 
 
+@pytest.mark.slow
 def test_write_replaces_an_earlier_report_and_keeps_other_files(tmp_path):
     out = tmp_path / "report"
     out.mkdir()
@@ -667,6 +668,7 @@ def test_write_refuses_no_runs_and_a_run_given_twice(tmp_path, folder):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_page_warns_of_averages_over_unlike_runs(tmp_path):
     other = make(seed=1)
     other.config.update(epochs=3, log_every=7)  # log_every changes no number

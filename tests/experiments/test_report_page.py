@@ -139,6 +139,7 @@ class TestThePage:
         for link in page.links:
             assert link.startswith("#") and f'id="{link[1:]}"' in text
 
+    @pytest.mark.slow
     def test_needs_no_other_file(self, written):
         text = written[0].read_text()
         page = Page(text)

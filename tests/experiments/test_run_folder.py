@@ -239,6 +239,7 @@ class TestDemo:
         assert "epochs must be at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, one_layer, finished):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

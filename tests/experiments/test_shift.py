@@ -178,6 +178,7 @@ def test_images_get_farther_with_severity(name, shape):
     assert np.all(np.diff(steps) > 0), distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", data.CORRUPTIONS)
 def test_an_images_draw_depends_on_its_position_alone(name):
     clean = images_of((8, 8, 3), num=7)
@@ -411,7 +412,8 @@ def test_a_record_is_the_evaluation_of_corrupted_sets(kind, small):
         assert (row["name"], row["num_examples"]) == ("uniform_noise", 90)
 
 
-@pytest.mark.parametrize("kind", slow_but(["a posterior"], list(KINDS)[1:]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(KINDS)[1:])
 def test_mutual_information_is_that_of_the_samples(kind, small):
     config = TINY.replace(**KINDS[kind])
     compiled, state = state_of(config, small)
@@ -634,6 +636,7 @@ def training_state(folder):
     return restore.open_run(folder).state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -687,6 +690,7 @@ def test_a_dtype_is_checked_before_anything_is_computed(photograph_run, tmp_path
     assert [name for name, _ in found.present] == ["uniform_noise"]
 
 
+@pytest.mark.slow
 def test_a_record_of_other_settings_is_not_replaced(
     photograph_run, capsys, monkeypatch
 ):

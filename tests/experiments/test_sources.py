@@ -113,6 +113,7 @@ def test_a_run_on_a_folder_that_has_changed_is_not_resumed(photos, tmp_path, one
     training.train(config, output=run, resume=True, show_progress=False)
 
 
+@pytest.mark.slow
 def test_the_folder_itself_may_be_given(photos, tmp_path, one_layer):
     made = data.from_folder(photos, 4, cache_dir=tmp_path / "cache")
     config = TINY.replace(
@@ -200,9 +201,10 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, devices",
-    slow_but([("sgd", 1)], [(x, devices) for x in METHODS for devices in (1, 2)]),
+    [(x, devices) for x in METHODS for devices in (1, 2)],
 )
 def test_a_loader_of_the_same_batches_gives_the_same_bits(
     arrays, method, devices, one_layer

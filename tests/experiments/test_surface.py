@@ -213,6 +213,7 @@ class TestLosses:
         assert record["labels"] == ["sgd", "other"]
         assert record["statistics"] == {"auto": "point"}.get(statistics, statistics)
 
+    @pytest.mark.slow
     def test_in_the_plane_of_a_trajectory(self, trained, tmp_path):
         plan = dataclasses.replace(SMALL, kind="trajectory")
         record = measure([trained("sgd")], plan, tmp_path)
@@ -333,6 +334,7 @@ class TestFiles:
         with pytest.raises(FileExistsError, match="weights"):
             measure([trained("other")], plan, tmp_path)
 
+    @pytest.mark.slow
     def test_what_is_no_landscape_is_said_so(self, trained, tmp_path, monkeypatch):
         plan = dataclasses.replace(SMALL, dimensions=1)
         run = [trained("sgd")]
@@ -419,6 +421,7 @@ class TestCommand:
     def otmdr(self, *arguments):
         cli.main(["landscape", *map(str, arguments), "--points", "3", "--quiet"])
 
+    @pytest.mark.slow
     def test_one_run_into_its_folder(self, trained, capsys):
         folder = trained("sgd").folder
         self.otmdr(folder, "--num-examples", "70")
@@ -452,6 +455,7 @@ class TestCommand:
         assert stop.value.code == 2
         return capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_foreign_pictures_are_left_alone(
         self, trained, tmp_path, capsys, monkeypatch
     ):

@@ -338,6 +338,7 @@ class TestRun:
         assert memory[0] == memory[1] > least
         assert memory[2] == memory[4] > memory[0]
 
+    @pytest.mark.slow
     def test_what_is_finished_is_not_run_again(self, done, monkeypatch):
         root, plan, rows = done
         monkeypatch.setattr(training, "train", None)
@@ -345,6 +346,7 @@ class TestRun:
         assert again == json.loads(json.dumps(rows))
         assert {sweep.state_of(one) for one in plan.runs} == {"finished"}
 
+    @pytest.mark.slow
     def test_what_is_missing_or_interrupted_is_run(self, done, tmp_path):
         import shutil
 

@@ -34,7 +34,6 @@ KINDS = {
     "fitted": {"method": "laplace", "num_samples": 3},
     "dropped": {"method": "mc-dropout", "num_samples": 3},
 }
-FAST = ("point",)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,8 @@ def folder(small, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.slow] * (k not in FAST)) for k in KINDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_it_predicts_what_the_run_evaluated_without_its_data(
     kind, small, tmp_path, monkeypatch
 ):
@@ -75,6 +73,7 @@ def test_it_predicts_what_the_run_evaluated_without_its_data(
         _ = run.dataset
 
 
+@pytest.mark.slow
 def test_it_tells_what_it_is(folder, small):
     run = otmdr_jax.open_run(folder)
     assert run.step == run.metrics["steps"] == 6

@@ -376,6 +376,7 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
     assert run_folder.is_finished(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path):
     """Parameters may stay finite while evaluation overflows."""
     config = TINY.replace(
@@ -572,6 +573,7 @@ def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch
     assert logged == [2, 4, 6, 8, 10]
 
 
+@pytest.mark.slow
 def test_sharpness_is_the_gap_of_one_ascent_step_on_the_training_set(small, straight):
     """Against a NumPy norm and two plain evaluations."""
     compiled = programs.compile_programs(TINY, small)

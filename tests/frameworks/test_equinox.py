@@ -199,7 +199,8 @@ SEEN = {  # options, and the examples that the pass at the center sees
 }
 
 
-@pytest.mark.parametrize("way", slow_but(("ordered",), SEEN))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SEEN)
 def test_stateful_batch_norm_is_that_of_the_center(way, batch, key):
     """State has the batch's length, of integers even, and is no row of examples."""
     model, state = eqx.nn.make_with_state(Stateful)(jax.random.key(0))
@@ -266,6 +267,7 @@ def test_dropout_with_keys_of_examples_and_with_one_for_all(model, batch, key):
         )
 
 
+@pytest.mark.slow
 def test_what_is_no_array_goes_in_and_comes_out(model, batch, key):
     """Functions and texts beside the batch, another model, and all of it in aux."""
 

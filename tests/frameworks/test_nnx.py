@@ -153,7 +153,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", slow_but(("shared",), WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_every_option_gives_what_the_core_gives_of_the_parameters(way, batch, key):
     options = {"rho": RHO, "key": key} | WAYS[way]
     model, split = net(), net()
@@ -547,6 +548,7 @@ def test_refused_at_the_call(batch, key):
         )
 
 
+@pytest.mark.slow
 def test_a_failed_call_leaves_the_model_as_it_was(batch, key):
     model = net()
 

@@ -180,6 +180,7 @@ class TestEigenvalues:
         np.testing.assert_allclose(found.values, values[:k], rtol=1e-5)
         assert found.products == len(passes) <= most
 
+    @pytest.mark.slow
     def test_a_mask_restricts_them(self):
         params, batches, dense = network()
         mask = {"in": (False, False), "out": True, "bias": False}
@@ -293,12 +294,10 @@ class TestTrace:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "kind"),
-    slow_but(
-        [(4, AxisType.Explicit)],
-        [(1, AxisType.Explicit), (4, AxisType.Explicit), (4, AxisType.Auto)],
-    ),
+    [(1, AxisType.Explicit), (4, AxisType.Explicit), (4, AxisType.Auto)],
 )
 def test_batches_may_be_spread_over_devices(devices, kind, key):
     params, batches, dense = network()

@@ -205,6 +205,7 @@ class TestRandomDirection:
             "bias": jnp.ones(6),
         }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("axis", [-1, 0])
     def test_filters_have_the_norms_of_the_weights(self, axis, key):
         params = self.params(key)

@@ -14,7 +14,6 @@ import scipy.stats
 from otmdr_jax import metrics
 from otmdr_jax.metrics import calibration
 from otmdr_jax.metrics.calibration.scaling import log_softmax
-from tests.marks import slow_but
 
 
 def sample(seed, n=300, classes=4, temperature=2.5):
@@ -89,6 +88,7 @@ def scipys(logits, labels, start, unpack, l2):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l2", [0.0, 0.01, None])
 @pytest.mark.parametrize("kind", ["vector", "matrix"])
 def test_scaling_is_scipys_optimum(kind, l2):
@@ -119,7 +119,8 @@ def test_scaling_is_scipys_optimum(kind, l2):
         np.testing.assert_allclose(mine, want.x, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", slow_but(["vector"], ["vector", "matrix"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vector", "matrix"])
 def test_classes_that_can_be_told_apart_do_not_make_it_sure_of_all(kind):
     """Sixty examples of five classes: without a penalty weights have no bound."""
     rng = np.random.default_rng(0)
@@ -419,6 +420,7 @@ def test_the_quantile_is_that_of_exact_arithmetic():
             assert found.threshold == want, (alpha, n)
 
 
+@pytest.mark.slow
 def test_a_scaling_is_for_as_many_classes_as_it_was_fitted_on():
     for fit in (calibration.fit_vector, calibration.fit_matrix):
         with pytest.raises(ValueError, match="fitted on 4 classes, got logits of 1"):

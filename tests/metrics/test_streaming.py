@@ -89,6 +89,7 @@ def test_any_batches_give_the_metrics_of_the_whole_set(seed, n, one, other):
     assert_same(first, whole_set(probs, labels))
 
 
+@pytest.mark.slow
 @settings
 @given(seeds, counts, seeds)
 def test_states_merge_in_any_order(seed, n, order):
@@ -137,6 +138,7 @@ def test_the_reliability_diagram_is_the_whole_sets():
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bins", [7, 15, 49])
 def test_probabilities_on_an_edge_fall_into_the_bin_that_they_do_in_float64(num_bins):
     """Edges are compared in the dtype of the probabilities, and 0.1 is in none."""
@@ -197,6 +199,7 @@ def test_a_state_goes_through_jit_scan_and_bfloat16():
             np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_float64_batches_leave_a_state_its_dtypes():
     probs, labels = predictions(4, 32, CLASSES)
     with jax.enable_x64(True):
@@ -250,6 +253,7 @@ def test_bad_shapes_are_refused_at_once():
             streaming.update(streaming.init(3), full, labels)
 
 
+@pytest.mark.slow
 def test_an_empty_batch_adds_nothing():
     probs, labels = predictions(0, 5, 3)
     one = streaming.update(streaming.init(3), probs, labels)

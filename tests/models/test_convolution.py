@@ -188,6 +188,7 @@ def test_outside_jit():
 # --- transformations ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0), (1, 3), (None, 4)])
 def test_vmap_equals_a_loop(axes):
     shapes = [list(shape) for shape in ((2, 6, 5, 16), (3, 3, 16, 17))]
@@ -211,6 +212,7 @@ def test_vmap_equals_a_loop(axes):
     assert_close(got, alone, 5e-6)
 
 
+@pytest.mark.slow
 def test_vmap_of_vmap_and_gradients_through_it():
     x, w = draw((2, 3, 2, 5, 5, 4), (2, 3, 3, 3, 4, 4))
 

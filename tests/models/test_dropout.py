@@ -128,6 +128,7 @@ class TestMasks:
         for a, b in ((first, second), (first[0], first[1])):
             assert abs(np.mean((a != 0) == (b != 0)) - 0.5) < 0.15
 
+    @pytest.mark.slow
     def test_do_not_depend_on_the_generator_of_the_keys(self):
         """Those of "rbg" are not the same in a batch as alone."""
         keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
@@ -241,6 +242,7 @@ class TestNetworks:
         x = activated(layer(x, "stage2_layer1", 5), params["norm"], state["norm"])
         assert_allclose(got, np_head(x, params["head"]), rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.slow
     def test_a_basic_block_drops_between_its_convolutions(self):
         model = models.create("resnet_10", 5, dropout=RATE)
         own = dict(model.options, stage_sizes=(1,))
@@ -257,6 +259,7 @@ class TestNetworks:
         y = np_relu(np_norm(y, p["norm2"], s["norm2"], True)[0] + x)
         assert_allclose(got, np_head(y, params["head"]), rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.slow
     def test_efficientnet_drops_what_its_classifier_reads(self):
         """With the identity as classifier, logits are what it reads."""
         model = network("efficientnet_b0", num_classes=16, dropout=RATE)
@@ -526,6 +529,7 @@ class TestMonteCarlo:
             "mc-dropout", model or Softmax(), optax.sgd(0.5), **options
         )
 
+    @pytest.mark.slow
     def test_predicts_with_draws_of_masks(self):
         method = self.method(num_samples=7)
         state = method.init(jax.random.key(0), IMAGES)
@@ -638,6 +642,7 @@ class TestRuns:
         assert straight.metrics["epistemic"] > 0
         assert report.read_run(straight.folder).label == "MC dropout of SAM"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("change", [dict(eval_batch_size=32), dict(mesh="data=2")])
     def test_predictions_do_not_depend_on_batches(self, change, small, straight):
         chosen = TINY.replace(**change)

@@ -273,6 +273,7 @@ def test_forward_equals_numpy(model, image_shape, reference, train):
         )
 
 
+@pytest.mark.slow
 def test_odd_sides_average_over_what_is_there():
     """PyTorch's `ceil_mode`: the last window of a side of 7 is one pixel wide."""
     model = models.create("pyramidnet_11_a3", 5)

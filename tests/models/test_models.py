@@ -173,6 +173,7 @@ def test_evaluation_leaves_the_state_as_it_is():
     jax.tree.map(np.testing.assert_array_equal, new_state, state)
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_through_the_running_statistics():
     model = models.create("cnn_small", 5)
     params, state, images = as_float32(draw(model, (4, 8, 8, 1)))
@@ -252,7 +253,8 @@ def test_bfloat16_is_close_to_float32():
     assert not np.array_equal(got, want)
 
 
-@pytest.mark.parametrize("members", slow_but([None], [None, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("members", [None, 2])
 def test_bfloat16_predictions_are_finite(members, key):
     """In one program with what they are made from: JAX 0.12 fused a sum wrongly."""
     narrow = models.create("cnn_small", 10, dtype=jnp.bfloat16)

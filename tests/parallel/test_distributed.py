@@ -389,6 +389,7 @@ def test_a_loop_of_ones_own_on_two_hosts():
     assert all("refused pmap_step is for the devices of one host" in t for t in texts)
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_ends_a_host(tmp_path):
     """JAX's own handler would take it and say nothing."""
     code = """

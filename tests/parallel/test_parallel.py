@@ -173,6 +173,7 @@ class TestData:
             for shard in shards[1:]:
                 np.testing.assert_array_equal(shard, shards[0])
 
+    @pytest.mark.slow
     def test_a_counter_in_aux_stays_the_same_on_all_devices(self, key):
         """shard_map would refuse an integer that was marked as differing."""
 
@@ -599,6 +600,7 @@ class TestMicrobatches:
             found.append(fn(*args))
         assert_close(*found, rtol=1e-3, atol=1e-5)
 
+    @pytest.mark.slow
     def test_a_sharded_batch_stays_on_its_devices(self):
         """Micro-batches take every n-th example: nothing moves between devices."""
         params, data = toy.regression_problem(batch=32)
@@ -610,27 +612,20 @@ class TestMicrobatches:
         assert_close(jax.jit(fn)(params, data), want)
         all_reduces(jax.jit(fn), params, data)  # refuses gathers
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "size, options, passes",
-        slow_but(
-            [
-                (256, {"split": "shared", "rho": 0.1}, 2),
-                (256, {"split": "ordered"}, 2),
-                (204, {"split": "ordered"}, 2),
-                (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
-            ],
-            [
-                (256, {"split": "shared", "rho": 0.1}, 2),
-                (256, {"split": "random"}, 2),
-                (256, {"split": "ordered"}, 2),
-                # Of sizes that parts, or devices, do not divide.
-                (200, {"rho": (0.1, 0.1, 0.1)}, 2),
-                (204, {"split": "random"}, 2),
-                (204, {"split": "ordered"}, 2),
-                (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
-                (256, {"num_particles": 2, "particle_map": "vmap"}, 4),
-            ],
-        ),
+        [
+            (256, {"split": "shared", "rho": 0.1}, 2),
+            (256, {"split": "random"}, 2),
+            (256, {"split": "ordered"}, 2),
+            # Of sizes that parts, or devices, do not divide.
+            (200, {"rho": (0.1, 0.1, 0.1)}, 2),
+            (204, {"split": "random"}, 2),
+            (204, {"split": "ordered"}, 2),
+            (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
+            (256, {"num_particles": 2, "particle_map": "vmap"}, 4),
+        ],
         ids=str,
     )
     @pytest.mark.parametrize("fsdp", [False, True])
