@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from otmdr_jax.experiments import building, cli, programs, reproduce, run_folder, sweep
-from otmdr_jax.experiments.reproduce import printed, running, tables
+from otmdr_jax.experiments.reproduce import claims, printed, running, tables
 from otmdr_jax.experiments.reproduce.plans import _SIDE
 
 TABLES = ("table1", "table2", "table3", "table4", "table5")
@@ -236,8 +236,9 @@ def made(method, values, part="resnet_18", data="cifar10"):
     return reproduce.Measured(cell, seeds, {"accuracy": values}, 1.0, ("a cpu",))
 
 
-def lines_of(found, *names):
-    return tables.claims_table(tables.tested(found, names)).lines
+def lines_of(found, name):
+    tested = [one for one in claims.tested("table2", found) if one.metric == name]
+    return claims.table(tested).lines
 
 
 def test_claims_are_tested_over_seeds():
@@ -263,14 +264,14 @@ def test_q_is_corrected_for_all_tests_of_the_page():
         one._replace(cell=dataclasses.replace(one.cell, data="cifar100"))
         for one in cells
     ]
-    claims = tables.tested([*cells, *other], ["accuracy"])
-    assert [(x.data, x.other) for x in claims] == [
+    found = claims.tested("table2", [*cells, *other])
+    assert [(x.data, x.other) for x in found] == [
         (data, name) for data in ("cifar10", "cifar100") for name in ("SGD", "SAM")
     ]
-    low, high = sorted({claim.p for claim in claims})
+    low, high = sorted({claim.p for claim in found})
     # Each p stands twice among four: ranks 2 and 4.
     want = {low: min(low * 4 / 2, high * 4 / 4), high: high}
-    assert [claim.q for claim in claims] == pytest.approx([want[x.p] for x in claims])
+    assert [claim.q for claim in found] == pytest.approx([want[x.p] for x in found])
 
 
 def test_an_undefined_auroc_is_no_claim():
@@ -306,7 +307,7 @@ def test_differences_without_a_spread_decide_nothing():
 
 
 def test_a_single_seed_decides_nothing():
-    assert not tables.tested([made("SAM", [0.9]), made("OT-MDR", [0.8])], ["accuracy"])
+    assert not claims.tested("table2", [made("SAM", [0.9]), made("OT-MDR", [0.8])])
 
 
 def test_what_is_not_run_yet_is_a_dash():
@@ -316,6 +317,78 @@ def test_what_is_not_run_yet_is_a_dash():
         ["SAM", "0", "-", "95.72 ± 0.14", "-"],
         ["OT-MDR", "2", "85.00 ± 7.07", "96.59 ± 0.07", "1"],
     ]
+
+
+def of_target(target, **values):
+    """Cells of the miniature of a target's first network, with values by method."""
+    first = reproduce.cells(target, "small", datasets=["cifar10"])[0].part
+    return [
+        reproduce.Measured(
+            cell, [0, 1, 2], values[cell.method.replace(" ", "")], 1.0, ("a cpu",)
+        )
+        for cell in reproduce.cells(target, "small", datasets=["cifar10"])
+        if cell.part == first
+    ]
+
+
+def test_what_the_paper_says_in_words_is_tested_too():
+    by_k = {"K=1": [0.80, 0.82, 0.81], "K=2": [0.84, 0.86, 0.86]}
+    by_k |= {"K=3": [0.90, 0.93, 0.91], "K=4": [0.84, 0.87, 0.85]}
+    found = of_target("figure1", **{k: {"accuracy": v} for k, v in by_k.items()})
+    rows = {one.other: one for one in claims.tested("figure1", found)}
+    assert {k: x.verdict for k, x in rows.items()} == {
+        "K = 1": "holds", "K = 3": "reversed", "K = 4": "not decided",
+    }  # fmt: skip
+    test = stats.ttest_rel(by_k["K=2"], by_k["K=1"])
+    assert rows["K = 1"].p == pytest.approx(test.pvalue)
+    table = claims.table(rows.values())
+    assert table.header[0] == "K = 2 minus" and table.lines[0][6] == "higher"
+    flat = of_target(
+        "figure2",
+        SAM={"nll": [1.3, 1.2, 1.3], "sharpness": [0.30, 0.31, 0.35]},
+        **{"OT-MDR": {"nll": [1.2, 1.3, 1.3], "sharpness": [0.20, 0.22, 0.25]}},
+    )
+    assert [(x.metric, x.verdict) for x in claims.tested("figure2", flat)] == [
+        ("nll", "not decided"), ("sharpness", "holds"),
+    ]  # fmt: skip
+
+
+def test_a_records_page_is_that_of_the_runs():
+    found = of_target(
+        "table4",
+        SGVB={"accuracy": [0.4, 0.5, 0.45], "nll": [1.5, 1.4, 1.3], "ece": [0.1] * 3},
+        **{"OT-MDR": {"accuracy": [0.5] * 3, "nll": [1.5] * 3, "ece": [0.2] * 3}},
+    )
+    found[0] = found[0]._replace(diverged=(1, 2), seeds=[0, 2, 5])
+    found[1] = found[1]._replace(
+        cell=dataclasses.replace(
+            found[1].cell, config=found[1].cell.config.replace(data_dir="/home/me")
+        )
+    )
+    what = ("table4", "small", "paper")
+    record = json.loads(json.dumps(tables.record(*what, found)))
+    again = tables.read(record)
+    assert tables.page(*what, again, "x").text == tables.page(*what, found, "x").text
+    assert "/home/me" not in json.dumps(record)  # it is of one machine
+    record["cells"][1]["options"]["epochs"] = 11
+    with pytest.raises(ValueError, match=r"'epochs': 11.*run it again"):
+        tables.read(record)
+
+
+def test_times_are_compared_by_their_ratio():
+    seconds = {"SAM": [2.0, 3.0, 4.0], "OT-MDR": [3.0, 3.0, 6.0]}
+    found = of_target(
+        "table5", **{k: {"seconds_per_epoch": v} for k, v in seconds.items()}
+    )
+    text = tables.page("table5", "small", "paper", found, "x").text
+    assert "take 1.33 times the time of SAM's; 1.36 times in print." in text
+
+
+def test_the_first_seed_of_all_cells_is_first(tmp_path):
+    cells = reproduce.cells("table4", "small", datasets=["cifar10"])
+    runs = reproduce.planned(cells, tmp_path)
+    assert [run.config.run.seed for run in runs] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [run.label for run in runs[:4]] == [cell.name for cell in cells]
 
 
 # -- runs ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ _TIMED, _BATCH, _ROUNDS = "wide_resnet_10_1", 64, 3
 
 
 def planned(cells: Sequence[Cell], output: str | os.PathLike) -> list[Planned]:
-    """The runs of cells, as a sweep has them.
+    """The runs of cells, as a sweep has them: the first seed of all cells first.
 
     Args:
       cells: The cells.
@@ -33,8 +33,9 @@ def planned(cells: Sequence[Cell], output: str | os.PathLike) -> list[Planned]:
     root = pathlib.Path(output)
     return [
         Planned(cell.name, cell.config.replace(seed=seed), root / cell.name / f"{seed}")
+        for seed in dict.fromkeys(seed for cell in cells for seed in cell.seeds)
         for cell in cells
-        for seed in cell.seeds
+        if seed in cell.seeds
     ]
 
 

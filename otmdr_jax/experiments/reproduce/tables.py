@@ -1,61 +1,25 @@
 """The paper's tables with the numbers found here beside the printed ones."""
 
 import functools
+import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from otmdr_jax import metrics
 from otmdr_jax.experiments import run_folder, sweep
 from otmdr_jax.experiments.measure.calibrate import calibrate
-from otmdr_jax.experiments.report import cost, document
+from otmdr_jax.experiments.report import document
 from otmdr_jax.experiments.report.labels import grouped
 from otmdr_jax.experiments.report.tables import Column, Table
-from otmdr_jax.experiments.reproduce import figures, running
+from otmdr_jax.experiments.reproduce import claims, figures, plans, running
+from otmdr_jax.experiments.reproduce.claims import COLUMNS, Measured, blocks
 from otmdr_jax.experiments.reproduce.plans import TARGETS, Cell
 from otmdr_jax.io import files
-
-# How the metrics of the tables are written, and which way is better.
-COLUMNS = {
-    column.name: column
-    for column in (
-        Column("accuracy", "ACC (%)", better="higher", scale=100.0, decimals=2),
-        Column("misclassification_auroc", "AUROC of errors", better="higher"),
-        Column("ovr_auroc", "AUROC, one vs rest", better="higher"),
-        Column("brier", "Brier", better="lower"),
-        Column("nll", "NLL", better="lower"),
-        Column("ece", "ECE", better="lower"),
-        Column("aac", "AAC", better="lower"),
-        Column("seconds_per_epoch", "s / epoch", better="lower", decimals=1),
-    )
-}
-OURS, LEVEL = "OT-MDR", 0.05
-# Which AUROC the paper means is not known, and it may differ between rows.
-_NO_CLAIM = ("misclassification_auroc", "ovr_auroc")
-
-
-class Measured(NamedTuple):
-    """What was found for a cell.
-
-    Attributes:
-      cell: The cell.
-      seeds: The seeds of its finished runs.
-      values: The metrics, one number for each of these seeds.
-      seconds: The mean time of a run's steps; None without a run.
-      made: What the runs were made with: devices and versions.
-      diverged: How many runs diverged, and how many had a member that did.
-    """
-
-    cell: Cell
-    seeds: list[int]
-    values: dict[str, list[float]]
-    seconds: float | None
-    made: tuple[str, ...]
-    diverged: tuple[int, int] = (0, 0)
 
 
 def measured(
@@ -117,6 +81,7 @@ def _numbers(folder, result, cell, target):
         # A temperature changes no prediction: the accuracy is that of all.
         return found | {"accuracy": result["accuracy"]}
     found = metrics.summary(log_probs, labels, log_probs=True)
+    found["sharpness"] = result["sharpness"]
     probs = np.exp(log_probs)
     return {
         name: found[name]
@@ -162,11 +127,13 @@ def page(
             "compare the order of methods, not the numbers."
         )
     pictures: dict[str, document.Picture] = {}
-    tests = tested(found, what.metrics)
+    tests = claims.tested(target, found)
     for (part, data), group in blocks(found).items():
         parts += [f"## {part}, {data}", table(group, what.metrics).markdown()]
-        if claims := [one for one in tests if (one.part, one.data) == (part, data)]:
-            parts.append(claims_table(claims).markdown())
+        if own := [one for one in tests if (one.part, one.data) == (part, data)]:
+            parts.append(claims.table(own).markdown())
+        if target == "table5" and (ratio := _ratio(group)):
+            parts.append(ratio)
     if target == "figure1" and any(one.seeds for one in found):
         alt = "Accuracy by the number of particles; lines are means over seeds."
         pictures["particles"] = document.Picture(
@@ -192,11 +159,6 @@ def page(
     return document.Page(what.title, "\n\n".join(parts) + "\n", pictures)
 
 
-def blocks(found: Sequence[Measured]) -> dict[tuple[str, str], list[Measured]]:
-    """{(network, data set): cells}; each has a table of its own."""
-    return grouped(found, lambda one: (one.cell.part, one.cell.data))
-
-
 def table(found: Sequence[Measured], names: Sequence[str]) -> Table:
     """A row for each method: means and deviations over seeds, beside the printed."""
     header = ["Method", "n"]
@@ -211,6 +173,23 @@ def table(found: Sequence[Measured], names: Sequence[str]) -> Table:
             line.append("-" if number is None else _printed(number))
         lines.append([*line, "-" if one.seconds is None else f"{one.seconds:,.0f}"])
     return Table([*header, "seconds a run"], lines)
+
+
+def _ratio(group: Sequence[Measured]) -> str:
+    """How many times SAM's seconds OT-MDR takes; empty where one is missing."""
+    name = TARGETS["table5"].metrics[0]
+    sam, ours = (
+        next((one for one in group if one.cell.method == method and one.seeds), None)
+        for method in ("SAM", TARGETS["table5"].ours)
+    )
+    if sam is None or ours is None:
+        return ""
+    found = np.mean(ours.values[name]) / np.mean(sam.values[name])
+    printed = ours.cell.printed[name].mean / sam.cell.printed[name].mean
+    return (
+        f"OT-MDR's epochs take {found:.2f} times the time of SAM's; "
+        f"{printed:.2f} times in print."
+    )
 
 
 def _count(one: Measured) -> str:
@@ -231,108 +210,6 @@ def _text(column: Column, values: Sequence[float]) -> str:
 
 def _printed(number: Any) -> str:
     return f"{number.mean:g}" + ("" if number.std is None else f" ± {number.std:g}")
-
-
-class Claim(NamedTuple):
-    """A claim of the paper, and what was found.
-
-    Attributes:
-      part: The paper's network or ensemble.
-      data: The data set.
-      other: The row that OT-MDR is compared with.
-      metric: The metric.
-      difference: The mean over seeds of OT-MDR's value minus the other's.
-      interval: Its 95 % interval.
-      p: The p-value of Student's paired t-test; NaN where there is no spread.
-      q: The p-value, corrected for all tests of the page.
-      claimed: The same difference in print. None where the paper makes no claim.
-    """
-
-    part: str
-    data: str
-    other: str
-    metric: str
-    difference: float
-    interval: tuple[float, float]
-    p: float
-    q: float
-    claimed: float | None
-
-    @property
-    def verdict(self) -> str:
-        """Whether the paper's order is seen."""
-        if self.claimed is None:
-            return "-"
-        if self.claimed == 0:
-            return "a tie in the paper"
-        if not self.p < LEVEL:
-            return "not decided"
-        same = np.sign(self.difference) == np.sign(self.claimed)
-        return "holds" if same else "reversed"
-
-
-def tested(found: Sequence[Measured], names: Sequence[str]) -> list[Claim]:
-    """Whether the paper's claims hold: OT-MDR against each other row, over seeds.
-
-    Args:
-      found: The cells of a page.
-      names: The metrics.
-
-    Returns:
-      A :class:`Claim` for each baseline and metric of each network and data set, over
-      the seeds that both have; none where these are less than two.
-    """
-    claims: list[Any] = []
-    for group in blocks(found).values():
-        ours = next((one for one in group if one.cell.method == OURS), None)
-        for other in group:
-            if ours is not None and other is not ours:
-                claims += [_tested(ours, other, name) for name in names]
-    claims = [claim for claim in claims if claim is not None]
-    corrected = cost.q_values([claim.p for claim in claims])
-    return [claim._replace(q=q) for claim, q in zip(claims, corrected, strict=True)]
-
-
-def _tested(ours, other, name):
-    """A claim without its q; None without two common seeds."""
-    found = cost.paired(
-        *(
-            dict(zip(one.seeds, one.values.get(name, ()), strict=True))
-            for one in (ours, other)
-        )
-    )
-    if found is None or found.n < 2:
-        return None
-    printed = [one.cell.printed.get(name) for one in (ours, other)]
-    claimed = None
-    if None not in printed and name not in _NO_CLAIM:
-        claimed = printed[0].mean - printed[1].mean
-    cell = other.cell
-    where = (cell.part, cell.data, cell.method, name)
-    return Claim(*where, found.mean, found.interval, found.p, float("nan"), claimed)
-
-
-def claims_table(claims: Sequence[Claim]) -> Table:
-    """A line for each claim: difference, interval, p, q, the paper's, the verdict."""
-    lines = []
-    for claim in claims:
-        column = COLUMNS[claim.metric]
-        lines.append(
-            [
-                claim.other,
-                column.title,
-                column.text(claim.difference, "+"),
-                " to ".join(column.text(end, "+") for end in claim.interval),
-                *("-" if np.isnan(x) else f"{x:.3f}" for x in (claim.p, claim.q)),
-                "-" if claim.claimed is None else f"{claim.claimed:+.3g}",
-                claim.verdict,
-            ]
-        )
-    header = [
-        f"{OURS} minus", "metric", "difference", "95 % interval", "p", "q", "paper",
-        "the paper's order",
-    ]  # fmt: skip
-    return Table(header, lines)
 
 
 def _curves(found):
@@ -367,18 +244,57 @@ def record(target: str, scale: str, variant: str, found: Sequence[Measured]) -> 
                     if len(v) > 1
                 },
                 "diverged": one.diverged[0],
+                "diverged_members": one.diverged[1],
                 "seconds_a_run": one.seconds,
                 "made_with": list(one.made),
                 "printed": {k: list(v) for k, v in one.cell.printed.items()},
-                "options": one.cell.config.changed(),
+                "options": _options(one.cell),
             }
             for one in found
         ],
         "tests": [
             {**claim._asdict(), "verdict": claim.verdict}
-            for claim in tested(found, TARGETS[target].metrics)
+            for claim in claims.tested(target, found)
         ],
     }
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """What a cell's runs are made with, wherever the data lie."""
+    changed = cell.config.changed()
+    changed.pop("data_dir", None)
+    return changed
+
+
+def read(found: Mapping[str, Any]) -> list[Measured]:
+    """What was found, from a record of :func:`record`.
+
+    Raises:
+      ValueError: A cell has other options than today's plan has for it.
+    """
+    planned = {
+        (cell.part, cell.data, cell.method): cell
+        for cell in plans.cells(found["target"], found["scale"], found["variant"])
+    }
+    rows = []
+    for one in found["cells"]:
+        cell = planned[one["part"], one["data"], one["method"]]
+        if one["options"] != (today := json.loads(json.dumps(_options(cell)))):
+            raise ValueError(
+                f"The record of {found['target']} has runs of {cell.name} with "
+                f"{one['options']}, and today's plan is {today}: run it again."
+            )
+        rows.append(
+            Measured(
+                cell,
+                one["seeds"],
+                one["values"],
+                one["seconds_a_run"],
+                tuple(one["made_with"]),
+                (one["diverged"], one["diverged_members"]),
+            )
+        )
+    return rows
 
 
 def write(
