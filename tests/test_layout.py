@@ -31,7 +31,7 @@ LIBRARY = set().union(*FLOORS[:5])
 LEAVES = FLOORS[4]
 CORE = [
     {"options", "keys", "shards"},
-    {"tree"},
+    {"draws", "tree"},
     {"collectives", "ascent", "rows"},
     {"loops"},
     {"batches", "langevin", "sampling"},

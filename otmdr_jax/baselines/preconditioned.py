@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax import bnn
-from otmdr_jax.core import shards, tree
+from otmdr_jax.core import draws, tree
 from otmdr_jax.core.options import check_number
 from otmdr_jax.core.transform import MemoryState, keep
 
@@ -54,12 +54,9 @@ def noise(key: jax.Array, precision: PyTree, num_data: float) -> PyTree:
       0.1
     """
     leaves, treedef = jax.tree.flatten(precision)
-    draws = [
-        shards.draw(jax.random.normal, jax.random.fold_in(key, i), p)
-        / jnp.sqrt(num_data * p)
-        for i, p in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(treedef, draws)
+    drawn = draws.normals(key, dict(enumerate(leaves)))
+    scaled = [drawn[i] / jnp.sqrt(num_data * p) for i, p in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, scaled)
 
 
 def posterior(params: PyTree, precision: PyTree, num_data: float) -> bnn.MeanField:

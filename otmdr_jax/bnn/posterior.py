@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import shards, tree
+from otmdr_jax.core import draws, tree
 from otmdr_jax.core.ascent import resolve_mask
 
 PyTree = Any
@@ -220,11 +220,8 @@ def sample(q: MeanField, key: jax.Array) -> PyTree:
 def noise(q: MeanField, key: jax.Array) -> PyTree:
     """kappa: standard normal noise for every stochastic leaf."""
     means, treedef = jax.tree.flatten(check(q).mean)
-    draws = [
-        shards.draw(jax.random.normal, jax.random.fold_in(key, i), m)
-        for i, m in enumerate(means)
-    ]
-    return jax.tree.unflatten(treedef, draws)
+    drawn = draws.normals(key, dict(enumerate(means)))
+    return jax.tree.unflatten(treedef, [drawn[i] for i in range(len(means))])
 
 
 def at(q: MeanField, kappa: PyTree) -> PyTree:

@@ -14,13 +14,13 @@ Reference: Nguyen et al., 2023, section 4.2.1; Kwon et al., 2021 (ASAM), Eq. 4; 
 al., 2022 (Fisher SAM), section 3.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import shards, tree
+from otmdr_jax.core import draws, tree
 
 PyTree = Any
 # (weights, gradients) -> T: a pytree of their structure whose leaves are arrays of
@@ -122,7 +122,9 @@ def ascend(
     tg = [ti * _wide(gi) for ti, gi in zip(t, g, strict=True)]
     counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
     total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
-    new = list(w)
+    new, drawn = list(w), {}
+    if noise_std is not None:
+        drawn = noise(key, {i: tg[i] for i, m in enumerate(moving) if m})
     for i, m in enumerate(moving):
         if not m:
             continue
@@ -133,7 +135,7 @@ def ascend(
         uphill = t[i] * (t[i] * jnp.conj(_wide(d[i])))
         step = uphill / divisor * _radius(rho, length)
         if noise_std is not None:
-            step = step + noise_std * noise(key, i, step)
+            step = step + noise_std * drawn[i]
         new[i] = w[i] + step
     return tree.like(jax.tree.unflatten(treedef, new), params), total
 
@@ -192,13 +194,17 @@ def _radius(rho: Any, length: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(length), radius, jnp.nan)
 
 
-def noise(key: jax.Array | None, index: int, like: jax.Array) -> jax.Array:
-    """Normal numbers for a leaf, by its index: the same ones whatever the mask is."""
+def noise(
+    key: jax.Array | None, leaves: Mapping[int, jax.Array]
+) -> dict[int, jax.Array]:
+    """Normal numbers for leaves, by their index: the same ones whatever the mask is."""
     if key is None:
         raise ValueError("noise_std needs a PRNG key: pass key=jax.random.key(...).")
-    drawn = shards.draw(jax.random.normal, jax.random.fold_in(key, index), like)
     # Of complex weights both parts are coordinates; JAX's draws have half of it each.
-    return drawn * 2**0.5 if jnp.iscomplexobj(like) else drawn
+    return {
+        i: drawn * 2**0.5 if jnp.iscomplexobj(drawn) else drawn
+        for i, drawn in draws.normals(key, leaves).items()
+    }
 
 
 def _real_dtype(x):

@@ -206,7 +206,8 @@ def _pull(uphill, inverse_temperature):
 
 
 def _proposal(away, pull, key, h):
+    drawn = noise(key, dict(enumerate(away)))
     return [
-        (x + 0.5 * h * h * g + h * noise(key, i, x)).astype(x.dtype)
+        (x + 0.5 * h * h * g + h * drawn[i]).astype(x.dtype)
         for i, (x, g) in enumerate(zip(away, pull, strict=True))
     ]

@@ -203,7 +203,7 @@ def _in_ball(tg, rho, keys, strength):
 
     # The conjugate of JAX's gradient leads uphill, where weights are complex.
     uphill = {i: jnp.conj(x) / divisor for i, x in tg.items()}
-    normal = {i: noise(for_leaves, i, x) for i, x in tg.items()}
+    normal = noise(for_leaves, tg)
     along = sum(jnp.sum(jnp.real(normal[i] * jnp.conj(uphill[i]))) for i in tg)
     squares = sum(jnp.sum(jnp.real(z * jnp.conj(z))) for z in normal.values())
     # The part across the gradient is z - (z g) g: it is never there as a whole.
