@@ -598,6 +598,20 @@ def test_first_minutes_in_their_smoke_form(tmp_path):
 
 
 @pytest.mark.slow
+def test_noise_in_its_smoke_form(tmp_path):
+    file = tmp_path / "n.json"
+    out = run("noise.py", "--smoke", "--json", str(file))
+    (found,) = json.loads(file.read_text())["networks"].values()
+    ways = found["ways"]
+    assert list(ways) == ["no noise", "together", "leaf by leaf"]
+    assert all(way["n"] == 2 and way["milliseconds"] > 0 for way in ways.values())
+    # The three are three programs: draws cost, and one for each leaf costs more.
+    first, second, third = (way["compile_seconds"] for way in ways.values())
+    assert first < second < third
+    assert f"| cnn_small | {found['leaves']} | leaf by leaf | {third:.1f} |" in out
+
+
+@pytest.mark.slow
 def test_sweeps_in_their_smoke_form(tmp_path):
     file, picture = tmp_path / "s.json", tmp_path / "s.png"
     options = ["--smoke", "--json", str(file), "--picture", str(picture)]

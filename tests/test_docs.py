@@ -432,6 +432,19 @@ def test_theory_page_shows_the_committed_measurements(
     assert table(results) in shown("theory.md", name)
 
 
+def test_performance_page_shows_the_committed_costs_of_noise(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    record = json.loads((RESULTS / "noise_cpu.json").read_text())
+    table = importlib.import_module("noise").table(record["networks"])
+    assert table in shown("performance.md", "noise")
+
+
+def test_the_papers_tables_in_miniature_are_those_of_their_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("reproduction")
+    assert script.PAGE.read_text() == script.page(script.records())
+
+
 @pytest.fixture
 def comparison(monkeypatch):
     """benchmarks/comparison.py and its committed record."""

@@ -274,6 +274,17 @@ def test_q_is_corrected_for_all_tests_of_the_page():
     assert [claim.q for claim in found] == pytest.approx([want[x.p] for x in found])
 
 
+def test_a_row_that_is_worse_in_print_may_be_better():
+    values = {"accuracy": [0.5] * 3, "ece": [0.2] * 3}
+    found = of_target(
+        "table4",  # printed ResNet-10: accuracy + 0.74, NLL + 0.03, ECE + 0.03
+        SGVB=values | {"nll": [1.5, 1.4, 1.3]},
+        **{"OT-MDR": values | {"nll": [1.3, 1.21, 1.1]}},
+    )
+    verdicts = {x.metric: x.verdict for x in claims.tested("table4", found)}
+    assert verdicts["nll"] == "reversed, better"
+
+
 def test_an_undefined_auroc_is_no_claim():
     found = [
         one._replace(values={"ovr_auroc": one.values["accuracy"]})

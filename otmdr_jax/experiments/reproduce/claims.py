@@ -80,7 +80,10 @@ class Claim(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the paper's order is seen."""
+        """Whether the paper's order is seen.
+
+        "reversed, better" where the paper's own row is worse in print, and is better.
+        """
         if self.claimed is None:
             return "-"
         if self.claimed == 0:
@@ -89,7 +92,10 @@ class Claim(NamedTuple):
             return "not decided"
         words = {"higher": 1.0, "lower": -1.0}
         sign = words.get(str(self.claimed)) or np.sign(self.claimed)
-        return "holds" if np.sign(self.difference) == sign else "reversed"
+        if np.sign(self.difference) == sign:
+            return "holds"
+        better = (self.difference > 0) == (COLUMNS[self.metric].better == "higher")
+        return "reversed, better" if better else "reversed"
 
 
 def tested(target: str, found: Sequence[Measured]) -> list[Claim]:

@@ -1,0 +1,134 @@
+r"""docs/reproduction/small.md: the paper's tables and figures in miniature.
+
+    for target in table1 table2 table3 table4 figure1 figure2; do   # two cores: a day
+        otmdr reproduce $target --scale small --datasets cifar10 --data-dir ~/tfds \
+            --jobs 2
+    done
+    otmdr reproduce table5 --scale small --data-dir ~/tfds
+    python benchmarks/reproduction.py --collect reproduction/small-paper
+
+--collect copies the records and pictures of the targets that have finished runs in the
+folder. Without it the page is written from the records that are there.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import shutil
+
+from _common import environment
+from _record import markdown, write_json
+
+from otmdr_jax.experiments import reproduce
+from otmdr_jax.experiments.reproduce import claims, tables
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benchmarks" / "results" / "reproduction"
+PAGE = ROOT / "docs" / "reproduction" / "small.md"
+INTRODUCTION = """# The paper's tables in miniature
+
+What `otmdr reproduce --scale small` gives for CIFAR-10: networks of the same families
+at small width, 5,000 training and 2,000 test images, a tenth of the paper's epochs,
+three seeds ([what that is, and why](../reproduction.md#scales)). Each claim of the
+paper is tested over these seeds: *holds* and *reversed* are differences that a paired
+t-test decides at 5 %. Three seeds decide large differences only, so *not decided* is
+no refutation. [Where the gain comes from](../comparison.md) has five seeds and tuned
+radii.
+
+`benchmarks/reproduction.py` writes this page from the records in
+`benchmarks/results/reproduction/`.
+
+Seconds a run were taken beside other work on the machine.
+"""
+
+
+def records():
+    """The committed records, in the paper's order."""
+    files = [RECORDS / f"{target}.json" for target in reproduce.TARGETS]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def collect(folder):
+    """Copies what a folder of `otmdr reproduce` has; other records stay."""
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    PAGE.parent.mkdir(exist_ok=True)
+    for target in reproduce.TARGETS:
+        source = pathlib.Path(folder) / f"{target}.json"
+        record = json.loads(source.read_text()) if source.exists() else {"cells": []}
+        if any(cell["seeds"] for cell in record["cells"]):
+            record["environment"] = environment()
+            write_json(RECORDS / f"{target}.json", record)
+            for name in pictures(source.with_suffix(".md").read_text()):
+                shutil.copy(source.parent / name, PAGE.parent / name)
+
+
+def pictures(text):
+    return re.findall(r"\]\(([\w-]+\.png)\)", text)
+
+
+def summary(found):
+    """How many claims of each target hold."""
+    verdicts = ("holds", "reversed", "reversed, better", "not decided")
+    lines = []
+    for record in found:
+        target = record["target"]
+        tested = claims.tested(target, tables.read(record))
+        of_paper = [one for one in tested if one.claimed is not None]
+        counts = [sum(one.verdict == v for one in of_paper) for v in verdicts]
+        sure = sum(one.q < claims.LEVEL for one in of_paper if one.verdict == "holds")
+        runs = sum(len(cell["seeds"]) for cell in record["cells"])
+        title = reproduce.TARGETS[target].title
+        link = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        lines.append([f"[{title}](#{link})", runs, len(of_paper), *counts, sure])
+    header = ["", "runs", "claims", *verdicts, "hold with q < 0.05"]
+    return markdown(header, lines)
+
+
+def section(record):
+    """The page of a target, a level lower."""
+    target, scale, variant = (record[k] for k in ("target", "scale", "variant"))
+    jobs = "" if target == "table5" else " --jobs 2"
+    command = (
+        f"otmdr reproduce {target} --scale {scale} --datasets cifar10 "
+        f"--data-dir ~/tfds{jobs}"
+    )
+    page = tables.page(target, scale, variant, tables.read(record), command)
+    text = re.sub(r"^## ", "### ", page.text, flags=re.M)
+    pictured = "".join(
+        f"\n### {part}\n\n![The loss around the ensembles of SAM and OT-MDR, on one "
+        f"scale]({name})\n"
+        for part, name in landscapes(target)
+    )
+    return f"## {page.title}\n\n{text}{pictured}"
+
+
+def landscapes(target):
+    """(ensemble, picture) of Figure 2, of the pictures that are there."""
+    if target != "figure2":
+        return []
+    found = sorted(PAGE.parent.glob("landscape-*.png"))
+    return [(file.stem.removeprefix("landscape-"), file.name) for file in found]
+
+
+def missing(found):
+    known = {record["target"] for record in found}
+    names = [name for name in reproduce.TARGETS if name not in known]
+    return f"\nNot made yet: {', '.join(names)}.\n" if names else ""
+
+
+def page(found):
+    parts = [INTRODUCTION, summary(found), missing(found), *map(section, found)]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--collect", metavar="FOLDER", help="of `otmdr reproduce`")
+    options = parser.parse_args()
+    if options.collect:
+        collect(options.collect)
+    PAGE.write_text(page(records()))
+    print(f"Written: {PAGE.relative_to(ROOT)}")
