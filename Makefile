@@ -24,7 +24,7 @@ demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-r
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## run the tests, but for those that take long (5 to 15 minutes on 2 cores)
+test: setup  ## run the tests, but for those that take long (7 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
 test-slow: setup  ## run the tests that make test leaves out

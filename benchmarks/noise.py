@@ -89,6 +89,7 @@ def main():
         networks, options.rounds = [("cnn_small", 1.0)], 2
     if options.networks:
         networks = [(name, 1.0) for name in options.networks]
+    jax.config.update("jax_enable_compilation_cache", False)  # its time is measured
     record = {"batch_size": options.batch_size, **environment(), "networks": {}}
     for name, width in networks:
         label = name if width == 1 else f"{name}, width {width:g}"

@@ -605,9 +605,9 @@ def test_noise_in_its_smoke_form(tmp_path):
     ways = found["ways"]
     assert list(ways) == ["no noise", "together", "leaf by leaf"]
     assert all(way["n"] == 2 and way["milliseconds"] > 0 for way in ways.values())
-    # The three are three programs: draws cost, and one for each leaf costs more.
-    first, second, third = (way["compile_seconds"] for way in ways.values())
-    assert first < second < third
+    # They are programs of their own: noise takes operations.
+    assert ways["no noise"]["gflop"] < min(ways[w]["gflop"] for w in list(ways)[1:])
+    third = ways["leaf by leaf"]["compile_seconds"]
     assert f"| cnn_small | {found['leaves']} | leaf by leaf | {third:.1f} |" in out
 
 

@@ -122,9 +122,7 @@ def ascend(
     tg = [ti * _wide(gi) for ti, gi in zip(t, g, strict=True)]
     counting = moving if norm_mask is None else jax.tree.leaves(norm_mask)
     total = tree.norm([x for x, m in zip(tg, counting, strict=True) if m])
-    new, drawn = list(w), {}
-    if noise_std is not None:
-        drawn = noise(key, {i: tg[i] for i, m in enumerate(moving) if m})
+    steps = {}
     for i, m in enumerate(moving):
         if not m:
             continue
@@ -133,10 +131,11 @@ def ascend(
         # The steepest ascent of a real function is the conjugate of JAX's gradient
         # for complex weights. Dividing first keeps 1 / length from overflowing.
         uphill = t[i] * (t[i] * jnp.conj(_wide(d[i])))
-        step = uphill / divisor * _radius(rho, length)
-        if noise_std is not None:
-            step = step + noise_std * drawn[i]
-        new[i] = w[i] + step
+        steps[i] = uphill / divisor * _radius(rho, length)
+    if noise_std is not None:
+        drawn = noise(key, steps)
+        steps = {i: step + noise_std * drawn[i] for i, step in steps.items()}
+    new = [x + steps[i] if i in steps else x for i, x in enumerate(w)]
     return tree.like(jax.tree.unflatten(treedef, new), params), total
 
 

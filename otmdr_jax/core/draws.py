@@ -6,6 +6,8 @@ many are drawn, so that leaves are the beginnings of rows of one draw, with a ke
 each row, and have the numbers that they have alone.
 """
 
+import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from otmdr_jax.core import shards
 
 # Rows are as long as powers of 4, so that there are few draws, of less than four times
-# the numbers. No draw has more than these: they take no memory to speak of.
+# the numbers. No draw has more numbers than these: they take no memory to speak of.
 _BASE, _MOST = 4, 2**20
 
 
@@ -46,26 +48,32 @@ def normals(key: jax.Array, leaves: Mapping[int, Any]) -> dict[int, jax.Array]:
             own = jax.random.fold_in(key, rows[0])
             found[rows[0]] = shards.draw(jax.random.normal, own, leaves[rows[0]])
             continue
-        longest, dtype = max(leaves[i].size for i in rows), leaves[rows[0]].dtype
-        for i, row in zip(rows, _table(key, rows, longest, dtype), strict=True):
-            found[i] = row[: leaves[i].size].reshape(leaves[i].shape)
+        table = _table(
+            key,
+            jnp.array(rows, jnp.uint32),
+            length=max(_size(leaves[i]) for i in rows),
+            dtype=jnp.result_type(leaves[rows[0]]),
+            loop=jax.default_backend() == "cpu",
+        )
+        for i, row in zip(rows, table, strict=True):
+            found[i] = row[: _size(leaves[i])].reshape(jnp.shape(leaves[i]))
     return found
 
 
-def _table(key, rows, length, dtype):
+# Compiled once for all calls outside of jit: a loop would be compiled at each of them.
+@functools.partial(jax.jit, static_argnames=("length", "dtype", "loop"))
+def _table(key, rows, *, length, dtype, loop):
     """Normal numbers, of which each row has a key of its own.
 
     On CPUs rows are drawn in a loop, whose result XLA stores. What it does not store it
     would compute again for each activation that a weight is applied to: steps took a
     tenth longer. On accelerators a loop is slow.
     """
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(rows, jnp.uint32))
-    over = jax.lax.map if jax.default_backend() == "cpu" else _vmapped
-    return over(lambda own: jax.random.normal(own, (length,), dtype), keys)
 
+    def draw(row):
+        return jax.random.normal(jax.random.fold_in(key, row), (length,), dtype)
 
-def _vmapped(draw, keys):
-    return jax.vmap(draw)(keys)
+    return jax.lax.map(draw, rows) if loop else jax.vmap(draw)(rows)
 
 
 def _groups(key, leaves) -> Iterator[list[int]]:
@@ -80,7 +88,7 @@ def _groups(key, leaves) -> Iterator[list[int]]:
         if not together or shards.is_explicit(leaf):
             yield [i]
             continue
-        kind = jnp.dtype(leaf.dtype), _row_length(leaf)
+        kind = jnp.result_type(leaf), _row_length(leaf)
         rows = waiting.setdefault(kind, [])
         rows.append(i)
         if (len(rows) + 1) * kind[1] > _MOST:
@@ -90,6 +98,10 @@ def _groups(key, leaves) -> Iterator[list[int]]:
 
 def _row_length(leaf):
     length = 1
-    while length < leaf.size:
+    while length < _size(leaf):
         length *= _BASE
     return length
+
+
+def _size(leaf):
+    return math.prod(jnp.shape(leaf))

@@ -311,7 +311,6 @@ class TestLooksam:
         assert state[0].memory.count == 7
         assert state[0].diagnostics.distances.shape == (1,)
 
-    @pytest.mark.slow
     def test_k_1_is_sam(self, batches):
         params, _ = toy.regression_problem()
         params = jax.tree.map(jnp.asarray, params)

@@ -1,6 +1,7 @@
 """Numbers of leaves that are drawn together are those of each leaf alone."""
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+import otmdr_jax
 from otmdr_jax import bnn
+from otmdr_jax.baselines import preconditioned
 from otmdr_jax.core import ascent, draws, shards
 
 SHAPES = [(), (0,), (1,), (3, 3, 2, 4), (5,), (4, 4), (4, 5), (300,), (7,), (2, 0)]
@@ -35,17 +38,25 @@ def assert_same(found, expected):
 
 
 def drawn_at_a_time(key, leaves):
-    """How many numbers each draw in the traced program has."""
-    jaxpr = jax.make_jaxpr(lambda key: draws.normals(key, leaves))(key)
-    return list(numbers_of(jaxpr.jaxpr))
+    return drawn_by(lambda key: draws.normals(key, leaves), key)
+
+
+def drawn_by(function, key):
+    """How many numbers each draw in the traced program of a function has."""
+    return list(numbers_of(jax.make_jaxpr(function)(key).jaxpr))
 
 
 def numbers_of(jaxpr):
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":  # a row at a time, on CPUs
-            yield eqn.params["length"] * sum(numbers_of(eqn.params["jaxpr"].jaxpr))
-        elif "normal" in str(eqn.params.get("name")):
+        if "normal" in str(eqn.params.get("name")):
             yield eqn.outvars[0].aval.size
+            continue
+        # On CPUs a scan draws a row at a time.
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                for count in numbers_of(getattr(inner, "jaxpr", inner)):
+                    yield times * count
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
@@ -126,17 +137,77 @@ def test_accelerators_draw_all_rows_at_once(one_device, key, monkeypatch):
     assert "scan" not in program
 
 
-def test_ascent_and_posteriors_draw_so(one_device, key):
-    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(4), "c": jnp.ones(())}
-    still = jax.tree.map(jnp.zeros_like, params)
-    moved, _ = ascent.ascend(params, still, 0.1, noise_std=0.5, key=key)
-    leaves = dict(enumerate(jax.tree.leaves(params)))
-    expected = jax.tree.unflatten(
-        jax.tree.structure(params), alone(key, leaves).values()
-    )
-    for name, x in expected.items():
-        np.testing.assert_allclose(moved[name], 1 + 0.5 * x, rtol=1e-5, atol=1e-6)
-    q = bnn.init(params, sigma=0.5)
-    drawn = bnn.sample(q, key)
-    for name, x in expected.items():
-        np.testing.assert_allclose(drawn[name], 1 + 0.5 * x, rtol=1e-5, atol=1e-6)
+PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(4), "c": jnp.ones(()), "d": jnp.ones(2)}
+
+
+def loss_fn(params, batch):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(params)) * batch.mean()
+
+
+def gradient(**options):
+    grad_fn = otmdr_jax.value_and_grad(loss_fn, **options)
+    return lambda key: grad_fn(PARAMS, jnp.ones((4, 1)), key=key)
+
+
+def unmoved(key):
+    """A step from a zero gradient: noise alone."""
+    still = jax.tree.map(jnp.zeros_like, PARAMS)
+    return ascent.ascend(PARAMS, still, 0.1, noise_std=0.5, key=key)
+
+
+CALLERS = {
+    "ascend": unmoved,
+    "noise": gradient(noise_std=0.1),
+    "noise of some leaves": gradient(
+        noise_std=0.1, mask={"a": True, "b": True, "c": False, "d": True}
+    ),
+    "first_order": gradient(rho=(0.1,), sampler="first_order", tilt=0.5),
+    "langevin": gradient(
+        rho=(0.1,), sampler="langevin", tilt=0.5, num_steps=2, split="shared"
+    ),
+    "posterior": lambda key: bnn.sample(bnn.init(PARAMS, sigma=0.5), key),
+    "preconditioned": lambda key: preconditioned.noise(key, PARAMS, 100.0),
+    "numbers of Python": lambda key: preconditioned.noise(
+        key, {"a": 4.0, "b": 2.0}, 100.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+def test_every_caller_draws_leaves_together_and_the_same(name, key, monkeypatch):
+    call = CALLERS[name]
+    expected = call(key)  # on several devices: leaf by leaf
+    one_by_one = drawn_by(lambda key: call(key), key)  # traced anew
+    monkeypatch.setattr(shards, "on_one_device", lambda: True)
+    together = drawn_by(lambda key: call(key), key)
+    assert 0 < len(together) < len(one_by_one)
+    for found, want in zip(*map(jax.tree.leaves, (call(key), expected)), strict=True):
+        np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_call_outside_of_jit_compiles_nothing(one_device, key):
+    leaves = {i: jnp.zeros(shape) for i, shape in enumerate(SHAPES)}
+    draws.normals(key, leaves)
+    seen = []
+
+    def listen(event, duration, **_):
+        seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        draws.normals(jax.random.fold_in(key, 1), leaves)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not [event for event in seen if "backend_compile" in event]
+
+
+def test_noise_has_the_dtype_of_the_step(one_device, key):
+    with jax.enable_x64(True):
+        params = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.ones(4, jnp.float32)}
+        still = jax.tree.map(jnp.zeros_like, params)
+        wide = jnp.float64(0.1)  # steps have the wider of two dtypes
+        moved, _ = ascent.ascend(params, still, wide, noise_std=1.0, key=key)
+        leaves = {i: x.astype(wide.dtype) for i, x in enumerate(params.values())}
+        drawn = alone(key, leaves)
+    for i, x in enumerate(moved.values()):
+        np.testing.assert_allclose(x, 1 + np.array(drawn[i]), rtol=1e-5, atol=1e-6)

@@ -420,7 +420,6 @@ class TestDerivatives:
         moves = jax.tree.map(jnp.ones_like, x)
         assert_close(jax.jvp(tree.norm, (x,), (moves,))[1], 1.4)
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         "dtype",
         [jnp.float32, jnp.bfloat16, jnp.complex64],
@@ -561,8 +560,9 @@ class TestDerivatives:
 class TestKeys:
     """Raw keys, of jax.random.PRNGKey, wherever typed ones go."""
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("way", ["noisy particles", "sub-batches"])
+    @pytest.mark.parametrize(
+        "way", slow_but(["noisy particles"], ["noisy particles", "sub-batches"])
+    )
     def test_both_kinds_give_the_same(self, way):
         fn = otmdr_jax.value_and_grad(scaled, **OPTIONS[way])
         assert_equal(call(fn, AS_ARRAYS, key=RAW), call(fn, AS_ARRAYS))
@@ -871,7 +871,6 @@ class TestComplex:
                 moved, w + 0.1 * t**2 * g.conj() / want, rtol=1e-6
             )
 
-    @pytest.mark.slow
     def test_noise_is_that_of_both_parts(self):
         w = jnp.zeros(20_000, jnp.complex64)
         moved, _ = ascent.ascend(w, w, 0.0, noise_std=0.5, key=KEY)

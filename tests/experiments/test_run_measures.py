@@ -43,7 +43,6 @@ class TestOpening:
         (log_probs,) = opened.programs.predict(opened.state, images)
         np.testing.assert_allclose(log_probs, found["log_probs"], atol=1e-5)
 
-    @pytest.mark.slow
     def test_words_for_checkpoints(self, run):
         best = restore.open_run(run, "best").meta["best"]["step"]
         assert int(restore.open_run(run, str(best)).state.step) == best

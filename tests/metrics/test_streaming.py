@@ -253,7 +253,6 @@ def test_bad_shapes_are_refused_at_once():
             streaming.update(streaming.init(3), full, labels)
 
 
-@pytest.mark.slow
 def test_an_empty_batch_adds_nothing():
     probs, labels = predictions(0, 5, 3)
     one = streaming.update(streaming.init(3), probs, labels)

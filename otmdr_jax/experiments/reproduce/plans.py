@@ -87,7 +87,8 @@ TARGETS = {
         ("accuracy", "nll", "sharpness"),
         note="The paper prints no numbers. Its picture is of CIFAR-100; it says that "
         "OT-MDR's ensembles lie lower and flatter. Sharpness is how much a step of "
-        "length 0.05 along the gradient of the training loss raises it.",
+        "length 0.05 along a member's gradient raises its training loss, the mean over "
+        "members.",
         claims={"nll": "lower", "sharpness": "lower"},
     ),
 }
