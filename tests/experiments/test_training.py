@@ -173,6 +173,8 @@ def test_a_run_killed_by_sigkill_resumes_to_the_same_bits(tmp_path):
             [sys.executable, "-c", SCRIPT, str(config), str(run), mode],
             stderr=subprocess.PIPE,
             cwd=ROOT,
+            # As many devices as here: the program of one rounds noise in another way.
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(jax.device_count())},
         )
         deadline = time.time() + 120
         while time.time() < deadline and process.poll() is None:
