@@ -1,6 +1,6 @@
 """What the paper's noise costs: compilation, time and memory of a step with it.
 
-    python benchmarks/noise.py --json benchmarks/results/noise_cpu.json      # 4 minutes
+    python benchmarks/noise.py --json benchmarks/results/noise_cpu.json      # 5 minutes
     python benchmarks/noise.py --networks wide_resnet_28_10 --batch-size 128
     python benchmarks/noise.py --smoke
 
@@ -82,7 +82,7 @@ def main():
     add = parser.add_argument
     add("--networks", nargs="+", help="names of the zoo, at full width")
     add("--batch-size", type=int, default=32)
-    add("--rounds", type=int, default=15)
+    add("--rounds", type=int, default=31)
     options = parser.parse_args()
     networks = NETWORKS
     if options.smoke:

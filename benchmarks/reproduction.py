@@ -7,8 +7,9 @@ r"""docs/miniature.md: the paper's tables and figures in miniature.
     otmdr reproduce table5 --scale small --data-dir ~/tfds
     python benchmarks/reproduction.py --collect reproduction/small-paper
 
---collect copies the records and pictures of the targets that have finished runs in the
-folder. Without it the page is written from the records that are there.
+--collect takes the records and pictures of the folder's targets, but for those that
+have no finished runs, or fewer than the record that is there. Without it the page is
+written from the records.
 """
 
 import argparse
@@ -47,8 +48,8 @@ Seconds a run were taken beside other work on the machine.
 
 def records():
     """The committed records, in the paper's order."""
-    files = [RECORDS / f"{target}.json" for target in reproduce.TARGETS]
-    return [json.loads(file.read_text()) for file in files if file.exists()]
+    paths = [RECORDS / f"{target}.json" for target in reproduce.TARGETS]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def collect(folder):
@@ -114,10 +115,9 @@ def section(record):
     page = tables.page(target, scale, variant, tables.read(record), command)
     text = re.sub(r"^## ", "### ", page.text, flags=re.M)
     for name in record["pictures"]:
-        alt = name.removesuffix(".png").replace("-", " ")
-        shown = f"![{alt}](miniature/{name})"
-        known = re.search(rf"!\[.*\]\({name}\)", text)
-        text = text.replace(known[0], shown) if known else f"{text}\n{shown}\n"
+        if f"]({name})" not in text:  # a landscape, of which the record has no numbers
+            text += f"\n![{name.removesuffix('.png').replace('-', ' ')}]({name})\n"
+        text = text.replace(f"]({name})", f"](miniature/{name})")
     return f"## {page.title}\n\n{text}"
 
 

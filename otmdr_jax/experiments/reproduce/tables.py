@@ -1,7 +1,6 @@
 """The paper's tables with the numbers found here beside the printed ones."""
 
 import functools
-import json
 import os
 import pathlib
 import re
@@ -287,7 +286,7 @@ def read(found: Mapping[str, Any]) -> list[Measured]:
     for one in found["cells"]:
         place = one["part"], one["data"], one["method"]
         cell = planned.get(place)
-        today = None if cell is None else json.loads(json.dumps(_options(cell)))
+        today = None if cell is None else files.strict(_options(cell))
         if cell is None or one["options"] != today:
             raise ValueError(
                 f"The record of {found['target']} has runs of {', '.join(place)} with "
