@@ -323,6 +323,7 @@ def test_every_flag_that_is_named_exists():
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.essential  # train has a page for each method
 def test_the_flags_are_those_that_help_prints(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     # That of train shows the options of one method at a time.

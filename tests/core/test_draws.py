@@ -67,6 +67,7 @@ def test_they_have_the_numbers_that_they_have_alone(dtype, one_device, key):
     assert_same(draws.normals(key, some), alone(key, some))
 
 
+@pytest.mark.slow  # each list of sizes is compiled
 @given(st.lists(st.integers(0, 70), max_size=12), st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None)
 def test_whatever_their_sizes_are(sizes, seed):

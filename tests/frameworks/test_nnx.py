@@ -13,7 +13,6 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
-from tests.marks import slow_but
 
 RHO = (0.3, 0.2)
 # As many examples as the hidden layer is wide: statistics look like rows of examples.
@@ -175,7 +174,13 @@ def test_every_option_gives_what_the_core_gives_of_the_parameters(way, batch, ke
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("rho", slow_but([0.5], [0.5, [5.0, 5.0]]))
+@pytest.mark.parametrize(
+    "rho",
+    [
+        pytest.param(0.5, marks=pytest.mark.essential),
+        pytest.param([5.0, 5.0], marks=pytest.mark.slow),
+    ],
+)
 def test_state_is_written_once_from_the_center(rho, batch):
     """The statistics of the first of the parts, at weights that have not moved."""
     model = net()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from otmdr_jax import models
+from tests.marks import slow_but
 from tests.zoo import assert_close
 
 WIDE = ("resnet_10", "resnet_18", "densenet_121", "mobilenet", "efficientnet_b0")
@@ -21,7 +22,9 @@ def leaves(name, **options):
     }
 
 
-@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize(
+    "name", slow_but(["resnet_10", "resnet_18", "mobilenet"], WIDE)
+)
 def test_width_divides_the_channels_of_every_layer(name):
     whole, quarter = leaves(name), leaves(name, width=0.25)
     assert whole.keys() == quarter.keys()
