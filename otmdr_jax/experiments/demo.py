@@ -1,11 +1,13 @@
-"""The main job in two minutes: SGD, SAM and OT-MDR on digits with noisy labels."""
+"""The main job in one minute: SGD, SAM and OT-MDR on digits with noisy labels."""
 
 import os
 import pathlib
 import tempfile
 
 from otmdr_jax.experiments import config as config_lib
-from otmdr_jax.experiments import report, training
+from otmdr_jax.experiments import jobs as jobs_lib
+from otmdr_jax.experiments import report, sweep, training
+from otmdr_jax.experiments.measure import cost
 
 # A fifth of the training labels is wrong, so that fitting them all does not pay.
 BASE = config_lib.preset("demo")
@@ -24,6 +26,7 @@ def run(
     *,
     seeds: tuple[int, ...] = SEEDS,
     epochs: int | None = None,
+    jobs: int = 1,
     show_progress: bool = True,
 ) -> list[report.Run]:
     """Trains every method with every seed, prints the table and writes the report.
@@ -32,6 +35,8 @@ def run(
       output: The report's folder; an earlier report of the demo in it is replaced.
       seeds: Seeds of initialisation, data order, splits and noise.
       epochs: Passes over the data; None for the demo's own.
+      jobs: How many methods are trained at a time, on processors. A script that asks
+        for several needs `if __name__ == "__main__":` around what it does.
       show_progress: Whether to show progress.
 
     Returns:
@@ -39,22 +44,32 @@ def run(
 
     Raises:
       FileExistsError: `output` holds something that is no report of the demo.
+      NonFiniteError: A run diverged.
+      Interrupted: On Ctrl-C or SIGTERM; nothing is kept.
     """
     title = f"Digits with {BASE.data.label_noise:.0%} wrong training labels"
     report.check_folder(pathlib.Path(output), title)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must differ from each other, got {seeds}.")
     epochs = BASE.run.epochs if epochs is None else epochs
-    configs = [one.replace(seed=s, epochs=epochs) for one in METHODS for s in seeds]
-    runs = []
     with tempfile.TemporaryDirectory() as scratch:
-        for config in configs:
-            many = f"-m{config.model.members}" if config.model.members else ""
-            name = f"{report.label_of(config.flat())}{many}-s{config.run.seed}"
-            folder = pathlib.Path(scratch) / name
-            training.train(config, output=folder, show_progress=show_progress)
-            runs.append(report.read_run(folder))
-    report.print_summary(runs, title)
-    path = report.write(pathlib.Path(output), runs, title, command="otmdr demo")
+        groups = []
+        for method in METHODS:
+            runs = [method.replace(seed=seed, epochs=epochs) for seed in seeds]
+            label = report.label_of(method.flat())
+            groups.append(
+                [
+                    sweep.Planned(label, one, pathlib.Path(scratch, f"{label}-s{seed}"))
+                    for seed, one in zip(seeds, runs, strict=True)
+                ]
+            )
+        # The longest first, so that no job is left with a long one at the end.
+        order = sorted(groups, key=lambda x: -cost.gradient_evaluations(x[0].config))
+        for one, status in jobs_lib.train(order, jobs, show_progress=show_progress):
+            if status == "diverged":
+                raise training.NonFiniteError(f"{one.folder.name} diverged.")
+        found = [report.read_run(one.folder) for group in groups for one in group]
+    report.print_summary(found, title)
+    path = report.write(pathlib.Path(output), found, title, command="otmdr demo")
     print(f"Report: {path}")
-    return runs
+    return found

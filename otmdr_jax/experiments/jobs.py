@@ -31,12 +31,18 @@ _PATIENCE = 60.0
 
 
 class _Job(NamedTuple):
-    """A process that trains a run."""
+    """A process that trains runs, one after another: the first is at work."""
 
-    run: Any
+    runs: list[Any]
     process: Any
     answer: connection.Connection
     cores: list[int]
+
+
+def most() -> int:
+    """How many jobs this machine can have: one on accelerators."""
+    several = os.name == "posix" and jax.default_backend() == "cpu"
+    return len(cores_at_hand()) if several else 1
 
 
 def check(jobs: int) -> None:
@@ -59,7 +65,7 @@ def check(jobs: int) -> None:
 
 
 def train(
-    runs: Sequence[Any], jobs: int = 1, *, show_progress: bool = True
+    groups: Sequence[Sequence[Any]], jobs: int = 1, *, show_progress: bool = True
 ) -> Iterator[tuple[Any, str]]:
     """Trains runs, and yields each with its status as it ends.
 
@@ -67,9 +73,10 @@ def train(
     it does: the processes of the runs import it.
 
     Args:
-      runs: Runs that are not finished, with a label, a config and a folder. One that
-        was interrupted goes on.
-      jobs: How many are trained at a time.
+      groups: Runs that are not finished, with a label, a config and a folder. One that
+        was interrupted goes on. Those of a group are trained by one process, one after
+        another: runs that are alike but for their seeds share what is compiled.
+      jobs: How many groups are trained at a time.
       show_progress: Whether to show progress.
 
     Yields:
@@ -82,9 +89,10 @@ def train(
       Exception: What a run raises. Those beside it are saved and stopped.
     """
     check(jobs)
-    if min(jobs, len(runs)) > 1:
-        yield from _side_by_side(runs, min(jobs, len(runs)), show_progress)
+    if (count := min(jobs, len(groups))) > 1:
+        yield from _side_by_side(list(groups), count, show_progress)
         return
+    runs = [one for group in groups for one in group]
     for i, one in enumerate(runs):
         title = f"run {i + 1} of {len(runs)}: {_name(one)}"
         with Progress(1, 0, title, show_progress) as bar:
@@ -109,8 +117,9 @@ def _train(one, show_progress):
     return "finished", ""
 
 
-def _side_by_side(runs, count, show_progress):
-    waiting, working, free = list(runs), list[_Job](), _shares(count)
+def _side_by_side(waiting, count, show_progress):
+    working, free = list[_Job](), _shares(count)
+    total, done = sum(map(len, waiting)), 0
     ended: list[tuple[Any, str]] = []
     asked: list[int] = []
     failures: list[BaseException] = []
@@ -120,17 +129,16 @@ def _side_by_side(runs, count, show_progress):
         for job in working:
             _stop(job)
 
-    title = f"{len(runs)} runs, {count} at a time"
+    title = f"{total} runs, {count} at a time"
     with (
         interrupts.requests(ask),
-        Progress(len(runs), 0, title, show_progress, unit="runs") as bar,
+        Progress(total, 0, title, show_progress, unit="runs") as bar,
     ):
         try:
             while True:
                 while free and waiting and not asked and not failures:
-                    one = waiting.pop(0)
-                    working.append(_start(one, free.pop()))
-                    bar.say(f"{_name(one)}: {one.folder}")
+                    working.append(_start(waiting.pop(0), free.pop()))
+                    bar.say(_begun(working[-1]))
                     if asked:  # the signal came while it started
                         _stop(working[-1])
                 # After the next ones have started: the caller may take its time.
@@ -140,9 +148,12 @@ def _side_by_side(runs, count, show_progress):
                     break
                 ready = connection.wait([job.answer for job in working])
                 for job in [job for job in working if job.answer in ready]:
-                    working.remove(job)
-                    free.append(job.cores)
                     status, said = _answer(job, asked or failures)
+                    one = job.runs.pop(0)
+                    if not job.runs or status in ("failed", "interrupted"):
+                        _end(job)
+                        working.remove(job)
+                        free.append(job.cores)
                     if status == "failed" and not failures:
                         failures.append(said)
                         for other in working:
@@ -152,9 +163,12 @@ def _side_by_side(runs, count, show_progress):
                     if status in ("failed", "interrupted"):
                         continue
                     note = f"diverged: {said}" if status == "diverged" else status
-                    bar.say(f"{_name(job.run)}: {note}")
-                    ended.append((job.run, status))
-                    bar.update(len(runs) - len(waiting) - len(working))
+                    bar.say(f"{_name(one)}: {note}")
+                    ended.append((one, status))
+                    done += 1
+                    bar.update(done)
+                    if job.runs:
+                        bar.say(_begun(job))
         except KeyboardInterrupt:  # a second Ctrl-C
             raise
         except BaseException:  # the caller wants no more, or nothing can be started
@@ -176,19 +190,23 @@ def _name(one):
     return f"{one.label}, seed {one.config.run.seed}"
 
 
-def _start(one, cores):
+def _begun(job):
+    return f"{_name(job.runs[0])}: {job.runs[0].folder}"
+
+
+def _start(runs, cores):
     ours, theirs = _SPAWN.Pipe(duplex=False)
     settings = dict(jax.config.values)
     # A daemon would be killed, without saving, where this process ends by an error.
     process = _SPAWN.Process(
-        target=_work, args=(one, cores, settings, theirs), daemon=False
+        target=_work, args=(runs, cores, settings, theirs), daemon=False
     )
     resource_tracker.ensure_running()  # else it starts now, and clears the mask
     # What XLA asks for where nothing is pinned.
     with _environment(NPROC=str(len(cores))), _deaf():
         process.start()
     theirs.close()
-    return _Job(one, process, ours, cores)
+    return _Job(list(runs), process, ours, cores)
 
 
 def _stop(job):
@@ -197,7 +215,8 @@ def _stop(job):
 
 
 def _answer(job, told):
-    """(status, what goes with it): of a run that failed, the error."""
+    """(status, what goes with it) of the run at work: if it failed, the error."""
+    folder = job.runs[0].folder
     try:
         status, said = job.answer.recv()
     except EOFError:
@@ -209,20 +228,24 @@ def _answer(job, told):
             why = ", for want of memory perhaps: ask for fewer jobs"
         elif code == 1:
             why = '; does the script that started it lack `if __name__ == "__main__":`?'
-        text = f"the process of {job.run.folder} ended with exit code {code}{why}."
+        text = f"the process of {folder} ended with exit code {code}{why}."
         return "failed", RuntimeError(text)
-    job.process.join(_PATIENCE)
-    if job.process.is_alive():  # it has answered, and hangs at its exit
-        job.process.kill()
     if status == "failed":
         error, text = said
-        error.__cause__ = RuntimeError(f"{job.run.folder}:\n{text}")
+        error.__cause__ = RuntimeError(f"{folder}:\n{text}")
         return status, error
     return status, said
 
 
-def _work(one, cores, settings, answer):
-    """In a process of its own: trains a run on its cores."""
+def _end(job):
+    """Waits for a process that has given its last answer."""
+    job.process.join(_PATIENCE)
+    if job.process.is_alive():  # it hangs at its exit
+        job.process.kill()
+
+
+def _work(runs, cores, settings, answer):
+    """In a process of its own: trains runs on its cores, and answers after each."""
     # Ctrl-C reaches every process of a terminal: the parent says when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: interrupts.remember(signum))
@@ -235,7 +258,8 @@ def _work(one, cores, settings, answer):
         if jax.config.values[name] != value:
             jax.config.update(name, value)
     try:
-        answer.send(_train(one, False))
+        for one in runs:
+            answer.send(_train(one, False))
     except interrupts.Interrupted as stop:
         answer.send(("interrupted", stop.signum))
     except Exception as error:

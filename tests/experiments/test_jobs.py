@@ -43,7 +43,8 @@ class Fake:
         if os.getpid() == self.parent:
             return SimpleNamespace(run=SimpleNamespace(seed=7))
         cores = sorted(os.sched_getaffinity(0))
-        facts = [cores, os.environ["NPROC"], jax.config.jax_default_matmul_precision]
+        precision = jax.config.jax_default_matmul_precision
+        facts = [cores, os.environ["NPROC"], os.getpid(), precision]
         self.folder.with_suffix(".json").write_text(json.dumps(facts))
         return getattr(self, self.what)()
 
@@ -65,7 +66,8 @@ class Fake:
 
 
 def fakes(folder, *what):
-    return [Fake(folder / f"{i}", name) for i, name in enumerate(what)]
+    """A group of one for each."""
+    return [[Fake(folder / f"{i}", name)] for i, name in enumerate(what)]
 
 
 @pytest.mark.parametrize(
@@ -111,9 +113,36 @@ def test_each_run_has_cores_of_its_own_and_the_parents_settings(tmp_path):
     assert [status for _, status in found] == ["diverged"] * 3
     seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
     assert {tuple(cores) for cores, *_ in seen} == {tuple(x) for x in jobs._shares(2)}
-    assert all(int(count) == len(cores) for cores, count, _ in seen)
+    assert all(int(count) == len(cores) for cores, count, *_ in seen)
+    assert len({pid for *_, pid, _ in seen} - {os.getpid()}) == 3
     assert all(precision == "float32" for *_, precision in seen)
     assert jobs.cores_at_hand() == CORES and "NPROC" not in os.environ
+
+
+@pinned
+@pytest.mark.slow
+def test_runs_of_a_group_share_a_process(tmp_path):
+    runs = sum(fakes(tmp_path, *["diverges"] * 5), [])
+    found = list(jobs.train([runs[:3], runs[3:]], 2, show_progress=False))
+    assert {one for one, _ in found} == set(runs) and len(found) == 5
+    mine = [one for one, _ in found if one in runs[:3]]
+    assert mine == runs[:3]  # in their order
+    seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    pids = [pid for *_, pid, _ in seen]
+    assert len(set(pids[:3])) == 1 and len(set(pids[3:])) == 1 and len(set(pids)) == 2
+
+
+@pinned
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["error", "killed"])
+def test_an_error_ends_its_group(what, tmp_path):
+    runs = sum(fakes(tmp_path, "diverges", what, "diverges", "waits"), [])
+    found = jobs.train([runs[:3], runs[3:]], 2, show_progress=False)
+    assert next(found) == (runs[0], "diverged")
+    with pytest.raises((FileExistsError, RuntimeError), match="another|1 ended with"):
+        list(found)
+    assert not (tmp_path / "2.json").exists()
+    assert not multiprocessing.active_children()
 
 
 def test_shares_are_of_all_cores_and_keep_threads_of_a_core_together(monkeypatch):
@@ -141,7 +170,7 @@ def test_an_error_is_that_of_the_run_and_the_others_are_stopped(
     with pytest.raises(kind, match=message) as caught:
         list(jobs.train(runs, 2, show_progress=False))
     if what != "killed":
-        assert f"{runs[0].folder}:" in str(caught.value.__cause__)
+        assert f"{runs[0][0].folder}:" in str(caught.value.__cause__)
     assert not (tmp_path / "2.json").exists()  # it was not begun
     assert not multiprocessing.active_children()
 

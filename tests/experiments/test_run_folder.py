@@ -225,20 +225,6 @@ def test_a_report_finds_the_images_of_data_that_have_moved(finished):
     assert found.images.shape == (60, 8, 8, 1)
 
 
-class TestDemo:
-    def test_it_replaces_its_own_report_alone(self, run, tmp_path, monkeypatch, capsys):
-        page = tmp_path / "page"
-        report.write(page, [report.read_run(run)], "My runs")
-        with pytest.raises(SystemExit):
-            cli.main(["demo", "--output", str(page)])
-        assert "another report, 'My runs'" in capsys.readouterr().err
-
-    def test_no_epochs_are_not_the_default(self, tmp_path, capsys):
-        with pytest.raises(SystemExit):
-            cli.main(["demo", "--output", str(tmp_path / "page"), "--epochs", "0"])
-        assert "epochs must be at least 1, got 0" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, one_layer, finished):
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -10,7 +10,7 @@ from otmdr_jax.io import extras
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train SGD, SAM and OT-MDR (K = 1, 2) on digits with noisy labels: two minutes."""
+    """Train SGD, SAM and OT-MDR (K = 1, 2) on digits with noisy labels: one minute."""
 
     output: Folder = "demo-report"
     """Folder of the report; an earlier one of the demo is replaced."""
@@ -18,6 +18,8 @@ class Demo:
     """Seeds; each method has one run for each seed."""
     epochs: int | None = None
     """Passes over the data. Default: those of the demo preset."""
+    jobs: int | None = None
+    """Methods trained at a time. Default: 2 where there are cores for them, else 1."""
     quiet: bool = False
     """Show no progress."""
 
@@ -30,11 +32,16 @@ class Info:
 def run_demo(options: Demo) -> None:
     """`otmdr demo`."""
     from otmdr_jax.experiments import demo as demo_lib
+    from otmdr_jax.experiments import jobs as jobs_lib
 
+    jobs = options.jobs
+    if jobs is None:
+        jobs = min(jobs_lib.most(), 2)
     demo_lib.run(
         options.output,
         seeds=options.seeds,
         epochs=options.epochs,
+        jobs=jobs,
         show_progress=not options.quiet,
     )
 

@@ -47,7 +47,9 @@ def preset(name: str, num_particles: int = 1) -> TrainConfig:
         raise ValueError(f"preset must be one of {known}; got {name!r}.{near}")
     if name == "demo":
         # One device: the batch need not suit the machine; there is little to divide.
-        return TrainConfig(label_noise=0.2, epochs=28, eval_every=2, mesh="data=1")
+        return TrainConfig(
+            label_noise=0.2, train_examples=720, epochs=28, eval_every=2, mesh="data=1"
+        )
     version, data = name.rsplit("-", 1)
     if version in _BAYESIAN:
         return _bayesian_preset(version, data, num_particles)

@@ -76,7 +76,8 @@ def run(
             note(one, "finished")
         else:
             missing.append(one)
-    for one, status in jobs_lib.train(missing, jobs, show_progress=show_progress):
+    alone = [[one] for one in missing]
+    for one, status in jobs_lib.train(alone, jobs, show_progress=show_progress):
         note(one, status)
     if measure_memory:
         for one in planned:
