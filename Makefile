@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 
-demo: setup  ## train SGD, SAM and OT-MDR on digits (2 minutes) and write demo-report/
+demo: setup  ## train SGD, SAM and OT-MDR on digits (1 minute) and write demo-report/
 	$(BIN)/otmdr demo --output demo-report
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -59,6 +59,13 @@ def train(code, cache, output, length):
     return found | beyond
 
 
+def commit_of(code):
+    """The commit of another checkout; None where it is no clone."""
+    words = ["git", "-C", str(code), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(words, capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
 def five_runs(folder, length, runs):
     """Trains the runs that are reported; their folders."""
     folders = []
@@ -90,15 +97,29 @@ def summarise(rounds):
     }
 
 
+def table(results):
+    """A row for each command of each code."""
+    header = ["code", "command", "n", "wall, s", "processor, s"]
+    header += ["wall beyond steps, s", "processor beyond steps, s"]
+    names = ("wall", "processor", "wall_beyond_steps", "processor_beyond_steps")
+    rows = [
+        [name, kind, one["n"]] + [f"{one[x]:.1f}" if x in one else "-" for x in names]
+        for name, kinds in results.items()
+        for kind, one in kinds.items()
+    ]
+    return markdown(header, rows)
+
+
 def main():
     parser = options_of(__doc__, "three steps, one round, two runs")
     parser.add_argument("--against", help="another checkout, such as one of before")
     parser.add_argument("--runs", nargs="+", help="report these, not five new ones")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    codes = {"this": HERE}
+    codes, against = {"this": HERE}, None
     if options.against:
         codes["other"] = pathlib.Path(options.against).resolve()
+        against = commit_of(codes["other"])
     length = ("--steps", "3") if options.smoke else ("--epochs", "5")
     every = {name: [] for name in codes}
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,16 +132,9 @@ def main():
                 every[name].append(one_round(code, own, length, folders))
                 print(f"round {turn + 1}: {name}", flush=True)
             found = {name: summarise(rounds) for name, rounds in every.items()}
-            write_json(options.json, {**environment(), "results": found})
-    header = ["code", "command", "n", "wall, s", "processor, s"]
-    header += ["wall beyond steps, s", "processor beyond steps, s"]
-    names = ("wall", "processor", "wall_beyond_steps", "processor_beyond_steps")
-    rows = [
-        [name, kind, one["n"]] + [f"{one[x]:.1f}" if x in one else "-" for x in names]
-        for name, kinds in found.items()
-        for kind, one in kinds.items()
-    ]
-    print(markdown(header, rows))
+            record = {**environment(), "against": against, "results": found}
+            write_json(options.json, record)
+    print(table(found))
 
 
 if __name__ == "__main__":

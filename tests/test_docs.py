@@ -758,9 +758,20 @@ def test_shift_page_shows_the_committed_measurements(monkeypatch):
     auroc = {row["score"]: row["auroc"] for row in members["ood"]}
     page = " ".join((ROOT / "docs" / "shift.md").read_text().split())
     sgd, own = (f"from {a:.3f} to {b:.3f}" for a, b in (ece[:2], ece[2:]))
-    assert f"SGD's grows {sgd} at severity 5, that of three members {own}." in page
+    assert f"SGD's goes {sgd} at severity 5, that of three members {own}." in page
     assert f"confidence (AUROC {auroc['confidence']:.2f})" in page
     assert f"disagree about ({auroc['mutual_information']:.2f})" in page
+
+
+def test_performance_page_shows_the_first_minutes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import first_minutes
+
+    record = json.loads((RESULTS / "first_minutes_cpu.json").read_text())
+    table = first_minutes.table(record["results"])
+    assert table in shown("performance.md", "first minutes")
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert f"with commit {record['against']}," in page
 
 
 def test_baselines_page_shows_the_committed_measurements(monkeypatch):
