@@ -30,8 +30,9 @@ FLOORS = [
 LIBRARY = set().union(*FLOORS[:5])
 LEAVES = FLOORS[4]
 CORE = [
-    {"options", "keys", "shards"},
-    {"draws", "tree"},
+    {"checks", "keys", "shards"},
+    {"draws", "signatures", "tree"},
+    {"options"},
     {"collectives", "ascent", "rows"},
     {"loops"},
     {"batches", "langevin", "sampling"},

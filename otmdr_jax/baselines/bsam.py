@@ -35,15 +35,11 @@ import optax
 
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.core.batches import NO_BATCH
+from otmdr_jax.core.checks import check_number, check_word
 from otmdr_jax.core.gradient import Diagnostics, build, call
-from otmdr_jax.core.options import (
-    Options,
-    PartedOptions,
-    check_number,
-    check_word,
-    with_options,
-)
+from otmdr_jax.core.options import Options, PartedOptions
 from otmdr_jax.core.particle import from_one_gradient
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.transform import from_gradient, schedule_of
 
 PyTree = Any

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.core import shards, tree
+from otmdr_jax.core.checks import check_number, check_word
 from otmdr_jax.core.keys import one_key
-from otmdr_jax.core.options import check_number, check_word
 from otmdr_jax.core.transform import keep
 
 PyTree = Any

@@ -18,7 +18,8 @@ from typing import Any, Unpack
 import optax
 
 from otmdr_jax.core.gradient import robust_gradient
-from otmdr_jax.core.options import FixedShapeOptions, with_options
+from otmdr_jax.core.options import FixedShapeOptions
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.transform import from_gradient, schedule_of
 
 PyTree = Any

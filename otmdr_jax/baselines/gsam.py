@@ -20,15 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.core import tree
+from otmdr_jax.core.checks import check_number, check_rho
 from otmdr_jax.core.gradient import build
-from otmdr_jax.core.options import (
-    Options,
-    SamOptions,
-    check_number,
-    check_rho,
-    with_options,
-)
+from otmdr_jax.core.options import Options, SamOptions
 from otmdr_jax.core.particle import from_one_gradient
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.transform import from_gradient, schedule_of
 
 PyTree = Any

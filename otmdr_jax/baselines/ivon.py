@@ -30,15 +30,11 @@ import optax
 
 from otmdr_jax.baselines import preconditioned
 from otmdr_jax.core import loops, tree
+from otmdr_jax.core.checks import check_count, check_number
 from otmdr_jax.core.gradient import Diagnostics, build
 from otmdr_jax.core.keys import one_key
-from otmdr_jax.core.options import (
-    LossOptions,
-    Options,
-    check_count,
-    check_number,
-    with_options,
-)
+from otmdr_jax.core.options import LossOptions, Options
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.transform import from_gradient
 
 PyTree = Any

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.baselines import curvature
 from otmdr_jax.baselines.finalize import Finalize
-from otmdr_jax.core.options import check_count, check_word
+from otmdr_jax.core.checks import check_count, check_word
 
 PyTree = Any
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax.core import collectives
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.core.keys import one_key
-from otmdr_jax.core.options import check_count
 
 # Of Uncertainty Baselines' MC dropout (baselines/cifar/dropout.py): WideResNet-28-10.
 RATE = 0.1

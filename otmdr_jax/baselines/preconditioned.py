@@ -14,7 +14,7 @@ import optax
 
 from otmdr_jax import bnn
 from otmdr_jax.core import draws, tree
-from otmdr_jax.core.options import check_number
+from otmdr_jax.core.checks import check_number
 from otmdr_jax.core.transform import MemoryState, keep
 
 PyTree = Any

@@ -14,13 +14,8 @@ from typing import Annotated, Any, Unpack
 from otmdr_jax.bnn.gradient import ObjectiveOptions, of_means, options_of_means
 from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.dual import RHO, Budget, BudgetOptions, DualGradient, one_radius
-from otmdr_jax.core.options import (
-    PartOptions,
-    PassOptions,
-    ShapeOptions,
-    filled,
-    with_options,
-)
+from otmdr_jax.core.options import PartOptions, PassOptions, ShapeOptions
+from otmdr_jax.core.signatures import filled, with_options
 
 
 class DualMeansOptions(

@@ -29,6 +29,7 @@ from otmdr_jax.bnn import kl_divergence, local_reparam, posterior, priors
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.core import collectives, loops, tree
 from otmdr_jax.core.batches import NO_BATCH, batch_size
+from otmdr_jax.core.checks import check_number, check_rho
 from otmdr_jax.core.gradient import Diagnostics, build, checked
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
@@ -40,14 +41,9 @@ from otmdr_jax.core.options import (
     SamplerChoice,
     SamplerOptions,
     ShapeOptions,
-    check_number,
-    check_rho,
-    check_words,
-    fields_of,
-    filled,
-    with_options,
 )
 from otmdr_jax.core.particle import all_particles, particle
+from otmdr_jax.core.signatures import check_words, fields_of, filled, with_options
 from otmdr_jax.core.step import Particle, Step
 
 PyTree = Any

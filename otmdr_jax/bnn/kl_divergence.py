@@ -20,7 +20,7 @@ import optax
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.bnn.priors import Normal, check_prior
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 
 PyTree = Any
 

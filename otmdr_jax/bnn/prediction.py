@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from otmdr_jax.bnn import posterior
 from otmdr_jax.bnn.posterior import MeanField
 from otmdr_jax.core import loops, tree
-from otmdr_jax.core.options import MEMBER_MAPS, check_count, check_word
+from otmdr_jax.core.checks import check_count, check_word
+from otmdr_jax.core.options import MEMBER_MAPS
 from otmdr_jax.ensemble import log_mean_probs
 
 PyTree = Any

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core.options import check_number
+from otmdr_jax.core.checks import check_number
 
 PyTree = Any
 

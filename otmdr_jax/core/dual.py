@@ -34,20 +34,11 @@ import optax
 
 from otmdr_jax.core import collectives, shards, tree
 from otmdr_jax.core.ascent import ascend
+from otmdr_jax.core.checks import check_count, check_number, check_rho
 from otmdr_jax.core.gradient import build
-from otmdr_jax.core.options import (
-    LossOptions,
-    Options,
-    PartOptions,
-    ShapeOptions,
-    check_count,
-    check_number,
-    check_rho,
-    fields_of,
-    filled,
-    with_options,
-)
+from otmdr_jax.core.options import LossOptions, Options, PartOptions, ShapeOptions
 from otmdr_jax.core.particle import particle
+from otmdr_jax.core.signatures import fields_of, filled, with_options
 from otmdr_jax.core.step import Particle, Pass, Step
 from otmdr_jax.core.transform import from_gradient, keep, schedule_of
 

@@ -26,9 +26,11 @@ from otmdr_jax.core.batches import (
     check_examples,
     subbatches,
 )
+from otmdr_jax.core.checks import check_rho
 from otmdr_jax.core.keys import one_key
-from otmdr_jax.core.options import Options, RobustOptions, check_rho, with_options
+from otmdr_jax.core.options import Options, RobustOptions
 from otmdr_jax.core.particle import all_particles
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.step import Particle, Step, metric_of
 
 PyTree = Any

@@ -2,32 +2,19 @@
 
 An option is a field of a TypedDict: its type, its default, what it does. A public
 function names the set that it honours, `**options: Unpack[SamOptions]`;
-:func:`with_options` shows each of them in its signature and docstring and refuses
-whatever else is given. :class:`Options` holds all of the robust gradient's, checked.
+:func:`otmdr_jax.core.signatures.with_options` shows each of them in its signature and
+docstring and refuses whatever else is given. :class:`Options` holds all of the robust
+gradient's, checked.
 """
 
 import dataclasses
-import difflib
-import functools
-import inspect
 import math
-import numbers
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypedDict,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import jax
-import jax.numpy as jnp
+
+from otmdr_jax.core.checks import check_count, check_number, is_known
+from otmdr_jax.core.signatures import check_words, fields_of
 
 Map = Literal["auto", "vmap", "unroll", "scan"]
 PARTICLE_MAPS = MEMBER_MAPS = get_args(Map)
@@ -248,38 +235,6 @@ class PartedOptions(PartOptions, LossOptions, total=False):
     """Of a climb that is the function's own, on parts of the batch."""
 
 
-class Field(NamedTuple):
-    """What is known of an option.
-
-    Attributes:
-      type: Its type; a Literal of the words where it is one of several.
-      default: Its default.
-      text: What it does, for docstrings.
-    """
-
-    type: Any
-    default: Any
-    text: str
-
-
-@functools.cache
-def fields_of(kind: Any) -> dict[str, Field]:
-    """The options of a set, by name.
-
-    Example:
-      >>> from otmdr_jax.core.options import BallOptions, fields_of
-      >>> fields_of(BallOptions)["norm"].default
-      'global'
-    """
-    hints = get_type_hints(kind, include_extras=True)
-    return {name: Field(*get_args(hint)) for name, hint in hints.items()}
-
-
-def filled(kind: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a set: those that are given, and the defaults of the others."""
-    return {name: field.default for name, field in fields_of(kind).items()} | {**given}
-
-
 _FIELDS = fields_of(RobustOptions)
 # Those of the sampler's options that do something.
 _OF_SAMPLER = {
@@ -363,7 +318,7 @@ class Options(_Fields):
                 "the ball, infinity: SAM) or tilt (the same from 0 to 1); got "
                 f"inverse_temperature={given[0]!r}, tilt={given[1]!r}."
             )
-        if _is_known(self.tilt) and self.tilt > 1:
+        if is_known(self.tilt) and self.tilt > 1:
             raise ValueError(f"tilt must be from 0 to 1, got {self.tilt!r}.")
         if self.noisy or self.merge is not None:
             raise ValueError(
@@ -374,7 +329,7 @@ class Options(_Fields):
             if self.num_steps is None:
                 raise ValueError('sampler="langevin" needs num_steps, the steps taken.')
             limits = zip(given, (math.inf, 1), strict=True)
-            if shaped or any(_is_known(x) and x == limit for x, limit in limits):
+            if shaped or any(is_known(x) and x == limit for x, limit in limits):
                 raise ValueError(
                     'sampler="langevin" needs a ball of all weights (leave adaptive, '
                     "fisher and norm out) and a finite inverse_temperature, or a tilt "
@@ -417,185 +372,3 @@ class Options(_Fields):
     def random(self) -> bool:
         """Whether a PRNG key is needed."""
         return self.noisy or self.split == "random" or self.sampler != "ascent"
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def with_options(function: Function) -> Function:
-    """Shows the options of a function's set, and refuses what is no option of it.
-
-    Args:
-      function: Its last parameter is `**options: Unpack[...]` of one of the sets here;
-        its docstring has an entry `**options:`, in whose place the options are
-        described.
-
-    Returns:
-      The function, with each option in its signature, as a keyword with its default.
-
-    Example:
-      >>> import inspect, otmdr_jax
-      >>> inspect.signature(otmdr_jax.sam).parameters["norm"].default
-      'global'
-      >>> otmdr_jax.sam(lambda w, batch: 0.0, nrom="none")
-      Traceback (most recent call last):
-      TypeError: otmdr_jax.sam takes no nrom (did you mean norm?); it takes rho, ...
-    """
-    signature = inspect.signature(function)
-    *own, options = signature.parameters.values()
-    (kind,) = get_args(options.annotation)
-    fields = fields_of(kind)
-    keywords = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=field.type,
-        )
-        for name, field in fields.items()
-    ]
-    known = [parameter.name for parameter in (*own[1:], *keywords)]
-    _, room, *inside = function.__module__.split(".")
-    room = {"core": "otmdr_jax", "frameworks": inside[-1]}.get(room, room)
-    name = f"{room}.{function.__name__}"
-
-    @functools.wraps(function)
-    def checked(*args, **kwargs):
-        check_names(name, set(kwargs) - {own[0].name}, known)
-        return function(*args, **kwargs)
-
-    vars(checked)["__signature__"] = signature.replace(parameters=[*own, *keywords])
-    checked.__doc__ = _described(inspect.getdoc(function) or "", fields)
-    return checked  # type: ignore[return-value]
-
-
-def _described(doc: str, fields: Mapping[str, Field]) -> str:
-    """A docstring whose entry `**options:` has given way to those of the options."""
-    before, _, rest = doc.partition("\n  **options:")
-    _, blank, after = rest.partition("\n\n")  # it is the last one of its section
-    entries = [
-        textwrap.fill(
-            f"{name}: {' '.join(field.text.split())}",
-            width=84,
-            initial_indent="  ",
-            subsequent_indent="    ",
-            break_on_hyphens=False,
-        )
-        for name, field in fields.items()
-    ]
-    return "\n".join([before, *entries]) + blank + after
-
-
-def check_rho(rho: Any) -> tuple[jax.typing.ArrayLike, ...]:
-    """Returns the radii as a tuple, one for each ascent step.
-
-    Args:
-      rho: A number, a sequence of numbers, or an array of rank 0 or 1; traced values
-        are taken as they are.
-
-    Raises:
-      ValueError: No radius, a negative or a non-finite one.
-      TypeError: A radius that is no number.
-    """
-    if isinstance(rho, (Sequence, list, tuple)) and not isinstance(rho, str):
-        radii = tuple(rho)
-    elif getattr(rho, "ndim", 0) == 1:
-        radii = tuple(rho[i] for i in range(rho.shape[0]))
-    else:
-        radii = (rho,)
-    if not radii:
-        raise ValueError(
-            "rho must hold one radius for each ascent step, got none: pass "
-            "rho=(0.05, 0.1) for OT-MDR or rho=(0.05,) for one step."
-        )
-    for radius in radii:
-        check_number("rho", radius)
-    return radii
-
-
-def check_number(
-    name: str, value: Any, *, positive: bool = False, infinite: bool = False
-) -> None:
-    """Raises unless a value is a finite number that is not negative, or a traced one.
-
-    Args:
-      name: What it is called in errors.
-      value: A number, a scalar array, or a traced scalar, whose value is not checked.
-      positive: Whether 0 is refused too.
-      infinite: Whether infinity is taken.
-
-    Raises:
-      TypeError: It is no number; ValueError: it is not finite, negative, or no scalar.
-    """
-    dtype = getattr(value, "dtype", jnp.float32)
-    if dtype == jnp.uint32 or jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        raise TypeError(
-            f"{name} must be a number, got a PRNG key or the words of one. "
-            "otmdr_jax.otmdr(loss_fn, key) has a key; value_and_grad and "
-            "robust_gradient take it at the call, by name; sam and its like need none."
-        )
-    if not jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(
-        dtype, jnp.floating
-    ):
-        raise TypeError(f"{name} must be a real number, got one of dtype {dtype}.")
-    if isinstance(value, jax.core.Tracer):
-        if value.shape != ():
-            raise ValueError(f"{name} must be a scalar, got a {value.aval}.")
-        return
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number and not (hasattr(value, "dtype") and jnp.shape(value) == ()):
-        raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
-    known = math.isfinite(float(value)) or (infinite and float(value) == math.inf)
-    if not known or float(value) < 0 or (positive and not value):
-        must = "positive and finite" if positive else "finite and not negative"
-        must = "at least 0" if infinite else must
-        raise ValueError(f"{name} must be {must}, got {value!r}.")
-
-
-def _is_known(value: Any) -> bool:
-    return value is not None and not isinstance(value, jax.core.Tracer)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises unless a value is an integer of at least 1, known at trace time."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        made = isinstance(value, jax.Array)
-        raise TypeError(
-            f"{name} must be an integer known at trace time, got {value!r}."
-            + " optax.inject_hyperparams makes arrays of all numbers: hand it a "
-            "function of those alone that may change." * made
-        )
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}.")
-
-
-def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError for names that are not among the known ones.
-
-    Args:
-      owner: What takes options: a function, as users call it.
-      given: The names that it was given.
-      known: Those that it takes.
-    """
-    known = list(known)
-    if unknown := sorted(set(given) - set(known)):
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        raise TypeError(
-            f"{owner} takes no {', '.join(unknown)}"
-            + (f" (did you mean {near[0]}?)" if near else "")
-            + f"; it takes {', '.join(known)}."
-        )
-
-
-def check_words(kind: Any, given: Mapping[str, Any]) -> None:
-    """Raises ValueError unless options that are words are known ones of their set."""
-    for name, field in fields_of(kind).items():
-        if get_origin(field.type) is Literal:
-            check_word(name, given[name], get_args(field.type))
-
-
-def check_word(name: str, value: Any, known: Sequence[str | None]) -> None:
-    """Raises ValueError unless an option's value is one of the known words."""
-    if value not in known:
-        words = ", ".join(repr(word) for word in known)
-        raise ValueError(f"{name} must be one of {words}; got {value!r}.")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.core import collectives, langevin, loops, rows, sampling, tree, weights
 from otmdr_jax.core.batches import NO_BATCH, batch_size, check_examples
+from otmdr_jax.core.checks import check_rho
 from otmdr_jax.core.gradient import checked, step_of, suited
 from otmdr_jax.core.options import (
     BallOptions,
@@ -17,10 +18,9 @@ from otmdr_jax.core.options import (
     ParticleOptions,
     SamplerOptions,
     ShapeOptions,
-    check_rho,
-    with_options,
 )
 from otmdr_jax.core.samplers import SAMPLERS
+from otmdr_jax.core.signatures import with_options
 
 PyTree = Any
 

@@ -22,6 +22,7 @@ import optax
 
 from otmdr_jax.core import tree
 from otmdr_jax.core.batches import NO_BATCH
+from otmdr_jax.core.checks import check_rho
 from otmdr_jax.core.gradient import PAPER_RHO, Diagnostics, build, robust_gradient
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
@@ -30,9 +31,8 @@ from otmdr_jax.core.options import (
     Options,
     RobustOptions,
     SamOptions,
-    check_rho,
-    with_options,
 )
+from otmdr_jax.core.signatures import with_options
 
 PyTree = Any
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jax.typing import ArrayLike
 
-from otmdr_jax.core.options import check_word
+from otmdr_jax.core.checks import check_word
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

@@ -11,7 +11,7 @@ from otmdr_jax.core import dual as single
 from otmdr_jax.core import tree
 from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.dual import RHO, DualGradient, DualOptions
-from otmdr_jax.core.options import with_options
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.transform import from_gradient, schedule_of
 from otmdr_jax.ensemble.gradient import joined, over_members
 from otmdr_jax.ensemble.stacking import count_members, functions_of, is_tuple

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from otmdr_jax.core import gradient as single
 from otmdr_jax.core import loops, tree
 from otmdr_jax.core.batches import NO_BATCH
+from otmdr_jax.core.checks import check_word
 from otmdr_jax.core.gradient import PAPER_RHO, RobustGradient
-from otmdr_jax.core.options import MEMBER_MAPS, RobustOptions, check_word, with_options
+from otmdr_jax.core.options import MEMBER_MAPS, RobustOptions
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.ensemble.stacking import (
     check_all,
     each_or_one,

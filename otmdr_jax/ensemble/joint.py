@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax.core import loops, tree
-from otmdr_jax.core.options import MEMBER_MAPS, check_word
+from otmdr_jax.core.checks import check_word
+from otmdr_jax.core.options import MEMBER_MAPS
 from otmdr_jax.ensemble.stacking import (
     check_all,
     each_or_one,

@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
-from otmdr_jax.core.options import check_rho
+from otmdr_jax.core.checks import check_rho
 from otmdr_jax.experiments import patterns
 
 

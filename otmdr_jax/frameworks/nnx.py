@@ -23,7 +23,8 @@ except ImportError as error:
 
 from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.gradient import PAPER_RHO
-from otmdr_jax.core.options import RobustOptions, with_options
+from otmdr_jax.core.options import RobustOptions
+from otmdr_jax.core.signatures import with_options
 from otmdr_jax.frameworks.objects import Static, gradient_of
 
 PyTree = Any

@@ -9,8 +9,9 @@ import numpy as np
 
 from otmdr_jax.core import tree
 from otmdr_jax.core.batches import NO_BATCH
+from otmdr_jax.core.checks import check_rho
 from otmdr_jax.core.gradient import build, checked, suited
-from otmdr_jax.core.options import Options, RobustOptions, check_rho
+from otmdr_jax.core.options import Options, RobustOptions
 
 PyTree = Any
 

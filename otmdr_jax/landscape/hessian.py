@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import tree
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.landscape import lanczos
 from otmdr_jax.landscape.objective import LossSum, Objective
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from otmdr_jax.core import tree
 from otmdr_jax.core.ascent import absolute_weights, ascend, sphere
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.core.options import check_count, check_word
+from otmdr_jax.core.checks import check_count, check_word
 from otmdr_jax.metrics.detection import (
     auroc,
     auroc_of_ranked,

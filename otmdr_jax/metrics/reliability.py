@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.core.options import check_count, check_word
+from otmdr_jax.core.checks import check_count, check_word
 from otmdr_jax.metrics.predictions import Array, Predictions, Ranked, check, rank
 
 # Nguyen et al., 2023, appendix B.2, and the usual choice.

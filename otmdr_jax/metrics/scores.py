@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.metrics.predictions import Array, Measure, Ranked, check, per_class
 from otmdr_jax.metrics.reliability import NUM_BINS, BinSums, bin_sums, width_bounds
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax.core import shards
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.metrics.predictions import tolerance
 from otmdr_jax.metrics.reliability import (
     NUM_BINS,

@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
         + extras.command("models")
     ) from error
 
-from otmdr_jax.core.options import check_count, check_number
+from otmdr_jax.core.checks import check_count, check_number
 from otmdr_jax.models.base import Model, parameter_count
 from otmdr_jax.models.cnn import SmallCNN
 from otmdr_jax.models.counting import output_positions

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from otmdr_jax.core.options import check_number
+from otmdr_jax.core.checks import check_number
 from otmdr_jax.models.convolution import convolve
 from otmdr_jax.models.depthwise import convolve_depthwise
 from otmdr_jax.models.dropout import Dropout, checked_keys

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from otmdr_jax.core.options import check_word
+from otmdr_jax.core.checks import check_word
 from otmdr_jax.models.base import (
     Chain,
     Layers,

@@ -11,7 +11,7 @@ convolution of a block.
 import jax
 from flax import nnx
 
-from otmdr_jax.core.options import check_word
+from otmdr_jax.core.checks import check_word
 from otmdr_jax.models.base import (
     Chain,
     Layers,

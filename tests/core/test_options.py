@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 
 import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble, parallel
-from otmdr_jax.core.options import RobustOptions, fields_of
+from otmdr_jax.core.options import RobustOptions
+from otmdr_jax.core.signatures import fields_of
 from otmdr_jax.experiments import building, cli, config, methods, training
 from otmdr_jax.experiments.methods.riding import Riding
 from tests import toy

@@ -13,7 +13,7 @@ from otmdr_jax.baselines.bsam import DAMPING, PRECISION
 from otmdr_jax.baselines.bsam import RHO as BSAM_RHO
 from otmdr_jax.baselines.ivon import B2 as IVON_B2
 from otmdr_jax.baselines.ivon import HESS
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
 from otmdr_jax.experiments.methods.point import (

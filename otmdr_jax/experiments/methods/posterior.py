@@ -7,7 +7,7 @@ import jax
 import optax
 
 from otmdr_jax import bnn
-from otmdr_jax.core.options import check_count, check_word
+from otmdr_jax.core.checks import check_count, check_word
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
 from otmdr_jax.experiments.methods.point import (

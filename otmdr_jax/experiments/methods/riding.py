@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax import parallel
-from otmdr_jax.core.options import check_word
+from otmdr_jax.core.checks import check_word
 from otmdr_jax.experiments.methods import point
 from otmdr_jax.experiments.methods.base import Course, MethodOptions, Run, no_joint_loss
 from otmdr_jax.experiments.options import Option, options_of

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from otmdr_jax.core.options import check_word
+from otmdr_jax.core.checks import check_word
 from otmdr_jax.metrics.predictions import (
     Array,
     Predictions,

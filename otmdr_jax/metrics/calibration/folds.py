@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax import metrics
-from otmdr_jax.core.options import check_count
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.metrics.calibration.isotonic import fit_isotonic
 from otmdr_jax.metrics.calibration.scaling import (
     Scaling,
