@@ -2,8 +2,9 @@
 
 training.py    the state, the loss and the step, which all methods share
 base.py        what a method says of itself
-point.py       of one weight vector: sgd, sam, asam, gsam, looksam, fisher-sam,
-               otmdr, otmdr-dual
+point.py       what those of one weight vector share; sgd
+sam.py         sam, asam, gsam, looksam, fisher-sam
+otmdr.py       otmdr, otmdr-dual
 sampled.py     what those share that predict with samples
 posterior.py   of means and scales: sgvb, otmdr-bnn, otmdr-dual-bnn
 gaussian.py    of one weight vector and a precision: bsam, ivon

@@ -10,11 +10,8 @@ from otmdr_jax import bnn
 from otmdr_jax.core.checks import check_count, check_word
 from otmdr_jax.experiments.methods import training
 from otmdr_jax.experiments.methods.base import Run, no_joint_loss
-from otmdr_jax.experiments.methods.point import (
-    Budgeted,
-    Particles,
-    Point,
-)
+from otmdr_jax.experiments.methods.otmdr import Budgeted, Particles
+from otmdr_jax.experiments.methods.point import Point
 from otmdr_jax.experiments.methods.sampled import Sampled
 from otmdr_jax.experiments.options import (
     NotNegative,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from otmdr_jax import parallel
 from otmdr_jax.core.checks import check_word
-from otmdr_jax.experiments.methods import point
+from otmdr_jax.experiments.methods import otmdr, point, sam
 from otmdr_jax.experiments.methods.base import Course, MethodOptions, Run, no_joint_loss
 from otmdr_jax.experiments.options import Option, options_of
 
@@ -24,7 +24,7 @@ class Riding(MethodOptions):
     """
 
     bases: ClassVar[dict[str, type[MethodOptions]]] = {
-        kind.name: kind for kind in (point.Sgd, point.Sam, point.Asam, point.Otmdr)
+        kind.name: kind for kind in (point.Sgd, sam.Sam, sam.Asam, otmdr.Otmdr)
     }
     own: ClassVar[tuple[str, ...]] = ()
 

@@ -9,9 +9,11 @@ import optax
 from otmdr_jax.experiments.methods import (
     collected,
     gaussian,
+    otmdr,
     point,
     post_hoc,
     posterior,
+    sam,
     sparse,
 )
 from otmdr_jax.experiments.methods.base import MethodOptions, no_frozen
@@ -24,16 +26,16 @@ METHODS: dict[str, type[MethodOptions]] = {
     kind.name: kind
     for kind in (
         point.Sgd,
-        point.Sam,
-        point.Asam,
-        point.Otmdr,
-        point.OtmdrDual,
+        sam.Sam,
+        sam.Asam,
+        otmdr.Otmdr,
+        otmdr.OtmdrDual,
         posterior.Sgvb,
         posterior.OtmdrBnn,
         posterior.OtmdrDualBnn,
-        point.Gsam,
-        point.LookSam,
-        point.FisherSam,
+        sam.Gsam,
+        sam.LookSam,
+        sam.FisherSam,
         gaussian.Bsam,
         gaussian.Ivon,
         collected.Snapshot,
