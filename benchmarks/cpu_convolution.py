@@ -21,7 +21,7 @@ from _record import markdown, options_of, processor_name, write_json
 from jax import lax
 
 from otmdr_jax import models
-from otmdr_jax.models import base
+from otmdr_jax.models import base, layers
 from otmdr_jax.models.convolution import convolve
 
 WAYS = {"lax": lax.conv_general_dilated, "ours": convolve}
@@ -110,14 +110,14 @@ def layer_name(layer, part):
 
 def step_program(model, batch, convolution, name, compiler_options=None):
     """One training step of a network whose layers take this convolution."""
-    base.convolve = convolution
+    layers.convolve = convolution
     base._skeleton.cache_clear()  # it holds the layers of the other way
     try:
         step = make_steps(model, [(2, "unroll"), (2, "scan")])[name]
         arguments = make_arguments(step, model, batch)
         return compile_step(step.function, arguments, compiler_options)
     finally:
-        base.convolve = convolve
+        layers.convolve = convolve
         base._skeleton.cache_clear()
 
 

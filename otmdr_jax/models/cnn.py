@@ -9,7 +9,7 @@ but the first, as in a block of a wide residual network: our choice.
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Layers, global_average_pool
+from otmdr_jax.models.layers import Layers, global_average_pool
 
 
 class SmallCNN(nnx.Module):

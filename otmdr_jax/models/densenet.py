@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from otmdr_jax.core.checks import check_word
-from otmdr_jax.models.base import Layers, check_width, global_average_pool, widened
+from otmdr_jax.models.layers import Layers, check_width, global_average_pool, widened
 
 _STEMS = ("cifar", "imagenet")
 

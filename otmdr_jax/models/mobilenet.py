@@ -12,7 +12,7 @@ Dropout, 0 unless asked for, is before the classifier, as in TF-Slim's `mobilene
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import (
+from otmdr_jax.models.layers import (
     Chain,
     Layers,
     check_width,

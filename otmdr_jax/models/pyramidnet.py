@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from otmdr_jax.models.base import Chain, Layers, global_average_pool
+from otmdr_jax.models.layers import Chain, Layers, global_average_pool
 
 _EXPANSION = 4
 

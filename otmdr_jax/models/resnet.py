@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from otmdr_jax.core.checks import check_word
-from otmdr_jax.models.base import (
+from otmdr_jax.models.layers import (
     Chain,
     Layers,
     check_width,

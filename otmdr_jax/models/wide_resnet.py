@@ -11,7 +11,7 @@ asked for, is where both have it: before the second convolution of a block.
 import jax
 from flax import nnx
 
-from otmdr_jax.models.base import Chain, Layers, global_average_pool
+from otmdr_jax.models.layers import Chain, Layers, global_average_pool
 
 
 class WideBlock(nnx.Module):

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from otmdr_jax import models
-from otmdr_jax.models.base import Layers
 from otmdr_jax.models.densenet import DenseNet
 from otmdr_jax.models.efficientnet import EfficientNet
+from otmdr_jax.models.layers import Layers
 from otmdr_jax.models.pyramidnet import _average_pool
 from tests.sets import real_cifar10
 from tests.zoo import (

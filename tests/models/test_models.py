@@ -12,7 +12,7 @@ from flax import nnx
 
 import otmdr_jax
 from otmdr_jax import models
-from otmdr_jax.models.base import Layers
+from otmdr_jax.models.layers import Layers
 from tests.marks import slow_but
 from tests.zoo import (
     apply,

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from otmdr_jax import models
-from otmdr_jax.models.base import Layers
 from otmdr_jax.models.densenet import DenseNet as OurDenseNet
+from otmdr_jax.models.layers import Layers
 from otmdr_jax.models.pyramidnet import PyramidBottleneck
 from otmdr_jax.models.wide_resnet import WideBlock
 from tests.zoo import shapes
