@@ -17,7 +17,6 @@ computes the gradient of the objective; `predict` evaluates samples.
 
 from otmdr_jax.bnn.dual import dual_gradient
 from otmdr_jax.bnn.gradient import (
-    PAPER_RHO,
     BayesGradient,
     robust_gradient,
     sgvb,
@@ -25,6 +24,7 @@ from otmdr_jax.bnn.gradient import (
     value_and_grad,
 )
 from otmdr_jax.bnn.kl_divergence import blundell, convert_beta, kl, warmup
+from otmdr_jax.bnn.options import PAPER_RHO
 from otmdr_jax.bnn.posterior import (
     SIGMA,
     MeanField,

@@ -11,7 +11,8 @@ what the multiplier sees over steps.
 from collections.abc import Callable
 from typing import Annotated, Any, Unpack
 
-from otmdr_jax.bnn.gradient import ObjectiveOptions, of_means, options_of_means
+from otmdr_jax.bnn.gradient import of_means, options_of_means
+from otmdr_jax.bnn.options import ObjectiveOptions
 from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.dual import RHO, Budget, BudgetOptions, DualGradient, one_radius
 from otmdr_jax.core.options import PartOptions, PassOptions, ShapeOptions

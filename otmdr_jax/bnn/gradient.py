@@ -20,121 +20,33 @@ and point estimates are weights that do not.
 import math
 import numbers
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
 from otmdr_jax.bnn import kl_divergence, local_reparam, posterior, priors
+from otmdr_jax.bnn.options import (
+    MeanFieldOptions,
+    SgvbOptions,
+)
 from otmdr_jax.bnn.posterior import MeanField
-from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.bnn.scales import scales_at_center
+from otmdr_jax.core import collectives
 from otmdr_jax.core.batches import NO_BATCH, batch_size
 from otmdr_jax.core.checks import check_number, check_rho
 from otmdr_jax.core.gradient import Diagnostics, build, checked
 from otmdr_jax.core.keys import one_key
 from otmdr_jax.core.options import (
     Options,
-    ParticleOptions,
-    PartOptions,
     PassOptions,
     RobustOptions,
-    SamplerChoice,
-    SamplerOptions,
-    ShapeOptions,
 )
-from otmdr_jax.core.particle import all_particles, particle
+from otmdr_jax.core.particle import all_particles
 from otmdr_jax.core.signatures import check_words, fields_of, filled, with_options
 from otmdr_jax.core.step import Particle, Step
 
 PyTree = Any
-
-# Nguyen et al., 2023, appendix B.3, for all experiments with Bayesian networks.
-PAPER_RHO = (0.005, 0.01)
-
-
-class ObjectiveOptions(TypedDict, total=False):
-    """Of the objective, the negative ELBO per example."""
-
-    num_data: Annotated[
-        float | None, None, "N, the number of examples in the training set; required."
-    ]
-    prior_std: Annotated[
-        float | None,
-        None,
-        "Standard deviation of a normal prior, 0.1 by default (released code).",
-    ]
-    prior: Annotated[
-        Any, None, "Another prior in its place: see :mod:`otmdr_jax.bnn.priors`."
-    ]
-    kl_weight: Annotated[
-        jax.typing.ArrayLike,
-        1.0,
-        """What KL / N is multiplied by: 1 is the ELBO. A number or a traced scalar;
-        schedules are called outside and handed to `grad_fn`.""",
-    ]
-
-
-class MeansOptions(TypedDict, total=False):
-    """Of the climb of the means."""
-
-    rho: Annotated[
-        Any,
-        PAPER_RHO,
-        "Radii, one for each ascent step, (0.005, 0.01) by default (appendix B.3).",
-    ]
-    norm: Annotated[
-        Literal["per_leaf", "global", "joint"],
-        "per_leaf",
-        """"per_leaf" (the paper: each layer's means have a norm), "global" (one over
-        all means) or "joint" (one over the gradients of means and raw scales; the
-        released code).""",
-    ]
-    sigma_gradient: Annotated[
-        Literal["center", "center_first", "particle"],
-        "center",
-        """"center" (the paper: at mu + sigma kappa, on all of the batch),
-        "center_first" (there, but on the first part of the batch alone, which saves a
-        pass), or "particle" (in the last pass; the released code).""",
-    ]
-    weight_noise: Annotated[
-        Literal["once", "each_step"],
-        "once",
-        """kappa drawn "once" a step (the paper), or at "each_step" of ascent, the last
-        one kept for the last pass (the released code). The same on all devices and
-        sub-batches in any case.""",
-    ]
-    mask: Annotated[
-        Any,
-        None,
-        """Which means may be perturbed: a pytree of bools of the model's structure, or
-        a function of its parameters to one.""",
-    ]
-
-
-class MeanFieldOptions(
-    ObjectiveOptions,
-    MeansOptions,
-    ParticleOptions,
-    SamplerChoice,
-    SamplerOptions,
-    ShapeOptions,
-    PartOptions,
-    PassOptions,
-    total=False,
-):
-    """Of the robust gradient of a posterior."""
-
-
-class SgvbOptions(ObjectiveOptions, PassOptions, total=False):
-    """Of SGVB."""
-
-    estimator: Annotated[
-        Literal["weights", "local", "flipout"],
-        "weights",
-        """"weights" (one sample of the weights for the batch), "local" or "flipout"
-        (noise of its own for each example: gradients of lower variance, two products
-        for one; see :mod:`otmdr_jax.bnn.local_reparam`).""",
-    ]
 
 
 class BayesGradient(NamedTuple):
@@ -258,7 +170,7 @@ def robust_gradient(
             step = step._replace(norm_mask=_with_scales(step.center))
         if sigma_gradient == "particle":
             return all_particles(step)
-        return _scales_at_center(step, whole=sigma_gradient == "center")
+        return scales_at_center(step, whole=sigma_gradient == "center")
 
     opts = options_of_means(given, norm="global" if norm == "joint" else norm)
     if given["weight_noise"] == "each_step" and opts.sampler != "ascent":
@@ -442,70 +354,6 @@ def _with_scales(q):
     """A mask of means and raw scales, for a norm over both."""
     kinds = zip(q, (True, True, False), strict=True)
     return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
-
-
-def _scales_at_center(step: Step, *, whole: bool) -> Particle:
-    """The mean over particles, but with the gradient of the scales at the center.
-
-    The first ascent step has that gradient on the first part of the batch.
-
-    Args:
-      step: What the particles have in common.
-      whole: Whether the gradient of the scales is that of all of the batch, which takes
-        one pass over the other parts. The first particle's parts serve all particles.
-    """
-
-    def begin(own, parts):
-        seen, grads = own.gradient(own.center, parts[0])
-        return (seen, own.shared(grads)), grads.raw_scale
-
-    def complete(scales, parts):
-        """The gradient on all parts; the parts, available after it."""
-        if step.options.split == "shared" or not jax.tree.leaves(scales):
-            return scales, parts
-        rest = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts[1:])
-        _, grads = step.gradient(step.center, loops.after(scales, rest))
-        sizes = batch_size(parts[0]), batch_size(rest)
-        scales = tree.weighted_mean(scales, grads.raw_scale, *sizes)
-        return scales, loops.after(scales, parts)
-
-    def replaced(found, scales):
-        return found._replace(grads=found.grads._replace(raw_scale=scales))
-
-    def one(own, keys, parts=None, first=None):
-        parts = own.split(keys) if parts is None else parts
-        return replaced(particle(own, keys, parts, first), None)
-
-    def alone(own, keys):
-        parts = own.split(keys)
-        first, scales = begin(own, parts)
-        return replaced(one(own, keys, parts, first), scales)
-
-    keys, count = step.keys, step.num_particles
-    completes = whole and step.options.num_parts(len(step.radii)) > 1
-    if step.options.split != "random":
-        parts = step.split(keys)
-        first, scales = begin(step, parts)
-        if completes:
-            scales, parts = complete(scales, parts)
-        found = step.average(lambda own, keys: one(own, keys, parts, first))
-        return replaced(found, scales)
-    if not completes:
-        return step.average(alone)
-    lead = jax.tree.map(lambda k: k[0], keys) if count > 1 else keys
-    parts = step.split(lead)
-    first, scales = begin(step, parts)
-    scales, parts = complete(scales, parts)
-    found = step.average(lambda own, keys: one(own, keys, parts, first), lead, 1)
-    if count > 1:
-        others = jax.tree.map(lambda k: k[1:] if count > 2 else k[1], keys)
-        others = loops.after(found._replace(distance=None), others)
-        more = step.average(one, others, count - 1)
-        distances = jnp.concatenate([found.distance, more.distance])
-        found = tree.weighted_mean(
-            found._replace(distance=None), more._replace(distance=None), 1, count - 1
-        )._replace(distance=distances)
-    return replaced(found, scales)
 
 
 def _check_weight(weight):

@@ -5,7 +5,7 @@ The two differ in several places (docs/paper-versus-code.md).
 
 from typing import Any
 
-from otmdr_jax.bnn.gradient import PAPER_RHO
+from otmdr_jax.bnn.options import PAPER_RHO
 from otmdr_jax.core.checks import check_word
 
 PRESETS = ("paper", "released")

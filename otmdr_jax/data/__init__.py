@@ -34,13 +34,13 @@ from otmdr_jax.data.folder import from_folder
 from otmdr_jax.data.huggingface import from_huggingface
 from otmdr_jax.data.lazy import LazyImages
 from otmdr_jax.data.loader import Loader, from_batches
+from otmdr_jax.data.npz import save
 from otmdr_jax.data.sources import (
     TestInfo,
     describe_test,
     is_folder,
     load,
     load_test,
-    save,
 )
 from otmdr_jax.data.stream import fits_on_device, stream_batches
 from otmdr_jax.data.targets import from_targets
