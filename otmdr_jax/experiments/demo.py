@@ -49,8 +49,8 @@ def run(
     """
     title = f"Digits with {BASE.data.label_noise:.0%} wrong training labels"
     report.check_folder(pathlib.Path(output), title)
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must differ from each other, got {seeds}.")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or several different ones, got {seeds}.")
     epochs = BASE.run.epochs if epochs is None else epochs
     with tempfile.TemporaryDirectory() as scratch:
         groups = []
@@ -67,7 +67,9 @@ def run(
         order = sorted(groups, key=lambda x: -cost.gradient_evaluations(x[0].config))
         for one, status in jobs_lib.train(order, jobs, show_progress=show_progress):
             if status == "diverged":
-                raise training.NonFiniteError(f"{one.folder.name} diverged.")
+                raise training.NonFiniteError(
+                    f"{one.label}, seed {one.config.run.seed}, diverged."
+                )
         found = [report.read_run(one.folder) for group in groups for one in group]
     report.print_summary(found, title)
     path = report.write(pathlib.Path(output), found, title, command="otmdr demo")

@@ -85,12 +85,13 @@ def train(
     Raises:
       ValueError: More jobs than cores.
       Interrupted: On Ctrl-C or SIGTERM, after each run at work has saved its state.
-      RuntimeError: The process of a run was killed.
+      ChildProcessError: The process of a run was killed.
       Exception: What a run raises. Those beside it are saved and stopped.
     """
     check(jobs)
+    groups = [group for group in groups if group]
     if (count := min(jobs, len(groups))) > 1:
-        yield from _side_by_side(list(groups), count, show_progress)
+        yield from _side_by_side(groups, count, show_progress)
         return
     runs = [one for group in groups for one in group]
     for i, one in enumerate(runs):
@@ -221,15 +222,15 @@ def _answer(job, told):
         status, said = job.answer.recv()
     except EOFError:
         job.process.join()
-        if told:  # to stop, before it listened
-            return "interrupted", signal.SIGTERM
         code, why = job.process.exitcode, ""
+        if told and code != -signal.SIGKILL:  # to stop, before it listened
+            return "interrupted", signal.SIGTERM
         if code == -signal.SIGKILL:
             why = ", for want of memory perhaps: ask for fewer jobs"
         elif code == 1:
             why = '; does the script that started it lack `if __name__ == "__main__":`?'
         text = f"the process of {folder} ended with exit code {code}{why}."
-        return "failed", RuntimeError(text)
+        return "failed", ChildProcessError(text)
     if status == "failed":
         error, text = said
         error.__cause__ = RuntimeError(f"{folder}:\n{text}")

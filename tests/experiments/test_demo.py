@@ -1,6 +1,7 @@
 """`otmdr demo`: what it refuses, and the whole of it with one epoch."""
 
 import json
+import signal
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_another_report_is_kept(tmp_path, one_layer, capsys):
     ("words", "message"),
     [
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--seeds"], "seeds must be one or several different ones, got ()"),
         (["--jobs", "0"], "jobs must be a positive integer, got 0"),
         (["--jobs", "99999"], "jobs must be at most the processor's"),
     ],
@@ -56,6 +58,23 @@ def test_two_jobs_are_the_default_where_there_are_cores_for_them(monkeypatch):
     cli.main(["demo"])
     cli.main(["demo", "--jobs", "3"])
     assert asked == [2, 1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (training.Interrupted("saved", signal.SIGTERM), 143, "keeps no part of its"),
+        (training.NonFiniteError("SGD, seed 0, diverged."), 1, "SGD, seed 0, diverged"),
+    ],
+)
+def test_what_ends_it_early_is_said(error, code, said, monkeypatch, capsys):
+    def ends(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(demo, "run", ends)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo"])
+    assert stop.value.code == code and said in capsys.readouterr().err
 
 
 @pytest.mark.slow

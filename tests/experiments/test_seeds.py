@@ -77,6 +77,7 @@ def test_a_sweep_and_the_demo_refuse_them_before_the_first_run(tmp_path):
         sweep.plan(path, tmp_path / "out")
     with pytest.raises(ValueError, match=MESSAGE):
         demo.run(tmp_path / "report", seeds=(0, -1))
-    with pytest.raises(ValueError, match="seeds must differ"):
-        demo.run(tmp_path / "report", seeds=(0, 0))
+    for seeds in ((0, 0), ()):
+        with pytest.raises(ValueError, match="seeds must be one or several different"):
+            demo.run(tmp_path / "report", seeds=seeds)
     assert not (tmp_path / "report").exists()

@@ -379,6 +379,39 @@ def test_a_run_stopped_while_it_measures_its_result_is_saved(
 
 
 @pytest.mark.slow
+def test_a_signal_at_the_end_of_a_run_is_heard(small, tmp_path, monkeypatch):
+    """The run is finished, but who has more runs to train must stop."""
+    result_of = loop.final_result
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result_of(*args)
+
+    config = TINY.replace(epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "final_result", interrupted)
+        with pytest.raises(training.Interrupted, match="at its end") as stop:
+            training.train(config, small, tmp_path / "run", show_progress=False)
+    assert stop.value.signum == signal.SIGTERM
+    assert run_folder.is_finished(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_run_that_diverges_stops_the_next(small, tmp_path, monkeypatch):
+    def diverge(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise training.NonFiniteError("no number")
+
+    config = TINY.replace(epochs=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate_run", diverge)
+        with pytest.raises(training.NonFiniteError, match="no number"):
+            training.train(config, small, show_progress=False)
+    with pytest.raises(training.Interrupted, match="after step 1 of 2"):
+        training.train(config, small, tmp_path / "run", show_progress=False)
+
+
+@pytest.mark.slow
 def test_a_run_whose_predictions_are_nan_ends_with_null_metrics(small, tmp_path):
     """Parameters may stay finite while evaluation overflows."""
     config = TINY.replace(

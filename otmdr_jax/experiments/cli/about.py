@@ -33,17 +33,23 @@ def run_demo(options: Demo) -> None:
     """`otmdr demo`."""
     from otmdr_jax.experiments import demo as demo_lib
     from otmdr_jax.experiments import jobs as jobs_lib
+    from otmdr_jax.experiments import training
 
-    jobs = options.jobs
-    if jobs is None:
-        jobs = min(jobs_lib.most(), 2)
-    demo_lib.run(
-        options.output,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        jobs=jobs,
-        show_progress=not options.quiet,
-    )
+    jobs = min(jobs_lib.most(), 2) if options.jobs is None else options.jobs
+    try:
+        demo_lib.run(
+            options.output,
+            seeds=options.seeds,
+            epochs=options.epochs,
+            jobs=jobs,
+            show_progress=not options.quiet,
+        )
+    except training.Interrupted as stop:
+        print("otmdr: stopped; the demo keeps no part of its runs.", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except training.NonFiniteError as error:
+        print(f"otmdr: error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def run_info(options: Info) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from otmdr_jax import parallel
 from otmdr_jax.experiments import run_folder
-from otmdr_jax.experiments.interrupts import Interrupted, requests
+from otmdr_jax.experiments.interrupts import Interrupted, remember, requests
 from otmdr_jax.experiments.measure.evaluation import RunEvaluation, evaluate_run
 from otmdr_jax.experiments.programs import few_images, much_noise
 from otmdr_jax.experiments.training import divergence
@@ -74,12 +74,20 @@ class Loop:
         self.progress = Progress(total, step, self._title(), self.show_progress)
         with requests(self._stop), self.progress:
             self._say_where(meta, state)
-            with Feed(self.config, self.dataset, self.programs, step) as feed:
-                while self.step < total:
-                    state = self._epoch(state, feed)
-                    if self.step < total:
-                        self._between_epochs(state)
-            return self._finish(state)
+            try:
+                with Feed(self.config, self.dataset, self.programs, step) as feed:
+                    while self.step < total:
+                        state = self._epoch(state, feed)
+                        if self.step < total:
+                            self._between_epochs(state)
+                result = self._finish(state)
+            except divergence.NonFiniteError:
+                if self.signum:  # too late for this run: the next one hears of it
+                    remember(self.signum)
+                raise
+        if self.signum:  # as it ended: whoever has more runs to train has to stop
+            raise Interrupted("stopped; the run was at its end.", self.signum)
+        return result
 
     # --- It begins ---
 
