@@ -60,8 +60,10 @@ def train(code, cache, output, length):
 
 
 def commit_of(code):
-    """The commit of another checkout; None where it is no clone."""
-    words = ["git", "-C", str(code), "rev-parse", "--short", "HEAD"]
+    """The commit of a clone, with "-dirty" where it was changed; None for no clone."""
+    if not (code / ".git").exists():  # git would find the clone around it
+        return None
+    words = ["git", "-C", str(code), "describe", "--always", "--dirty", "--exclude=*"]
     found = subprocess.run(words, capture_output=True, text=True)
     return found.stdout.strip() or None
 
@@ -116,23 +118,24 @@ def main():
     parser.add_argument("--runs", nargs="+", help="report these, not five new ones")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    codes, against = {"this": HERE}, None
+    codes = {"this": HERE}
     if options.against:
         codes["other"] = pathlib.Path(options.against).resolve()
-        against = commit_of(codes["other"])
+    commits = {name: commit_of(code) for name, code in codes.items()}
     length = ("--steps", "3") if options.smoke else ("--epochs", "5")
     every = {name: [] for name in codes}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         runs = RUNS[::2][:2] if options.smoke else RUNS
-        folders = options.runs or five_runs(scratch, length, runs)
+        folders = [pathlib.Path(x).resolve() for x in options.runs or ()]
+        folders = folders or five_runs(scratch, length, runs)
         for turn in range(1 if options.smoke else options.rounds):
             for name, code in codes.items():
                 own = scratch / f"{name}{turn}"
                 every[name].append(one_round(code, own, length, folders))
                 print(f"round {turn + 1}: {name}", flush=True)
             found = {name: summarise(rounds) for name, rounds in every.items()}
-            record = {**environment(), "against": against, "results": found}
+            record = {**environment(), "commits": commits, "results": found}
             write_json(options.json, record)
     print(table(found))
 

@@ -455,6 +455,15 @@ def test_the_papers_tables_in_miniature_are_those_of_their_records(monkeypatch):
         assert record.items() >= json.loads(files.dumps(again)).items()
 
 
+def test_the_page_takes_no_records_of_another_scale(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("reproduction")
+    record = script.records()[0] | {"variant": "released"}
+    (tmp_path / f"{record['target']}.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="small released, and the page small paper"):
+        script.collect(tmp_path)
+
+
 @pytest.fixture
 def comparison(monkeypatch):
     """benchmarks/comparison.py and its committed record."""
@@ -771,7 +780,7 @@ def test_performance_page_shows_the_first_minutes(monkeypatch):
     table = first_minutes.table(record["results"])
     assert table in shown("performance.md", "first minutes")
     page = (ROOT / "docs" / "performance.md").read_text()
-    assert f"with commit {record['against']}," in page
+    assert f"with commit {record['commits']['other']}," in page
 
 
 def test_baselines_page_shows_the_committed_measurements(monkeypatch):

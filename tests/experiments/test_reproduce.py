@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from scipy import stats
 
 from otmdr_jax.experiments import building, cli, programs, reproduce, run_folder, sweep
-from otmdr_jax.experiments.reproduce import claims, printed, running, tables
+from otmdr_jax.experiments.reproduce import claims, figures, printed, running, tables
 from otmdr_jax.experiments.reproduce.plans import _SIDE
 from otmdr_jax.io import files
 
@@ -219,7 +220,14 @@ def test_operations_are_those_of_the_layers(monkeypatch):
     row, *rest = reproduce.estimate([sgd, sam, ours])
     steps = 640 // 32
     assert row["steps"] == steps and row["gradients"] == 5 * steps * 2  # two seeds
-    assert row["operations"] == 3 * forward * 32 * 5 * steps * 2
+    # Five members, two seeds, and 360 images of the test set once.
+    training, testing = 3 * forward * 32 * 5 * steps * 2, forward * 360 * 5 * 2
+    assert row["operations"] == training + testing
+    (more,) = reproduce.estimate([sgd], landscape_examples=1_000)
+    assert more["operations"] == row["operations"] + forward * 5 * 1_000
+    (bayes,) = reproduce.estimate(reproduce.cells("table4", "smoke")[:1])
+    samples = 30  # one network, that many samples of its weights; a KL counts nothing
+    assert bayes["operations"] == 3 * forward * 32 * steps * 2 + forward * 720 * samples
     assert row["hours"] == pytest.approx(row["operations"] / 1e9 / 3600)
     assert [one["gradients"] for one in rest] == [2 * row["gradients"]] * 2
 
@@ -283,7 +291,34 @@ def test_a_row_that_is_worse_in_print_may_be_better():
         **{"OT-MDR": values | {"nll": [1.3, 1.21, 1.1]}},
     )
     verdicts = {x.metric: x.verdict for x in claims.tested("table4", found)}
-    assert verdicts["nll"] == "reversed, better"
+    assert verdicts["nll"] == "worse in print, better here"
+    assert verdicts["ece"] == "worse in print"  # no spread: nothing is decided
+    claimed = {x.metric: x.is_claimed for x in claims.tested("table4", found)}
+    assert claimed == {"accuracy": True, "nll": False, "ece": False}
+    assert verdicts["accuracy"] == "not decided"
+
+
+def test_a_run_without_numbers_is_no_test():
+    nan = float("nan")
+    found = [made("SAM", [0.9, nan, 0.92]), made("OT-MDR", [0.95, 0.96, 0.97])]
+    (line,) = lines_of(found, "accuracy")
+    assert line[4] == line[5] == "-" and line[7] == "not tested"
+    row = tables.table(found, ["accuracy"]).lines[0]
+    assert row[1:3] == ["3 (1 with no finite numbers)", "-"]
+
+
+def test_a_tiny_p_is_no_zero():
+    found = [made("SAM", [0.9, 0.91, 0.92]), made("OT-MDR", [0.95, 0.96, 0.9701])]
+    assert lines_of(found, "accuracy")[0][4] == "< 0.001"
+
+
+def test_rows_that_were_made_apart_are_said():
+    found = [made("SAM", [0.9, 0.8]), made("OT-MDR", [0.95, 0.96])]
+    text = tables.page("table2", "small", "paper", found, "x").text
+    assert "not all made alike" not in text
+    found[1] = found[1]._replace(made=("a gpu",))
+    text = tables.page("table2", "small", "paper", found, "x").text
+    assert "not all made alike. SAM: a cpu. OT-MDR: a gpu." in text
 
 
 def test_an_undefined_auroc_is_no_claim():
@@ -384,7 +419,10 @@ def test_a_records_page_is_that_of_the_runs():
     assert tables.page(*what, again, "x").text == tables.page(*what, found, "x").text
     assert "/home/me" not in json.dumps(record)  # it is of one machine
     record["cells"][1]["options"]["epochs"] = 11
-    with pytest.raises(ValueError, match=r"'epochs': 11.*run it again"):
+    with pytest.raises(ValueError, match=r"\{'epochs': \(11, 10\)\}.*Run it again"):
+        tables.read(record)
+    record["cells"][1]["options"].pop("epochs")  # or what was a default then
+    with pytest.raises(ValueError, match=r"\{'epochs': \(None, 10\)\}"):
         tables.read(record)
     record["cells"][1]["method"] = "another"
     with pytest.raises(ValueError, match="resnet_10, cifar10, another"):
@@ -532,6 +570,98 @@ def check_landscapes(tmp_path):
     assert np.shape(json.loads((folder / "landscape.json").read_text())["losses"]) == (
         3, 3,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_runs_of_another_plan_are_not_compared(reproduced, tmp_path, capsys):
+    command, output = reproduced
+    mine = shutil.copytree(output, tmp_path / "mine")
+    folder = mine / "runs" / "cifar10-resnet_10-SGVB-posterior" / "1"
+    words = [*command, str(mine), "--only", "OT-MDR"]
+
+    def refused():
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    cli.main(words)
+    config = json.loads((folder / "config.json").read_text())
+    capsys.readouterr()
+    (folder / "config.json").write_text(json.dumps(config | {"epochs": 3}))
+    assert "epochs: 3 -> 1" in refused()
+    (folder / "config.json").write_text(json.dumps(config))
+    data = json.loads((folder / "data.json").read_text())
+    (folder / "data.json").write_text(json.dumps(data | {"test_fingerprint": "other"}))
+    assert "saw different images of cifar10" in refused()
+
+
+class TestLandscapes:
+    """Figure 2, of landscapes that are made up."""
+
+    @pytest.fixture
+    def cells(self, monkeypatch):
+        monkeypatch.setattr(run_folder, "is_finished", lambda _: True)
+        monkeypatch.setattr(figures.surface, "check_comparison", lambda *_, **__: None)
+        monkeypatch.setattr(figures.surface, "read", lambda folder: self.record())
+        return reproduce.cells("figure2", "smoke", datasets=["cifar10"])
+
+    def record(self, loss=1.0):
+        axis = [-1.0, 0.0, 1.0]
+        losses = [[loss * (1 + x * x + y * y) for y in axis] for x in axis]
+        names = {"axis_names": ["x", "y"], "points": None, "labels": None}
+        return {"axes": [axis, axis], "losses": losses, **names}
+
+    def test_what_cannot_be_measured_is_said_and_the_others_are_shown(
+        self, cells, monkeypatch
+    ):
+        seen = []
+
+        def measure(folders, *args, **kwargs):
+            seen.append(str(folders[0]))
+            if "five" in seen[-1]:
+                raise FileExistsError("a landscape of other settings")
+
+        monkeypatch.setattr(figures.surface, "measure", measure)
+        failed = figures.measure_landscapes(cells, "runs", "smoke")
+        assert len(failed) == 1 and len(seen) == 5  # the first of three pairs ends
+        found = figures.landscapes(cells, "runs", failed)
+        missing = {one.title: one.missing for one in found if one.missing}
+        assert missing == failed and len(found) == 3
+        for one in found:
+            assert [name for name, _ in one.records] == (
+                [] if one.missing else ["SAM", "OT-MDR"]
+            )
+        measured = [
+            reproduce.Measured(cell, [], {}, None, ()) for cell in cells
+        ]  # fmt: skip
+        page = tables.page("figure2", "smoke", "paper", measured, "x", found)
+        assert "Not shown: a landscape of other settings" in page.text
+        assert len(page.pictures) == 2
+
+    def test_an_interrupted_figure_shows_what_is_measured(self, cells, monkeypatch):
+        monkeypatch.setattr(
+            figures.surface,
+            "read",
+            lambda folder: None if "five" in str(folder) else self.record(),
+        )
+        found = figures.landscapes(cells, "runs")
+        assert [one.missing for one in found if one.missing] == [
+            "the landscapes are not all measured yet."
+        ]
+
+    def test_losses_that_are_not_finite_give_no_picture(self, cells, monkeypatch):
+        nan = self.record(float("nan"))
+        monkeypatch.setattr(figures.surface, "read", lambda folder: nan)
+        found = figures.landscapes(cells, "runs")
+        assert {one.missing for one in found} == {"no loss is finite."}
+
+    def test_what_is_not_trained_is_said(self, cells, monkeypatch):
+        monkeypatch.setattr(run_folder, "is_finished", lambda x: "SAM" in str(x))
+        assert not figures.measure_landscapes(cells, "runs", "smoke")
+        assert {one.missing for one in figures.landscapes(cells, "runs")} == {
+            "the first seed of OT-MDR is not finished."
+        }
 
 
 def test_data_that_are_not_prepared_are_said_before_anything_is_trained(

@@ -63,7 +63,7 @@ class Reproduce:
 def run(options: Reproduce) -> None:
     """`otmdr reproduce TARGET`."""
     from otmdr_jax.experiments import jobs, reproduce, training
-    from otmdr_jax.experiments.reproduce import figures
+    from otmdr_jax.experiments.reproduce import figures, running
 
     every, cells = _cells(options)
     output = pathlib.Path(
@@ -74,21 +74,23 @@ def run(options: Reproduce) -> None:
             "table5 times runs that have the machine alone: leave out jobs."
         )
     jobs.check(options.jobs)
+    # All that the page will show, before hours of training.
+    running.check(every, output / "runs")
     if options.dry_run:
         _print_estimate(options, cells, output)
         return
     show = {"show_progress": not options.quiet}
     stopped: BaseException | None = None
-    landscapes = []
+    failed: dict[str, str] = {}
     try:
         reproduce.run(cells, output / "runs", options.target, jobs=options.jobs, **show)
         if options.target == "figure2":
-            landscapes = figures.landscapes(
+            failed = figures.measure_landscapes(
                 every, output / "runs", options.scale, data_dir=options.data_dir, **show
             )
     except (training.Interrupted, KeyboardInterrupt) as stop:
         stopped = stop  # what is finished is shown all the same
-    _show(options, every, cells, output, landscapes)
+    _show(options, every, cells, output, failed)
     if stopped is not None:
         said = str(stopped) or "stopped"
         print(f"otmdr: {said}\nTo go on: {_command(options)}", file=sys.stderr)
@@ -129,10 +131,15 @@ def _cells(options):
 def _print_estimate(options, cells, output):
     from otmdr_jax.experiments import reproduce
     from otmdr_jax.experiments.report.tables import Table
-    from otmdr_jax.experiments.reproduce import running
+    from otmdr_jax.experiments.reproduce import figures, running
 
     done = running.finished(cells, output / "runs")
-    rows = reproduce.estimate(cells)
+    examples = 0
+    if options.target == "figure2":
+        examples = figures.landscape_examples(options.scale)
+    rows = reproduce.estimate(cells, landscape_examples=examples)
+    for row in rows:
+        row["left"] = row["hours"] * (1 - len(done[row["name"]]) / row["runs"])
     lines = [
         [
             row["name"],
@@ -141,23 +148,26 @@ def _print_estimate(options, cells, output):
             f"{row['gradients']:,.0f}",
             f"{row['operations']:.1e}",
             _hours(row["hours"]),
+            _hours(row["left"]),
         ]
         for row in rows
     ]
     header = ["cell", "finished", "steps a run", "gradients", "operations", "hours"]
+    header.append("left")
     title = reproduce.TARGETS[options.target].title
     Table(header, lines).print(f"{title}, {options.scale}")
-    hours = sum(row["hours"] for row in rows)
+    hours, left = (sum(row[name] for row in rows) for name in ("hours", "left"))
     print(
-        f"In all about {_hours(hours)} hours on this machine, one run at a time, "
-        "from the speed of a small network; evaluation and compilation come on top."
+        f"In all about {_hours(hours)} hours on this machine, one run at a time, and "
+        f"{_hours(left)} of them left, from the speed of a small network; compilation "
+        "comes on top."
     )
 
 
-def _show(options, every, cells, output, landscapes):
+def _show(options, every, cells, output, failed):
     """Prints and writes what there is."""
     from otmdr_jax.experiments import reproduce
-    from otmdr_jax.experiments.reproduce import running, tables
+    from otmdr_jax.experiments.reproduce import figures, running, tables
 
     # What other sittings have trained stays on the page.
     done = running.finished(every, output / "runs")
@@ -167,6 +177,14 @@ def _show(options, every, cells, output, landscapes):
     for (part, data), group in tables.blocks(found).items():
         names = reproduce.TARGETS[options.target].metrics
         tables.table(group, names).print(f"{part}, {data}")
+    landscapes = []
+    if options.target == "figure2":
+        places = {(cell.part, cell.data) for cell in shown}
+        pairs = [cell for cell in every if (cell.part, cell.data) in places]
+        landscapes = figures.landscapes(pairs, output / "runs", failed)
+        for one in landscapes:
+            if one.missing:
+                print(f"{one.title}: not shown: {one.missing}")
     page = reproduce.page(*what, _command(options), landscapes)
     path = tables.write(output, options.target, page, tables.record(*what))
     print(f"Written: {path}")

@@ -80,23 +80,39 @@ class Claim(NamedTuple):
     claimed: float | str | None
 
     @property
-    def verdict(self) -> str:
-        """Whether the paper's order is seen.
+    def is_claimed(self) -> bool:
+        """Whether the paper has its own row ahead, in print or in words."""
+        if self.claimed is None or self.claimed == 0:
+            return False
+        sign = {"higher": 1.0, "lower": -1.0}.get(str(self.claimed))
+        return _is_better(self.metric, self.claimed if sign is None else sign)
 
-        "reversed, better" where the paper's own row is worse in print, and is better.
+    @property
+    def verdict(self) -> str:
+        """What was found of a claim, or of a row that is worse in print.
+
+        A claim "holds", is "reversed", or is "not decided" where the test decides
+        nothing. A row that is no better in print is "worse in print" or "a tie in
+        print", and "better here" or "worse here" where the test decides. "not tested"
+        is what has no p-value, as where a run has no finite numbers.
         """
         if self.claimed is None:
             return "-"
-        if self.claimed == 0:
-            return "a tie in the paper"
+        better = _is_better(self.metric, self.difference)
+        if self.is_claimed:
+            if np.isnan(self.p):
+                return "not tested"
+            if self.p >= LEVEL:
+                return "not decided"
+            return "holds" if better else "reversed"
+        printed = "a tie in print" if self.claimed == 0 else "worse in print"
         if not self.p < LEVEL:
-            return "not decided"
-        words = {"higher": 1.0, "lower": -1.0}
-        sign = words.get(str(self.claimed)) or np.sign(self.claimed)
-        if np.sign(self.difference) == sign:
-            return "holds"
-        better = (self.difference > 0) == (COLUMNS[self.metric].better == "higher")
-        return "reversed, better" if better else "reversed"
+            return printed
+        return f"{printed}, {'better' if better else 'worse'} here"
+
+
+def _is_better(metric: str, difference: Any) -> bool:
+    return (difference > 0) == (COLUMNS[metric].better == "higher")
 
 
 def tested(target: str, found: Sequence[Measured]) -> list[Claim]:
@@ -158,7 +174,7 @@ def table(claims: Iterable[Claim]) -> Table:
                 column.title,
                 column.text(claim.difference, "+"),
                 " to ".join(column.text(end, "+") for end in claim.interval),
-                *("-" if np.isnan(x) else f"{x:.3f}" for x in (claim.p, claim.q)),
+                *map(_share, (claim.p, claim.q)),
                 _claimed(claim),
                 claim.verdict,
             ]
@@ -174,3 +190,9 @@ def _claimed(claim: Claim) -> str:
     if claim.claimed is None:
         return "-"
     return claim.claimed if isinstance(claim.claimed, str) else f"{claim.claimed:+.3g}"
+
+
+def _share(p: float) -> str:
+    if np.isnan(p):
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -3,7 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,18 +45,33 @@ def particles(curves: Mapping[str, Sequence[tuple[int, Sequence[float]]]]) -> An
     return figure
 
 
-def landscapes(
+class Landscapes(NamedTuple):
+    """The landscapes of one kind of ensemble.
+
+    Attributes:
+      title: The kind, and the data set.
+      records: Pairs of a method and its record.
+      missing: Why there is no picture of them; empty where there is.
+    """
+
+    title: str
+    records: list[tuple[str, dict[str, Any]]]
+    missing: str = ""
+
+
+def measure_landscapes(
     cells: Sequence[Cell],
     output: str | os.PathLike,
     scale: str,
     *,
     data_dir: str | None = None,
     show_progress: bool = True,
-) -> list[list[tuple[str, dict[str, Any]]]]:
+) -> dict[str, str]:
     """Figure 2: measures the loss around SAM's and OT-MDR's ensembles.
 
     Both along the same filter-normalised random directions, on test images, as in Li et
-    al., 2018. What is measured is read; what was interrupted goes on.
+    al., 2018. What is measured is read; what was interrupted goes on. What cannot be
+    measured keeps no other from it.
 
     Args:
       cells: The cells of "figure2"; those whose runs are not finished are left out.
@@ -66,31 +81,76 @@ def landscapes(
       show_progress: Whether to show progress.
 
     Returns:
-      For each kind of ensemble, pairs of a label and a record that one picture shows.
+      The title of a kind of ensemble -> why it could not be measured.
     """
-    plan = surface.Plan(**_PLAN[scale])
-    found = []
-    for (part, data), group in grouped(
-        cells, lambda cell: (cell.part, cell.data)
-    ).items():
-        folders = [
-            pathlib.Path(output) / cell.name / f"{cell.seeds[0]}" for cell in group
-        ]
-        if not all(map(run_folder.is_finished, folders)):
+    plan, failed = surface.Plan(**_PLAN[scale]), {}
+    for title, folders in _by_title(cells, output).items():
+        paths = list(folders.values())
+        if not all(map(run_folder.is_finished, paths)):
             continue
-        records = [
-            surface.measure(
-                [folder], plan, data_dir=data_dir, show_progress=show_progress
-            )
-            for folder in folders
+        try:
+            surface.check_comparison(paths, paths, plan, data_dir=data_dir)
+            for path in paths:
+                surface.measure(
+                    [path], plan, data_dir=data_dir, show_progress=show_progress
+                )
+        except (ValueError, OSError) as error:
+            failed[title] = str(error)
+    return failed
+
+
+def landscapes(
+    cells: Sequence[Cell],
+    output: str | os.PathLike,
+    failed: Mapping[str, str] | None = None,
+) -> list[Landscapes]:
+    """Reads what :func:`measure_landscapes` has measured so far.
+
+    Args:
+      cells: The cells of "figure2".
+      output: The folder of the runs.
+      failed: What it returned.
+    """
+    found = []
+    for title, folders in _by_title(cells, output).items():
+        missing, records = (failed or {}).get(title, ""), []
+        unfinished = [
+            method
+            for method, path in folders.items()
+            if not run_folder.is_finished(path)
         ]
-        labels = [f"{part}, {data}: {cell.method}" for cell in group]
-        found.append(list(zip(labels, records, strict=True)))
+        if not missing and unfinished:
+            missing = f"the first seed of {' and '.join(unfinished)} is not finished."
+        if not missing:
+            read = {method: surface.read(path) for method, path in folders.items()}
+            records = [(method, one) for method, one in read.items() if one is not None]
+            if len(records) < len(read):
+                missing = "the landscapes are not all measured yet."
+            elif not any(pictures.is_finite(one) for _, one in records):
+                missing = "no loss is finite."
+        found.append(Landscapes(title, [] if missing else records, missing))
     return found
 
 
-def landscape(records: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+def landscape_examples(scale: str) -> int:
+    """The images that a landscape's losses are of, over all of its points."""
+    plan = _PLAN[scale]
+    return plan["points"] ** 2 * plan["num_examples"]
+
+
+def _by_title(cells, output):
+    """{title: {method: the folder of the first seed}}."""
+    return {
+        f"{part}, {data}": {
+            cell.method: pathlib.Path(output) / cell.name / f"{cell.seeds[0]}"
+            for cell in group
+        }
+        for (part, data), group in grouped(
+            cells, lambda cell: (cell.part, cell.data)
+        ).items()
+    }
+
+
+def landscape(shown: Landscapes) -> Any:
     """A picture of ensembles side by side, on one scale."""
-    return pictures.contour_figure(
-        [(label.rsplit(": ", 1)[1], record) for label, record in records]
-    )
+    return pictures.contour_figure(shown.records)

@@ -420,7 +420,6 @@ def _scaled(
         if config.method.name == "bsam":
             # Its prior and its posterior are those of as many examples as there are.
             options["weight_decay"] = 10 / (4.0 * size.options["train_examples"])
-            options["batch_size"] = size.options["batch_size"]
             # Its eight would leave BatchNorm eight images of 64.
             options["num_subbatches"] = 2
         if config.schedule.name == "plateau":

@@ -1,5 +1,6 @@
 """Trains what is missing of a table, and says before how long that takes."""
 
+import math
 import os
 import pathlib
 import time
@@ -39,6 +40,36 @@ def planned(cells: Sequence[Cell], output: str | os.PathLike) -> list[Planned]:
     ]
 
 
+def check(cells: Sequence[Cell], output: str | os.PathLike) -> None:
+    """Raises an error if a folder holds anything but a run of its cell.
+
+    A page beside whose plan the library has changed would compare runs of other options
+    in silence.
+
+    Raises:
+      ValueError: A folder holds a run with other options, or runs of one table saw
+        other images than each other.
+      FileExistsError: A folder holds no run.
+    """
+    runs = planned(cells, output)
+    sweep.check(runs)
+    places = {cell.name: (cell.part, cell.data) for cell in cells}
+    seen: dict[Any, dict[str, pathlib.Path]] = {}
+    for one in runs:
+        if run_folder.is_finished(one.folder):
+            images = run_folder.read_data(one.folder) or {}
+            for split in ("fingerprint", "test_fingerprint"):
+                place = *places[one.label], split
+                seen.setdefault(place, {}).setdefault(images.get(split, ""), one.folder)
+    for (part, data, _), folders in seen.items():
+        if len(folders) > 1:
+            first, second, *_ = folders.values()
+            raise ValueError(
+                f"{first} and {second} saw different images of {data}, and are of one "
+                f"table ({part}): move one of them away, and run it again."
+            )
+
+
 def run(
     cells: Sequence[Cell],
     output: str | os.PathLike,
@@ -67,7 +98,7 @@ def run(
     runs = planned(cells, output)
     for cell in cells:
         building.check_models(cell.config)
-    sweep.check(runs)
+    check(cells, output)
     # Hours later would be late to say that the second set is not there.
     for name, data_dir in {(c.config.data.name, c.config.data.data_dir) for c in cells}:
         data_lib.describe_test(name, data_dir=data_dir)
@@ -85,26 +116,31 @@ def rows_file(output: str | os.PathLike, target: str) -> pathlib.Path:
     return pathlib.Path(output) / f"{target}.rows.json"
 
 
-def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def estimate(
+    cells: Sequence[Cell], *, landscape_examples: int = 0
+) -> list[dict[str, Any]]:
     """What each cell costs: gradients of a batch, operations, hours on this machine.
 
     A gradient is counted as three forward passes, and a forward pass as two operations
-    for each multiply-add of a kernel. The machine's speed is measured with one small
-    network, so that hours are an order of magnitude: other networks use it better or
-    worse. Evaluation, compilation and the input pipeline come on top.
+    for each multiply-add of a kernel; evaluations are forward passes of the test
+    images, for each sample of a posterior. The machine's speed is measured with one
+    small network, so that hours are an order of magnitude: other networks use it better
+    or worse. Compilation and the input pipeline come on top.
 
     Args:
       cells: The cells.
+      landscape_examples: Images at all points of a landscape, of which the first seed
+        of each cell has one.
 
     Returns:
       A row for each cell: name, runs, steps, gradients (of whole batches, of all runs),
-      operations and hours.
+      operations (of these, of evaluations and of landscapes) and hours.
     """
     speed = _speed()
-    return [_row(cell, speed) for cell in cells]
+    return [_row(cell, speed, landscape_examples) for cell in cells]
 
 
-def _row(cell: Cell, speed: float) -> dict[str, Any]:
+def _row(cell: Cell, speed: float, landscape_examples: int) -> dict[str, Any]:
     config = cell.config
     digits = config.data.name == "digits"
     count = config.data.train_examples or 50_000
@@ -114,7 +150,13 @@ def _row(cell: Cell, speed: float) -> dict[str, Any]:
     networks = building.networks(config, classes, drops=False)
     mean = float(np.mean([_operations(network, shape) for network in networks]))
     gradients = steps * cost.gradient_evaluations(config) * len(cell.seeds)
-    operations = 3 * mean * config.run.batch_size * gradients
+    # Evaluated at the last step too, if it is not one of those that are due.
+    evaluations = math.ceil(config.run.epochs / config.run.eval_every)
+    images = 360 if digits else config.data.test_examples or 10_000
+    passes = evaluations * images * len(cell.seeds) + landscape_examples
+    samples = getattr(config.method, "of_samples", {}).get("num_samples", 1)
+    forward = mean * len(config.model.member_names) * samples * passes
+    operations = 3 * mean * config.run.batch_size * gradients + forward
     return {
         "name": cell.name,
         "runs": len(cell.seeds),

@@ -30,22 +30,29 @@ def measured(
       cells: The cells.
       output: The folder of the runs.
       target: The table, which says what is measured.
+
+    Raises:
+      ValueError: See :func:`otmdr_jax.experiments.reproduce.running.check`.
     """
+    running.check(cells, output)
+    root = pathlib.Path(output)
+    # Of other targets too, which share runs. Folders are named as they were written.
     lost = {
-        row["folder"]
-        for row in sweep.read_rows(running.rows_file(output, target))
+        pathlib.Path(row["folder"]).parts[-2:]
+        for name in TARGETS
+        for row in sweep.read_rows(running.rows_file(root, name))
         if row["status"] == "diverged"
     }
-    return [_measured(cell, pathlib.Path(output), target, lost) for cell in cells]
+    return [_measured(cell, root, target, lost) for cell in cells]
 
 
 def _measured(cell, output, target, lost):
     seeds, rows, seconds, made = [], [], [], set()
-    folders = [output / cell.name / f"{seed}" for seed in cell.seeds]
-    members = 0
+    members = gone = 0
     for seed in cell.seeds:
         folder = output / cell.name / f"{seed}"
         if not run_folder.is_finished(folder):
+            gone += folder.parts[-2:] in lost
             continue
         result = run_folder.read_result(folder)
         seeds.append(seed)
@@ -54,10 +61,10 @@ def _measured(cell, output, target, lost):
         if result.get("seconds_per_step") is not None:
             seconds.append(result["seconds_per_step"] * result["steps"])
         cores = f" of {result['cores']} cores" if "cores" in result else ""
-        made.add(f"{result.get('device')}{cores}, JAX {result.get('jax')}")
+        versions = f"JAX {result.get('jax')}, otmdr_jax {result.get('otmdr_jax')}"
+        made.add(f"{result.get('device')}{cores}, {versions}")
     values = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
     mean = float(np.mean(seconds)) if seconds else None
-    gone = sum(str(folder) in lost for folder in folders)
     return Measured(cell, seeds, values, mean, tuple(sorted(made)), (gone, members))
 
 
@@ -83,13 +90,7 @@ def _numbers(folder, result, cell, target):
     if "sharpness" in names:
         sharpness = result.get("sharpness")  # null where it is no finite number
         found["sharpness"] = unknown["sharpness"] if sharpness is None else sharpness
-    probs = np.exp(log_probs)
-    return {
-        name: found[name]
-        if name in found
-        else float(getattr(metrics, name)(probs, labels))
-        for name in names
-    }
+    return {name: found[name] for name in names}
 
 
 def page(
@@ -108,7 +109,7 @@ def page(
       variant: The paper's text or the released code.
       found: What was found, of :func:`measured`.
       command: The command that makes it again.
-      landscapes: For "figure2", lists of (label, record) that are shown side by side.
+      landscapes: For "figure2", of :func:`figures.landscapes`.
 
     Returns:
       A :class:`otmdr_jax.experiments.report.document.Page`; its text is Markdown.
@@ -131,6 +132,8 @@ def page(
     tests = claims.tested(target, found)
     for (part, data), group in blocks(found).items():
         parts += [f"## {part}, {data}", table(group, what.metrics).markdown()]
+        if note := _made_apart(group):
+            parts.append(note)
         if own := [one for one in tests if (one.part, one.data) == (part, data)]:
             parts.append(claims.table(own).markdown())
         if target == "table5" and (ratio := _ratio(group)):
@@ -141,14 +144,17 @@ def page(
             alt, lambda: figures.particles(_curves(found))
         )
         parts.append(f"![{alt}](particles.png)")
-    for records in landscapes:
+    for one in landscapes:
+        parts.append(f"## {one.title}")
+        if one.missing:
+            parts.append(f"Not shown: {one.missing}")
+            continue
         alt = "The loss around the solutions of SAM and OT-MDR, on one scale."
-        words = records[0][0].rsplit(":", 1)[0]
-        name = "landscape-" + re.sub(r"\W+", "-", words)
+        name = "landscape-" + re.sub(r"\W+", "-", one.title)
         pictures[name] = document.Picture(
-            alt, functools.partial(figures.landscape, records)
+            alt, functools.partial(figures.landscape, one)
         )
-        parts += [f"## {words}", f"![{alt}]({name}.png)"]
+        parts.append(f"![{alt}]({name}.png)")
     if count := sum(not np.isnan(claim.p) for claim in tests):
         parts.append(
             f"This page has {count} tests, each by itself at 5 %: about "
@@ -198,11 +204,27 @@ def _ratio(group: Sequence[Measured]) -> str:
     )
 
 
+def _made_apart(group: Sequence[Measured]) -> str:
+    """What the rows of a table were made with, where that is not the same."""
+    made = {one.cell.method: "; ".join(one.made) for one in group if one.made}
+    if len(set(made.values())) < 2:
+        return ""
+    rows = grouped(made, lambda method: made[method])
+    said = [f"{', '.join(methods)}: {text}" for text, methods in rows.items()]
+    return f"Its runs were not all made alike. {'. '.join(said)}."
+
+
 def _count(one: Measured) -> str:
     gone, members = one.diverged
+    broken = max(map(_no_numbers, one.values.values()), default=0)
     said = [f"{gone} diverged"] * bool(gone)
+    said += [f"{broken} with no finite numbers"] * bool(broken)
     said += [f"a member diverged in {members}"] * bool(members)
     return f"{len(one.seeds)}" + (f" ({', '.join(said)})" if said else "")
+
+
+def _no_numbers(values: Sequence[float]) -> int:
+    return int(np.sum(~np.isfinite(values)))
 
 
 def _text(column: Column, values: Sequence[float]) -> str:
@@ -267,9 +289,8 @@ def record(target: str, scale: str, variant: str, found: Sequence[Measured]) -> 
 
 def _options(cell: Cell) -> dict[str, Any]:
     """What a cell's runs are made with, wherever the data lie."""
-    changed = cell.config.changed()
-    changed.pop("data_dir", None)
-    return changed
+    places = ("data_dir", "cache_dir")
+    return {k: v for k, v in cell.config.flat().items() if k not in places}
 
 
 def read(found: Mapping[str, Any]) -> list[Measured]:
@@ -286,11 +307,18 @@ def read(found: Mapping[str, Any]) -> list[Measured]:
     for one in found["cells"]:
         place = one["part"], one["data"], one["method"]
         cell = planned.get(place)
-        today = None if cell is None else files.strict(_options(cell))
-        if cell is None or one["options"] != today:
+        text = f"The record of {found['target']} has runs of {', '.join(place)}"
+        if cell is None:
+            raise ValueError(f"{text}, and today's plan has none: run it again.")
+        then, today = one["options"], files.strict(_options(cell))
+        if changed := {
+            name: (then.get(name), today.get(name))
+            for name in {**then, **today}
+            if then.get(name) != today.get(name)
+        }:
             raise ValueError(
-                f"The record of {found['target']} has runs of {', '.join(place)} with "
-                f"{one['options']}, and today's plan is {today}: run it again."
+                f"{text} with other options than today's plan: {changed} (then and "
+                "today). Run it again."
             )
         values = {  # files have null for what is no number
             name: [float("nan") if x is None else x for x in of_seeds]
