@@ -40,19 +40,25 @@ def batch_size(batch: PyTree) -> int:
     if not shapes or any(not shape for shape in shapes):
         raise ValueError(
             "batch must be a pytree of arrays with a leading example axis, got "
-            f"leaves of shapes {shapes}. Pass what has no such axis as a further "
-            "argument of the loss, after batch; make an array of a list of numbers, "
-            "each of which is a leaf."
+            f"leaves of shapes {_listed(shapes)}. Pass what has no such axis as a "
+            "further argument of the loss, after batch; make an array of a list of "
+            "numbers, each of which is a leaf."
         )
     sizes = {shape[0] for shape in shapes}
     if len(sizes) > 1:
         raise ValueError(
             "all leaves of batch must share their leading axis, got leaves of "
-            f"shapes {shapes}."
+            f"shapes {_listed(shapes)}."
         )
     if sizes == {0}:
-        raise ValueError(f"batch is empty: its leaves have shapes {shapes}.")
+        raise ValueError(f"batch is empty: its leaves have shapes {_listed(shapes)}.")
     return sizes.pop()
+
+
+def _listed(shapes):
+    """The first shapes: a list of numbers has thousands."""
+    more = f" and {len(shapes) - 8} more" if len(shapes) > 8 else ""
+    return f"{', '.join(map(str, shapes[:8]))}{more}"
 
 
 def check_examples(batch: PyTree) -> None:

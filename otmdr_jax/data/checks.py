@@ -196,7 +196,7 @@ def check_classes(labels: dict[str, np.ndarray], num_classes: int | None) -> int
             raise ValueError(
                 f"{name} labels must be 0..{num_classes - 1} for {num_classes=}, got "
                 f"{low}..{high}. Shift labels that start at 1, drop unlabelled "
-                "examples (often -1), or correct num_classes."
+                "examples (often -1), or correct num_classes or class_names."
             )
     return int(num_classes)
 

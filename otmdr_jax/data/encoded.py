@@ -13,6 +13,7 @@ import math
 import numbers
 import os
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -197,7 +198,8 @@ def _each(
 
 
 def _message(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    # Pillow names an object in memory, which tells nobody anything.
+    return re.sub(r" <_io\.\w+ object at \w+>", "", str(error)) or type(error).__name__
 
 
 def _decode_row(images: Encoded, size: Size | None, row: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import tempfile
 
 from otmdr_jax.experiments import config as config_lib
@@ -72,6 +73,9 @@ def run(
                 )
         found = [report.read_run(one.folder) for group in groups for one in group]
     report.print_summary(found, title)
-    path = report.write(pathlib.Path(output), found, title, command="otmdr demo")
+    words = [] if seeds == SEEDS else ["--seeds", *map(str, seeds)]
+    words += [] if epochs == BASE.run.epochs else ["--epochs", str(epochs)]
+    command = shlex.join(["otmdr", "demo", *words])
+    path = report.write(pathlib.Path(output), found, title, command=command)
     print(f"Report: {path}")
     return found

@@ -144,7 +144,8 @@ def metadata(run: TrainedRun) -> dict[str, Any]:
         "step": run.step,
         "image_shape": list(info.image_shape),
         "dtype": str(info.dtype),
-        # uint8 images are divided by 255 first.
+        # An image is (image / scale - mean) / std to the network.
+        "scale": 255 if info.dtype == np.uint8 else 1,
         "mean": list(info.mean),
         "std": list(info.std),
         "classes": list(run.class_names),

@@ -127,6 +127,9 @@ def _side_by_side(waiting, count, show_progress):
 
     def ask(signum):
         asked.append(signum)
+        if show_progress:
+            # Not print: a handler may come in the middle of one.
+            os.write(2, b"\nstopping the runs at work; once more stops at once\n")
         for job in working:
             _stop(job)
 

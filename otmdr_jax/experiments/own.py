@@ -161,11 +161,8 @@ def network(name: str, own: Own, num_classes: int | None) -> Any:
     return models.adapt(models.load(name), num_classes)
 
 
-def check_loss(own: Own, model: Any, dataset: Any) -> None:
+def try_out(own: Own, model: Any, dataset: Any) -> None:
     """Tries a network and a loss on a few examples, before anything is written.
-
-    A loss whose value for an example depends on the other examples is refused: outputs
-    (B, 1) beside targets (B,), say, become (B, B) where they are subtracted.
 
     Args:
       own: What was given.
@@ -173,7 +170,8 @@ def check_loss(own: Own, model: Any, dataset: Any) -> None:
       dataset: The data.
 
     Raises:
-      ValueError: The loss is not one of each example; TypeError: it is of integers.
+      ValueError: The outputs are not one number for each class, where targets are class
+        numbers, or see :func:`_try_loss`; TypeError: the loss is of integers.
     """
     count = min(3, dataset.test.num_examples)
     images = jax.ShapeDtypeStruct((count, *dataset.image_shape), jnp.float32)
@@ -183,10 +181,24 @@ def check_loss(own: Own, model: Any, dataset: Any) -> None:
         return model.apply(params, state, images, train=False)[0]
 
     shape = jax.eval_shape(predict, jax.random.key(0), images).shape
-    if own.loss is None:
-        return
-    outputs = jax.random.normal(jax.random.key(0), shape)
-    targets = jnp.asarray(dataset.test.labels[:count])
+    classes = dataset.num_classes
+    if classes and shape != (count, classes):
+        raise ValueError(
+            f"the network must return one number for each of the {classes} classes, "
+            f"(B, {classes}), and of {count} examples it returns {shape}."
+        )
+    if own.loss is not None:
+        outputs = jax.random.normal(jax.random.key(0), shape)
+        _try_loss(own, outputs, jnp.asarray(dataset.test.labels[:count]))
+
+
+def _try_loss(own, outputs, targets):
+    """Refuses a loss that is not one of each example.
+
+    One whose value for an example depends on the others is refused too: outputs (B, 1)
+    beside targets (B,), say, become (B, B) where they are subtracted.
+    """
+    shape, count = outputs.shape, len(targets)
     rows = [slice(None), *(slice(i, i + 1) for i in range(count))]
     whole, *each = (jnp.asarray(own.loss(outputs[r], targets[r])) for r in rows)
     if whole.shape != (count,) or not jnp.issubdtype(whole.dtype, jnp.floating):
@@ -195,7 +207,7 @@ def check_loss(own: Own, model: Any, dataset: Any) -> None:
             "loss(outputs, targets) must be the losses of the examples, floats of "
             f"shape ({count},), got {whole.dtype} {whole.shape} for outputs {shape} "
             f"and targets {targets.shape}. Leave the mean over examples to the "
-            "training; take that over other axes."
+            "training; take that over other axes. Do their shapes agree?"
         )
     if not np.allclose(whole, np.concatenate(each), 1e-3, 1e-5, equal_nan=True):
         raise ValueError(

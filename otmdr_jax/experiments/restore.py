@@ -7,8 +7,9 @@ from typing import Any
 import jax
 
 from otmdr_jax.data import Dataset
-from otmdr_jax.experiments import checkpoint, programs, run_folder
+from otmdr_jax.experiments import checkpoint as checkpoint_lib
 from otmdr_jax.experiments import own as own_lib
+from otmdr_jax.experiments import programs, run_folder
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods.post_hoc import Laplace
 from otmdr_jax.experiments.trained_run import TrainedRun
@@ -21,7 +22,7 @@ PyTree = Any
 
 def open_run(
     folder: str | os.PathLike,
-    which: str | int = "latest",
+    checkpoint: str | int = "latest",
     *,
     dataset: Dataset | None = None,
     split: str | None = None,
@@ -39,7 +40,7 @@ def open_run(
 
     Args:
       folder: The run's folder.
-      which: "latest", "best" on the validation set, or a step.
+      checkpoint: "latest", "best" on the validation set, or a step.
       dataset: Its data; None to load them as its options say, when they are needed. A
         run that was given its dataset in Python needs it again, or the file of
         :func:`otmdr_jax.data.save` as `data_dir`.
@@ -80,8 +81,8 @@ def open_run(
     mine = own_lib.given(model, loss, metrics)
     if model is not None:
         own_lib.check_name(config, mine)
-    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
-        step = step_of(which, saved)
+    with checkpoint_lib.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+        step = step_of(checkpoint, saved)
         # Before the state is read: other data may mean other shapes.
         data = saved.meta(step)["data"]
     info = programs.DataInfo.of_record(record)
@@ -162,7 +163,7 @@ def with_laplace(
     }
 
 
-def step_of(which: str | int, saved: checkpoint.Checkpoints) -> int | None:
+def step_of(which: str | int, saved: checkpoint_lib.Checkpoints) -> int | None:
     """The step that "latest" (None), "best" or a number in words stands for.
 
     Raises:
@@ -189,7 +190,7 @@ def restore(
     compiled: programs.Programs,
     folder: pathlib.Path,
     step: int | None = None,
-) -> checkpoint.Restored:
+) -> checkpoint_lib.Restored:
     """The state of a run on the default device, wherever the run was trained.
 
     Args:
@@ -201,7 +202,7 @@ def restore(
     Raises:
       FileNotFoundError: There is no such checkpoint.
     """
-    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
+    with checkpoint_lib.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         return saved.restore(template(config, compiled), step)
 
 

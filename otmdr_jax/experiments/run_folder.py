@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -127,6 +128,24 @@ def create(
     path.mkdir(parents=True, exist_ok=True)
     describe(path, config, data)
     return RunFolder(path)
+
+
+def withdraw(path: pathlib.Path) -> None:
+    """Empties the folder of a new run that failed before it had anything to keep.
+
+    The folder stays, and whatever else is in it; so does a run with a line in its log
+    or a checkpoint.
+    """
+    log, saved = path / "metrics.jsonl", path / "checkpoints"
+    if log.is_file() and log.stat().st_size > 0:
+        return
+    if saved.is_dir() and any(saved.iterdir()):
+        return
+    shutil.rmtree(saved, ignore_errors=True)
+    for name in ("config.json", "data.json", "metrics.jsonl"):
+        (path / name).unlink(missing_ok=True)
+    for board in path.glob("events.out.tfevents.*"):
+        board.unlink()
 
 
 def describe(path: pathlib.Path, config: TrainConfig, data: dict[str, Any]) -> None:

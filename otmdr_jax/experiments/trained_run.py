@@ -1,6 +1,7 @@
 """A trained run in memory: its weights, its results, and its predictions."""
 
 import functools
+import math
 import pathlib
 import warnings
 from typing import Any
@@ -210,15 +211,23 @@ def checked_images(images: Any, info: programs.DataInfo) -> np.ndarray | LazyIma
         raise ValueError(
             f"images must be (N, {', '.join(map(str, info.image_shape))}), as the run "
             f"was trained on, got {images.shape}. "
-            + ("Of one image give images[None]." if one else "Resize them first.")
+            + ("Of one image give images[None]." if one else _reshaped(images, info))
         )
     wide = np.issubdtype(images.dtype, np.floating) or images.dtype == "bfloat16"
     if info.dtype == np.uint8 and images.dtype != np.uint8:
         raise TypeError(
             "images must be uint8 in 0..255, as the run was trained on, got "
             f"{images.dtype}. Of floats in [0, 1] give np.round(255 * images)"
-            ".astype(np.uint8)."
+            ".astype(np.uint8), of integers in 0..255 images.astype(np.uint8)."
         )
+    if info.dtype == np.uint8 and not isinstance(images, LazyImages):
+        tops = images.max(axis=tuple(range(images.ndim - 1)), initial=0) / 255
+        if len(images) > 1 and (tops < np.asarray(info.mean)).all():
+            warnings.warn(
+                f"the images go up to {images.max()}, which is below the mean of the "
+                "training images: are they on a scale of 0..255?",
+                stacklevel=4,
+            )
     if info.dtype != np.uint8:
         if not wide:
             raise TypeError(
@@ -243,3 +252,16 @@ def checked_images(images: Any, info: programs.DataInfo) -> np.ndarray | LazyIma
                 stacklevel=4,
             )
     return images
+
+
+def _reshaped(images, info):
+    """What to do with images of a wrong shape."""
+    *size, channels = info.image_shape
+    if images.dtype == object or images.ndim == 0:
+        return "Give one array."
+    if len(info.image_shape) == 3 and images.shape[1:] == (channels, *size):
+        return "Move the channels: images.transpose(0, 2, 3, 1)."
+    if images.size == len(images) * math.prod(info.image_shape):
+        shape = ", ".join(map(str, info.image_shape))
+        return f"Reshape them: images.reshape(-1, {shape})."
+    return "Resize them first."

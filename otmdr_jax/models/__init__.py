@@ -228,6 +228,9 @@ def _lookup(name: str) -> tuple[Any, dict[str, Any]]:
             return family, options(*map(int, match.groups()))
     close = difflib.get_close_matches(name, names(), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
+    module, dot, own = name.rpartition(".")
+    if dot and not close:
+        hint = f" A network of your own is named {f'{module}:{own}'!r}."
     raise ValueError(
         f"Unknown model {name!r}.{hint} Known models: {', '.join(names())}, and any "
         "wide_resnet_<depth>_<width> with depth = 6n + 4, "

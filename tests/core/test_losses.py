@@ -560,6 +560,10 @@ def test_graphs_have_no_axis_in_common():
     close((value, grads), (np.mean((x @ moved - 0.5) ** 2), gradient(moved)))
     with pytest.raises(ValueError, match="a leading example axis"):
         otmdr_jax.value_and_grad(graph_loss, split="ordered")(W, GRAPH)
+    numbers = [[1.0, 2.0]] * 500
+    with pytest.raises(ValueError, match=r"\(\) and 992 more\.") as caught:
+        otmdr_jax.value_and_grad(graph_loss, split="ordered")(W, numbers)
+    assert len(str(caught.value)) < 400
     q = bnn.init(W, sigma=1e-6, mask=True)
     fn = bnn.value_and_grad(
         graph_loss, num_data=5, kl_weight=0.0, rho=0.3, split="shared"

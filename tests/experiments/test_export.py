@@ -68,6 +68,7 @@ def test_weights_come_back_by_name_and_predict_the_same(run, small, tmp_path, na
     found, known = read(path)
     assert known["image_shape"] == [8, 8, 3] and known["classes"] == ["0", "1", "2"]
     assert known["model"] == "cnn_small" and known["step"] == 2
+    assert known["scale"] == {"uint8": 255, "float32": 1}[known["dtype"]]
 
     def nested(prefix):
         tree = {}

@@ -454,5 +454,7 @@ class TestOptions:
         config = TrainConfig(members="resnet_18, cnn_small")
         assert config.model.member_names == ("resnet_18", "cnn_small")
         assert not config.model.stacked and TrainConfig(members="4").model.stacked
+        with pytest.raises(ValueError, match="own is named 'my.nets:Net'"):
+            training.train(TrainConfig(model="my.nets.Net", mesh="data=1"))
         with pytest.raises(ValueError, match="Unknown model 'resnet_8'"):
             training.train(TrainConfig(members="resnet_18,resnet_8", mesh="data=1"))

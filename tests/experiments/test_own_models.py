@@ -286,6 +286,54 @@ def test_callbacks_are_called(classes, tmp_path):
         )
 
 
+class Wide(Net):
+    """As many outputs as it likes."""
+
+    outputs = 20
+
+    def __init__(self, num_classes, *, rngs):
+        super().__init__(self.outputs, rngs=rngs)
+
+
+class Narrow(Wide):
+    outputs = 2
+
+
+class Pixels(Net):
+    def __call__(self, x):
+        return jnp.broadcast_to(super().__call__(x)[:, None], (len(x), 2, 4))
+
+
+@pytest.mark.parametrize(
+    "model, shape",
+    [(Wide, r"\(3, 20\)"), (Narrow, r"\(3, 2\)"), (Pixels, r"\(3, 2, 4\)")],
+)
+@pytest.mark.parametrize("loss", [None, chosen])
+def test_outputs_that_are_not_of_the_classes_are_refused(
+    model, shape, loss, classes, tmp_path
+):
+    with pytest.raises(ValueError, match=rf"4 classes, \(B, 4\), .* returns {shape}"):
+        training.train(TINY, classes, tmp_path / "run", model=model, loss=loss)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("callbacks", [[3], training.Callback(), [training.Callback]])
+def test_what_is_no_callback_is_refused(callbacks, classes):
+    with pytest.raises(TypeError, match="callbacks must be a list of objects"):
+        training.train(TINY, classes, callbacks=callbacks)
+
+
+@pytest.mark.slow
+def test_a_metric_that_fails_is_named(classes):
+    def fails(outputs, targets):
+        raise ZeroDivisionError("boo")
+
+    config = TINY.replace(epochs=1)
+    with pytest.raises(ZeroDivisionError, match="boo") as caught:
+        training.train(config, classes, metrics={"mine": fails}, show_progress=False)
+    assert caught.value.__notes__ == ["It comes from the metric 'mine'."]
+
+
 @pytest.mark.parametrize(
     "options, given, message",
     [

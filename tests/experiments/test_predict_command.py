@@ -102,6 +102,7 @@ def test_a_folder_of_images(folder, images, tmp_path, monkeypatch):
         ({"a": 1, "b": 2}, [], "holds the arrays a, b: say which one"),
         ({"images": 1}, ["--array", "other"], "holds the arrays images"),
         ({"images": 1}, ["--output", "table.txt"], ".csv or .npz"),
+        ({"images": np.zeros((0, 8, 8, 1))}, [], "new.npz holds no images"),
         (None, [], "is not there"),
         ("folder", ["--array", "images"], "--array is of .npz files"),
     ],

@@ -98,6 +98,49 @@ class TestTwoProcesses:
             pass
 
 
+class TestWithdrawn:
+    """A run that fails at its start leaves nothing in the way of the next try."""
+
+    @pytest.fixture
+    def failing(self, monkeypatch):
+        def fails(*args):
+            raise ValueError("the first step fails")
+
+        def set_up(loop, config, dataset, programs, *rest):
+            init(loop, config, dataset, programs._replace(train_step=fails), *rest)
+
+        init = training.Loop.__init__
+        with monkeypatch.context() as patch:
+            patch.setattr(training.Loop, "__init__", set_up)
+            yield patch
+
+    def test_the_folder_is_free_again(self, failing, mine, one_layer, tmp_path):
+        (tmp_path / "run").mkdir()  # one's own, and empty
+        with pytest.raises(ValueError, match="the first step fails"):
+            training.train(TINY, mine, tmp_path / "run", show_progress=False)
+        assert not list((tmp_path / "run").iterdir())
+        failing.undo()
+        training.train(TINY, mine, tmp_path / "run", show_progress=False)
+        assert run_folder.is_finished(tmp_path / "run")
+
+    def test_what_is_not_the_runs_stays(self, finished, tmp_path):
+        folder = tmp_path / "run"
+        opened = run_folder.create(folder, TINY, {})
+        opened.close()
+        (folder / "mine.txt").write_text("kept")
+        run_folder.withdraw(folder)
+        assert os.listdir(folder) == ["mine.txt"]
+
+    @pytest.mark.parametrize("kept", ["metrics.jsonl", "checkpoints"])
+    def test_a_run_with_something_to_keep_stays(self, kept, run):
+        for name in {"metrics.jsonl", "checkpoints"} - {kept}:
+            path = run / name
+            shutil.rmtree(path) if path.is_dir() else path.write_text("")
+        before = sorted(os.listdir(run))
+        run_folder.withdraw(run)
+        assert sorted(os.listdir(run)) == before
+
+
 def test_a_folder_that_is_removed_ends_the_run(tmp_path):
     opened = run_folder.create(tmp_path / "run", TINY, {})
     opened.log({"step": 1, "epoch": 1.0, "split": "train", "loss": 0.0})

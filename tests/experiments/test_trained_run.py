@@ -1,6 +1,7 @@
 """A trained run, opened again: it predicts new images, without its data."""
 
 import json
+import warnings
 
 import jax
 import numpy as np
@@ -146,8 +147,14 @@ def test_images_of_bytes(tmp_path):
         np.testing.assert_allclose(found, np.exp(result.log_probs), rtol=1e-4)
     with pytest.raises(TypeError, match=r"must be uint8 in 0..255.*np.round\(255"):
         run.predict(images / 255)
-    with pytest.raises(TypeError, match="must be uint8.*int64"):
+    with pytest.raises(TypeError, match=r"must be uint8.*int64.*images.astype"):
         run.predict(images.astype(int))
+    with warnings.catch_warnings(action="error"):
+        run.predict(images)
+        run.predict(images[:1] // 16)  # a single one may be dark
+    for dark in (images // 16, 0 * images):
+        with pytest.warns(UserWarning, match="on a scale of 0..255"):
+            run.predict(dark)
     with pytest.raises(ValueError, match=r"\(N, 8, 8, 3\).*\(64, 8, 8, 1\)"):
         run.predict(images[..., :1])
 
@@ -159,6 +166,14 @@ def test_other_images_are_refused(folder, small):
         run.predict(image)
     with pytest.raises(ValueError, match=r"\(N, 8, 8, 1\).*Resize"):
         run.predict(np.zeros((2, 9, 9, 1), np.float32))
+    for shape in ((3, 64), (1, 64, 1)):
+        with pytest.raises(ValueError, match=r"Reshape them: .*reshape\(-1, 8, 8, 1\)"):
+            run.predict(np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match="Move the channels"):
+        run.predict(np.zeros((3, 1, 8, 8), np.float32))
+    for nothing in (None, "images", [image, image[1:]]):
+        with pytest.raises(ValueError, match="Give one array|inhomogeneous"):
+            run.predict(nothing)
     with pytest.raises(TypeError, match="must be floats"):
         run.predict(np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.warns(UserWarning, match="of another scale"):
@@ -219,7 +234,7 @@ def test_what_a_pass_gave_is_of_its_step_and_options_alone(small, tmp_path):
     training.train(config, small, folder, show_progress=False)
     run = otmdr_jax.open_run(folder)
     assert run.state.method_state.statistics is not None
-    for given in ({"which": 5}, {"batchnorm_examples": 32}):
+    for given in ({"checkpoint": 5}, {"batchnorm_examples": 32}):
         with pytest.raises(ValueError, match="arrays that were given"):
             otmdr_jax.open_run(folder, **given)
         other = otmdr_jax.open_run(folder, **given, dataset=small)

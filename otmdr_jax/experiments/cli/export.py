@@ -63,4 +63,10 @@ def run(options: Export) -> None:
     )
     size = path.stat().st_size / 2**20
     print(f"{opened!r} as {options.format}, {size:.1f} MiB")
+    if opened.class_names:
+        print(
+            "Not calibrated: otmdr calibrate fits a temperature."
+            if opened.temperature is None
+            else f"Calibrated with the temperature {opened.temperature:.4g}."
+        )
     print(f"Written: {path}")

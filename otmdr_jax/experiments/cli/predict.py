@@ -70,6 +70,8 @@ def run(options: Predict) -> None:
         )
     opened = restore.open_run(options.run, options.checkpoint)
     names, images = _images(options.images, options.array, opened.info)
+    if not names:
+        raise ValueError(f"{options.images} holds no images.")
     found = []
     count = len(images)
     with Progress(count, 0, "predicting", not options.quiet, "images") as bar:

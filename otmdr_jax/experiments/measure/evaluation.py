@@ -191,7 +191,11 @@ def _given_metrics(predicted, targets, own, classes):
         losses = loss.of_examples(jnp.asarray(outputs), targets)
         values["loss"] = float(np.mean(np.asarray(losses, np.float64)))
     for name, function in own.metrics:
-        value = np.asarray(function(outputs, targets))
+        try:
+            value = np.asarray(function(outputs, targets))
+        except Exception as error:
+            error.add_note(f"It comes from the metric {name!r}.")
+            raise
         if value.shape != ():
             raise ValueError(
                 f"the metric {name!r} must give one number of a whole set, got an "

@@ -325,6 +325,8 @@ def _made_unlike(runs: Sequence[Run]) -> list[str]:
 
 
 def _option(name: str, run: Run) -> str:
+    if name == "epochs" and run.config.get("steps") is not None:
+        return "left to steps"
     return text_of(run.config, name)
 
 

@@ -1,5 +1,6 @@
 """Functions of one's own that a run calls on its way."""
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -51,3 +52,14 @@ class Callback:
         Args:
           result: The :class:`otmdr_jax.experiments.training.Result`.
         """
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Raises TypeError unless they are a sequence of callbacks."""
+    if not isinstance(callbacks, Sequence) or not all(
+        isinstance(one, Callback) for one in callbacks
+    ):
+        raise TypeError(
+            "callbacks must be a list of objects of subclasses of training.Callback, "
+            f"[Mine()], got {callbacks!r}."
+        )

@@ -6,6 +6,7 @@ process makes the same call.
 """
 
 import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ from otmdr_jax.experiments.programs import (
     run_keys,
 )
 from otmdr_jax.experiments.training import initial
-from otmdr_jax.experiments.training.callbacks import Callback
+from otmdr_jax.experiments.training.callbacks import Callback, check_callbacks
 from otmdr_jax.experiments.training.loop import Loop
 from otmdr_jax.experiments.training.result import Result
 
@@ -100,6 +101,7 @@ def train(
             f"data.load('mine.npz'), got a {type(dataset).__name__}."
         )
     mine = own_lib.given(model, loss, metrics)
+    check_callbacks(callbacks)
     config = own_lib.named(config, mine)
     mesh = make_mesh(config)
     # What cannot work is refused before the data are read.
@@ -122,7 +124,7 @@ def train(
         )
     if mine.loss is not None or ":" in config.model.member_names[0]:
         for network in networks(config, dataset.num_classes, drops=False, own=mine):
-            own_lib.check_loss(mine, network, dataset)
+            own_lib.try_out(mine, network, dataset)
     described = describe(dataset)
     if loss is not None:
         described["loss"] = own_lib.name_of(loss)
@@ -168,6 +170,7 @@ def train(
         # Before checkpoints are opened, which clears away what is half written.
         parallel.on_main(lambda: stack.enter_context(lock(output)))
         if not resume:
+            stack.push(functools.partial(_withdraw, output))
             folder = parallel.on_main(
                 lambda: run_folder.create(output, config, described)
             )
@@ -209,6 +212,12 @@ def train(
         if start is not None:
             loop.news = (start.line,)
         return loop.run(state, meta, step)
+
+
+def _withdraw(output: pathlib.Path, kind: type | None, *error: Any) -> None:
+    """Leaves no folder behind that blocks the next try, after an error at the start."""
+    if kind is not None and parallel.is_main():
+        run_folder.withdraw(output)
 
 
 def _close(folder: run_folder.RunFolder | None) -> None:
