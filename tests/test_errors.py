@@ -58,7 +58,7 @@ def test_refuses_a_loss_that_is_no_function():
 
 CALLS = [
     (dict(), ValueError, r"pass a key, .*otmdr\(loss_fn, key\)"),
-    (dict(split="ordered", noise_std=0.1), ValueError, "need randomness"),
+    (dict(split="ordered", noise_std=0.1), ValueError, "needs? randomness"),
     (dict(rho=-1.0, split="ordered"), ValueError, "rho must be finite"),
     (dict(batch={}, split="ordered"), ValueError, "leading example axis"),
     (dict(batch=jnp.zeros(()), split="ordered"), ValueError, "leading example axis"),
@@ -231,6 +231,12 @@ class TestTransformation:
         with pytest.raises(TypeError, match=r"batch=batch"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
+    @pytest.mark.parametrize("name", ["rho", "key"])
+    def test_what_is_given_before_is_no_argument_of_an_update(self, name):
+        tx = otmdr_jax.sam(toy.regression)
+        with pytest.raises(TypeError, match=f"update takes no {name}: the place is"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=DATA, **{name: 0.1})
+
     def test_needs_params(self):
         tx = otmdr_jax.sam(toy.regression)
         with pytest.raises(ValueError, match="taken at the parameters"):
@@ -254,7 +260,7 @@ class TestTransformation:
 
     def test_missing_key(self):
         tx = otmdr_jax.otmdr(toy.regression)
-        with pytest.raises(ValueError, match="need randomness"):
+        with pytest.raises(ValueError, match="needs? randomness"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS, batch=DATA)
 
     def test_unknown_preset_lists_the_known_ones(self):

@@ -169,10 +169,15 @@ def follow(
       >>> [round(float(rho(t)), 3) for t in (0, 5, 10)]
       [0.08, 0.06, 0.04]
     """
-    if not rate_max > rate_min or not 0 <= rho_min <= rho_max:
+    if not 0 <= rho_min <= rho_max:
         raise ValueError(
-            "the radius follows from rho_min to rho_max and rate_min to rate_max, got "
-            f"{rho_min=}, {rho_max=}, {rate_min=}, {rate_max=}."
+            "the least radius, rho_min, must be from 0 to the largest, rho; got "
+            f"rho_min={rho_min!r}, and rho={rho_max!r}."
+        )
+    if not rate_max > rate_min:
+        raise ValueError(
+            "the radius follows the learning rate, whose largest value must be above "
+            f"its least; got {rate_max=}, {rate_min=}."
         )
 
     def rho(step):

@@ -246,14 +246,16 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
     all_axes = data_axes + particle_axes
     key = one_key(key)
     if options.random and key is None:
-        source = (
-            f"split={options.split!r} and noise_std={options.noise_std!r}"
-            if options.sampler == "ascent"
-            else f"draws of sampler={options.sampler!r}"
-        )
+        source = f"draws of sampler={options.sampler!r} need"
+        if options.sampler == "ascent":
+            noise = f"noise_std={options.noise_std!r}" if options.noisy else ""
+            split = 'split="random"' if options.split == "random" else ""
+            both = " and ".join(filter(None, (split, noise)))
+            source = f"{both} need" + "s" * (" and " not in both)
         raise ValueError(
-            f"{source} need randomness: pass a key, as jax.random.key(0). A gradient "
-            "function takes a fresh one in each call, grad_fn(params, batch, key=key); "
+            f"{source} randomness: pass a key, as jax.random.key(0). A gradient "
+            "function takes a fresh one in each call, by name, grad_fn(params, batch, "
+            "key=key), since what follows the batch belongs to the loss; "
             "a transformation takes one where it is made, otmdr(loss_fn, key). Or "
             'climb with split="ordered" or "shared" and noise_std=0.'
         )

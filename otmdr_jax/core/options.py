@@ -301,7 +301,7 @@ class Options(_Fields):
             if value is not None and value is not False and name not in used:
                 raise ValueError(
                     f"{name} does nothing with sampler={sampler!r}, which takes "
-                    f"{', '.join(used)}."
+                    f"{', '.join(used)} of its kind." + _other_samplers(name)
                 )
         shaped = self.adaptive or self.curved or self.norm != "global"
         if sampler == "ascent":
@@ -372,3 +372,8 @@ class Options(_Fields):
     def random(self) -> bool:
         """Whether a PRNG key is needed."""
         return self.noisy or self.split == "random" or self.sampler != "ascent"
+
+
+def _other_samplers(name):
+    known = [sampler for sampler, names in _OF_SAMPLER.items() if name in names]
+    return f" It belongs to sampler={' or '.join(map(repr, known))}."

@@ -348,7 +348,13 @@ def from_gradient(
         loss_kwargs=None,
         **extra_args,
     ):
-        del updates, extra_args
+        del updates
+        if fixed := {"rho", "key"} & extra_args.keys():
+            raise TypeError(
+                f"tx.update takes no {' and no '.join(sorted(fixed))}: the place is "
+                "where the transformation is made. A radius that changes is a "
+                "schedule, rho=lambda count: ..., or one of optax.inject_hyperparams."
+            )
         if params is None:
             raise ValueError(
                 "the robust gradient is taken at the parameters: call "

@@ -73,9 +73,9 @@ def _find(tfds, name: str, data_dir: str | None):
         close = difflib.get_close_matches(family.lower(), known, n=3, cutoff=0.5)
         hint = f"close names: {', '.join(close)}" if close else "no name is close"
         raise ValueError(
-            'name must be "digits", a TFDS dataset or a path that ends in .npz, got '
-            f"{name!r}; {hint}. For prepared data of your own, check data_dir "
-            f"({data_dir!r})."
+            'data must be "digits", a TFDS dataset, an .npz file or a folder of images '
+            f"(./photos), got {name!r}; {hint}. For prepared data of your own, check "
+            f"data_dir ({data_dir!r})."
         ) from error
 
 

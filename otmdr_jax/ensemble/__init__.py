@@ -12,6 +12,7 @@ of their probabilities, :func:`log_mean_probs`.
     joint.py        all members as one model: the joint variant
 """
 
+from otmdr_jax.core.tree import stack
 from otmdr_jax.ensemble.dual import dual, dual_gradient
 from otmdr_jax.ensemble.gradient import robust_gradient, value_and_grad
 from otmdr_jax.ensemble.joint import joint_loss, log_mean_probs
@@ -28,5 +29,6 @@ __all__ = [
     "member_keys",
     "per_member",
     "robust_gradient",
+    "stack",
     "value_and_grad",
 ]

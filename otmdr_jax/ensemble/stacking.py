@@ -28,7 +28,7 @@ def count_members(members: PyTree) -> int:
         raise ValueError(
             "members of one architecture must be stacked: one leading axis of M on "
             f"every leaf, got shapes {sorted(set(shapes))[:8]}. Stack them with "
-            "otmdr_jax.core.tree.stack; members that differ are a tuple."
+            "otmdr_jax.ensemble.stack; members that differ are a tuple."
         )
     return shapes[0][0]
 

@@ -28,7 +28,7 @@ Score = Literal["confidence", "entropy", "mutual_information"]
 
 
 def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
-    r"""Area above the accuracy-confidence curve, about 0.1 (all right) to 1.
+    r"""Area above the accuracy-confidence curve, as the field's code has it.
 
     Examples are in ascending order of top confidence, and a_j is the accuracy of those
     from index i_j on, for i_j = 1, 1 + step, 1 + 2 step, ... < N with step = N //
@@ -40,8 +40,11 @@ def aac(probs: Array, labels: Array, num_steps: int = NUM_STEPS) -> float:
     This is the definition of the usual `acc_aac`, so that values compare; of equal
     confidences, whose order it leaves to the sort, it is the mean over all orders. T
     joins num_steps points, one interval less, so a model that is always right has 1 /
-    num_steps, or less if num_steps does not divide N. pytorch-ensembles' own default is
-    1,000 steps. :func:`aurc` is the same idea without these quirks.
+    num_steps, and one that is always wrong has 1. If num_steps does not divide N there
+    are more points, and the area is less, below 0 even: with ten steps a model that is
+    always right has 0.1 of 360 examples, 0 of 359 and -0.7 of 19. Compare sets of one
+    size that num_steps divides. pytorch-ensembles' own default is 1,000 steps.
+    :func:`aurc` is the same idea without these quirks.
 
     Args:
       probs: (N, C) probabilities, or samples (S, N, C), whose mean counts.

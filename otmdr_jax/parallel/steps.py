@@ -96,7 +96,16 @@ def shard_map_step(
         # again, and the batch in parts, so that no device gets the whole of it.
         state = placement.settle(state, NamedSharding(mesh, state_spec))
         batch = placement.settle(batch, NamedSharding(mesh, spec_of_batch))
-        return compiled(state, batch, *args)
+        try:
+            return compiled(state, batch, *args)
+        except ValueError as error:
+            if "check_vma" in str(error):
+                error.add_note(
+                    "Here: is axis_name missing in the gradient function, as "
+                    "value_and_grad(loss_fn, axis_name='data')? Without the check each "
+                    "device would train a model of its own."
+                )
+            raise
 
     run.lower = compiled.lower  # type: ignore[attr-defined]
     return run

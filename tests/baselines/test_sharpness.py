@@ -269,8 +269,10 @@ class TestGsam:
         _, state = one_update(tx, params, data)
         got, _ = one_update(tx, params, data, state)
         assert_allclose(flat(got), gsam_of(flat(params), data, 0.5, 0.35), rtol=1e-5)
-        with pytest.raises(ValueError, match="rho_min"):
+        with pytest.raises(ValueError, match="rho_min, must be from 0 to the largest"):
             baselines.follow(optax.constant_schedule(0.1), 0.1, 0.2, 0.1)
+        with pytest.raises(ValueError, match="largest value must be above its least"):
+            baselines.follow(optax.constant_schedule(0.1), 0.2, 0.1, 0.1, 0.1)
 
 
 def looksam_of(v, batches, every, alpha=0.7, rate=0.1):

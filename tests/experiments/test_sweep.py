@@ -234,7 +234,7 @@ class TestTuning:
             sweep.chosen(plan, every)
 
     def test_a_validation_set_is_needed_before_anything_is_trained(
-        self, tmp_path, monkeypatch
+        self, tmp_path, monkeypatch, capsys
     ):
         text = TUNED.replace("validation = 0.2\n", "")
         plan = sweep.plan(write(tmp_path, text), tmp_path)
@@ -242,6 +242,14 @@ class TestTuning:
         with pytest.raises(ValueError, match="tuning needs a validation set"):
             sweep.tune(plan, tmp_path / "tuning.json")
         assert not (tmp_path / "tuning.json").exists()
+        output = ["--output", str(tmp_path / "out")]
+        for words in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit):
+                cli.main(["sweep", str(tmp_path / "sweep.toml"), *output, *words])
+            assert "tuning needs a validation set" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main(["sweep", str(tmp_path / "nope.toml"), *output])
+        assert "nope.toml is not there: it describes a" in capsys.readouterr().err
         without = sweep.plan(write(tmp_path), tmp_path)
         for function in (sweep.scores, sweep.chosen, sweep.tune):
             with pytest.raises(ValueError, match=r"no table \[tuning\]"):

@@ -461,6 +461,8 @@ def test_a_level_that_is_whole_is_not_rounded_up():
         (np.zeros((2, 2)), [0.0, 1.0], "integers"),
         (np.zeros((2, 2), complex), [0, 1], "real numbers"),
         (np.zeros((2, 2)), [0], r"got \(2, 2\) and \(1,\)"),
+        (np.array([[0.9, 0.1], [0.25, 0.75]]), [0, 1], "these rows are probabilities"),
+        (np.array([[1, 0], [0, 1]], np.float16), [0, 1], "Give np.log"),
     ],
 )
 def test_bad_logits_are_refused(fit, logits, labels, message):

@@ -133,6 +133,16 @@ def test_aac_is_the_fields(n):
     assert abs(metrics.aac(probs, labels, num_steps=5) - want) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("n", "area"), [(10, 0.2), (19, -0.7), (20, 0.1), (359, 0.0), (360, 0.1)]
+)
+def test_aac_of_a_model_that_is_always_right_depends_on_the_size(n, area):
+    """As the documentation warns: 1 - (points - 1) / 10."""
+    probs = np.tile([0.9, 0.1], (n, 1))
+    assert metrics.aac(probs, np.zeros(n, int)) == pytest.approx(area)
+    assert metrics.aac(probs, np.ones(n, int)) == pytest.approx(1.0)
+
+
 def test_aac_of_equal_confidences_is_the_mean_over_their_orders():
     """Sorted by label, a constant prediction had .66 or .36 in place of .3."""
     probs, labels = predictions(3, 6, 3)

@@ -113,6 +113,21 @@ class TestData:
         )
         assert_close(((value, new_state), grads), want, rtol=1e-4, atol=1e-5)
 
+    def test_a_forgotten_axis_name_is_said(self):
+        """JAX's own advice is to leave the check out."""
+        grad_fn = otmdr_jax.value_and_grad(toy.regression, RHO)
+        params, data = toy.regression_problem()
+
+        def step(params, batch):
+            value, grads = grad_fn(params, batch, key=jax.random.key(0))
+            return grads, value
+
+        step = parallel.shard_map_step(step, parallel.make_mesh("data=2"))
+        with pytest.raises(ValueError, match="check_vma") as caught:
+            step(params, data)
+        notes = " ".join(caught.value.__notes__)
+        assert "is axis_name missing in the gradient" in notes
+
     @pytest.mark.slow
     @pytest.mark.parametrize("devices", [4])
     def test_plain_jit_on_a_mesh_is_one_device(self, devices, network, key):

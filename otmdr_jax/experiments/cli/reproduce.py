@@ -191,6 +191,8 @@ def _show(options, every, cells, output, failed):
 
 
 def _hours(hours: float) -> str:
+    if hours < 0.01:
+        return "< 0.01" if hours else "0"
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 

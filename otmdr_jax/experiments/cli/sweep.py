@@ -63,6 +63,7 @@ def run(options: Sweep) -> None:
     trials = [] if plan.tuning is None else plan.tuning.runs
     sweep.check([*trials, *plan.runs])
     report.check_folder(output / "report")
+    sweep.check_tuning(plan)
     if options.dry_run:
         _print_plan(plan, trials, output)
         return

@@ -202,7 +202,7 @@ class Normed(Masked):
 
     norm: Literal["global", "per_leaf", "none"] = "global"
     """One gradient norm over all parameters, one for each array, or none: steps as long
-    as the gradient makes them. That of otmdr-bnn is posterior_norm."""
+    as the gradient makes them. That of otmdr-bnn is --posterior-norm."""
 
     def options(self, run: Run) -> dict[str, Any]:
         return {**super().options(run), "norm": self.norm}

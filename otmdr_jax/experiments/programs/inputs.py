@@ -200,9 +200,10 @@ def make_mesh(config: TrainConfig) -> Mesh | None:
         )
     if batch_size // max(data, parts) < gradient.num_parts:
         raise ValueError(
-            f"batch_size={batch_size} over {data} devices leaves each fewer "
-            f"examples than the {gradient.num_parts} steps, each of which needs a "
-            "part: use a larger batch or fewer devices on data."
+            f"batch_size={batch_size} over devices on data={data} leaves each fewer "
+            f"examples than the {gradient.num_parts} steps of {config.method.name}, "
+            "each of which needs a part: use a larger batch"
+            + (" or fewer devices on data." if data > 1 else ".")
         )
     return mesh if mesh.size > 1 else None
 

@@ -123,7 +123,13 @@ def page(
         f"Made with: {'; '.join(made) or 'nothing yet'}.",
         *([what.note] if what.note else []),
     ]
-    if scale != "paper":
+    if scale == "smoke":
+        parts.append(
+            "These runs are of one small network on a few digits, whatever networks "
+            "and data the tables name: they show that the command works, and nothing "
+            "of the methods."
+        )
+    elif scale != "paper":
         parts.append(
             "The printed numbers are of other networks and data than these runs: "
             "compare the order of methods, not the numbers."

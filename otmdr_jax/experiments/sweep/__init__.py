@@ -41,7 +41,7 @@ from otmdr_jax.experiments.sweep.planning import (
     plan,
 )
 from otmdr_jax.experiments.sweep.running import check, read_rows, run, state_of
-from otmdr_jax.experiments.sweep.tuning import Tuned, chosen, scores, tune
+from otmdr_jax.experiments.sweep.tuning import Tuned, check_tuning, chosen, scores, tune
 
 __all__ = [
     "METRICS",
@@ -51,6 +51,7 @@ __all__ = [
     "Tuned",
     "Tuning",
     "check",
+    "check_tuning",
     "chosen",
     "plan",
     "read_rows",

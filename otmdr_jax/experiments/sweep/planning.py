@@ -95,6 +95,10 @@ def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
     path, output = pathlib.Path(path), pathlib.Path(output)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is not there: it describes a sweep."
+        ) from error
     except ValueError as error:  # a TOMLDecodeError, or bytes that are no text
         raise ValueError(f"{path} is no TOML file: {error}") from error
     if unknown := sorted(set(content) - {"seeds", "options", "methods", "tuning"}):

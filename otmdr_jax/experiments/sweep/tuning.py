@@ -24,6 +24,16 @@ class Tuned(NamedTuple):
     runs: list[Planned]
 
 
+def check_tuning(plan: Plan) -> None:
+    """Raises ValueError if a plan chooses settings without a validation set."""
+    runs = () if plan.tuning is None else plan.tuning.runs
+    for config in {one.config.data: one.config for one in runs}.values():
+        if not config.data.validation and not _has_validation(config):
+            raise ValueError(
+                "tuning needs a validation set, as validation = 0.2 in [options]."
+            )
+
+
 def tune(
     plan: Plan,
     rows_file: str | os.PathLike,
@@ -47,11 +57,7 @@ def tune(
       Interrupted: On Ctrl-C or SIGTERM; the same call goes on.
     """
     tuning = _tuning_of(plan)
-    for config in {one.config.data: one.config for one in tuning.runs}.values():
-        if not config.data.validation and not _has_validation(config):
-            raise ValueError(
-                "tuning needs a validation set, as validation = 0.2 in [options]."
-            )
+    check_tuning(plan)
     rows = running.run(
         tuning.runs,
         rows_file,

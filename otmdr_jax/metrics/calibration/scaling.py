@@ -214,6 +214,12 @@ def check_logits(logits: Array) -> np.ndarray:
             f"logits must be finite, but row {row} is {logits[row]}. For probabilities "
             "that may be 0 give np.log(np.maximum(probs, 1e-30))."
         )
+    if logits.size and (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-3):
+        raise ValueError(
+            "calibration needs logits or log-probabilities, and these rows are "
+            "probabilities: at least 0, with a sum of 1. Give "
+            "np.log(np.maximum(probs, 1e-30))."
+        )
     return logits
 
 
