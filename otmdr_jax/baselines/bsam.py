@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.baselines import preconditioned
+from otmdr_jax.core import collectives
 from otmdr_jax.core.batches import NO_BATCH
 from otmdr_jax.core.checks import check_number, check_word
 from otmdr_jax.core.gradient import Diagnostics, build, call
@@ -207,13 +208,14 @@ def bsam_gradient(
       (precision, params, batch, *args, key=None, rho=None, **kwargs) ->
       (:class:`otmdr_jax.RobustGradient`, precision).
     """
-    preconditioned.check_num_data(num_data, infinite=True)
+    num_data = preconditioned.checked_num_data(num_data, infinite=True)
     preconditioned.check_decay("b2", b2)
     for name, value in (("weight_decay", weight_decay), ("damping", damping)):
         check_number(name, value)
     check_number("rho", rho)
-    noisy = num_data != math.inf
+    noisy = isinstance(num_data, jax.core.Tracer) or num_data != math.inf
     chosen = Options(split="shared", norm="none", **options)
+    axes = collectives.axes_of(chosen.axis_name)
 
     def shifted(params, batch=NO_BATCH, *args, bsam_noise=None, **kwargs):
         if bsam_noise is not None:
@@ -232,7 +234,12 @@ def bsam_gradient(
             scale = jax.tree.map(lambda r: 1 / r, root)
             step = step._replace(metric=lambda w, g: scale)
             if noisy:
-                drawn = preconditioned.noise(step.key, precision, num_data)
+                own_key = step.key
+                own = axes and not chosen.sync_perturbation
+                if own and jax.lax.axis_size(axes) > 1:
+                    # The noise belongs to the perturbation, which is each device's own.
+                    own_key = jax.random.fold_in(own_key, jax.lax.axis_index(axes))
+                drawn = preconditioned.noise(own_key, precision, num_data)
                 noise = {"bsam_noise": drawn}
                 step = step._replace(own=lambda taken: {} if taken else noise)
             found, first = from_one_gradient(step)

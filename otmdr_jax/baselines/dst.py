@@ -187,12 +187,12 @@ def renew(
         there = jnp.sum(mask)
         number = jnp.ceil(rate * (1 - 1e-6) * there)
         number = jnp.clip(jnp.nan_to_num(number), 0, there).astype(jnp.int32)
-        size = jnp.abs(weight.astype(jnp.float32))
+        size = jnp.abs(weight).astype(jnp.float32)
         kept = mask & ~_smallest(jnp.where(mask, size, jnp.inf), number)
         if growth == "random":
             score = _uniform(own, mask)
         else:
-            score = jnp.abs(grad.astype(jnp.float32))
+            score = jnp.abs(grad).astype(jnp.float32)
         grown = _smallest(jnp.where(kept, jnp.inf, -score), number)
         pairs.append((kept, kept | grown))
     both: Any = zip(*pairs, strict=True)
@@ -292,9 +292,10 @@ def dynamic(
             lambda: (state.masks, state.masks),
             params,
         )
-        # p + (-p) is exactly 0, and what grows starts from there.
+        # p + (-p) is exactly 0, and what grows starts from there: in the dtype of p,
+        # where updates are narrower.
         updates = jax.tree.map(
-            lambda mask, u, p: jnp.where(mask, u, -jnp.asarray(p, u.dtype)),
+            lambda mask, u, p: jnp.where(mask, u, -p),
             kept,
             updates,
             params,

@@ -195,7 +195,7 @@ def ivon_gradient(
       (hess, params, batch, *args, key=, **kwargs) ->
       (:class:`otmdr_jax.RobustGradient`, hess).
     """
-    preconditioned.check_num_data(num_data, infinite=False)
+    num_data = preconditioned.checked_num_data(num_data, infinite=False)
     preconditioned.check_decay("b2", b2)
     check_number("weight_decay", weight_decay, positive=True)
     check_count("mc_samples", mc_samples)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from otmdr_jax.baselines import curvature
 from otmdr_jax.baselines.finalize import Finalize
+from otmdr_jax.core import tree
 from otmdr_jax.core.checks import check_count, check_word
 
 PyTree = Any
@@ -123,7 +124,7 @@ def laplace(
     def fitted(state, found):
         weights = state.params if structure == "diagonal" else _head(state.params)
         values, draw = _eigen(found, structure, jax.tree.map(jnp.shape, weights))
-        norm = jnp.sum(jnp.stack([jnp.sum(x**2) for x in jax.tree.leaves(weights)]))
+        norm = tree.norm(weights) ** 2
         delta = (
             curvature.prior_precision(values, norm)
             if prior_precision is None

@@ -10,6 +10,7 @@ Reference: Gal & Ghahramani, `Dropout as a Bayesian Approximation: Representing 
 Uncertainty in Deep Learning <https://arxiv.org/abs/1506.02142>`_, ICML 2016.
 """
 
+import numbers
 from typing import Any
 
 import jax
@@ -30,7 +31,8 @@ _STREAM = 0x64726F70
 def rate_of(model: Any) -> float:
     """The rate of a model's dropout; 0 if the model does not say one."""
     rate = getattr(model, "dropout", 0.0)
-    return float(rate) if isinstance(rate, int | float) else 0.0
+    number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+    return float(rate) if number else 0.0
 
 
 def example_keys(key: jax.Array, count: int, axis_name: Any = None) -> jax.Array:
@@ -76,8 +78,9 @@ def mc_dropout(
       mean_only: True to predict with the network without dropout instead. S is then 1.
 
     Returns:
-      A method. `predict` returns (S, B, C) log-probabilities. It draws the masks from
-      the state's key; BatchNorm uses its running statistics.
+      A method. `predict` returns (S, B, C) log-probabilities, or outputs where there
+      are no classes. It draws the masks from the state's key; BatchNorm uses its
+      running statistics.
 
     Raises:
       ValueError: The model has no dropout, or `num_samples` is below 1.
@@ -109,7 +112,8 @@ def mc_dropout(
             logits, _ = model.apply(
                 state.params, state.model_state, images, train=False, keys=key
             )
-            return jax.nn.log_softmax(logits.astype(jnp.float32))  # (B, C)
+            logits = logits.astype(jnp.float32)
+            return jax.nn.log_softmax(logits) if method.classes else logits  # (B, C)
 
         # Of the step, as those of a posterior: all batches see the same samples.
         key = jax.random.split(state.key, 3)[2]

@@ -74,6 +74,7 @@ def posterior(params: PyTree, precision: PyTree, num_data: float) -> bnn.MeanFie
       >>> bnn.std(q).round(4).tolist()
       [0.09..., 0.19...]
     """
+    num_data = checked_num_data(num_data, infinite=False)
     sigma = jax.tree.map(lambda p: 1 / jnp.sqrt(num_data * p), precision)
     return bnn.init(params, sigma, mask=True)
 
@@ -94,7 +95,18 @@ def clipping(norm: float | None) -> list[optax.GradientTransformation]:
     if norm is None:
         return []
     check_number("clip_norm", norm, positive=True)
-    return [optax.clip_by_global_norm(norm)]
+
+    def clip(updates, params):
+        del params
+        # Optax' own norm overflows where a square does, and clips to 0 then.
+        length = tree.norm(updates)
+        factor = jnp.where(length > norm, norm / length, 1.0)
+        return jax.tree.map(
+            lambda u: (factor * u.astype(tree.accumulation_dtype(u))).astype(u.dtype),
+            updates,
+        )
+
+    return [optax.stateless(clip)]
 
 
 def check_decay(name: str, value: Any) -> None:
@@ -113,10 +125,14 @@ def check_learning_rate(value: Any) -> None:
         check_number("learning_rate", value)
 
 
-def check_num_data(value: Any, *, infinite: bool) -> None:
-    """Raises unless N is a positive number, infinite at most where that is allowed."""
+def checked_num_data(value: Any, *, infinite: bool) -> Any:
+    """N as a float, or traced; an integer of JAX would end at 2^31.
+
+    Raises:
+      ValueError, TypeError: It is no positive number; infinity may be allowed.
+    """
     if infinite and isinstance(value, float) and value == math.inf:
-        return
+        return value
     try:
         check_number("num_data", value, positive=True)
     except (TypeError, ValueError) as error:
@@ -124,6 +140,7 @@ def check_num_data(value: Any, *, infinite: bool) -> None:
         raise type(error)(
             f"{error} It is the number of training examples{hint}."
         ) from error
+    return value if isinstance(value, jax.core.Tracer) else float(value)
 
 
 def whole(

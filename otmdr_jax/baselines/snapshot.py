@@ -44,10 +44,11 @@ def collect(method: Any, ends: Sequence[int]) -> Any:
 
     Returns:
       A method. Its state's `method_state` is a :class:`Collected`. `predict` returns
-      (M, B, C) log-probabilities: first those of the members collected so far; the
-      remaining rows hold their mean probability, so that the mean over all M rows is
-      the ensemble's prediction at any time. Before the first member is collected, all
-      rows are predictions of the current weights.
+      (M, B, C) log-probabilities, or outputs where there are no classes: first those of
+      the members collected so far; the remaining rows hold their mean probability, or
+      output, so that the mean over all M rows is the ensemble's prediction at any time.
+      Before the first member is collected, all rows are predictions of the current
+      weights.
 
     Raises:
       ValueError: `ends` is empty, or is not ascending from at least 1.
@@ -109,12 +110,16 @@ def collect(method: Any, ends: Sequence[int]) -> Any:
         slots = jnp.arange(len(ends))
         rows = jax.lax.map(row, (slots, kept.params, kept.model_state))  # (M, B, C)
         there = (slots < kept.number)[:, None, None]
-        # log(1/count sum p), where there are any.
-        total = jax.nn.logsumexp(jnp.where(there, rows, -jnp.inf), axis=0)
+
+        def mean_of_rows():
+            count = kept.number.astype(rows.dtype)
+            if not method.classes:
+                return jnp.sum(jnp.where(there, rows, 0), axis=0) / count
+            total = jax.nn.logsumexp(jnp.where(there, rows, -jnp.inf), axis=0)
+            return total - jnp.log(count)  # log(1/count sum p)
+
         mean = jax.lax.cond(
-            kept.number > 0,
-            lambda: total - jnp.log(kept.number.astype(total.dtype)),
-            lambda: of(state.params, state.model_state),
+            kept.number > 0, mean_of_rows, lambda: of(state.params, state.model_state)
         )
         return jnp.where(there, rows, mean)
 

@@ -188,7 +188,8 @@ def average(
             count = jnp.expand_dims(number, tuple(range(number.ndim, x.ndim)))
             if x.ndim > now.ndim:  # of several weight vectors of a member
                 now = jnp.expand_dims(now, number.ndim - 1)
-            return jnp.where(count > 0, x / jnp.maximum(count, 1), now)
+            # A mean over batches has a share of them here.
+            return jnp.where(count > 0, x / jnp.where(count > 0, count, 1), now)
 
         statistics = jax.tree.map(mean, total, state.model_state)
         kept = state.method_state._replace(statistics=statistics)

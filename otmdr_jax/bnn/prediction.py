@@ -130,16 +130,18 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
             "log_probs must be of shape (samples, ..., classes), got "
             f"{jnp.shape(log_probs)}."
         )
+    rounding = float(jnp.finfo(log_probs.dtype).eps)
+    log_probs = log_probs.astype(tree.accumulation_dtype(log_probs))
     sums = jax.nn.logsumexp(log_probs, axis=-1)
     if not isinstance(sums, jax.core.Tracer):
         worst = float(jnp.max(jnp.abs(sums)))  # NaN is not refused: it shows
-        if worst > 1e-2:
+        largest = jnp.max(jnp.where(jnp.isfinite(log_probs), jnp.abs(log_probs), 0))
+        if worst > max(1e-2, rounding * (1 + float(largest))):
             raise ValueError(
                 "log_probs must be logarithms of probabilities that sum to 1 over the "
                 f"last axis; one sums to exp({worst:.3g}) or exp(-{worst:.3g}). Apply "
                 "jax.nn.log_softmax to logits."
             )
-    log_probs = log_probs.astype(tree.accumulation_dtype(log_probs))
     equal = jnp.all(log_probs == log_probs[:1], axis=0)
     mean = jnp.where(equal, log_probs[0], log_mean_probs(log_probs))
     total, aleatoric = _mean_of(mean, -mean), _mean_of(log_probs, -log_probs)

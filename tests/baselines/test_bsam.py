@@ -175,6 +175,49 @@ class TestEquations:
             run(tx, w, batches)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "size"),
+    [
+        ("bsam", "float16", 300.0),
+        ("bsam", "bfloat16", 300.0),
+        ("bsam", "float32", 1e20),
+        ("ivon", "float32", 1e20),
+    ],
+)
+def test_a_gradient_is_clipped_where_its_square_overflows(name, dtype, size, key):
+    """optax.clip_by_global_norm makes it 0 there."""
+    w = jnp.zeros(2, dtype)
+    options = dict(rho=0.0, b1=0.0) if name == "bsam" else dict(b1=0.0)
+    tx = getattr(baselines, name)(
+        lambda w, batch: jnp.sum(w * jnp.asarray(size, dtype)), key,
+        learning_rate=1.0, num_data=1e30, clip_norm=1.0, weight_decay=0.0 + 1e-3,
+        **options,
+    )  # fmt: skip
+    state = tx.init(w)
+    update, _ = tx.update(w, state, w, batch=jnp.zeros(1))
+    half = np.float64(update[0])
+    assert np.isfinite(half) and half < 0
+    # Both are 1 / sqrt(2) over one precision.
+    assert_allclose(np.float64(update), [half, half])
+    assert abs(half) > 0.3
+
+
+@pytest.mark.parametrize("name", ["bsam", "ivon"])
+def test_a_number_of_examples_may_be_large(name, key):
+    """JAX's integers end at 2^31."""
+    found = []
+    for count in (10**10, 1e10):
+        w = jnp.ones(3)
+        tx = getattr(baselines, name)(
+            lambda w, batch: jnp.mean(w**2), key,
+            learning_rate=0.1, num_data=count, weight_decay=1e-3,
+        )  # fmt: skip
+        found.append(tx.update(w, tx.init(w), w, batch=jnp.zeros(1))[0])
+        q = baselines.posterior(w, jnp.full(3, 4.0), num_data=count)
+        assert_allclose(bnn.std(q), 1 / np.sqrt(4e10), rtol=1e-5)
+    assert_allclose(*found)
+
+
 class TestDevices:
     @pytest.mark.slow
     @pytest.mark.parametrize("devices", [1, 4])
@@ -198,6 +241,30 @@ class TestDevices:
         )
         assert_allclose(got, want, rtol=1e-5)
         assert_allclose(state.precision, there.precision, rtol=1e-5)
+
+    def test_devices_that_perturb_on_their_own_draw_their_own_noise(self, key):
+        """As sub-batches do: of the same examples, their curvatures differ."""
+        w, batches = problem(size=4)
+        twice = jax.tree.map(lambda x: np.concatenate([x, x]), batches[0])
+
+        def precision(sync, size=2):
+            tx = baselines.bsam(
+                loss, key, num_data=N, axis_name="data", sync_perturbation=sync,
+                **OPTIONS,
+            )  # fmt: skip
+
+            def step(w, batch):
+                return w, tx.update(w, tx.init(w), w, batch=batch)[1].precision
+
+            mesh = parallel.make_mesh(f"data={size}")
+            step = parallel.shard_map_step(step, mesh, donate=False)
+            return np.asarray(
+                step(jnp.float32(w), twice if size == 2 else batches[0])[1]
+            )
+
+        one = precision(False, size=1)
+        assert_allclose(precision(True), one, rtol=1e-6)  # both draw as one does
+        assert np.abs(precision(False) - one).max() > 1e-4
 
     def test_sub_batches_that_devices_do_not_share_are_refused(self, key):
         grad_fn = otmdr_jax.value_and_grad(

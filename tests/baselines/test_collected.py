@@ -242,6 +242,19 @@ class TestCollect:
                 assert_array_equal(kept.params["a"][i], np.float32(a))
                 assert_array_equal(kept.params["b"][i], np.float32(b))
 
+    def test_of_outputs_it_is_their_mean(self, key):
+        """Not that of probabilities, which a regression has none of."""
+        walk = Walk()
+        one = walk.method()._replace(
+            classes=False, predict=lambda state, _: state.params["a"][None, None]
+        )
+        method = baselines.collect(one, self.ENDS)
+        for steps in (1, 3, 5, 7):
+            rows = jax.jit(method.predict)(walk.run(method, steps, key), None)
+            used = [end for end in self.ENDS if end <= steps] or [max(steps, 1)]
+            want = np.mean([walk.path[end - 1, 0] for end in used], axis=0)
+            assert_allclose(rows.mean(0)[0], want, rtol=1e-5)
+
     def test_the_mean_over_rows_is_the_prediction_at_any_time(self, key):
         walk = Walk()
         method = baselines.collect(walk.method(), self.ENDS)
@@ -442,6 +455,16 @@ class TestAverage:
         want = np.mean(np.reshape(images, (3, 6, 4)), axis=(0, 1))
         assert_allclose(finished(*seen), np.tile(want, (4, 1)), rtol=1e-4, atol=1e-6)
         assert_array_equal(finished(bad, *seen), finished(*seen))
+        # A mean over batches, of which one in four is bad, is as good as their sum.
+        mean = jax.tree.map(lambda *x: sum(x) / 4, bad, *seen)
+        found = method.finalize.finish(state, mean).method_state.statistics["mean"]
+        assert_allclose(found, finished(*seen), rtol=1e-5)
+        found = method.finalize.finish(
+            state, jax.tree.map(lambda *x: sum(x) / 4, bad, bad, bad, seen[0])
+        )
+        assert_allclose(
+            found.method_state.statistics["mean"], finished(seen[0]), rtol=1e-5
+        )
         # Where none is finite those of training stay.
         own = np.asarray(state.model_state["mean"])
         assert_array_equal(finished(bad, bad), np.tile(own, (4, 1)))
@@ -661,6 +684,28 @@ class TestErrors:
         model = models.create("cnn_small", 10)
         with pytest.raises(ValueError, match="base of swa must be one of"):
             methods.create("swa", model, optax.sgd(0.1), base="sgvb", ends=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "gradients"),
+    [  # counted by a callback in the loss; the table is that of docs/method.md
+        (dict(split="random"), 6.0),
+        (dict(split="shared", noise_std=0.1, rho=(0.1,)), 4.0),
+        (dict(split="shared", noise_std=0.1, rho=(0.1, 0.2)), 7.0),
+        (dict(split="ordered", noise_std=0.1, rho=(0.1, 0.2)), 5.0),
+        (
+            dict(
+                split="ordered", sampler="langevin", chain_steps=4, tilt=0.5, rho=(0.1,)
+            ),
+            5.5,
+        ),
+        (dict(split="ordered", num_particles=1), 2.0),
+        (dict(split="shared", num_particles=1), 3.0),
+    ],
+)
+def test_particles_share_their_first_gradient(options, gradients):
+    found = TrainConfig(**{"num_particles": 3, **options})
+    assert cost.gradient_evaluations(found) == pytest.approx(gradients)
 
 
 def test_a_step_costs_what_one_of_its_base_does():

@@ -233,6 +233,20 @@ OPTIMIZERS = {
 
 
 class TestDynamic:
+    def test_zeros_are_exact_where_updates_are_narrower(self):
+        """Gradients in bfloat16 of float32 weights: -p rounded is not -p."""
+        params = {"a": jax.random.normal(jax.random.key(0), (8, 8))}
+        tx = dst.dynamic(
+            optax.sgd(0.1), jax.random.key(1), density=0.5, rate=0.5, steps=(1, 3)
+        )
+        state = tx.init(params)
+        params = dst.apply(state.masks, params)
+        for _ in range(4):
+            grads = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            assert not np.any(np.asarray(params["a"])[~np.asarray(state.masks["a"])])
+
     @pytest.mark.slow
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_zeros_are_exact_at_every_step(self, name):

@@ -314,6 +314,17 @@ def test_uncertainty_is_that_of_loops(key):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("classes", [10, 100, 1000])
+def test_uncertainty_takes_rounded_log_probabilities(dtype, classes, key):
+    logits = 0.1 * jax.random.normal(key, (4, 8, classes))
+    exact = bnn.uncertainty(jax.nn.log_softmax(logits))
+    found = bnn.uncertainty(jax.nn.log_softmax(logits.astype(dtype)))
+    assert_allclose(found.total, exact.total, rtol=0.05)
+    with pytest.raises(ValueError, match="Apply jax.nn.log_softmax"):
+        bnn.uncertainty(logits.astype(dtype))
+
+
 def test_uncertainty_is_that_of_metrics(key):
     """On the device here, on the host in float64 there: two codes, one formula."""
     log_probs = jax.nn.log_softmax(3 * jax.random.normal(key, (7, 20, 5)))

@@ -139,6 +139,19 @@ def test_frozen_leaves_are_constants_of_every_method(name):
         assert_allclose(*rows, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("structure", "freeze", "message"),
+    [
+        ("diagonal", ("first/*",), "laplace='diagonal' is of all weights"),
+        ("last-layer", ("head/*",), "is of the last layer, which freeze="),
+    ],
+)
+def test_frozen_weights_have_no_gaussian(structure, freeze, message):
+    options = {"structure": structure, "num_samples": 2}
+    with pytest.raises(ValueError, match=message):
+        methods.create("laplace", Net(), DECAYS, freeze=freeze, **options)
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_methods_freeze_nothing(name):
     with pytest.raises(ValueError, match=f"freeze is not for {name}"):

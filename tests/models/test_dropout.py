@@ -550,6 +550,18 @@ class TestMonteCarlo:
         )  # fmt: skip
         assert np.std(probs, axis=0).max() > 0.05
 
+    def test_of_a_regression_it_predicts_outputs(self):
+        """Their mean over masks is the output without dropout: the net is linear."""
+        method = self.method(
+            num_samples=400, classes=False, loss=lambda z, y: jnp.sum((z - y) ** 2, -1)
+        )
+        state = method.init(jax.random.key(0), IMAGES)
+        got = jax.jit(method.predict)(state, IMAGES)
+        want = np.asarray(IMAGES).reshape(12, -1) @ np.asarray(state.params["kernel"])
+        error = np.std(got, axis=0) / 20
+        assert np.all(np.abs(np.mean(got, axis=0) - want) < 5 * error + 1e-6)
+        assert np.std(want) > 1
+
     @pytest.mark.slow
     def test_no_prediction_depends_on_its_batch(self):
         method = self.method(num_samples=3)

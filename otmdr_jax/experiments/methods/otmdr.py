@@ -169,16 +169,19 @@ class Particles(Masked):
     def gradients(self) -> float:
         """Of each particle one where it arrives, and those on its way there.
 
-        Steps that share the batch take one of it, others one each; the first one is
-        that of all particles where it is taken on all of the batch.
+        Steps that share the batch take one of it, others one each. The first one is
+        that of all particles, unless each cuts the batch its own way.
         """
+        count = float(self.num_particles)
         if self.sampler == "first_order":
-            return 1.0 + self.num_particles
-        if self.split != "shared":
-            return self.num_particles * 2.0
+            return 1.0 + count
+        if self.split == "random":
+            return 2.0 * count
+        if self.split == "ordered":
+            return 1 / self.num_parts + count * (2 - 1 / self.num_parts)
         if self.sampler == "langevin":
-            return 1.0 + self.num_particles * (1.0 + (self.chain_steps or 1))
-        return self.num_particles * (1.0 + len(self.rho))
+            return 1.0 + count * (1.0 + (self.chain_steps or 1))
+        return 1.0 + count * len(self.rho)
 
     def check(self, config: Any) -> None:
         # What the transformation refuses is refused here, before there is a model.

@@ -67,6 +67,13 @@ class Laplace(Sampled, Riding):
     all."""
 
     @classmethod
+    def make(cls, model, optimizer, loss, **options):
+        """See :class:`MethodOptions`."""
+        if options.get("num_samples") != 0:
+            _check_frozen(options.get("structure", "last-layer"), loss.frozen)
+        return super().make(model, optimizer, loss, **options)
+
+    @classmethod
     def wrapped(cls, method, model, **own):
         # Without samples it predicts with the mode, as its base does.
         if own.get("num_samples") == 0:
@@ -84,7 +91,7 @@ class Laplace(Sampled, Riding):
     def check(self, config: Any) -> None:
         super().check(config)
         if self.prediction != "mean":
-            self._check_frozen(config.model.freeze or ())
+            _check_frozen(self.laplace, config.model.freeze or ())
             return
         for name in ("laplace", "prior_precision", "laplace_examples"):
             if getattr(self, name) != getattr(type(self), name):
@@ -92,20 +99,6 @@ class Laplace(Sampled, Riding):
                     f"{name}={getattr(self, name)!r} with prediction='mean', for "
                     "which nothing is fitted: leave one of them out."
                 )
-
-    def _check_frozen(self, frozen):
-        """Refuses a Gaussian of weights that stay as they are."""
-        last = ("head/kernel", "head/bias")
-        if self.laplace == "diagonal" and frozen:
-            raise ValueError(
-                "laplace='diagonal' is of all weights, and freeze="
-                f"{frozen} keeps some of them as they are: use --laplace last-layer."
-            )
-        if any(patterns.matches(name, frozen) for name in last):
-            raise ValueError(
-                f"laplace={self.laplace!r} is of the last layer, which freeze={frozen} "
-                "keeps as it is: leave one of them out."
-            )
 
     def seen(self, config: Any, state: PyTree, dataset: Any, programs: Any) -> Any:
         """The curvature that the Gaussian is made from, summed over the training set.
@@ -150,3 +143,18 @@ class Laplace(Sampled, Riding):
         each = [state] if hasattr(state, "step") else state
         found = [member.method_state for member in each]
         return [one for one in found if one is not None]
+
+
+def _check_frozen(structure, frozen):
+    """Refuses a Gaussian of weights that stay as they are."""
+    last = ("head/kernel", "head/bias")
+    if structure == "diagonal" and frozen:
+        raise ValueError(
+            "laplace='diagonal' is of all weights, and freeze="
+            f"{frozen} keeps some of them as they are: use --laplace last-layer."
+        )
+    if any(patterns.matches(name, frozen) for name in last):
+        raise ValueError(
+            f"laplace={structure!r} is of the last layer, which freeze={frozen} "
+            "keeps as it is: leave one of them out."
+        )

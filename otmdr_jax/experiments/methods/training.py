@@ -76,6 +76,7 @@ class Method(NamedTuple):
       share: (memories of all members on a leading axis, (M,) whose step was finite, the
         device axis that members are spread over) -> the one memory that all of them go
         on with; None where members have nothing in common.
+      classes: Whether `predict` gives log-probabilities of classes.
     """
 
     init: Callable[[jax.Array, jax.Array], TrainState]
@@ -84,6 +85,7 @@ class Method(NamedTuple):
     posterior: Callable[[TrainState], bnn.MeanField] | None = None
     finalize: baselines.Finalize | None = None
     share: Share | None = None
+    classes: bool = True
 
 
 class Update(NamedTuple):
@@ -308,7 +310,9 @@ def build(
     if posterior is not None and loss.frozen:
         of_trained = posterior
         posterior = lambda state: of_trained(trained_part(state)[0])  # noqa: E731
-    return Method(init, step, predict, posterior, share=rule.share)
+    return Method(
+        init, step, predict, posterior, share=rule.share, classes=loss.classes
+    )
 
 
 def cross_entropy(
