@@ -164,10 +164,16 @@ def robust_gradient(
     given = filled(MeanFieldOptions, options)
     check_words(MeanFieldOptions, given)
     norm, sigma_gradient = given["norm"], given["sigma_gradient"]
+    if norm == "per_leaf" and (given["project"] or given["sampler"] == "langevin"):
+        raise ValueError(
+            'project=True and sampler="langevin" need one ball of all means, and the '
+            'norm of a posterior is "per_leaf" by default: pass norm="global".'
+        )
 
     def climb(step):
         if norm == "joint":
-            step = step._replace(norm_mask=_with_scales(step.center))
+            moving = opts.mask(step.center)
+            step = step._replace(norm_mask=moving._replace(raw_scale=moving.mean))
         if sigma_gradient == "particle":
             return all_particles(step)
         return scales_at_center(step, whole=sigma_gradient == "center")
@@ -348,12 +354,6 @@ def _mask_function(mask):
     if mask is None:
         return lambda params: jax.tree.map(lambda _: True, params)
     return mask if callable(mask) else lambda params: mask
-
-
-def _with_scales(q):
-    """A mask of means and raw scales, for a norm over both."""
-    kinds = zip(q, (True, True, False), strict=True)
-    return MeanField(*(jax.tree.map(lambda _, k=k: k, part) for part, k in kinds))
 
 
 def _check_weight(weight):

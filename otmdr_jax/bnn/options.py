@@ -51,8 +51,8 @@ class MeansOptions(TypedDict, total=False):
         Literal["per_leaf", "global", "joint"],
         "per_leaf",
         """"per_leaf" (the paper: each layer's means have a norm), "global" (one over
-        all means) or "joint" (one over the gradients of means and raw scales; the
-        released code).""",
+        all means) or "joint" (one over the gradients of means and their raw scales;
+        the released code). What `mask` leaves out does not count.""",
     ]
     sigma_gradient: Annotated[
         Literal["center", "center_first", "particle"],

@@ -96,6 +96,33 @@ def test_samplers_draw_means_as_they_draw_one_model(key, options):
     assert_close(found.diagnostics.distances, want.diagnostics.distances)
 
 
+def test_masked_means_do_not_count_in_the_joint_norm(key):
+    """Their gradient is 100 times as long, and they do not move."""
+
+    def loss(w, batch):
+        return jnp.sum(w["a"]) + 100 * jnp.sum(w["b"]) + 0 * jnp.sum(batch)
+
+    # So narrow that the gradients of the scales are next to nothing.
+    q = bnn.init({"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}, sigma=1e-6)
+    for mask, distance in (({"a": True, "b": False}, 0.1), (None, 0.1)):
+        found = bnn.robust_gradient(
+            loss, num_data=10, rho=0.1, norm="joint", mask=mask, split="shared",
+            kl_weight=0.0,
+        )(q, jnp.zeros((4, 1)), key=key)  # fmt: skip
+        assert_allclose(found.diagnostics.distances, [distance], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(project=True), dict(sampler="langevin", num_steps=2, tilt=0.5)],
+)
+def test_one_ball_needs_one_norm(options):
+    loss = toy.regression
+    with pytest.raises(ValueError, match='"per_leaf" by default: pass norm="global"'):
+        bnn.robust_gradient(loss, num_data=10, rho=0.1, **options)
+    bnn.robust_gradient(loss, num_data=10, rho=0.1, norm="global", **options)
+
+
 def test_a_norm_over_scales_has_no_ball():
     with pytest.raises(ValueError, match='weight_noise="each_step" is for steps'):
         bnn.robust_gradient(

@@ -520,6 +520,7 @@ class TestPresets:
         (dict(method="sgvb", rho=(0.1,)), "sgvb has no option rho"),
         (dict(method="otmdr-bnn", estimator="local"), "has no option estimator"),
         (dict(method="otmdr-bnn", norm="per_leaf"), "norm is posterior_norm"),
+        (dict(method="otmdr-bnn", project=True), "give posterior_norm='global'"),
         (dict(method="otmdr", prior_std=0.2), "otmdr has no option prior_std"),
         (dict(method="sgd", num_samples=5), "sgd has no option num_samples"),
         (dict(method="sgvb", members="2", ensemble="joint"), "joint ensemble"),

@@ -259,6 +259,15 @@ class OtmdrBnn(Posterior, Particles):
             "weight_noise": self.weight_noise,
         }
 
+    def check(self, config: Any) -> None:
+        super().check(config)
+        ball = self.project or self.sampler == "langevin"
+        if ball and self.posterior_norm == "per_leaf":
+            raise ValueError(
+                "project and sampler='langevin' need one ball of all means: give "
+                "posterior_norm='global', which is 'per_leaf' by default."
+            )
+
     @property
     def gradients(self) -> float:
         """Those of the means, and of the scales at the center."""
