@@ -127,7 +127,7 @@ class TrainedRun:
           >>> config = otmdr_jax.config.TrainConfig(method="sam", steps=2)
           >>> _ = training.train(config, output=folder, show_progress=False)
           >>> run = otmdr_jax.open_run(folder)
-          >>> run.predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
+          >>> run.predict(np.full((3, 8, 8, 1), 128, np.uint8)).shape
           (3, 10)
         """
         return self.calibrated(self.predict_members(images).log_probs, calibrated)

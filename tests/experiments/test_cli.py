@@ -247,7 +247,7 @@ def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
         (["train", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["train", "--augment", "blur"], "got 'blur'"),
         (["train", "--validation", "2.5"], "or a whole number of examples, got 2.5"),
-        (["train", "--validation", "1.0"], "or a count without a point, as 500; got"),
+        (["train", "--validation", "1.0"], "1 would be a single example"),
         (["train", "--num-particles", "two"], "--num-particles"),
         (["train", "--preset", "demo", "--num_particles", "two"], "--num-particles"),
         (["train", "--base-method"], "no option base_method"),

@@ -491,7 +491,7 @@ BAD = {
     "severity": (dict(severities=[0]), "severity must be one of 1, 2, 3, 4, 5"),
     "no severity": (dict(severities=[]), "corruptions need severities"),
     "examples": (dict(max_examples=0), "max_examples must be an integer of at least 1"),
-    "name": (dict(other_sets=["nowhere"]), "name must be"),
+    "name": (dict(other_sets=["nowhere"]), "data must be"),
     "size": (dict(other_sets=["cifar10_1/v6"]), "must be prepared"),
 }
 

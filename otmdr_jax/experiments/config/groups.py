@@ -94,14 +94,12 @@ class Data(Group):
                 f"{self.name!r} is none, got {self.image_size!r}. A folder is written "
                 "as a path: ./photos."
             )
-        # 1.0 would be one example.
-        whole = float(self.validation).is_integer()
-        if self.validation and whole and isinstance(self.validation, float):
+        if self.validation == 1:
             raise ValueError(
-                "validation must be a fraction below 1, as 0.1, or a count without a "
-                f"point, as 500; got {self.validation!r}."
+                "validation must be a fraction below 1, or a count of at least 2; 1 "
+                "would be a single example, and not all of them."
             )
-        if self.validation > 1 and not whole:
+        if self.validation > 1 and not float(self.validation).is_integer():
             raise ValueError(
                 "validation must be a fraction below 1 or a whole number of examples, "
                 f"got {self.validation!r}."

@@ -141,7 +141,7 @@ def fit_vector(logits: Array, labels: Array, *, l2: float | None = None) -> Scal
     Example:
       >>> import numpy as np
       >>> from otmdr_jax import calibration
-      >>> logits = np.array([[1.0, 0.0], [0.0, 1.0]] * 4)
+      >>> logits = np.array([[2.0, 0.0], [0.0, 2.0]] * 4)
       >>> scaling = calibration.fit_vector(logits, [0, 0, 0, 1, 0, 1, 1, 1], l2=0)
       >>> np.exp(scaling(logits[:2])).round(4)[:, 0]
       array([0.75, 0.25])
@@ -179,7 +179,7 @@ def fit_matrix(logits: Array, labels: Array, *, l2: float | None = None) -> Scal
     Example:
       >>> import numpy as np
       >>> from otmdr_jax import calibration
-      >>> logits = np.array([[1.0, 0.0], [0.0, 1.0]] * 4)
+      >>> logits = np.array([[2.0, 0.0], [0.0, 2.0]] * 4)
       >>> scaling = calibration.fit_matrix(logits, [0, 0, 0, 1, 0, 1, 1, 1], l2=0)
       >>> np.exp(scaling(logits[:2])).round(4)[:, 0]
       array([0.75, 0.25])
