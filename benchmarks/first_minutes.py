@@ -1,14 +1,15 @@
-"""Times what a new user waits for: a short `otmdr train` on digits, and `otmdr report`.
+"""Times what a new user waits for: short `otmdr train`, `otmdr report`, `otmdr demo`.
 
     python benchmarks/first_minutes.py --json benchmarks/results/first_minutes_cpu.json
     python benchmarks/first_minutes.py --against OTHER_CHECKOUT --json FILE
     python benchmarks/first_minutes.py --smoke
 
 Each command runs in a process of its own: `train --epochs 5` with an empty cache of
-programs (cold) and again with what that left there (warm), `report` on five runs. Wall
-clock and processor seconds of each, and of `train` what is left of both without its
-steps, which keep one processor busy. With --against the same commands of another
-checkout run in turn with these. Medians. Expected: 5 minutes on 2 CPU cores.
+programs (cold) and again with what that left there (warm), `report` on five runs, and
+`demo` with an empty cache. Wall clock and processor seconds of each, and of `train`
+what is left of both without its steps, which keep one processor busy. With --against
+the same commands of another checkout run in turn with these. Medians. Expected: 7
+minutes on 2 CPU cores, and as long again for another checkout.
 """
 
 import json
@@ -78,13 +79,15 @@ def five_runs(folder, length, runs):
     return folders
 
 
-def one_round(code, own, length, folders):
+def one_round(code, own, length, folders, seeds):
     """Command -> its numbers; `own` is a folder that is not there yet."""
     cache = own / "cache"
+    demo = ("demo", "--quiet", "--output", own / "demo", *seeds)
     return {
         "cold": train(code, cache, own / "cold", length),
         "warm": train(code, cache, own / "warm", length),
         "report": otmdr(code, cache, "report", *folders, "--output", own / "page"),
+        "demo": otmdr(code, own / "fresh", *demo),
     }
 
 
@@ -123,6 +126,7 @@ def main():
         codes["other"] = pathlib.Path(options.against).resolve()
     commits = {name: commit_of(code) for name, code in codes.items()}
     length = ("--steps", "3") if options.smoke else ("--epochs", "5")
+    seeds = ("--seeds", "0", "--epochs", "1") if options.smoke else ()
     every = {name: [] for name in codes}
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
@@ -132,7 +136,7 @@ def main():
         for turn in range(1 if options.smoke else options.rounds):
             for name, code in codes.items():
                 own = scratch / f"{name}{turn}"
-                every[name].append(one_round(code, own, length, folders))
+                every[name].append(one_round(code, own, length, folders, seeds))
                 print(f"round {turn + 1}: {name}", flush=True)
             found = {name: summarise(rounds) for name, rounds in every.items()}
             record = {**environment(), "commits": commits, "results": found}

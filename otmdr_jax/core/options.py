@@ -295,13 +295,13 @@ class Options(_Fields):
     def _check_sampler(self):
         """What the options of a sampler, and those that it has no use for, must be."""
         sampler = self.sampler
-        used = _OF_SAMPLER[sampler]
         for name in fields_of(SamplerOptions):
             value = getattr(self, name)
-            if value is not None and value is not False and name not in used:
+            takers = [taker for taker, names in _OF_SAMPLER.items() if name in names]
+            if value is not None and value is not False and sampler not in takers:
                 raise ValueError(
-                    f"{name} does nothing with sampler={sampler!r}, which takes "
-                    f"{', '.join(used)} of its kind." + _other_samplers(name)
+                    f"{name} does nothing with sampler={sampler!r}: it belongs to "
+                    f"{' and '.join(map(repr, takers))}."
                 )
         shaped = self.adaptive or self.curved or self.norm != "global"
         if sampler == "ascent":
@@ -372,8 +372,3 @@ class Options(_Fields):
     def random(self) -> bool:
         """Whether a PRNG key is needed."""
         return self.noisy or self.split == "random" or self.sampler != "ascent"
-
-
-def _other_samplers(name):
-    known = [sampler for sampler, names in _OF_SAMPLER.items() if name in names]
-    return f" It belongs to sampler={' or '.join(map(repr, known))}."

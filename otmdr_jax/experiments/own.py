@@ -171,7 +171,8 @@ def try_out(own: Own, model: Any, dataset: Any) -> None:
 
     Raises:
       ValueError: The outputs are not one number for each class, where targets are class
-        numbers, or see :func:`_try_loss`; TypeError: the loss is of integers.
+        numbers, or the loss is not one of each example alone; TypeError: it is of
+        integers.
     """
     count = min(3, dataset.test.num_examples)
     images = jax.ShapeDtypeStruct((count, *dataset.image_shape), jnp.float32)

@@ -610,7 +610,26 @@ class TestLandscapes:
         axis = [-1.0, 0.0, 1.0]
         losses = [[loss * (1 + x * x + y * y) for y in axis] for x in axis]
         names = {"axis_names": ["x", "y"], "points": None, "labels": None}
-        return {"axes": [axis, axis], "losses": losses, **names}
+        plan = {"kind": "random", "split": "test", "num_examples": 50}
+        return {"axes": [axis, axis], "losses": losses, **names, **plan}
+
+    @pytest.mark.parametrize(
+        "other",
+        [{"num_examples": 60}, {"split": "train"}, {"axes": [[0.0, 1.0]] * 2}, None],
+    )
+    def test_landscapes_of_another_plan_are_not_shown(self, other, cells, monkeypatch):
+        """What stood there before an interrupted measurement came to it."""
+
+        def read(folder):
+            if other is None:
+                raise ValueError("no landscape")
+            return self.record() | other
+
+        monkeypatch.setattr(figures.surface, "read", read)
+        found = figures.landscapes(cells, "runs", "smoke")
+        assert {one.missing for one in found} == {
+            "the landscapes are not all measured yet."
+        }
 
     def test_what_cannot_be_measured_is_said_and_the_others_are_shown(
         self, cells, monkeypatch
@@ -625,7 +644,7 @@ class TestLandscapes:
         monkeypatch.setattr(figures.surface, "measure", measure)
         failed = figures.measure_landscapes(cells, "runs", "smoke")
         assert len(failed) == 1 and len(seen) == 5  # the first of three pairs ends
-        found = figures.landscapes(cells, "runs", failed)
+        found = figures.landscapes(cells, "runs", "smoke", failed)
         missing = {one.title: one.missing for one in found if one.missing}
         assert missing == failed and len(found) == 3
         for one in found:
@@ -645,7 +664,7 @@ class TestLandscapes:
             "read",
             lambda folder: None if "five" in str(folder) else self.record(),
         )
-        found = figures.landscapes(cells, "runs")
+        found = figures.landscapes(cells, "runs", "smoke")
         assert [one.missing for one in found if one.missing] == [
             "the landscapes are not all measured yet."
         ]
@@ -653,13 +672,13 @@ class TestLandscapes:
     def test_losses_that_are_not_finite_give_no_picture(self, cells, monkeypatch):
         nan = self.record(float("nan"))
         monkeypatch.setattr(figures.surface, "read", lambda folder: nan)
-        found = figures.landscapes(cells, "runs")
+        found = figures.landscapes(cells, "runs", "smoke")
         assert {one.missing for one in found} == {"no loss is finite."}
 
     def test_what_is_not_trained_is_said(self, cells, monkeypatch):
         monkeypatch.setattr(run_folder, "is_finished", lambda x: "SAM" in str(x))
         assert not figures.measure_landscapes(cells, "runs", "smoke")
-        assert {one.missing for one in figures.landscapes(cells, "runs")} == {
+        assert {one.missing for one in figures.landscapes(cells, "runs", "smoke")} == {
             "the first seed of OT-MDR is not finished."
         }
 

@@ -390,7 +390,9 @@ def test_a_signal_at_the_end_of_a_run_is_heard(small, tmp_path, monkeypatch):
     config = TINY.replace(epochs=1)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "final_result", interrupted)
-        with pytest.raises(training.Interrupted, match="at its end") as stop:
+        with pytest.raises(
+            training.Interrupted, match="at its end: the run is finished"
+        ) as stop:
             training.train(config, small, tmp_path / "run", show_progress=False)
     assert stop.value.signum == signal.SIGTERM
     assert run_folder.is_finished(tmp_path / "run")

@@ -181,7 +181,7 @@ def _show(options, every, cells, output, failed):
     if options.target == "figure2":
         places = {(cell.part, cell.data) for cell in shown}
         pairs = [cell for cell in every if (cell.part, cell.data) in places]
-        landscapes = figures.landscapes(pairs, output / "runs", failed)
+        landscapes = figures.landscapes(pairs, output / "runs", options.scale, failed)
         for one in landscapes:
             if one.missing:
                 print(f"{one.title}: not shown: {one.missing}")

@@ -102,6 +102,7 @@ def measure_landscapes(
 def landscapes(
     cells: Sequence[Cell],
     output: str | os.PathLike,
+    scale: str,
     failed: Mapping[str, str] | None = None,
 ) -> list[Landscapes]:
     """Reads what :func:`measure_landscapes` has measured so far.
@@ -109,9 +110,10 @@ def landscapes(
     Args:
       cells: The cells of "figure2".
       output: The folder of the runs.
+      scale: The scale: landscapes of other points or examples are not shown.
       failed: What it returned.
     """
-    found = []
+    plan, found = surface.Plan(**_PLAN[scale]), []
     for title, folders in _by_title(cells, output).items():
         missing, records = (failed or {}).get(title, ""), []
         unfinished = [
@@ -122,7 +124,7 @@ def landscapes(
         if not missing and unfinished:
             missing = f"the first seed of {' and '.join(unfinished)} is not finished."
         if not missing:
-            read = {method: surface.read(path) for method, path in folders.items()}
+            read = {method: _read(path, plan) for method, path in folders.items()}
             records = [(method, one) for method, one in read.items() if one is not None]
             if len(records) < len(read):
                 missing = "the landscapes are not all measured yet."
@@ -130,6 +132,19 @@ def landscapes(
                 missing = "no loss is finite."
         found.append(Landscapes(title, [] if missing else records, missing))
     return found
+
+
+def _read(folder, plan):
+    """The landscape of a plan; None where there is none, or only another one."""
+    try:
+        found = surface.read(folder)
+    except ValueError:  # measuring it says what is wrong
+        return None
+    if found is None:
+        return None
+    theirs = found["kind"], found["split"], found["num_examples"]
+    same = theirs == (plan.kind, plan.split, plan.num_examples)
+    return found if same and {plan.points} == set(map(len, found["axes"])) else None
 
 
 def landscape_examples(scale: str) -> int:

@@ -86,7 +86,7 @@ class Loop:
                     remember(self.signum)
                 raise
         if self.signum:  # as it ended: whoever has more runs to train has to stop
-            raise Interrupted("stopped; the run was at its end.", self.signum)
+            raise Interrupted("stopped at its end: the run is finished.", self.signum)
         return result
 
     # --- It begins ---
