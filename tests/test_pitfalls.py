@@ -17,6 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 import otmdr_jax
 from otmdr_jax.core import ascent, tree
 from tests import toy
+from tests.marks import one_axis_at_a_time
 
 # As a user's programs are compiled: see tests/conftest.py.
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -333,8 +334,10 @@ class TestDevices:
         )
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("kind", ["pmap", "shard_map", "shard_map unchecked"])
-    @pytest.mark.parametrize("particle_map", ["unroll", "scan", "vmap"])
+    @one_axis_at_a_time(
+        kind=["shard_map", "shard_map unchecked", "pmap"],
+        particle_map=["scan", "unroll", "vmap"],
+    )
     def test_global_perturbation_is_that_of_one_device(self, kind, particle_map, key):
         params, data = toy.regression_problem(batch=16)
         grad_fn = otmdr_jax.value_and_grad(
@@ -356,8 +359,10 @@ class TestDevices:
         assert_close(got, want)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("kind", ["pmap", "shard_map", "shard_map unchecked"])
-    @pytest.mark.parametrize("particle_map", ["unroll", "scan", "vmap"])
+    @one_axis_at_a_time(
+        kind=["shard_map", "shard_map unchecked", "pmap"],
+        particle_map=["scan", "unroll", "vmap"],
+    )
     def test_per_device_perturbation_is_m_sharpness(self, kind, particle_map, key):
         params, data = toy.regression_problem(batch=16)
         grad_fn = otmdr_jax.value_and_grad(
@@ -446,8 +451,10 @@ def test_unknown_extra_arguments_are_ignored_in_a_chain(problem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
-@pytest.mark.parametrize("particle_map", ["unroll", "scan", "vmap"])
+@one_axis_at_a_time(
+    make_key=[jax.random.PRNGKey, jax.random.key],
+    particle_map=["scan", "unroll", "vmap"],
+)
 def test_typed_and_raw_keys_work_everywhere(make_key, particle_map, problem):
     params, data = problem
     tx = otmdr_jax.otmdr(

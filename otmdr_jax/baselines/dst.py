@@ -220,6 +220,10 @@ def dynamic(
     momentum of masked weights. A gradient that is not finite moves nothing and is not
     counted as a step: see :mod:`otmdr_jax.core.transform`.
 
+    `ensemble.per_member` starts all members with the same masks, because `key` is one.
+    Give each its own after `init`, from M keys: `state = state._replace(masks=jax.vmap(
+    redraw)(ensemble.member_keys(key, M), state.masks))`.
+
     Args:
       optimizer: The transformation that turns the masked gradient into an update. What
         its state keeps of the parameters has their structure, as of all optimizers of

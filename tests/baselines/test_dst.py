@@ -24,6 +24,7 @@ from otmdr_jax.experiments import (
 from otmdr_jax.experiments.config import TrainConfig
 from tests.baselines.test_collected import Linear
 from tests.experiments.test_training import assert_same_bits
+from tests.marks import one_axis_at_a_time
 from tests.sets import small_digits
 
 TINY = TrainConfig(
@@ -320,9 +321,11 @@ class TestDynamic:
             tx.update(params, tx.init(params))
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("growth", ["gradient", "random"])
-    @pytest.mark.parametrize("guard", ["none", "apply_if_finite", "zero_nans"])
-    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @one_axis_at_a_time(
+        bad=[np.nan, np.inf],
+        guard=["none", "apply_if_finite", "zero_nans"],
+        growth=["gradient", "random"],
+    )
     def test_a_bad_batch_leaves_no_trace(self, bad, guard, growth, key):
         """Of each step before, at and after an update of the masks."""
         tx = baselines.dynamic(

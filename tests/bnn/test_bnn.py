@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose
 
 from otmdr_jax import bnn, metrics, models
 from otmdr_jax.bnn import kl_divergence, posterior
+from tests.marks import one_axis_at_a_time
 
 positive = st.floats(0.01, 10.0)
 
@@ -314,8 +315,7 @@ def test_uncertainty_is_that_of_loops(key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("classes", [10, 100, 1000])
+@one_axis_at_a_time(dtype=["bfloat16", "float16"], classes=[1000, 10])
 def test_uncertainty_takes_rounded_log_probabilities(dtype, classes, key):
     logits = 0.1 * jax.random.normal(key, (4, 8, classes))
     exact = bnn.uncertainty(jax.nn.log_softmax(logits))

@@ -47,8 +47,15 @@ LAYERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "estimator"),
+    [
+        *((layer, "local") for layer in LAYERS),
+        ("x @ w", "weights"),
+        ("x @ w", "flipout"),
+        ("x @ w.T", "flipout"),
+    ],
+)
 def test_dense_layers_have_the_distribution_of_sampled_weights(layer, estimator):
     function, shape = LAYERS[layer]
     rng = np.random.default_rng(0)
@@ -72,9 +79,19 @@ POSITIONS = jnp.cos(jnp.arange(24.0).reshape(4, 6))
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*draws")
-@pytest.mark.parametrize("estimator", ("weights", *ESTIMATORS))
-@pytest.mark.parametrize("times", [3, 4, 5])
-@pytest.mark.parametrize("how", ["time first", "a table", "examples first"])
+@pytest.mark.parametrize(
+    ("how", "times", "estimator"),
+    [
+        ("time first", 3, "local"),
+        ("time first", 4, "local"),
+        ("time first", 4, "flipout"),
+        ("time first", 4, "weights"),
+        ("time first", 5, "local"),
+        ("a table", 4, "local"),
+        ("examples first", 4, "local"),
+        ("examples first", 4, "flipout"),
+    ],
+)
 def test_an_axis_as_long_as_the_batch_is_not_taken_for_it(how, times, estimator):
     """4 examples of so many steps: the sum over steps is that of one network."""
     rng = np.random.default_rng(0)
@@ -143,8 +160,13 @@ USES = {
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:estimator=")
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    ("use", "estimator"),
+    [
+        *((use, "local") for use in USES),
+        *((use, "flipout") for use in ("two inputs", "views in a row", "one row")),
+    ],
+)
 def test_uses_of_one_kernel_see_one_kernel(use, estimator):
     rng = np.random.default_rng(0)
     m, s = rng.normal(size=(6, 6)), rng.uniform(0.1, 1.0, size=(6, 6))

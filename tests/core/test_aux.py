@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import otmdr_jax
 from otmdr_jax import baselines, bnn, ensemble
 from tests import toy
-from tests.marks import slow_but
+from tests.marks import one_axis_at_a_time, slow_but
 
 pytestmark = pytest.mark.usefixtures("optimized")
 RHO = (0.3, 0.2)
@@ -109,10 +109,8 @@ def test_what_keeps_its_shape_is_a_statistic_of_the_center():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"split": "shared"}, {"num_subbatches": 4}],
+@one_axis_at_a_time(
+    sync=[True, False], options=[{}, {"split": "shared"}, {"num_subbatches": 4}]
 )
 def test_each_device_has_the_rows_of_its_examples(options, sync, key):
     params, data = problem()

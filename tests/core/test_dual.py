@@ -21,6 +21,7 @@ from otmdr_jax.core.dual import share
 from otmdr_jax.core.transform import plain
 from tests import toy
 from tests.experiments.test_training import assert_same_bits
+from tests.marks import one_axis_at_a_time
 
 RHO = 0.5
 SLOPE = jnp.array([3.0, 4.0])  # of norm 5
@@ -174,8 +175,7 @@ def trust_region(h, g, rho):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("definite", [True, False])
+@one_axis_at_a_time(seed=range(3), definite=[False, True])
 def test_several_steps_solve_the_trust_region_problem(seed, definite):
     """Primal and dual values agree to 1e-5: there is no duality gap."""
     rng = np.random.default_rng(seed)

@@ -16,7 +16,7 @@ from scipy import integrate, special, stats
 import otmdr_jax
 from otmdr_jax.core import langevin, sampling
 from tests import toy
-from tests.marks import slow_but
+from tests.marks import one_axis_at_a_time, slow_but
 
 KEY = jax.random.key(0)
 # Tests of hypotheses are of one draw with this key; under the null one in a thousand
@@ -96,8 +96,7 @@ def coordinates(kappa, n):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1, 2, 5, 200])
-@pytest.mark.parametrize("kappa_per_weight", [0.0, 0.5, 3.0, 40.0])
+@one_axis_at_a_time(n=[5, 1, 2, 200], kappa_per_weight=[3.0, 0.0, 0.5, 40.0])
 def test_the_coordinate_has_its_density(n, kappa_per_weight):
     kappa = kappa_per_weight * n
     t, rest = coordinates(kappa, n)
@@ -106,8 +105,7 @@ def test_the_coordinate_has_its_density(n, kappa_per_weight):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [10**6, 10**9])
-@pytest.mark.parametrize("tilt", [0.0, 0.01, 0.5, 0.9])
+@one_axis_at_a_time(n=[10**9, 10**6], tilt=[0.5, 0.0, 0.01, 0.9])
 def test_it_is_right_for_as_many_weights_as_there_are(n, tilt):
     """Where the density is a normal one: its mean and variance, in float32."""
     kappa = sampling.concentration(tilt, n)
@@ -584,18 +582,16 @@ def test_chains_of_float32_weights_with_64_bits_enabled(split):
 # -- training on it --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+@one_axis_at_a_time(
+    options=[
         {"sampler": "first_order", "tilt": 0.6},
         {"sampler": "first_order", "inverse_temperature": 5.0, "norm": "per_leaf"},
         {"sampler": "langevin", "tilt": 0.6, "split": "shared", "num_steps": 3},
         {"sampler": "langevin", "tilt": 0.6, "split": "random", "num_steps": 3},
         {"sampler": "ascent", "project": True},
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    count=[3, 1],
 )
-@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.slow
 def test_the_gradient_is_the_mean_over_these_particles(options, count):
     params, batch = jax.tree.map(jnp.asarray, toy.regression_problem())

@@ -15,7 +15,7 @@ from otmdr_jax.core import loops
 from otmdr_jax.experiments import members, methods
 from otmdr_jax.metrics import diversity
 from tests import toy
-from tests.marks import slow_but
+from tests.marks import one_axis_at_a_time, slow_but
 
 MAPS = ("vmap", "unroll", "scan")
 RHO = (0.05, 0.1)
@@ -43,15 +43,13 @@ def five(batch=16):
 
 class TestGradient:
     @pytest.mark.slow
-    @pytest.mark.parametrize("how", MAPS)
-    @pytest.mark.parametrize(
-        "options",
-        [
+    @one_axis_at_a_time(
+        how=MAPS,
+        options=[
             {"num_particles": 2, "noise_std": 0.05},
             {"split": "shared", "rho": 0.05},
             {"norm": "per_leaf", "adaptive": True, "merge": "sum"},
         ],
-        ids=["otmdr", "sam", "released"],
     )
     def test_each_member_is_a_single_model_with_its_key(self, how, options, key):
         options = {"rho": RHO, **options}

@@ -13,7 +13,7 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.programs import run_keys
 from otmdr_jax.experiments.report import examples
-from tests.marks import slow_but
+from tests.marks import one_axis_at_a_time, slow_but
 from tests.sets import small_digits
 
 TINY = TrainConfig(
@@ -195,17 +195,14 @@ def as_batches(dataset, seed=0, size=20, **options):
 
 
 METHODS = {
-    "sgd": {},
     "otmdr": {"num_particles": 2, "noise_std": 0.01, "augment": ("flip",)},
+    "sgd": {},
     "otmdr-bnn": {"num_samples": 2},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method, devices",
-    [(x, devices) for x in METHODS for devices in (1, 2)],
-)
+@one_axis_at_a_time(method=list(METHODS), devices=[1, 2])
 def test_a_loader_of_the_same_batches_gives_the_same_bits(
     arrays, method, devices, one_layer
 ):

@@ -14,6 +14,7 @@ import scipy.stats
 from otmdr_jax import metrics
 from otmdr_jax.metrics import calibration
 from otmdr_jax.metrics.calibration.scaling import log_softmax
+from tests.marks import one_axis_at_a_time
 
 
 def sample(seed, n=300, classes=4, temperature=2.5):
@@ -89,8 +90,7 @@ def scipys(logits, labels, start, unpack, l2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("l2", [0.0, 0.01, None])
-@pytest.mark.parametrize("kind", ["vector", "matrix"])
+@one_axis_at_a_time(l2=[0.01, 0.0, None], kind=["matrix", "vector"])
 def test_scaling_is_scipys_optimum(kind, l2):
     """None is a Gaussian prior of deviation 1, of which each example sees 1 / N."""
     logits, labels = sample(2, n=400, classes=3)

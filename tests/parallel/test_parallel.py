@@ -17,7 +17,7 @@ from otmdr_jax import models, parallel
 from otmdr_jax.core import batches, collectives, loops
 from otmdr_jax.experiments import methods
 from tests import toy
-from tests.marks import slow_but
+from tests.marks import one_axis_at_a_time, slow_but
 
 RHO = (0.05, 0.1)
 
@@ -208,11 +208,11 @@ class TestData:
         _, aux = train(jnp.ones(()), jnp.arange(16.0), jnp.int32(4), key)
         assert aux["count"] == 5 and aux["count"].dtype == jnp.int32
 
-    @pytest.mark.parametrize(
-        "options",
-        [
+    @pytest.mark.slow
+    @one_axis_at_a_time(
+        options=[
+            {"num_particles": 3},  # "auto", which asks for the backend
             {},
-            {"num_particles": 3},
             {"num_particles": 3, "particle_map": "scan"},
             {"num_particles": 3, "particle_map": "unroll"},
             {"num_particles": 3, "particle_map": "vmap"},
@@ -227,10 +227,8 @@ class TestData:
                 "noise_std": 0.0,
             },
         ],
-        ids=str,
+        backend=["cpu", "gpu"],
     )
-    @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-    @pytest.mark.slow
     def test_a_loss_may_average_over_devices_itself(
         self, options, backend, key, monkeypatch
     ):
@@ -462,8 +460,9 @@ class TestParticles:
         assert all_reduces(fn, *args) == 1
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("sync", [True, False])
-    @pytest.mark.parametrize("shape", ["data=2,particle=4", "particle=2,data=4"])
+    @one_axis_at_a_time(
+        sync=[True, False], shape=["data=2,particle=4", "particle=2,data=4"]
+    )
     def test_two_axes_are_the_data_axis_alone(self, sync, shape, key):
         params, data = toy.regression_problem(batch=32)
         options = dict(num_particles=4, noise_std=0.05, sync_perturbation=sync)
@@ -501,9 +500,9 @@ class TestParticles:
 
 class TestMembers:
     @pytest.mark.slow
-    @pytest.mark.parametrize("particle_map", ["unroll", "scan"])
-    @pytest.mark.parametrize(
-        "shape", ["member=4", "member=2,data=2", "member=2,data=2,particle=2"]
+    @one_axis_at_a_time(
+        shape=["member=2,data=2,particle=2", "member=2,data=2", "member=4"],
+        particle_map=["unroll", "scan"],
     )
     def test_members_on_their_own_devices_are_those_of_vmap(
         self, shape, particle_map, key
@@ -576,8 +575,9 @@ class TestMicrobatches:
         assert got[1].dtype == jnp.int32
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("micro", [3, 4, 8, 100])
-    @pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"merge": "sum"}])
+    @one_axis_at_a_time(
+        micro=[3, 4, 8, 100], options=[{}, {"adaptive": True}, {"merge": "sum"}]
+    )
     def test_the_objective_stays_that_of_the_whole_batch(self, micro, options, key):
         """Also where it does not divide the parts of 8 and the batch of 16."""
         params, data = toy.regression_problem(batch=16)
@@ -629,21 +629,21 @@ class TestMicrobatches:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        "size, options, passes",
+        "size, options, passes, fsdp",
         [
-            (256, {"split": "shared", "rho": 0.1}, 2),
-            (256, {"split": "random"}, 2),
-            (256, {"split": "ordered"}, 2),
+            (256, {"split": "shared", "rho": 0.1}, 2, False),
+            (256, {"split": "random"}, 2, False),
+            (256, {"split": "random"}, 2, True),
+            (256, {"split": "ordered"}, 2, False),
             # Of sizes that parts, or devices, do not divide.
-            (200, {"rho": (0.1, 0.1, 0.1)}, 2),
-            (204, {"split": "random"}, 2),
-            (204, {"split": "ordered"}, 2),
-            (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2),
-            (256, {"num_particles": 2, "particle_map": "vmap"}, 4),
+            (200, {"rho": (0.1, 0.1, 0.1)}, 2, False),
+            (204, {"split": "random"}, 2, False),
+            (204, {"split": "ordered"}, 2, True),
+            (256, {"split": "shared", "rho": 0.1, "num_subbatches": 2}, 2, True),
+            (256, {"num_particles": 2, "particle_map": "vmap"}, 4, False),
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("fsdp", [False, True])
     def test_under_plain_jit_each_device_has_its_part_of_the_work(
         self, size, options, passes, fsdp, key, monkeypatch
     ):
