@@ -47,6 +47,8 @@ from _targets import target_of  # noqa: E402
 
 OWN_FOLDER = pathlib.Path("compiled")
 FOLDER = pathlib.Path(__file__).parent / "results" / "compiled"
+# Groups of the network of --model; the others have that of --network.
+COMPARED = ("steps", "scaling")
 
 
 def compile_case(target, make):
@@ -90,7 +92,7 @@ def estimate(target, found):
     return {name: round(1e3 * seconds, 4) for name, seconds in limits.items()}
 
 
-def head(target, options):
+def head(target):
     """What a record says of its target and of the compiler."""
     packages = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
     versions = {}
@@ -103,11 +105,6 @@ def head(target, options):
         "target": target.name,
         "chip": target.chip._asdict(),
         "devices": len(target.devices),
-        "networks": {
-            "steps": options.model,
-            "scaling": options.model,
-            "others": options.network,
-        },
         "versions": versions,
         "date": datetime.date.today().isoformat(),
     }
@@ -117,13 +114,37 @@ def record_of(path):
     return json.loads(path.read_text()) if path.exists() else {"cases": {}}
 
 
+def continued(target, groups, options):
+    """The target's record, with its networks and the compiler of what is added.
+
+    What it holds of other networks or compilers would be shown beside what is new.
+    """
+    path = options.folder / f"{target.name}.json"
+    record, new = record_of(path), head(target)
+    networks = record.get("networks", {})
+    asked = {
+        name: options.model if name in COMPARED else options.network
+        for name in (group if group in COMPARED else "others" for group in groups)
+    }
+    for what, held, wanted in (
+        ("versions", record.get("versions"), new["versions"]),
+        *((f"the network of {x}", networks.get(x), asked[x]) for x in asked),
+    ):
+        if held not in (None, wanted):
+            sys.exit(f"{path} differs in {what}: it has {held}, and what is asked for "
+                     f"{wanted}. Use another --folder.")  # fmt: skip
+    return {**record, **new, "networks": networks | asked}
+
+
 def compile_all(name, options):
     target = target_of(name)
     path = options.folder / f"{name}.json"
-    record = {**record_of(path), **head(target, options)}
-    for group, cases in all_cases(target, options.model, options.network).items():
-        if options.groups and group not in options.groups:
-            continue
+    found = all_cases(target, options.model, options.network)
+    if unknown := set(options.groups or ()) - set(found):
+        sys.exit(f"{name} has no groups {', '.join(unknown)}, but {', '.join(found)}.")
+    chosen = {x: found[x] for x in found if x in (options.groups or found)}
+    record = continued(target, chosen, options)
+    for group, cases in chosen.items():
         results = record["cases"].setdefault(group, {})
         for case, make in cases.items():
             if options.match not in case or (case in results and not options.again):
@@ -208,7 +229,7 @@ def coverage(records):
         for group, cases in record["cases"].items():
             good = [x for x in cases.values() if "error" not in x]
             seconds = [x["compile_seconds"] for x in good]
-            network = record["networks"].get(group, record["networks"]["others"])
+            network = record["networks"][group if group in COMPARED else "others"]
             rows.append(
                 [
                     record["target"],
@@ -255,10 +276,12 @@ def main():
             print(f"\n{name}, {group}\n\n{table(record, group)}")
     records = [record_of(options.folder / f"{name}.json") for name in names]
     print(f"\nwhat compiles\n\n{coverage(records)}")
-    of_several = [r for r in records if "scaling" in r["cases"]]
-    if of_several:
-        of_several.sort(key=lambda record: record["devices"])
-        print(f"\nexchange\n\n{weak_scaling(of_several)}")
+    alike = collections.defaultdict(list)
+    for record in sorted(records, key=lambda record: record["devices"]):
+        if "scaling" in record["cases"]:
+            alike[record["chip"]["name"], record["networks"]["scaling"]].append(record)
+    for (chip, network), several in alike.items():
+        print(f"\nexchange, {network} on {chip}\n\n{weak_scaling(several)}")
 
 
 if __name__ == "__main__":

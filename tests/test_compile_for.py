@@ -3,6 +3,7 @@
 `make compilers` puts the compilers into .compilers, for a JAX of their version.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -419,7 +420,7 @@ class TestRecords:
 
     def test_memory_of_the_compared_steps(self, path):
         cases = self.cases(path)
-        network = json.loads(path.read_text())["networks"]["steps"]
+        network = json.loads(path.read_text())["networks"].get("steps")
         if ("steps", "SAM") not in cases or network != "wide_resnet_28_10":
             pytest.skip("the record has no steps of WRN-28-10")
         peak = {n: x["peak_mib"] for (g, n), x in cases.items() if g == "steps"}
@@ -483,6 +484,60 @@ def test_what_the_page_says_of_the_exchange_of_eight_gpus():
     for name, passes in (("FSDP: OT-MDR K=1", 3), ("FSDP: OT-MDR K=2 scan", 6)):
         batches = passes // 3  # each particle has a split of its own
         assert sent[name]["all-gather"] <= 1.001 * (passes * weights + batches * batch)
+
+
+class TestContinuing:
+    """A record goes on with the same networks and the same compiler alone."""
+
+    def target(self):
+        import _targets
+
+        chip = _targets.CHIPS["v5e"]
+        return _targets.Target("v5e-4", chip, "tpu", [None] * 4)
+
+    def options(self, folder, model="cnn_small", network="resnet_10"):
+        return argparse.Namespace(folder=folder, model=model, network=network)
+
+    def write(self, folder, **changes):
+        import compile_for
+
+        record = compile_for.continued(self.target(), ["scaling"], self.options(folder))
+        record["cases"]["scaling"] = {"SGD": {}}
+        (folder / "v5e-4.json").write_text(json.dumps(record | changes))
+
+    def test_another_group_may_have_another_network(self, tmp_path):
+        import compile_for
+
+        self.write(tmp_path)
+        options = self.options(tmp_path, "wide_resnet_28_10", "cnn_small")
+        record = compile_for.continued(self.target(), ["entries"], options)
+        assert record["networks"] == {"scaling": "cnn_small", "others": "cnn_small"}
+        assert record["cases"] == {"scaling": {"SGD": {}}}
+
+    def test_another_network_is_refused(self, tmp_path):
+        import compile_for
+
+        self.write(tmp_path)
+        options = self.options(tmp_path, "wide_resnet_28_10")
+        message = "network of scaling: it has cnn_small, .* for wide_resnet_28_10"
+        with pytest.raises(SystemExit, match=message):
+            compile_for.continued(self.target(), ["scaling"], options)
+
+    def test_another_compiler_is_refused(self, tmp_path):
+        import compile_for
+
+        self.write(tmp_path, versions={"jax": "0.1"})
+        with pytest.raises(SystemExit, match="differs in versions"):
+            compile_for.continued(self.target(), ["entries"], self.options(tmp_path))
+
+    def test_a_group_that_nobody_knows_is_refused(self, tmp_path, monkeypatch):
+        import compile_for
+
+        monkeypatch.setattr(compile_for, "target_of", lambda name: self.target())
+        options = self.options(tmp_path)
+        options.groups = ["steps"]
+        with pytest.raises(SystemExit, match="no groups steps, but scaling, entries"):
+            compile_for.compile_all("v5e-4", options)
 
 
 @pytest.mark.slow
