@@ -212,10 +212,10 @@ def weak_scaling(records):
     for name, first in records[0]["cases"]["scaling"].items():
         alone = max(first["estimated_ms"][kind] for kind in ("operations", "memory"))
         whole = sum(first["exchanged_bytes"].values()) / 1e6
-        row = [name, f"{alone:.1f}", f"{whole:.0f}"]
+        row = [name, f"{alone:.2g}", f"{whole:.3g}"]
         for record in records:
             exchange = record["cases"]["scaling"][name]["estimated_ms"]["exchange"]
-            row.append(f"{exchange:.1f} ({alone / max(alone, exchange):.2f} to ")
+            row.append(f"{exchange:.2g} ({alone / max(alone, exchange):.2f} to ")
             row[-1] += f"{alone / (alone + exchange):.2f})"
         rows.append(row)
     header = ["step", "without exchange, ms", "MB all-reduced"]

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-# Texts that count as numbers, also in bold, with a sign, or "-" for an unknown one.
-_NUMBER = re.compile(r"[*+<≥ -]*\d|-$")
+# Texts that count as numbers, also in bold or with a sign.
+_NUMBER = re.compile(r"[*+<≥ -]*\d")
 
 
 class Table(NamedTuple):
@@ -119,8 +119,9 @@ def _sum(widths: list[int]) -> int:
 
 
 def _is_text(column: Iterable[str]) -> bool:
-    """Returns whether no text of a column is a number."""
-    return not any(map(_NUMBER.match, column))
+    """Returns whether no text of a column is a number; "-" says nothing of it."""
+    known = [text for text in column if text != "-"]
+    return bool(known) and not any(map(_NUMBER.match, known))
 
 
 def _in_a_cell(text: str) -> str:
