@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from otmdr_jax import baselines, models
+from otmdr_jax import baselines, ensemble, models
 from otmdr_jax.baselines import dst, schedules
 from otmdr_jax.experiments import (
     cli,
@@ -306,6 +306,16 @@ class TestDynamic:
             momentum = 0.9 * momentum + masked / max(2 * np.linalg.norm(masked), 1)
             want = want - 0.1 * momentum
         assert_allclose(mine["a"], want, rtol=1e-5, atol=1e-6)
+
+    def test_members_are_given_masks_of_their_own(self, key):
+        """`ensemble.per_member` has one key for all; the docstring says what to do."""
+        sparse = dst.dynamic(optax.sgd(0.1), key, density=0.1, rate=0.5, steps=(1,))
+        state = ensemble.per_member(sparse).init({"kernel": jnp.ones((2, 20, 10))})
+        one, other = state.masks["kernel"]
+        assert_array_equal(one, other)
+        keys = ensemble.member_keys(jax.random.key(1), 2)
+        one, other = jax.vmap(dst.redraw)(keys, state.masks)["kernel"]
+        assert one.sum() == other.sum() == 20 and jnp.any(one != other)
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="growth must be one of"):
