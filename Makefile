@@ -24,13 +24,13 @@ demo: setup  ## train SGD, SAM and OT-MDR on digits (1 minute) and write demo-re
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## run the tests, but for those that take long (7 minutes on 2 cores)
+test: setup  ## run the tests, but for those that take long (6 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
 test-slow: setup  ## run the tests that make test leaves out
 	$(PYTEST) -m slow
 
-test-all: setup  ## run all tests (20 to 50 minutes on 2 cores)
+test-all: setup  ## run all tests (34 minutes on 2 cores, 24 the next time)
 	$(PYTEST)
 
 test-optimized: setup  ## run all on programs compiled as users' are: takes longer

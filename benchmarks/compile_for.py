@@ -222,6 +222,20 @@ def weak_scaling(records):
     return markdown([*header, *(f"{n} devices: exchange, ms" for n in counts)], rows)
 
 
+def exchanged(records):
+    """What a chip of each target sends in a step: MB, and microseconds at its rate."""
+    rows = []
+    for name in records[0]["cases"]["scaling"]:
+        found = [record["cases"]["scaling"][name] for record in records]
+        rows.append([name])
+        rows[-1] += [
+            f"{x['sent_bytes'] / 1e6:.3g} MB, {1e3 * x['estimated_ms']['exchange']:.2g}"
+            for x in found
+        ]
+    targets = [f"{record['target']}, us" for record in records]
+    return markdown(["step", *targets], rows)
+
+
 def coverage(records):
     """A line for each group of each record: how many of its cases compile."""
     rows = []

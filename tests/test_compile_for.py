@@ -429,8 +429,8 @@ class TestRecords:
             assert peak[f"OT-MDR K=4 {how}"] <= 1.1 * peak["OT-MDR K=1"]
 
 
-def shown(name):
-    text = (ROOT / "docs" / "accelerators.md").read_text()
+def shown(name, page="accelerators.md"):
+    text = (ROOT / "docs" / page).read_text()
     return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
 
 
@@ -445,9 +445,15 @@ def test_the_page_shows_the_records():
         ("h100x8", "scaling"),
         ("h100x8", "entries"),
         ("v5e-1", "steps"),
+        ("v5e-4", "scaling"),
+        ("v5e-4", "entries"),
     ):
         table = compile_for.table(records[target], group)
         assert table in shown(f"{group} {target}")
+    slices = [records[x] for x in ("v5e-4", "v6e-8", "v5e-16", "v5p-256")]
+    assert compile_for.exchanged(slices) in shown("exchange of TPUs")
+    nodes = [records[x] for x in ("h100x8", "h100x64", "h100x256")]
+    assert compile_for.weak_scaling(nodes) in shown("programs", "scaling.md")
 
 
 def test_what_the_page_says_of_the_kernels_of_one_gpu():
@@ -465,6 +471,18 @@ def test_what_the_page_says_of_the_kernels_of_one_gpu():
     for name, x in steps.items():
         in_float32 = x["operations"]["float32"] / sum(x["operations"].values())
         assert in_float32 < 2e-6, name
+
+
+def test_what_the_page_says_of_the_exchange_of_tpus():
+    """Whole gradients S + 1 times, whatever the chip and however many there are."""
+    for target in ("v5e-4", "v6e-8", "v5e-16", "v5p-256"):
+        path = RECORDS[0].parent / f"{target}.json"
+        cases = json.loads(path.read_text())["cases"]["scaling"]
+        once, two, three, alone = (
+            sum(x["exchanged_bytes"].values()) for x in cases.values()
+        )
+        assert (two, three) == pytest.approx((2 * once, 3 * once), rel=1e-2)
+        assert alone == pytest.approx(once, rel=1e-2)
 
 
 def test_what_the_page_says_of_the_exchange_of_eight_gpus():
