@@ -43,9 +43,9 @@ paper's own row is no better in print, it makes no claim, and the page says so.
 `benchmarks/reproduction.py` writes this page from the records in
 `benchmarks/results/reproduction/`.
 
-Seconds a run were taken beside other work on the machine; a run of PyramidNet by each
-method was also paused for an hour. They are no measure of a method:
-[performance](performance.md) is.
+Runs of Table 5 had the machine to themselves. Seconds a run of the other tables were
+taken beside other work, and a run of PyramidNet by each method was also paused for an
+hour: they are no measure of a method.
 """
 
 
