@@ -20,7 +20,8 @@ caches save some bytes. All figures are those of one device. Nothing is run: no 
 a step is measured.
 
 Each target has its record, TARGET.json in --folder, which is written after each case.
-Cases that it holds are not compiled again unless --again is given.
+Cases that it holds are not compiled again unless --again is given. It is of one
+compiler, and each of its groups of one network: others need another --folder.
 Expected: half a minute a case on 2 CPU cores, an hour for all of one H100; WRN-28-10
 for TPUs ten minutes a case.
 """
@@ -229,10 +230,10 @@ def exchanged(records):
         found = [record["cases"]["scaling"][name] for record in records]
         rows.append([name])
         rows[-1] += [
-            f"{x['sent_bytes'] / 1e6:.3g} MB, {1e3 * x['estimated_ms']['exchange']:.2g}"
+            f"{x['sent_bytes'] / 1e6:.3g}, {1e3 * x['estimated_ms']['exchange']:.2g}"
             for x in found
         ]
-    targets = [f"{record['target']}, us" for record in records]
+    targets = [f"{record['target']}: MB sent, us" for record in records]
     return markdown(["step", *targets], rows)
 
 
@@ -293,9 +294,11 @@ def main():
     alike = collections.defaultdict(list)
     for record in sorted(records, key=lambda record: record["devices"]):
         if "scaling" in record["cases"]:
-            alike[record["chip"]["name"], record["networks"]["scaling"]].append(record)
-    for (chip, network), several in alike.items():
-        print(f"\nexchange, {network} on {chip}\n\n{weak_scaling(several)}")
+            alike[record["networks"]["scaling"]].append(record)
+    for network, several in alike.items():
+        one_chip = len({record["chip"]["name"] for record in several}) == 1
+        found = (weak_scaling if one_chip else exchanged)(several)
+        print(f"\nexchange, {network}\n\n{found}")
 
 
 if __name__ == "__main__":
