@@ -95,15 +95,15 @@ def test_the_papers_ensembles_are_in_the_zoo(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["--released", "--num-particles", "2"], ["--method", "sgvb"]],
-    ids=["released", "sgvb"],
+    "options", [[], ["--released", "--num-particles", "2"], ["--method", "sgvb"]],
+    ids=["paper", "released", "sgvb"],
 )  # fmt: skip
 def test_cifar_bnn_in_its_smoke_form(options, tmp_path):
     out = run("cifar_bnn.py", "--smoke", *options, cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     config = json.loads((folder / "config.json").read_text())
     released = "--released" in options
-    norm = "joint" if released else None
+    norm = None if "sgvb" in options else "joint" if released else "per_leaf"
     assert config.get("posterior_norm") == norm  # sgvb takes no ascent step
     assert config["posterior_init"] == ("released" if released else "model")
     assert config["method"] == ("sgvb" if "sgvb" in options else "otmdr-bnn")

@@ -315,7 +315,7 @@ def test_uncertainty_is_that_of_loops(key):
 
 
 @pytest.mark.slow
-@one_axis_at_a_time(dtype=["bfloat16", "float16"], classes=[1000, 10])
+@one_axis_at_a_time(dtype=["bfloat16", "float16"], classes=[1000, 10, 100])
 def test_uncertainty_takes_rounded_log_probabilities(dtype, classes, key):
     logits = 0.1 * jax.random.normal(key, (4, 8, classes))
     exact = bnn.uncertainty(jax.nn.log_softmax(logits))

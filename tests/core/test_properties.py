@@ -13,7 +13,7 @@ from tests.marks import one_axis_at_a_time
 
 # Every example traces anew, which takes a while; the seed is fixed.
 settings = hypothesis.settings(
-    deadline=None, max_examples=12, derandomize=True, database=None
+    deadline=None, max_examples=25, derandomize=True, database=None
 )
 TOLERANCE = {"float32": 2e-4, "bfloat16": 6e-2, "float16": 1e-2}
 

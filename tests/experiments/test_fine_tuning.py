@@ -35,9 +35,6 @@ SIZE, INPUTS, WIDTH, CLASSES = 8, 5, 4, 3
 IMAGES = jax.random.normal(jax.random.key(7), (SIZE, 1, 1, INPUTS))
 BATCH = IMAGES, jnp.arange(SIZE) % CLASSES
 ALL = tuple(methods.METHODS)
-# One of each way to a gradient and to an update; the others are made of these.
-KINDS = ("sgd", "otmdr", "looksam", "otmdr-dual", "bsam", "ivon", "otmdr-bnn", "swag",
-         "mc-dropout", "dst")  # fmt: skip
 SPARSE = ("dst", "edst")
 
 
@@ -109,7 +106,7 @@ def without_first(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(x for x in KINDS if x not in SPARSE), "laplace"])
+@pytest.mark.parametrize("name", [x for x in ALL if x not in SPARSE])
 def test_frozen_leaves_are_constants_of_every_method(name):
     """The run is that of a network without them: their bits stay, no norm counts them.
 
@@ -263,7 +260,7 @@ def test_a_group_has_an_optimizer_of_its_rate(name, own):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL)
 def test_rates_of_groups_with_every_method(name):
     """The first update is the rate times what does not depend on it."""
     model = Net(dropout=0.5 if name == "mc-dropout" else 0.0)

@@ -366,6 +366,13 @@ def test_a_terminal_of_any_width_shows_every_digit(width):
     assert len(found) == 1 or width < 160
 
 
+def test_numbers_are_to_the_right_and_words_to_the_left():
+    """What is not known, "-", is either."""
+    lines = [["SAM", "not decided", "+0.2", "-"], ["SGD", "-", "-", "-"]]
+    text = Table(["Method", "order", "gain", "paper"], lines).markdown()
+    assert text.splitlines()[1] == "| :-- | :-- | --: | --: |"
+
+
 def test_parts_of_a_table_repeat_all_that_names_a_line():
     rows = [
         ["ones", "100", score, "0.1234", "0.1234", "0.1234", "0.1234"]

@@ -71,7 +71,7 @@ def assert_same_bits(got, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["cnn_small", "resnet_10"])
+@pytest.mark.parametrize("model", ["cnn_small", "resnet_10", "mobilenet"])
 def test_a_program_that_runs_once_has_the_bits_of_one_that_runs_often(small, model):
     """It is compiled in a third of the time, see `programs.compiled`."""
     compiled = programs.compile_programs(TINY.replace(model=model), small)
