@@ -218,7 +218,7 @@ def test_operations_are_those_of_the_layers(monkeypatch):
     # cnn_small on 8 x 8 x 1: 3x3 to 16, 3x3 to 32 at stride 2, 3x3 to 32, dense to 10.
     forward = 2 * (64 * 9 * 16 + 16 * 9 * 16 * 32 + 16 * 9 * 32 * 32 + 32 * 10)
     row, *rest = reproduce.estimate([sgd, sam, ours])
-    steps = 640 // 32
+    steps = 320 // 32
     assert row["steps"] == steps and row["gradients"] == 5 * steps * 2  # two seeds
     # Five members, two seeds, and 360 images of the test set once.
     training, testing = 3 * forward * 32 * 5 * steps * 2, forward * 360 * 5 * 2

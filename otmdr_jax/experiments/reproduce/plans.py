@@ -163,7 +163,7 @@ SCALES = {
         (0, 1),
         0.0,
         0.0,
-        {"train_examples": 640, "test_examples": 100, "batch_size": 32, **_ONE},
+        {"train_examples": 320, "test_examples": 100, "batch_size": 32, **_ONE},
         _SMOKE,
     ),
 }
