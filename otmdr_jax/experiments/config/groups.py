@@ -117,8 +117,9 @@ class Model(Group):
 
     name: str = "cnn_small"
     """Model: cnn_small, resnet_10, resnet_18, wide_resnet_<depth>_<width>,
-    pyramidnet_101, pyramidnet_<depth>_a<alpha>, densenet_121, mobilenet,
-    efficientnet_b0, or a network of your own, package.module:Name (docs/own.md)."""
+    pyramidnet_101, pyramidnet_<depth>_a<alpha>, densenet_121, densenet_<depth>,
+    mobilenet, efficientnet_b0, or a network of your own, package.module:Name
+    (docs/own.md)."""
     stem: Literal["cifar", "imagenet"] | None = None
     """Stem: cifar (3x3, stride 1), the default of resnet_10, resnet_18 and
     efficientnet_b0, or imagenet (stride 2, and pooling but in efficientnet_b0), that of
