@@ -37,10 +37,16 @@ def pmean(values: PyTree, axes: Axes) -> PyTree:
     """Averages floating leaves over devices; leaves others as each device has them."""
     if not axes:
         return values
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(vary(x, axes), axes) if tree.is_floating(x) else x,
-        values,
-    )
+
+    def mean(x):
+        if not tree.is_floating(x):
+            return x
+        # A sum of float16 overflows. bfloat16 has the range of float32, and is
+        # exchanged as it is, which takes half of the bytes.
+        wide = x.astype(jnp.float32) if x.dtype == jnp.float16 else x
+        return jax.lax.pmean(vary(wide, axes), axes).astype(x.dtype)
+
+    return jax.tree.map(mean, values)
 
 
 def slots(values: jax.Array, axes: Axes) -> jax.Array:

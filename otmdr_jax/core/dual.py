@@ -370,11 +370,12 @@ class Budget:
             return rho if state is None else self._ratio(state, slope) * rho
 
         for taken in range(1, self.num_steps):
-            seen, grads = first or step.ascent_gradient(step.center, step.batch)
+            first = first or step.ascent_gradient(step.center, step.batch)
+            _, grads = step.own_loss(first)
             w, _ = ascend(
                 step.center, grads, radius, metric=step.metric, mask=step.mask
             )
-            first = seen, step.ascent_gradient(w, step.batch, taken)[1]
+            first = first[0], step.ascent_gradient(w, step.batch, taken)[1]
         reach: Any = (radius,)
         alone = step._replace(radii=reach)
         return particle(alone, (None, None), [step.batch], first)

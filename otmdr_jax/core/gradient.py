@@ -206,9 +206,11 @@ def build(
         found = of_batch(*call, options, particles)
         if options.weights is not None:
             info, value = found.diagnostics, found.value
-            center, aux = weights.settled(info.center_loss, found.aux, value)
-            info = info._replace(center_loss=center, gap=value - center)
-            found = found._replace(aux=aux, diagnostics=info)
+            center, aux, value = weights.settled(info.center_loss, found.aux, value)
+            info = info._replace(
+                robust_loss=value, center_loss=center, gap=value - center
+            )
+            found = found._replace(value=value, aux=aux, diagnostics=info)
         return found._replace(aux=rows.unmarked(found.aux))
 
     return compute

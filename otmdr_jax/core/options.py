@@ -177,8 +177,10 @@ class PassOptions(TypedDict, total=False):
         bool,
         False,
         """Whether `loss_fn` returns (loss, aux). Leaves of aux whose shape follows the
-        batch, as logits do, come back for all examples of this device in their order;
-        the others are averaged.""",
+        batch, as logits do, come back for all examples of this device in their order.
+        Other floating leaves are averaged over parts of the batch, particles and
+        devices; integers and bools, as counts, are those of the first part alone, and
+        of each device its own: return a mean in their place.""",
     ]
     axis_name: Annotated[
         Any,
@@ -206,7 +208,8 @@ class LossOptions(PassOptions, total=False):
         the batch to them, `lambda batch: batch["mask"]`, of shape (B,) or (B, ...).
         Parts of the batch then count by their weights, and one without any counts
         nothing, so that their mean is the loss of the whole. Aux is averaged over
-        parts by these weights too. None for a mean over examples.""",
+        parts by these weights too. An ascent step is along the loss of its own part.
+        None for a mean over examples.""",
     ]
 
 

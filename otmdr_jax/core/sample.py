@@ -158,7 +158,8 @@ def sample_particles(
     def one(keys):
         found: Any = SAMPLERS[sampler](step, keys, step.split(keys), first)
         (loss, aux), grads = found.first
-        uphill, away = step.uphill(grads), step.away(found.params)
+        _, own = step.own_loss(found.first)
+        uphill, away = step.uphill(own), step.away(found.params)
         # u T g / ||T g||, where the particle is at rho T u.
         shaped = found.norms[0]
         unit = [g / jnp.where(shaped == 0, 1.0, shaped) for g in uphill]
@@ -167,7 +168,7 @@ def sample_particles(
         means = collectives.pmean(means, axes)
         loss, aux = tree.merge(means, of_examples)
         if made.weights is not None:
-            loss, aux = weights.settled(loss, aux, loss)
+            loss, aux, _ = weights.settled(loss, aux, loss)
         aux = rows.unmarked(aux)
         seen = loss, aux, tree.norm(uphill), shaped, tree.norm(away), tilt
         return {}, (found.params, seen, found.chain and found.chain[2:])

@@ -45,10 +45,11 @@ def climb(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
     w, total, norms, center = step.center, None, [], None
     for s, (part, radius) in enumerate(zip(parts, step.radii, strict=True)):
         if s == 0 and first is not None:
-            seen, grads = first
+            found = first
         else:
-            seen, grads = step.ascent_gradient(w, part, s)
-        center = (seen, grads) if s == 0 else center
+            found = step.ascent_gradient(w, part, s)
+        center = found if s == 0 else center
+        _, grads = step.own_loss(found)
         direction = None
         if options.merge is not None:
             # The released code never clears the gradients: g1, then g1 + g2, ...
@@ -81,7 +82,7 @@ def draw(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriva
     first = first or step.ascent_gradient(step.center, parts[0])
     w, length = sampling.draw(
         step.center,
-        first[1],
+        step.own_loss(first)[1],
         rho,
         # Or XLA may draw before the first pass, and hold the draws through it.
         loops.after(first[1], keys[1]),
@@ -101,7 +102,8 @@ def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
     """
     options, (rho,) = step.options, step.radii
     first = first or step.ascent_gradient(step.center, parts[0])
-    uphill = step.uphill(first[1])
+    energy, grads = step.own_loss(first)
+    uphill = step.uphill(grads)
     length = tree.norm(uphill)
     along = [g / jnp.where(length == 0, 1.0, length) for g in uphill]
     size = tree.num_coordinates(uphill)
@@ -118,21 +120,22 @@ def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
 
     def at(part, taken=0):
         def of(away):
-            (loss, aux), grads = step.ascent_gradient(step.moved(away), part, taken)
-            return ((loss, aux), grads), step.shared(loss), step.uphill(grads)
+            found = step.ascent_gradient(step.moved(away), part, taken)
+            energy, grads = step.own_loss(found)
+            return found, energy, step.uphill(grads)
 
         return of
 
     if shared:
         w, _ = sampling.draw(
-            step.center, first[1], rho, for_start, strength=strength, mask=step.mask
+            step.center, grads, rho, for_start, strength=strength, mask=step.mask
         )
         count = options.num_steps
         found = langevin.metropolis(
             at(step.batch), step.away(w), for_chain, rho, num_steps=count, **how
         )
         return Arrival(step.moved(found.away), first, [length], found.found, found)
-    passes = [lambda _: (first, step.shared(first[0][0]), uphill)]
+    passes = [lambda _: (first, energy, uphill)]
     passes += [at(part, s) for s, part in enumerate(parts[1:], 1)]
     found = langevin.projected(passes, step.away(step.center), for_chain, rho, **how)
     return Arrival(step.moved(found.away), first, [length], None, found)

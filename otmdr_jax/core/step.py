@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import collectives, loops, tree
+from otmdr_jax.core import collectives, loops, tree, weights
 from otmdr_jax.core.ascent import Metric, absolute_weights, fisher, sphere
 from otmdr_jax.core.batches import accumulate, split_batch
 from otmdr_jax.core.options import Options
@@ -99,6 +99,18 @@ class Step(NamedTuple):
         """The gradient of an ascent step."""
         seen, grads = self.gradient(w, part, taken)
         return seen, self.shared(grads)
+
+    def own_loss(self, found: Pass) -> tuple[jax.Array, PyTree]:
+        """The loss that a climb is along, and its gradient.
+
+        A pass gives what is to be averaged. With `weights` that is the loss of its part
+        of the batch times the weight of this part; a climb is along the loss itself.
+        """
+        (loss, aux), grads = found
+        loss = self.shared(loss)
+        if self.options.weights is None:
+            return loss, grads
+        return weights.of_their_own(loss, grads, self.shared(weights.weight_of(aux)))
 
     def split(self, keys: Any) -> Sequence[PyTree]:
         """The S parts of the batch for the particle with these keys."""

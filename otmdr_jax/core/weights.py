@@ -9,12 +9,15 @@ the mean weight of an example of B,
 .. math:: \sum_p \frac{|p|}{|B|} \, \frac{\bar w_p}{\bar w_B} L_p = L_B
 
 so that :math:`(\bar w_p / \bar w_B) L_p` is a loss of parts that may be averaged like
-any other, over micro-batches, sub-batches and devices. What is seen of some parts
-alone, as aux and the loss at the center, is divided by their weight in the end.
+any other, over micro-batches, sub-batches and devices. What belongs to some parts alone
+is divided by their weight: the gradient of a climb, which is that of their own loss
+:math:`L_p`, and in the end aux and the loss at the center.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +31,24 @@ PyTree = Any
 _NONE = 1e-20
 
 
-class Weighed(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["aux", "weight"],
+    meta_fields=["dtypes"],
+)
+@dataclasses.dataclass(frozen=True)
+class Weighed:
     """Aux of parts of the batch, which averages like a mean over examples.
 
     Attributes:
       aux: The sum over parts of what they return, times their weights.
       weight: The sum of these.
+      dtypes: Those that the loss and the leaves of aux had before, but for rows.
     """
 
     aux: PyTree
     weight: jax.Array
+    dtypes: tuple[Any, ...]
 
 
 def attach(
@@ -66,7 +77,8 @@ def scaled(gradient_of: Callable[..., Any]) -> Callable[..., Any]:
     """((loss, aux), gradient) of a part of what :func:`attach` returns.
 
     A part without weight has the loss 0 and the gradient 0, whatever the loss says. Aux
-    is :class:`Weighed`, but for what each example has.
+    is :class:`Weighed`, but for what each example has. Products with weights are in
+    float32 or wider until they are averaged: in float16 they would overflow.
     """
 
     def of(params, part, *args, **kwargs):
@@ -75,51 +87,91 @@ def scaled(gradient_of: Callable[..., Any]) -> Callable[..., Any]:
         (loss, aux), grads = gradient_of(params, batch, *args, **kwargs)
 
         def times_share(x):
-            return jnp.where(share == 0, 0.0, share * x).astype(x.dtype)
+            return jnp.where(share == 0, 0.0, _product(share, x))
 
         mean, of_examples = rows.split(aux)
+        dtypes = tuple(jnp.result_type(x) for x in (loss, *jax.tree.leaves(mean)))
         weight = jnp.where(share == 0, _NONE, share)
 
         def weighed(x):
             if not tree.is_floating(x):
                 return x
             x = jnp.where((share == 0) & ~jnp.isfinite(x), 0, x)
-            return (weight * x).astype(x.dtype)
+            return _product(weight, x)
 
         aux = tree.merge(jax.tree.map(weighed, mean), of_examples)
         grads = jax.tree.map(times_share, grads)
-        return (times_share(loss), Weighed(aux, weight)), grads
+        return (times_share(loss), Weighed(aux, weight, dtypes)), grads
 
     return of
 
 
-def settled(loss: jax.Array, aux: PyTree, otherwise: Any) -> tuple[jax.Array, PyTree]:
-    """The loss and aux of some parts by the weight of these alone.
+def of_their_own(
+    loss: jax.Array, grads: PyTree, weight: jax.Array
+) -> tuple[jax.Array, PyTree]:
+    """The loss of some parts and its gradient, from those that are to be averaged.
+
+    Args:
+      loss: The loss, times the weight of these parts.
+      grads: Its gradient.
+      weight: Their weight, :func:`weight_of`.
+    """
+
+    def divided(x):
+        return (x / weight).astype(x.dtype)
+
+    return divided(loss), jax.tree.map(divided, grads)
+
+
+def weight_of(aux: PyTree) -> jax.Array:
+    """The weight of the parts that aux, which has one :class:`Weighed`, is of."""
+    return _weighed_of(aux).weight
+
+
+def _weighed_of(aux):
+    leaves = jax.tree.leaves(aux, is_leaf=_is_weighed)
+    (found,) = filter(_is_weighed, leaves)
+    return found
+
+
+def _is_weighed(x):
+    return isinstance(x, Weighed)
+
+
+def _product(weight, x):
+    wide = tree.accumulation_dtype(x)
+    return weight.astype(jnp.finfo(wide).dtype) * x.astype(wide)
+
+
+def settled(
+    loss: jax.Array, aux: PyTree, value: jax.Array
+) -> tuple[jax.Array, PyTree, jax.Array]:
+    """The loss and aux of some parts by the weight of these alone, in their dtypes.
 
     Args:
       loss: Their mean, times weights.
       aux: Theirs, in which one thing is :class:`Weighed`.
-      otherwise: The loss of parts without weight.
+      value: The loss of the whole batch, which parts without weight have.
+
+    Returns:
+      The loss, aux and the value.
     """
+    weight, (of_loss, *dtypes) = weight_of(aux), _weighed_of(aux).dtypes
 
-    def is_weighed(x):
-        return isinstance(x, Weighed)
-
-    (weight,) = (
-        x.weight for x in jax.tree.leaves(aux, is_leaf=is_weighed) if is_weighed(x)
-    )
-
-    def divided(x):
-        return (x / weight).astype(x.dtype) if tree.is_floating(x) else x
+    def divided(x, dtype):
+        return (x / weight).astype(dtype) if tree.is_floating(x) else x
 
     def of(x):
-        if not is_weighed(x):
+        if not _is_weighed(x):
             return x
         mean, of_examples = rows.split(x.aux)
-        return tree.merge(jax.tree.map(divided, mean), of_examples)
+        leaves, treedef = jax.tree.flatten(mean)
+        new = [divided(*both) for both in zip(leaves, dtypes, strict=True)]
+        return tree.merge(jax.tree.unflatten(treedef, new), of_examples)
 
     nothing = weight <= 2 * _NONE
     return (
-        jnp.where(nothing, otherwise, divided(loss)),
-        jax.tree.map(of, aux, is_leaf=is_weighed),
+        jnp.where(nothing, value.astype(of_loss), divided(loss, of_loss)),
+        jax.tree.map(of, aux, is_leaf=_is_weighed),
+        value.astype(of_loss),
     )

@@ -96,26 +96,110 @@ def test_a_part_has_the_weights_of_its_examples(weight, microbatch_size):
     close((value, grads), reference(particle, data))
 
 
-@pytest.mark.parametrize("norm", ["none", "global"])
-def test_a_part_is_worth_its_share_where_no_norm_is_taken(norm):
-    """Steps of rho g: the parts' objectives have the whole's as their mean."""
-    params, data = weighted_problem()
+def norm_of(g):
+    return np.sqrt(np.sum(g["w"] ** 2) + g["b"] ** 2)
+
+
+# How a climb of two steps moves, from its gradients and radii.
+CLIMBS = {
+    "none": (dict(norm="none"), lambda g, rho: rho * g[-1]),
+    "sum": (
+        dict(merge="sum"),
+        lambda g, rho: rho * sum(g) / np.linalg.norm(g[-1]),
+    ),
+    "mean": (
+        dict(merge="mean"),
+        lambda g, rho: rho * sum(g) / len(g) / np.linalg.norm(g[-1]),
+    ),
+    "fisher": (
+        dict(fisher=2.0),
+        lambda g, rho: (
+            rho
+            * (g[-1] / (1 + 2 * g[-1] ** 2))
+            / np.linalg.norm(g[-1] / np.sqrt(1 + 2 * g[-1] ** 2))
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize("name", CLIMBS)
+def test_a_climb_is_along_the_loss_of_its_own_part(name, microbatch_size):
+    """Parts of very different weights: each is a batch of its own to the climb."""
+    options, move = CLIMBS[name]
+    params, data = weighted_problem([90, 99, 110, 80, 100, 70, 1, 2, 0, 1, 3, 1])
     result = otmdr_jax.robust_gradient(
-        weighted, 0.3, split="ordered", norm=norm, weights=weights_of, merge="sum"
+        weighted,
+        RHO,
+        split="ordered",
+        weights=weights_of,
+        microbatch_size=microbatch_size,
+        **options,
     )(params, data)
-    lengths = otmdr_jax.robust_gradient(
-        weighted, RHO, split="ordered", weights=weights_of
-    )(params, data).diagnostics
-    v = data["weight"]
-    share = v[:6].mean() / v.mean()
-    loss, g = reference(params, data, FIRST)
-    length = np.sqrt(np.sum(g["w"] ** 2) + g["b"] ** 2)
-    np.testing.assert_allclose(lengths.ascent_norms[0], share * length, rtol=1e-5)
-    np.testing.assert_allclose(lengths.center_loss, loss, rtol=1e-5)
-    _, g = reference(params, data)
-    scale = 0.3 if norm == "none" else 0.3 / np.sqrt(np.sum(g["w"] ** 2) + g["b"] ** 2)
-    moved = {name: params[name] + scale * g[name] for name in params}
-    close(result.grads, reference(moved, data)[1])
+
+    def flat(tree):
+        return np.append(tree["w"], tree["b"])
+
+    at, seen = flat(params).astype(float), []
+    for part, rho in zip((FIRST, LAST), RHO, strict=True):
+        seen.append(flat(reference({"w": at[:-1], "b": at[-1]}, data, part)[1]))
+        at = at + move(seen, rho)
+    close((result.value, result.grads), reference({"w": at[:-1], "b": at[-1]}, data))
+    (distance,) = result.diagnostics.distances
+    np.testing.assert_allclose(distance, np.linalg.norm(at - flat(params)), rtol=1e-5)
+    if "fisher" not in options:
+        lengths = [np.linalg.norm(g) for g in seen]
+        np.testing.assert_allclose(result.diagnostics.ascent_norms, lengths, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ascent", "first_order", "langevin"])
+def test_draws_are_of_the_loss_of_their_own_part(sampler, key):
+    """Where each part has weight, `weights` says nothing that the loss does not."""
+    params, data = weighted_problem([90, 99, 110, 80, 100, 70, 1, 2, 1, 1, 3, 1])
+    options = {"rho": 0.1, "sampler": sampler, "num_particles": 2}
+    if sampler == "ascent":
+        options |= {"rho": RHO, "split": "ordered"}
+    elif sampler == "langevin":
+        options |= {"split": "ordered", "num_steps": 2}
+    if sampler != "ascent":
+        options["inverse_temperature"] = 5.0
+    one, other = (
+        otmdr_jax.sample_particles(
+            weighted, params, data, key, weights=weights, **options
+        )
+        for weights in (None, weights_of)
+    )
+    close(other, one)
+
+
+@pytest.mark.slow
+def test_the_dual_sees_the_slope_of_each_sub_batch_itself():
+    params, data = weighted_problem([90, 99, 110, 80, 100, 70, 1, 2, 0, 1, 3, 1])
+    tx = otmdr_jax.dual(weighted, 0.1, num_subbatches=2, weights=weights_of)
+    _, state = tx.update(params, tx.init(params), params, batch=data)
+    slopes = [norm_of(reference(params, data, part)[1]) for part in (FIRST, LAST)]
+    np.testing.assert_allclose(
+        state.diagnostics.ascent_norms, [np.mean(slopes)], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"num_subbatches": 4}])
+def test_weights_in_float16(options):
+    """A sixth of the examples have all weight: six times a gradient would overflow."""
+    batch = np.zeros(12, np.float32)
+    batch[:2] = 1
+    w = jnp.full(2, 2, jnp.float16)
+
+    def loss(w, weight):
+        return jnp.sum(weight / weight.sum() * w.sum() * jnp.float16(10_000)), w[0]
+
+    fn = otmdr_jax.value_and_grad(
+        loss, 0.0, split="shared", weights=lambda x: x, has_aux=True, **options
+    )
+    (value, aux), grads = fn(w, jnp.asarray(batch, jnp.float16))
+    assert (value.dtype, aux.dtype, grads.dtype) == (jnp.float16,) * 3
+    assert (float(value), float(aux)) == (40_000, 2)
+    assert grads.tolist() == [10_000, 10_000]
 
 
 WAYS = {
