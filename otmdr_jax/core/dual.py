@@ -371,7 +371,7 @@ class Budget:
 
         for taken in range(1, self.num_steps):
             first = first or step.ascent_gradient(step.center, step.batch)
-            _, grads = step.own_loss(first)
+            grads = step.own_gradient(first)
             w, _ = ascend(
                 step.center, grads, radius, metric=step.metric, mask=step.mask
             )

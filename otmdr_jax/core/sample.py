@@ -157,9 +157,9 @@ def sample_particles(
 
     def one(keys):
         found: Any = SAMPLERS[sampler](step, keys, step.split(keys), first)
-        (loss, aux), grads = found.first
-        _, own = step.own_loss(found.first)
-        uphill, away = step.uphill(own), step.away(found.params)
+        (loss, aux), _ = found.first
+        uphill = step.uphill(step.own_gradient(found.first))
+        away = step.away(found.params)
         # u T g / ||T g||, where the particle is at rho T u.
         shaped = found.norms[0]
         unit = [g / jnp.where(shaped == 0, 1.0, shaped) for g in uphill]

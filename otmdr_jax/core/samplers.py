@@ -49,7 +49,7 @@ def climb(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
         else:
             found = step.ascent_gradient(w, part, s)
         center = found if s == 0 else center
-        _, grads = step.own_loss(found)
+        grads = step.own_gradient(found)
         direction = None
         if options.merge is not None:
             # The released code never clears the gradients: g1, then g1 + g2, ...
@@ -82,7 +82,7 @@ def draw(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriva
     first = first or step.ascent_gradient(step.center, parts[0])
     w, length = sampling.draw(
         step.center,
-        step.own_loss(first)[1],
+        step.own_gradient(first),
         rho,
         # Or XLA may draw before the first pass, and hold the draws through it.
         loops.after(first[1], keys[1]),
@@ -102,7 +102,7 @@ def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
     """
     options, (rho,) = step.options, step.radii
     first = first or step.ascent_gradient(step.center, parts[0])
-    energy, grads = step.own_loss(first)
+    grads = step.own_gradient(first)
     uphill = step.uphill(grads)
     length = tree.norm(uphill)
     along = [g / jnp.where(length == 0, 1.0, length) for g in uphill]
@@ -121,8 +121,7 @@ def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
     def at(part, taken=0):
         def of(away):
             found = step.ascent_gradient(step.moved(away), part, taken)
-            energy, grads = step.own_loss(found)
-            return found, energy, step.uphill(grads)
+            return found, step.own_loss(found), step.uphill(step.own_gradient(found))
 
         return of
 
@@ -135,7 +134,7 @@ def chain(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
             at(step.batch), step.away(w), for_chain, rho, num_steps=count, **how
         )
         return Arrival(step.moved(found.away), first, [length], found.found, found)
-    passes = [lambda _: (first, energy, uphill)]
+    passes = [lambda _: (first, step.own_loss(first), uphill)]
     passes += [at(part, s) for s, part in enumerate(parts[1:], 1)]
     found = langevin.projected(passes, step.away(step.center), for_chain, rho, **how)
     return Arrival(step.moved(found.away), first, [length], None, found)

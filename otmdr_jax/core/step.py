@@ -100,17 +100,23 @@ class Step(NamedTuple):
         seen, grads = self.gradient(w, part, taken)
         return seen, self.shared(grads)
 
-    def own_loss(self, found: Pass) -> tuple[jax.Array, PyTree]:
-        """The loss that a climb is along, and its gradient.
+    # A pass gives what is to be averaged. With `weights` that is the loss of its part
+    # of the batch times the weight of this part; a climb is along the loss itself.
 
-        A pass gives what is to be averaged. With `weights` that is the loss of its part
-        of the batch times the weight of this part; a climb is along the loss itself.
-        """
-        (loss, aux), grads = found
-        loss = self.shared(loss)
+    def own_loss(self, found: Pass) -> jax.Array:
+        """The loss that a climb is along, of a pass."""
+        (loss, aux), _ = found
+        return self._own(self.shared(loss), aux)
+
+    def own_gradient(self, found: Pass) -> PyTree:
+        """The gradient that a climb is along, of what `ascent_gradient` returns."""
+        (_, aux), grads = found
+        return self._own(grads, aux)
+
+    def _own(self, values, aux):
         if self.options.weights is None:
-            return loss, grads
-        return weights.of_their_own(loss, grads, self.shared(weights.weight_of(aux)))
+            return values
+        return weights.divided(values, self.shared(weights.weight_of(aux)))
 
     def split(self, keys: Any) -> Sequence[PyTree]:
         """The S parts of the batch for the particle with these keys."""

@@ -106,21 +106,9 @@ def scaled(gradient_of: Callable[..., Any]) -> Callable[..., Any]:
     return of
 
 
-def of_their_own(
-    loss: jax.Array, grads: PyTree, weight: jax.Array
-) -> tuple[jax.Array, PyTree]:
-    """The loss of some parts and its gradient, from those that are to be averaged.
-
-    Args:
-      loss: The loss, times the weight of these parts.
-      grads: Its gradient.
-      weight: Their weight, :func:`weight_of`.
-    """
-
-    def divided(x):
-        return (x / weight).astype(x.dtype)
-
-    return divided(loss), jax.tree.map(divided, grads)
+def divided(values: PyTree, weight: jax.Array) -> PyTree:
+    """The loss or the gradient of some parts from one that is to be averaged."""
+    return jax.tree.map(lambda x: (x / weight).astype(x.dtype), values)
 
 
 def weight_of(aux: PyTree) -> jax.Array:
@@ -158,7 +146,7 @@ def settled(
     """
     weight, (of_loss, *dtypes) = weight_of(aux), _weighed_of(aux).dtypes
 
-    def divided(x, dtype):
+    def settle(x, dtype):
         return (x / weight).astype(dtype) if tree.is_floating(x) else x
 
     def of(x):
@@ -166,12 +154,12 @@ def settled(
             return x
         mean, of_examples = rows.split(x.aux)
         leaves, treedef = jax.tree.flatten(mean)
-        new = [divided(*both) for both in zip(leaves, dtypes, strict=True)]
+        new = [settle(*both) for both in zip(leaves, dtypes, strict=True)]
         return tree.merge(jax.tree.unflatten(treedef, new), of_examples)
 
     nothing = weight <= 2 * _NONE
     return (
-        jnp.where(nothing, value.astype(of_loss), divided(loss, of_loss)),
+        jnp.where(nothing, value.astype(of_loss), settle(loss, of_loss)),
         jax.tree.map(of, aux, is_leaf=_is_weighed),
         value.astype(of_loss),
     )

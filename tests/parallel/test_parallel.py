@@ -113,6 +113,24 @@ class TestData:
         )
         assert_close(((value, new_state), grads), want, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("options", [{}, {"num_subbatches": 4}])
+    def test_sums_of_float16_do_not_overflow(self, options):
+        """The gradients of four devices, 30000 each, sum to more than float16 has."""
+        grad_fn = otmdr_jax.value_and_grad(
+            lambda w, batch: jnp.mean(batch @ w.astype(jnp.float32)),
+            0.5,
+            split="shared",
+            axis_name="data",
+            **options,
+        )
+        step = parallel.shard_map_step(
+            lambda w, batch: (grad_fn(w, batch)[1], None),
+            parallel.make_mesh("data=4"),
+            donate=False,
+        )
+        grads, _ = step(jnp.ones(2, jnp.float16), jnp.full((8, 2), 30_000.0))
+        assert grads.dtype == jnp.float16 and grads.tolist() == [30_000, 30_000]
+
     def test_a_forgotten_axis_name_is_said(self):
         """JAX's own advice is to leave the check out."""
         grad_fn = otmdr_jax.value_and_grad(toy.regression, RHO)
