@@ -295,6 +295,7 @@ def _objective(loss_fn, given):
             "num_data must be the number of examples in the training set, at least 1, "
             f"which the KL divergence is divided by; got {num_data!r}."
         )
+    num_data = float(num_data)  # an integer of JAX would end at 2^31
     if prior is not None and prior_std is not None:
         raise ValueError("give prior or prior_std, not both.")
     if prior is None:

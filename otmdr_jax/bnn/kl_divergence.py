@@ -148,10 +148,7 @@ def blundell(num_batches: int, weight: float = 1.0) -> Callable[[Any], jax.Array
 
     Reference: Blundell et al., 2015, section 3.4.
     """
-    if not isinstance(num_batches, int) or num_batches < 1:
-        raise ValueError(
-            f"num_batches must be an integer of at least 1, got {num_batches!r}."
-        )
+    check_count("num_batches", num_batches)
     # 2^(M-i) / (2^M - 1) = 2^-i / (1 - 2^-M), which does not overflow.
     first = weight * num_batches / (1.0 - 2.0 ** -min(num_batches, 1_000))
 

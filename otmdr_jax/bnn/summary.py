@@ -54,7 +54,8 @@ def summarise(q: MeanField) -> Summary:
     counts = jnp.zeros(NUM_BINS, jnp.int32)
     for values in jax.tree.leaves(decibels):
         bins = jnp.floor((values.ravel() - LOWEST) / WIDTH).astype(jnp.int32)
-        counts += jnp.bincount(jnp.clip(bins, 0, NUM_BINS - 1), length=NUM_BINS)
+        there = ~jnp.isnan(values.ravel())
+        counts = counts.at[jnp.clip(bins, 0, NUM_BINS - 1)].add(there)
     return Summary(_means(posterior.std(q)), _means(decibels), counts)
 
 

@@ -234,7 +234,8 @@ def _of_batch(
     mean = collectives.pmean(mean, all_axes)
     of_examples = collectives.pmean(of_examples, particle_axes)
     value, aux, grads, center_loss, norms, distances = tree.merge(mean, of_examples)
-    grads = tree.like(grads, params)
+    # Those of sub-batches are averaged before they are rounded.
+    grads = grads if joined else tree.like(grads, params)
     diagnostics = Diagnostics(
         center_loss, value, value - center_loss, norms, tree.norm(grads), distances
     )

@@ -36,7 +36,8 @@ class Chain(NamedTuple):
     Attributes:
       away: The displacement.
       found: What the loss returned there; None where it was not asked.
-      energies: (S,) losses, after each step.
+      energies: (S,) losses: after each step of :func:`metropolis`, before each one of
+        :func:`projected`.
       tilts: (S,) coordinates of d along the gradient at the center, in units of rho.
       accepted: (S,) whether each proposal was accepted.
     """

@@ -46,8 +46,8 @@ class SamplingDiagnostics(NamedTuple):
         their own for each leaf their sum, each by its share of the gradient's norm.
       inverse_temperature: lambda, in units of 1 / loss; None for an ascent, and for
         balls of their own for each leaf.
-      energies: (K, S) loss after each of the S steps of a Markov chain, on its part of
-        the batch; None for other samplers.
+      energies: (K, S) losses of a Markov chain of S steps: after each step, or with one
+        step on each part of the batch before it, on this part. None for other samplers.
       acceptance_rate: (K,) share of the proposals that a chain accepted, or None.
       effective_sample_size: The number of independent draws that all states of all
         chains are worth, judged by their tilts, or None. At the most K S.

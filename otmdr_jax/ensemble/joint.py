@@ -1,5 +1,6 @@
 """All members as one model: the mean of their probabilities, and its loss."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def log_mean_probs(log_probs: jax.Array, axis: int = 0) -> jax.Array:
       axis: The members' axis.
 
     Returns:
-      (..., C) log-probabilities, exact even if the probabilities underflow.
+      (..., C) log-probabilities of the same dtype, exact even if the probabilities
+      underflow.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,8 +39,11 @@ def log_mean_probs(log_probs: jax.Array, axis: int = 0) -> jax.Array:
       >>> [round(float(p), 4) for p in jnp.exp(ensemble.log_mean_probs(jnp.log(p)))]
       [0.7, 0.3]
     """
-    members = log_probs.shape[axis]
-    return jax.nn.logsumexp(log_probs, axis=axis) - jnp.log(float(members))
+    log_probs = jnp.asarray(log_probs)
+    # In bfloat16 the sum of a hundred members would be rounded by a hundredth.
+    wide = log_probs.astype(tree.accumulation_dtype(log_probs))
+    mean = jax.nn.logsumexp(wide, axis=axis) - math.log(log_probs.shape[axis])
+    return mean.astype(log_probs.dtype)
 
 
 def joint_loss(

@@ -76,7 +76,9 @@ def hessian_product(
         moves; None for all floating leaves. The Hessian is that of these leaves.
 
     Returns:
-      A pytree like `params`, zero where a leaf does not move; in float32 or wider.
+      A pytree like `params`, zero where a leaf does not move; in float32 or wider. The
+      vector is rounded to the dtypes of `params` first: for bfloat16 parameters convert
+      these to float32 if three digits are too few.
 
     Example:
       >>> import jax.numpy as jnp

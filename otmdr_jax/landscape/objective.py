@@ -70,6 +70,14 @@ class Objective:
         self.center: Leaves = [jnp.asarray(x) for x in moving]
         self._precision = np.result_type(*map(tree.accumulation_dtype, self.center))
         self._batches = list(batches) if isinstance(batches, Iterator) else batches
+        try:
+            hash(loss_sum)
+        except TypeError as error:
+            raise TypeError(
+                "loss_sum must be hashable, since its programs are kept for the next "
+                f"call, got a {type(loss_sum).__name__}: pass a function, as "
+                "lambda params, batch: loss_sum(params, batch)."
+            ) from error
         self._programs = _compiled(loss_sum, self._treedef, self._moving)
 
     def loss(self, weights: Leaves) -> float:
@@ -132,7 +140,10 @@ class Objective:
         return float(loss), _divided(total, count)
 
     def product(self, vector: Sequence[jax.typing.ArrayLike]) -> Leaves:
-        """The Hessian at the center times a vector, in float32 or wider; one pass."""
+        """The Hessian at the center times a vector, in float32 or wider; one pass.
+
+        The vector is rounded to the dtypes of the center, as JAX wants a tangent.
+        """
         accumulate = self._programs.add_product
         tangent = [
             jnp.asarray(v, w.dtype) for v, w in zip(vector, self.center, strict=True)

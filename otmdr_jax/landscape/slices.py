@@ -308,8 +308,8 @@ def check_like(first: PyTree, other: PyTree) -> None:
 def _difference(first, second):
     def minus(x, y):
         x, y = jnp.asarray(x), jnp.asarray(y)
-        if not tree.is_floating(x):
-            return jnp.zeros_like(x)
+        if not tree.is_floating(x):  # it does not move; a PRNG key has no zero
+            return jnp.zeros(x.shape)
         dtype = tree.accumulation_dtype(x)
         return x.astype(dtype) - y.astype(dtype)
 

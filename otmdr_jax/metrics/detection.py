@@ -6,7 +6,7 @@ scikit-learn has them too, but it is not a dependency, and its one-vs-rest AUROC
 
 import numpy as np
 
-from otmdr_jax.metrics.predictions import Array, Ranked, rank
+from otmdr_jax.metrics.predictions import Array, Ranked, rank, unmasked
 
 
 def auroc(scores: Array, positive: Array) -> float:
@@ -124,12 +124,12 @@ def operating_points(
 
 
 def _check(scores: Array, positive: Array) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.asarray(scores)
+    scores = unmasked(scores)
     if scores.dtype.kind in "bV":  # bools, and bfloat16, which is exact in float32
         scores = scores.astype(np.float32)
     if scores.dtype.kind not in "iuf":  # integers as they are: float64 makes some equal
         raise TypeError(f"scores must be real numbers, got dtype {scores.dtype}.")
-    positive = np.asarray(positive)
+    positive = unmasked(positive)
     if scores.ndim != 1 or scores.shape != positive.shape:
         raise ValueError(
             "need scores and positives of one shape (N,), got "

@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from otmdr_jax.metrics.predictions import check_labels, check_sample, tolerance
+from otmdr_jax.metrics.predictions import (
+    check_labels,
+    check_sample,
+    tolerance,
+    unmasked,
+)
 
 Array = Any
 
@@ -117,7 +122,8 @@ def brier_ambiguity(log_probs: Array) -> float:
 
 
 def _checked(log_probs: Array) -> np.ndarray:
-    allowed = tolerance(np.asarray(log_probs).dtype)
+    log_probs = unmasked(log_probs)
+    allowed = tolerance(log_probs.dtype)
     if np.iscomplexobj(log_probs):
         raise TypeError("log_probs must be real numbers, got complex ones.")
     log_probs = np.asarray(log_probs, np.float64)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from otmdr_jax.metrics.predictions import Array, Predictions, generator
+from otmdr_jax.metrics.predictions import Array, Predictions, generator, unmasked
 
 NUM_SAMPLES = 1_000
 LEVEL = 0.95
@@ -132,7 +132,7 @@ def bootstrap_all(
       >>> found["accuracy"].value, list(found)
       (0.5, ['accuracy', 'nll', 'brier', 'ece'])
     """
-    probs, labels = _array(probs), np.asarray(labels)
+    probs, labels = _array(probs), unmasked(labels)
     _check(num_samples, level, labels)
     rng = generator(seed)
     values = measure(probs, labels)
@@ -194,7 +194,7 @@ def paired_test(
       >>> round(found.difference, 4), round(found.p_value, 3)
       (-0.4055, 0.001)
     """
-    first, second, labels = _array(probs), _array(other), np.asarray(labels)
+    first, second, labels = _array(probs), _array(other), unmasked(labels)
     if first.shape != second.shape:
         raise ValueError(
             "a paired test needs predictions of the same examples, got shapes "
@@ -244,7 +244,7 @@ def _array(probs: Array) -> np.ndarray:
             "examples are drawn anew, and checked each time: give the predictions "
             "themselves, not what metrics.check returned."
         )
-    return np.asarray(probs)
+    return unmasked(probs)
 
 
 def _drawn(

@@ -217,7 +217,7 @@ def check_labels(
     labels: Array, values: np.ndarray, shape: tuple[int, ...], name: str
 ) -> np.ndarray:
     """Checks that labels (N,) are classes of values (N, C); `shape` is the input's."""
-    labels = _unmasked(labels)
+    labels = unmasked(labels)
     if values.ndim != 2 or labels.shape != values.shape[:1]:
         raise ValueError(
             f"need {name} of shape (N, C), or samples (S, N, C), and labels of shape "
@@ -334,7 +334,8 @@ def parallel(function: Callable[[Any], T], items: Iterable[Any], size: int) -> l
         return list(pool.map(function, items))
 
 
-def _unmasked(values: Array) -> np.ndarray:
+def unmasked(values: Array) -> np.ndarray:
+    """An array; masked ones whose mask hides something are refused."""
     if np.ma.is_masked(values):  # an array of them would hold what the mask hides
         raise TypeError(
             "masked entries are no predictions and no labels: leave their examples out."
@@ -343,7 +344,7 @@ def _unmasked(values: Array) -> np.ndarray:
 
 
 def _numbers(probs: Array, name: str) -> np.ndarray:
-    values = _unmasked(probs)
+    values = unmasked(probs)
     if values.dtype.kind in "biu":
         return values.astype(np.float64)
     if values.dtype.kind == "V":  # bfloat16 and float8, exact in float32

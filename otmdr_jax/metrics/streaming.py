@@ -171,6 +171,7 @@ def update(
         )
     if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
+    labels = labels.astype(jnp.int32)  # 256 classes are more than uint8 compares with
     mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
     if mask.shape != labels.shape:
         raise ValueError(

@@ -59,7 +59,9 @@ def agree(*numbers: float) -> tuple[float, ...]:
         return numbers
     from jax.experimental import multihost_utils
 
-    everyone = multihost_utils.process_allgather(np.asarray(numbers, np.float32))
+    # As words, since JAX would round float64: steps above 2^24 are no float32.
+    words = np.asarray(numbers, np.float64).view(np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(words)).view(np.float64)
     return tuple(np.max(everyone, axis=0).tolist())
 
 

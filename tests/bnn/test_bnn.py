@@ -469,7 +469,6 @@ def test_samples_need_a_key():
         (lambda: bnn.ScaleMixture(weight=1.0), "weight must lie"),
         (lambda: bnn.FittedNormal("layer"), "per must be"),
         (lambda: bnn.blundell(0), "num_batches"),
-        (lambda: bnn.blundell(2.5), "num_batches"),
         (lambda: bnn.Normal(None), "std of a prior must be positive"),
         (lambda: bnn.warmup(0), "num_steps"),
         (lambda: bnn.convert_beta(1.0, "batch", num_data=9), "needs batch_size"),
@@ -480,6 +479,28 @@ def test_samples_need_a_key():
 def test_bad_numbers(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_numbers_of_batches_are_integers_of_any_kind():
+    assert float(bnn.blundell(np.int64(2))(0)) == pytest.approx(4 / 3)
+    with pytest.raises(TypeError, match="num_batches"):
+        bnn.blundell(2.5)
+
+
+def test_more_examples_than_integers_of_jax_have(key):
+    """As tokens; the KL weight is that of a schedule."""
+    loss = bnn.sgvb(lambda w: 0.0 * jnp.sum(w), num_data=3_000_000_000, prior_std=1.0)
+    q = one(0.5, 0.1)
+    value, _ = jax.vmap(lambda k: loss(q, key=k, kl_weight=jnp.float32(1e9)))(
+        jax.random.split(key, 4_000)
+    )
+    # A third of the divergence from N(0, 1), by Monte Carlo as `bnn.sgvb` estimates it.
+    assert_allclose(value.mean(), float(bnn.kl(q, bnn.Normal(1.0))) / 3, rtol=0.05)
+
+
+def test_a_weight_that_is_nan_is_in_no_bin():
+    q = bnn.init({"kernel": jnp.array([[jnp.nan, 1.0], [2.0, 3.0]])}, sigma=0.1)
+    assert int(bnn.summarise(q).counts.sum()) == 3
 
 
 def test_what_is_no_prior():

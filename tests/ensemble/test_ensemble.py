@@ -483,6 +483,14 @@ class TestPrediction:
         got = ensemble.log_mean_probs(log_probs)
         np.testing.assert_allclose(got[0], -500 + np.log1p(np.exp(-10.0)) - np.log(2))
 
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_of_equal_members_it_is_theirs_to_the_bit(self, dtype):
+        one = jnp.log(jnp.array([0.9, 0.09, 0.01])).astype(dtype)
+        for count in (2, 30, 100):
+            got = ensemble.log_mean_probs(jnp.tile(one, (count, 1)))
+            assert got.dtype == dtype
+            np.testing.assert_array_equal(got, one)
+
 
 class TestDiversity:
     @pytest.fixture

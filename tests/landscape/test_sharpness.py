@@ -1,5 +1,6 @@
 """Sharpness against closed forms, NumPy in float64 and plain evaluations."""
 
+import dataclasses
 import weakref
 
 import jax
@@ -387,3 +388,15 @@ def test_bad_input_says_what_must_hold(call, error, message):
 def test_bad_directions_say_what_must_hold(options, message, key):
     with pytest.raises(ValueError, match=message):
         landscape.average_sharpness(quadratic, CENTER, ONE, key=key, **options)
+
+
+def test_a_loss_that_cannot_be_kept_is_refused():
+    @dataclasses.dataclass
+    class Loss:  # one that compares by value has no hash
+        scale: float
+
+        def __call__(self, w, batch):
+            return self.scale * jnp.sum(batch @ w), len(batch)
+
+    with pytest.raises(TypeError, match="loss_sum must be hashable.*got a Loss"):
+        landscape.sam_gap(Loss(1.0), jnp.ones(3), [np.ones((4, 3), np.float32)], 0.1)

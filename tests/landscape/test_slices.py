@@ -254,6 +254,12 @@ class TestRandomDirection:
 
 
 class TestThrough:
+    def test_leaves_that_do_not_move_may_be_of_any_kind(self):
+        fixed = {"key": jax.random.key(0), "count": jnp.arange(3)}
+        one, other = ({"w": w, **fixed} for w in (jnp.zeros(4), jnp.ones(4)))
+        (direction,) = landscape.through(one, other).directions
+        np.testing.assert_allclose(direction["w"], 1.0)
+
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 1000))
     def test_every_solution_is_at_its_point(self, seed):

@@ -1,5 +1,6 @@
 """Scores and calibration errors against scikit-learn and their definitions."""
 
+import functools
 import itertools
 import math
 from fractions import Fraction
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from otmdr_jax import metrics
-from otmdr_jax.metrics import streaming
+from otmdr_jax import calibration, metrics
+from otmdr_jax.metrics import diversity, streaming
 
 settings = hypothesis.settings(
     deadline=None, max_examples=50, derandomize=True, database=None
@@ -611,8 +612,18 @@ def test_bad_options_are_refused():
         (probs, hidden),
         (np.ma.masked_array(probs, mask=probs > 0.9), labels),
     ):
-        with pytest.raises(TypeError, match="masked entries"):
-            metrics.accuracy(*masked)
+        for call in (
+            metrics.accuracy,
+            functools.partial(metrics.bootstrap, metrics.accuracy),
+            functools.partial(metrics.bootstrap_all, metrics.evaluate),
+            lambda p, y: metrics.paired_test(metrics.accuracy, probs, p, y),
+            lambda p, y: diversity.nll_ambiguity(np.ma.log(np.ma.stack([p, p])), y),
+            lambda p, y: calibration.fit_temperature(np.ma.log(p), y),
+            lambda p, y: metrics.auroc(p.ravel(), np.ma.repeat(y == 1, 3)),
+            lambda p, y: calibration.coverage(p > 0.5, y),
+        ):
+            with pytest.raises(TypeError, match="masked entries"):
+                call(*masked)
     checked = metrics.check(probs, labels)
     with pytest.raises(ValueError, match="come with their labels"):
         metrics.accuracy(checked, (labels + 1) % 3)

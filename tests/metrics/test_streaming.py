@@ -231,6 +231,16 @@ def test_bad_rows_are_counted_and_refused_at_the_end(probs, labels):
         streaming.compute(state)
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(np.uint8, 256), (np.int8, 200)])
+def test_labels_narrower_than_the_number_of_classes(dtype, classes):
+    """JAX compares with a number of classes that the labels' dtype has wrapped."""
+    labels = np.array([0, 3, 90, 127], dtype)
+    state = streaming.init(classes)
+    uniform = np.full((4, classes), 1 / classes, np.float32)
+    found = streaming.compute(streaming.update(state, uniform, labels))
+    assert found["nll"] == pytest.approx(np.log(classes))
+
+
 def test_bad_shapes_are_refused_at_once():
     with pytest.raises(ValueError, match="nothing was added"):
         streaming.compute(streaming.init(3))

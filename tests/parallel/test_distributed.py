@@ -290,6 +290,25 @@ def test_two_hosts_killed_and_restarted_are_one(two_hosts, digits, same, tmp_pat
 
 
 @pytest.mark.slow
+def test_hosts_agree_on_numbers_that_float32_does_not_have():
+    """As steps of long runs."""
+    code = (
+        "import sys, jax\nfrom otmdr_jax import parallel\n"
+        "port, process = sys.argv[1], int(sys.argv[2])\n"
+        "jax.distributed.initialize(f'localhost:{port}', 2, process)\n"
+        "print(parallel.agree(-16777217, 20000003 - process, 0.1 * process))\n"
+    )
+    words, port = [sys.executable, "-c", code], str(free_port())
+    pair = [
+        subprocess.Popen([*words, port, str(i)], stdout=subprocess.PIPE, text=True)
+        for i in (0, 1)
+    ]
+    for process in pair:
+        out, _ = process.communicate(timeout=120)
+        assert out.splitlines()[-1] == "(-16777217.0, 20000003.0, 0.1)"
+
+
+@pytest.mark.slow
 def test_two_hosts_start_from_the_weights_of_one(two_hosts, digits, same, tmp_path):
     """Of a run on one device, whose arrays every host reads."""
     source = training.train(

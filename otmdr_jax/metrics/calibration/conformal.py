@@ -26,6 +26,7 @@ from otmdr_jax.metrics.predictions import (
     check_labels,
     check_unlabelled,
     generator,
+    unmasked,
 )
 
 Score = Literal["lac", "aps", "raps"]
@@ -195,7 +196,7 @@ def coverage(sets: Array, labels: Array) -> float:
       >>> calibration.coverage([[True, False], [True, False]], [0, 1])
       0.5
     """
-    sets = np.asarray(sets)
+    sets = unmasked(sets)
     if sets.dtype != np.bool_:
         raise TypeError(f"sets must be bools, got dtype {sets.dtype}.")
     labels = check_labels(labels, sets, sets.shape, "sets")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from otmdr_jax.metrics.predictions import Array, check_labels
+from otmdr_jax.metrics.predictions import Array, check_labels, unmasked
 
 # Beyond these, probabilities are practically 0 and 1, or equal.
 TEMPERATURES = (0.01, 100.0)
@@ -199,7 +199,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def check_logits(logits: Array) -> np.ndarray:
     """Finite logits (N, C), in float64."""
-    logits = np.asarray(logits)
+    logits = unmasked(logits)
     if np.iscomplexobj(logits):
         raise TypeError(f"logits must be real numbers, got dtype {logits.dtype}.")
     logits = logits.astype(np.float64)
