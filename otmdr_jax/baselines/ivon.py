@@ -230,8 +230,8 @@ def ivon_gradient(
 
 def _next_hess(h, precision, estimate, b2):
     """Algorithm 1, line 5: a step on the manifold of positive precisions."""
-    away = (1 - b2) * (h - estimate)
-    return b2 * h + (1 - b2) * estimate + 0.5 * away**2 / precision
+    away = (1 - b2) * (h - estimate)  # 1 - b2, since float32 rounds b2
+    return h - away + 0.5 * away**2 / precision
 
 
 def ivon_precision(hess: PyTree, weight_decay: float) -> PyTree:

@@ -10,6 +10,8 @@ import math
 import jax.numpy as jnp
 import optax
 
+from otmdr_jax.core.checks import check_count
+
 # The shape that Garipov, Izmailov and Maddox train with before they collect (their
 # train.py): constant to a half, then linear to its end at nine tenths.
 FLAT_UNTIL, LINEAR_UNTIL = 0.5, 0.9
@@ -85,10 +87,14 @@ def fge(
       high: alpha_1, at the ends of a cycle.
       low: alpha_2, in the middle of a cycle.
 
+    Raises:
+      ValueError: The period is odd.
+
     Reference: Garipov et al., `Loss Surfaces, Mode Connectivity, and Fast Ensembling of
     DNNs <https://arxiv.org/abs/1802.10026>`_, NeurIPS 2018, section 5; train.py and
     fge.py of their code.
     """
+    _check_even(period)
     before = flat_then_linear(peak, PRETRAINING_END * peak, total)
 
     def rate(step):
@@ -105,12 +111,13 @@ def fge_ends(total: int, start: int, period: int) -> tuple[int, ...]:
     """The steps at which :func:`fge` has just used its lowest rate.
 
     Raises:
-      ValueError: There is none.
+      ValueError: There is none, or the period is odd.
 
     Example:
       >>> fge_ends(total=16, start=8, period=4)
       (10, 14)
     """
+    _check_even(period)
     ends = tuple(range(start + period // 2, total + 1, period))
     if not ends:
         raise ValueError(
@@ -119,6 +126,14 @@ def fge_ends(total: int, start: int, period: int) -> tuple[int, ...]:
             "the cycle (cycle_epochs), or train longer."
         )
     return ends
+
+
+def _check_even(period):
+    check_count("period", period)
+    if period % 2:
+        raise ValueError(
+            f"period must be even, so that a step has the lowest rate, got {period}."
+        )
 
 
 def averaging_ends(total: int, start: int, every: int) -> tuple[int, ...]:

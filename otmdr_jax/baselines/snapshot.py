@@ -108,8 +108,8 @@ def collect(method: Any, ends: Sequence[int]) -> Any:
 
         shape = jax.eval_shape(of, state.params, state.model_state)
         slots = jnp.arange(len(ends))
-        rows = jax.lax.map(row, (slots, kept.params, kept.model_state))  # (M, B, C)
-        there = (slots < kept.number)[:, None, None]
+        rows = jax.lax.map(row, (slots, kept.params, kept.model_state))  # (M, B, ...)
+        there = (slots < kept.number).reshape(-1, *[1] * (rows.ndim - 1))
 
         def mean_of_rows():
             count = kept.number.astype(rows.dtype)

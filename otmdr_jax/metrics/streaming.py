@@ -160,7 +160,8 @@ def update(
       are not classes are counted, and :func:`compute` raises an error.
 
     Raises:
-      ValueError: Shapes do not fit; TypeError: labels are not integers.
+      ValueError: Shapes do not fit.
+      TypeError: Labels are not integers, or a mask is not bools.
     """
     columns = state.bin_counts.shape[1]
     values, labels = jnp.asarray(probs), jnp.asarray(labels)
@@ -172,7 +173,9 @@ def update(
     if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
     labels = labels.astype(jnp.int32)  # 256 classes are more than uint8 compares with
-    mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask must be bools, got dtype {mask.dtype}: use mask > 0.")
     if mask.shape != labels.shape:
         raise ValueError(
             f"mask must have a bool for each of the {len(labels)} examples, got shape "

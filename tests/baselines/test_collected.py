@@ -105,6 +105,12 @@ class TestSchedules:
             assert_allclose(rate(end - 1), a2, rtol=1e-5)
         assert len(ends) == sum(i % c == half for i in range(1, more + 1))
 
+    def test_a_cycle_without_a_middle_is_refused(self):
+        with pytest.raises(ValueError, match="period must be even.*got 5"):
+            schedules.fge(0.1, 20, 10, 5, 0.05, 0.01)
+        with pytest.raises(ValueError, match="period must be even.*got 5"):
+            schedules.fge_ends(20, 10, 5)
+
     def test_pretraining_has_the_shape_of_its_authors_code(self):
         """`schedule` of timgaripov/swa/train.py, at whole epochs."""
         lr_init, swa_lr, swa_start = 0.1, 0.05, 161
@@ -242,18 +248,21 @@ class TestCollect:
                 assert_array_equal(kept.params["a"][i], np.float32(a))
                 assert_array_equal(kept.params["b"][i], np.float32(b))
 
-    def test_of_outputs_it_is_their_mean(self, key):
+    @pytest.mark.parametrize("axes", [1, 2, 3])
+    def test_of_outputs_it_is_their_mean(self, axes, key):
         """Not that of probabilities, which a regression has none of."""
         walk = Walk()
         one = walk.method()._replace(
-            classes=False, predict=lambda state, _: state.params["a"][None, None]
+            classes=False,
+            predict=lambda state, _: state.params["a"].reshape(*[1] * axes, -1),
         )
         method = baselines.collect(one, self.ENDS)
         for steps in (1, 3, 5, 7):
             rows = jax.jit(method.predict)(walk.run(method, steps, key), None)
             used = [end for end in self.ENDS if end <= steps] or [max(steps, 1)]
             want = np.mean([walk.path[end - 1, 0] for end in used], axis=0)
-            assert_allclose(rows.mean(0)[0], want, rtol=1e-5)
+            assert_allclose(rows.mean(0).reshape(-1), want, rtol=1e-5)
+            assert rows.shape == (len(self.ENDS), *[1] * (axes - 1), len(want))
 
     def test_the_mean_over_rows_is_the_prediction_at_any_time(self, key):
         walk = Walk()

@@ -231,6 +231,12 @@ def test_bad_rows_are_counted_and_refused_at_the_end(probs, labels):
         streaming.compute(state)
 
 
+def test_a_mask_is_no_weight():
+    probs, labels = set_of(0, 4)
+    with pytest.raises(TypeError, match="mask must be bools, got dtype float32"):
+        streaming.update(streaming.init(CLASSES), probs, labels, np.full(4, 0.5))
+
+
 @pytest.mark.parametrize(("dtype", "classes"), [(np.uint8, 256), (np.int8, 200)])
 def test_labels_narrower_than_the_number_of_classes(dtype, classes):
     """JAX compares with a number of classes that the labels' dtype has wrapped."""
