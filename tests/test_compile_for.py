@@ -442,6 +442,7 @@ def test_the_page_shows_the_records():
     for target, group in (
         ("h100", "steps"),
         ("h100", "ensembles"),
+        ("h100", "methods"),
         ("h100x8", "scaling"),
         ("h100x8", "entries"),
         ("v5e-1", "steps"),

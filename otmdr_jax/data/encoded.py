@@ -304,7 +304,9 @@ def _plain(Image, image):
         raise ValueError("its pixels are floats, whose scale is not known")
     if image.mode.startswith("I"):
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        # Pillow opens PNG of 16 bits in a mode of 32.
+        of_16_bits = image.mode != "I" or image.format in ("PNG", "PPM")
+        if not of_16_bits or values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("its pixels have 32 bits, whose scale is not known")
         return Image.fromarray((values >> 8).astype(np.uint8))
     gray = _is_gray(image.mode)

@@ -243,8 +243,14 @@ def _splits(root: pathlib.Path) -> dict[str, pathlib.Path]:
                 f"{found[split].name} and {folder.name}. Move one of them away."
             )
         found[split] = folder
-    # A class may be called "train"; its folder then has images and no folders.
+    # A class may be called "train" or "test"; its folder then has images, no folders.
     if "train" not in found or not _folders(found["train"]):
+        if parted := [x.name for x in found.values() if _folders(x)]:
+            raise ValueError(
+                f"{str(root)!r} has a folder {parted[0]} with folders of classes in "
+                "it, and none called train. Rename the folder of the training images, "
+                "or give a folder of classes alone."
+            )
         found = {"train": root}
     elif others := [x.name for x in inside if x not in found.values()]:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from otmdr_jax.data.dataset import Dataset, Split
+from otmdr_jax.data.dataset import Dataset, Split, check_augmentations
 from otmdr_jax.data.statistics import check_statistics
 
 
@@ -66,9 +66,10 @@ def from_targets(
                     f"train and {split} {what} must agree, got {ours.shape[1:]} "
                     f"{ours.dtype} and {theirs.shape[1:]} {theirs.dtype}."
                 )
+    augment = check_augmentations(augment)
     if augment and first.images.ndim != 4:
         raise ValueError(
-            f"augment={tuple(augment)} is of images (N, H, W, C), got inputs of shape "
+            f"augment={augment} is of images (N, H, W, C), got inputs of shape "
             f"{first.images.shape}."
         )
     mean, std = check_statistics(first.images, mean, std)
@@ -80,7 +81,7 @@ def from_targets(
         num_classes=0,
         mean=mean,
         std=std,
-        augment=tuple(augment),
+        augment=augment,
     )
 
 
@@ -101,6 +102,14 @@ def _checked(pair, split) -> Split:
     for what, array in (("inputs", inputs), ("targets", targets)):
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{split} {what} must be numbers, got {array.dtype}.")
+        # Unsigned integers of 64 bits compare with Python's numbers.
+        if array.dtype.kind in "iu" and array.size:
+            low, high = int(array.min()), int(array.max())
+            if low < -(2**31) or high >= 2**31:
+                raise ValueError(
+                    f"{split} {what} that are integers must be those of 32 bits, got "
+                    f"{low} to {high}: make them floats."
+                )
         with np.errstate(over="ignore"):
             narrow = array.astype(np.float32)
         if not np.isfinite(narrow).all():

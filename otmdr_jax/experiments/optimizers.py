@@ -51,6 +51,8 @@ def schedule(
     elif config.schedule.name == "step":
         # Counted from the start of the run, warmup included.
         starts = [round(f * total_steps) - warmup for f in STEP_FRACTIONS]
+        if warmup:  # which ends at the rate of the step that comes after it
+            peak *= STEP_FACTOR ** sum(start <= 0 for start in starts)
         main = optax.piecewise_constant_schedule(
             peak, {start: STEP_FACTOR for start in starts if start > 0}
         )
@@ -84,7 +86,12 @@ def create(
             parts.append(optax.clip_by_global_norm(config.optimizer.clip_norm))
         mask = None
         if method.is_posterior or not config.optimizer.decay_all:
-            mask = functools.partial(decays, everything=config.optimizer.decay_all)
+            mask = functools.partial(
+                decays,
+                everything=config.optimizer.decay_all,
+                # Other members have an optimizer each.
+                stacked=config.model.joint and config.model.stacked,
+            )
         parts += _base(config, rate, mask)
     if config.schedule.name == "plateau":
         parts.append(

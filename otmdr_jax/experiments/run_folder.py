@@ -267,7 +267,8 @@ def reopen(path: str | os.PathLike, step: int) -> RunFolder:
     path = pathlib.Path(path)
     if not is_finished(path):
         # An evaluation of the interrupted run, about to be out of date.
-        (path / "result.json").unlink(missing_ok=True)
+        for name in ("result.json", "predictions.npz"):
+            (path / name).unlink(missing_ok=True)
     events = path / "metrics.jsonl"
     if events.exists():
         # A machine that crashes may leave bytes of another file at the end.

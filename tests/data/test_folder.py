@@ -297,7 +297,11 @@ def test_images_of_any_mode_become_grey_or_rgb(mode):
 
 
 def test_pixels_of_an_unknown_scale_are_refused():
-    for values in (np.ones((2, 2), np.float32), np.full((2, 2), 70_000, np.int32)):
+    for values in (
+        np.ones((2, 2), np.float32),
+        np.full((2, 2), 70_000, np.int32),
+        np.full((2, 2), 200, np.int32),
+    ):
         content = encode(Image.fromarray(values), "TIFF")
         with pytest.raises(ValueError, match="whose scale is not known"):
             encoded.decode(content, None)
@@ -371,8 +375,10 @@ def rename(old, new):
         (lambda root: (root / "train/elk").mkdir(), "'elk' of '.*train' has none"),
         (rename("train/cat/0.png", "train/0.png"), r"1 lie in '.*train' itself, as 0"),
         (lambda root: [shutil.rmtree(x) for x in root.iterdir()], "it has none"),
+        (rename("train", "train_set"), "in it, and none called train"),
+        (lambda root: shutil.rmtree(root / "train"), "in it, and none called train"),
     ],
-    ids=["foreign", "other", "twice", "empty", "alone", "nothing"],
+    ids=["foreign", "other", "twice", "empty", "alone", "nothing", "name", "gone"],
 )
 def test_folders_of_another_form_are_refused(photos, load, change, message):
     change(photos)

@@ -70,6 +70,23 @@ def test_targets_that_are_no_classes_have_no_strata():
     assert (few.train.num_examples, few.test.num_examples) == (7, 5)
 
 
+@pytest.mark.parametrize("value", [2**31, -(2**31) - 1, 2**40, np.uint64(2**63)])
+def test_integer_targets_that_would_wrap_are_refused(value):
+    kind = np.uint64 if value > 2**40 else np.int64
+    x, y = np.zeros((4, 2), np.float32), np.array([0, 1, 2, value], kind)
+    with pytest.raises(ValueError, match="those of 32 bits, got .*make them floats"):
+        data.from_targets((x, y), (x, y))
+    y[3] = 2**31 - 1
+    assert data.from_targets((x, y), (x, y)).train.labels[3] == 2**31 - 1
+
+
+def test_augmentations_of_targets_are_known_ones():
+    x, y = np.zeros((4, 8, 8, 1), np.float32), np.zeros(4)
+    assert data.from_targets((x, y), (x, y), augment="flip").augment == ("flip",)
+    with pytest.raises(ValueError, match="augmentations must be of .*'rotate'"):
+        data.from_targets((x, y), (x, y), augment=("rotate",))
+
+
 def test_images_that_stay_in_their_files(cifar_dir, cache_dir):
     lazy, read = (
         data.load("cifar10", data_dir=cifar_dir, cache_dir=cache_dir, in_memory=x)

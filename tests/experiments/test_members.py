@@ -424,6 +424,10 @@ class TestOptions:
             (dict(ensemble="joint"), "ensemble must be left out without members"),
             (dict(members="a,b", model="resnet_18"), "model must be left out"),
             (
+                dict(members="2", ensemble="joint", method="sam", norm="per_leaf"),
+                "would be a norm over all of them",
+            ),
+            (
                 dict(members="2", ensemble="joint", member_data="own"),
                 "'shared' for a joint loss",
             ),

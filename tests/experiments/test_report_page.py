@@ -333,6 +333,16 @@ class TestThePage:
         assert "<script>alert(1)</script> (<img src=x>)" in page.headings
 
     @pytest.mark.slow
+    def test_a_calibration_of_another_step_is_said(self, tmp_path):
+        """`otmdr calibrate` keeps the step among its settings."""
+        record = {"how": "h", "methods": [], "conformal": [], "alpha": 0.1}
+        record["settings"] = {"step": 3}
+        (tmp_path / "calibration.json").write_text(json.dumps(record))
+        run = make("SGD", folder=tmp_path)
+        run = run._replace(result={**run.result, "steps": 7})
+        (said,) = records.out_of_date([run], records.CALIBRATION)
+        assert said.endswith("measured at step 3, but its result is that of step 7.")
+
     def test_records_of_other_conditions_are_compared_where_they_are_alike(
         self, tmp_path
     ):

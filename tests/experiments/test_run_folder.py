@@ -20,6 +20,7 @@ from otmdr_jax.experiments import (
     training,
 )
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.measure import calibrate
 from otmdr_jax.experiments.members import steps_taken
 from otmdr_jax.experiments.report import examples
 
@@ -202,6 +203,15 @@ def test_a_file_that_is_no_json_is_named(name, content, run, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert str(run / name) in error and error.count("\n") == 1
+
+
+def test_predictions_of_an_interrupted_run_go_when_it_goes_on(run):
+    """They are those of an evaluation in between: nothing may be fitted to them."""
+    (run / "result.json").unlink()
+    run_folder.reopen(run, 2).close()
+    assert not (run / "predictions.npz").exists()
+    with pytest.raises(FileNotFoundError, match="has no predictions.npz: finish"):
+        calibrate.calibrate(run)
 
 
 def test_bytes_that_are_no_text_at_the_end_of_a_log_are_dropped(run):

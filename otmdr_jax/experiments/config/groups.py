@@ -205,6 +205,7 @@ class Model(Group):
                         f"{name} must be left out without members, got {value!r}."
                     )
             return
+        norm = getattr(config.method, "norm", None)
         names = self.member_names
         if len(names) < 2 or not all(names):
             raise ValueError(
@@ -220,6 +221,12 @@ class Model(Group):
             raise ValueError(
                 "member_data must be 'shared' for a joint loss, which is of one batch, "
                 f"got {self.member_data!r}."
+            )
+        if self.joint and self.stacked and norm == "per_leaf":
+            raise ValueError(
+                "norm must be 'global' or 'none' for a joint ensemble, whose members "
+                "are stored in one array for each leaf: 'per_leaf' would be a norm "
+                "over all of them, got 'per_leaf'."
             )
 
 
@@ -276,8 +283,9 @@ class Schedule(Group):
     --learning-rate, in proportion. Default: that of all."""
     warmup_epochs: NotNegative = 0.0
     """Epochs of linear warmup from 0."""
-    plateau_patience: Count = 10
-    """Epochs without a lower loss before plateau acts (PyTorch's default)."""
+    plateau_patience: Count = 11
+    """Epochs in a row without a lower loss after which plateau acts, as Optax counts.
+    PyTorch's patience is one less: its default is 10."""
     plateau_factor: Share = 0.1
     """What plateau multiplies the learning rate by (PyTorch's default)."""
 

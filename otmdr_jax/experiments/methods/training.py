@@ -384,7 +384,7 @@ def with_weights(trained: PyTree, weights: PyTree) -> PyTree:
     )
 
 
-def decays(trained: PyTree, everything: bool) -> PyTree:
+def decays(trained: PyTree, everything: bool, stacked: bool = False) -> PyTree:
     """Where weight decay acts: True for every leaf, or for kernels alone.
 
     Not on a posterior, which has a prior instead; on its point estimates it does.
@@ -392,10 +392,13 @@ def decays(trained: PyTree, everything: bool) -> PyTree:
     Args:
       trained: The parameters.
       everything: Whether biases and the scales of norms decay too.
+      stacked: Whether the first axis of each leaf is that of members.
     """
 
     def of(leaves):
-        return jax.tree.map(lambda leaf: everything or jnp.ndim(leaf) > 1, leaves)
+        return jax.tree.map(
+            lambda leaf: everything or jnp.ndim(leaf) > 1 + stacked, leaves
+        )
 
     if not isinstance(trained, bnn.MeanField):
         return of(trained)

@@ -104,7 +104,8 @@ def out_of_date(runs: Sequence[Run], kind: Kind) -> list[str]:
     """Returns a sentence for each record of another step than the run's result."""
     notes = []
     for run in runs:
-        step = (read_record(run, kind) or {}).get("step")
+        record = read_record(run, kind) or {}
+        step = record.get("step", record.get("settings", {}).get("step"))
         last = run.result.get("steps")
         if None not in (step, last) and step != last:
             notes.append(
