@@ -899,6 +899,9 @@ class TestRuns:
         ("options", "message"),
         [
             (dict(optimizer="adam", nesterov=True), "nesterov=True does nothing"),
+            (dict(nesterov=True, momentum=0), "nesterov=True does nothing with momen"),
+            (dict(decay_all=False, weight_decay=0), "nothing with weight_decay=0"),
+            (dict(smoothing="others"), "nothing with label_smoothing=0"),
             (dict(plateau_factor=0.5), "with schedule='cosine', but with plateau"),
             (dict(plateau_patience=3), "plateau_patience=3 does nothing"),
             (

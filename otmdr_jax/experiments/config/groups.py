@@ -236,6 +236,12 @@ class Optimizer(Group):
 
     # Not adam_eps, which presets set: their optimizer may be changed.
     only_with = (OnlyWith("nesterov", "optimizer", ("sgd",)),)
+    # Of each pair the first does nothing where the second is 0.
+    idle_at_zero: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("nesterov", "momentum"),
+        ("decay_all", "weight_decay"),
+        ("smoothing", "label_smoothing"),
+    )
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
     """Base optimizer of the (robust) gradient. bsam and ivon have their own updates."""

@@ -153,6 +153,12 @@ class TrainConfig:
                 f"steps={self.run.steps} and epochs={self.run.epochs} each say how "
                 "long a run is: give one of them."
             )
+        for name, other in self.optimizer.idle_at_zero:
+            if name in changed and not flat[other]:
+                raise ValueError(
+                    f"{name}={flat[name]!r} does nothing with {other}=0: leave one of "
+                    "them out."
+                )
         for field in dataclasses.fields(self):
             for name, other, values in getattr(self, field.name).only_with:
                 if name in changed and flat[other] not in values:
