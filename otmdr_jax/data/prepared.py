@@ -98,7 +98,7 @@ def read(
 
 def describe_test(
     name: str, *, data_dir: str | os.PathLike | None = None
-) -> tuple[int, tuple[int | None, ...], int, np.dtype]:
+) -> tuple[int, tuple[int | None, ...], int, np.dtype, tuple[str, ...]]:
     """Describes what `read(name, test_only=True)` would read, from the metadata alone.
 
     Args:
@@ -106,8 +106,8 @@ def describe_test(
       data_dir: The folder of prepared data.
 
     Returns:
-      (num_examples, image shape, num_classes, dtype of the stored images); None for
-      sizes that the metadata do not have.
+      (num_examples, image shape, num_classes, dtype of the stored images, class names);
+      None for sizes that the metadata do not have.
 
     Raises:
       ImportError, FileNotFoundError, ValueError: see `otmdr_jax.data.load`.
@@ -121,6 +121,7 @@ def describe_test(
         tuple(features[image_key].shape),
         features[label_key].num_classes,
         np.dtype(features[image_key].np_dtype),
+        tuple(features[label_key].names),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.data import npz, prepared
+from otmdr_jax.data.checks import check_class_names
 from otmdr_jax.data.dataset import (
     Dataset,
     Split,
@@ -196,7 +197,7 @@ def load_test(
 
     Returns:
       (split, num_classes): a `Split` of checked images and labels, and C. For an .npz
-      file C is the largest label plus one.
+      file that does not say it C is the largest label plus one.
 
     Raises:
       ImportError, FileNotFoundError, ValueError, TypeError: The errors of :func:`load`.
@@ -233,14 +234,16 @@ class TestInfo(NamedTuple):
     Attributes:
       num_examples: N, the number of examples.
       image_shape: (H, W, C); None for sizes that the metadata do not have.
-      num_classes: C; for an .npz file the largest label plus one.
+      num_classes: C; for an .npz file that does not say it the largest label plus one.
       dtype: The dtype of the images: uint8, or float32 for any floats.
+      class_names: C texts, or None where they are not known.
     """
 
     num_examples: int
     image_shape: tuple[int | None, ...]
     num_classes: int
     dtype: np.dtype
+    class_names: tuple[str, ...] | None
 
 
 def describe_test(
@@ -266,12 +269,16 @@ def describe_test(
     _refuse_folder(name)
     text = os.fspath(name)
     if text.endswith(".npz") or text == "digits":
-        split, num_classes = load_test(text, data_dir=data_dir)
-        images = split.images
-        return TestInfo(len(images), images.shape[1:], num_classes, images.dtype)
-    count, shape, classes, dtype = prepared.describe_test(text, data_dir=data_dir)
-    floats = np.issubdtype(dtype, np.floating)
-    return TestInfo(count, shape, classes, np.dtype(np.float32) if floats else dtype)
+        (images, _), num_classes = load_test(text, data_dir=data_dir)
+        names = None
+        if text.endswith(".npz"):
+            _, saved = npz.splits_of(npz.path_of(text, data_dir), "test")
+            names = check_class_names(saved.get("class_names"), num_classes)
+        return TestInfo(len(images), images.shape[1:], num_classes, images.dtype, names)
+    info = TestInfo(*prepared.describe_test(text, data_dir=data_dir))
+    if np.issubdtype(info.dtype, np.floating):
+        info = info._replace(dtype=np.dtype(np.float32))
+    return info
 
 
 def _digits() -> tuple[Split, Split]:

@@ -666,6 +666,24 @@ def test_sets_of_other_classes_are_no_test_sets(photograph_run, tmp_path):
         sets.find_sets([path], [1], of_five, None)
 
 
+def test_the_same_classes_in_another_order_are_refused(photograph_run, tmp_path):
+    """Their labels would be compared with those of other classes."""
+    names = tuple("abcdefghij")
+    dataset = programs.load_data(photograph_run[1])
+    dataset = dataclasses.replace(dataset, class_names=names)
+    images, labels = photographs(20, 0)
+    for i, order in enumerate((names, names[::-1])):
+        pair = images, labels % 10
+        mine = data.from_arrays(pair, pair, class_names=order)
+        data.save(mine, tmp_path / f"{i}.npz")
+    same, other = (str(tmp_path / f"{i}.npz") for i in (0, 1))
+    assert sets.find_sets([same], [1], dataset, None).present == [(same, 20)]
+    with pytest.raises(ValueError, match="another order, got j, .* and a, b"):
+        sets.find_sets([other], [1], dataset, None)
+    # As a foreign set its labels are not looked at.
+    assert sets.find_ood([other], dataset, None).present == [(other, 20)]
+
+
 def test_a_dtype_is_checked_before_anything_is_computed(photograph_run, tmp_path):
     config = photograph_run[1]
     dataset = programs.load_data(config)
@@ -732,7 +750,8 @@ def test_a_record_of_other_settings_is_not_replaced(
 def test_what_a_test_split_is_can_be_told_without_reading_it(photograph_run):
     config = photograph_run[1]
     found = data.describe_test("cifar10_1/v6", data_dir=config.data.data_dir)
-    assert found == (30, (32, 32, 3), 10, np.uint8)
+    assert found[:4] == (30, (32, 32, 3), 10, np.uint8)
+    assert found.class_names == tuple("0123456789")  # TFDS makes them up
 
 
 def test_the_commands_corruptions_are_all_there_are():

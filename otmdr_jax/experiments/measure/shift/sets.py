@@ -134,7 +134,8 @@ def _count(name, dataset, data_dir, same_classes) -> int:
     """Returns the number of examples of a set; raises an error if it does not fit."""
     if name == UNIFORM_NOISE:
         return dataset.test.num_examples
-    count, shape, num_classes, dtype = data_lib.describe_test(name, data_dir=data_dir)
+    found = data_lib.describe_test(name, data_dir=data_dir)
+    count, shape, num_classes, dtype, names = found
     if any(
         size is not None and size != want
         for size, want in zip(shape, dataset.image_shape, strict=True)
@@ -146,6 +147,13 @@ def _count(name, dataset, data_dir, same_classes) -> int:
     few = name.endswith(".npz") and num_classes <= dataset.num_classes
     if same_classes and num_classes != dataset.num_classes and not few:
         raise ValueError(_unfit(name, "classes", num_classes, dataset.num_classes))
+    ours = dataset.class_names or ()
+    if same_classes and names and names != ours and sorted(names) == sorted(ours):
+        raise ValueError(
+            f"the classes of {name!r} are those that the model was trained on in "
+            f"another order, got {', '.join(names)} and {', '.join(ours)}: bring its "
+            "labels into the order of the training set."
+        )
     return count
 
 
