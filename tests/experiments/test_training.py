@@ -21,7 +21,7 @@ import pytest
 
 from otmdr_jax import data, models
 from otmdr_jax.experiments import methods, optimizers, programs, run_folder, training
-from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.config import TrainConfig, preset
 from otmdr_jax.experiments.measure import evaluation, sharpness
 from otmdr_jax.experiments.training import feed, loop, saving
 from tests.sets import ROOT
@@ -724,9 +724,9 @@ def test_steps_of_the_rate_that_lie_in_the_warmup_count():
         assert all(rate(step) <= rate(warmup) for step in range(warmup))
 
 
-def test_the_default_patience_is_that_of_pytorch():
+def test_the_patience_of_presets_is_that_of_pytorch():
     torch = pytest.importorskip("torch")
-    config = TrainConfig(schedule="plateau", learning_rate=1.0, weight_decay=0.0)
+    config = preset("paper-bnn-cifar10").replace(optimizer="sgd", learning_rate=1.0)
     tx = optimizers.create(config, total_steps=60, steps_per_epoch=1)
     rate = optimizers.schedule(config, 60, 1)
     theirs = torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=1.0)

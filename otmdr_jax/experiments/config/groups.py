@@ -289,9 +289,9 @@ class Schedule(Group):
     --learning-rate, in proportion. Default: that of all."""
     warmup_epochs: NotNegative = 0.0
     """Epochs of linear warmup from 0."""
-    plateau_patience: Count = 11
-    """Epochs in a row without a lower loss after which plateau acts, as Optax counts.
-    PyTorch's patience is one less: its default is 10."""
+    plateau_patience: Count = 10
+    """Epochs in a row without a lower loss after which plateau acts, as Optax counts:
+    one more than PyTorch's number. 11, as in the presets, is PyTorch's default."""
     plateau_factor: Share = 0.1
     """What plateau multiplies the learning rate by (PyTorch's default)."""
 

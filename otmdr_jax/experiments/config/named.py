@@ -102,6 +102,7 @@ def _bayesian_preset(version: str, data: str, num_particles: int) -> TrainConfig
         optimizer="adam",
         learning_rate=1e-3,
         schedule="plateau",
+        plateau_patience=11,  # PyTorch's default, which it calls 10
         weight_decay=0.0,
         # Adam's 1e-8 beside the gradient of the sum over 50,000 examples.
         adam_eps=1e-8 / 50_000,

@@ -129,7 +129,7 @@ def page(
             "and data the tables name: they show that the command works, and nothing "
             "of the methods."
         )
-    elif scale != "paper":
+    elif scale != "paper" and any(one.cell.printed for one in found):
         parts.append(
             "The printed numbers are of other networks and data than these runs: "
             "compare the order of methods, not the numbers."
