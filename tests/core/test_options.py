@@ -448,6 +448,8 @@ TABLE = {
         sampled,
         {
             "microbatch_size": Seen(2, by=program),
+            # Micro-batches of a half of the batch: with one alone there is no mean.
+            "weights": Seen(lambda batch: jnp.arange(8.0), {"microbatch_size": 2}),
             "particle_map": Seen("unroll", {"num_particles": 2}, by=program),
             "loss_args": Seen((2.0,), before=(1.0,)),
             "batch": Seen(jax.tree.map(jnp.cos, BATCH), before=BATCH),
