@@ -44,11 +44,9 @@ def climb(step: Step, keys: Any, parts: Any, first: Pass | None = None) -> Arriv
     options, (_, noise_key) = step.options, keys
     w, total, norms, center = step.center, None, [], None
     for s, (part, radius) in enumerate(zip(parts, step.radii, strict=True)):
-        if s == 0 and first is not None:
-            found = first
-        else:
-            found = step.ascent_gradient(w, part, s)
-        center = found if s == 0 else center
+        known = first if s == 0 else None
+        found = known or step.ascent_gradient(w, part, s)
+        center = center or found
         grads = step.own_gradient(found)
         direction = None
         if options.merge is not None:

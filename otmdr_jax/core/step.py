@@ -100,9 +100,6 @@ class Step(NamedTuple):
         seen, grads = self.gradient(w, part, taken)
         return seen, self.shared(grads)
 
-    # A pass gives what is to be averaged. With `weights` that is the loss of its part
-    # of the batch times the weight of this part; a climb is along the loss itself.
-
     def own_loss(self, found: Pass) -> jax.Array:
         """The loss that a climb is along, of a pass."""
         (loss, aux), _ = found
@@ -114,6 +111,7 @@ class Step(NamedTuple):
         return self._own(grads, aux)
 
     def _own(self, values, aux):
+        """What a pass gives, but for the weight of its part, which is for means."""
         if self.options.weights is None:
             return values
         return weights.divided(values, self.shared(weights.weight_of(aux)))

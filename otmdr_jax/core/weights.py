@@ -144,7 +144,8 @@ def settled(
     Returns:
       The loss, aux and the value.
     """
-    weight, (of_loss, *dtypes) = weight_of(aux), _weighed_of(aux).dtypes
+    found = _weighed_of(aux)
+    weight, (of_loss, *dtypes) = found.weight, found.dtypes
 
     def settle(x, dtype):
         return (x / weight).astype(dtype) if tree.is_floating(x) else x

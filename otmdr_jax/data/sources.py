@@ -209,23 +209,28 @@ def load_test(
     """
     _refuse_folder(name)
     text = os.fspath(name)
-    if text.endswith(".npz"):
-        path = npz.path_of(text, data_dir)
-        splits, saved = npz.splits_of(path, "test")
-        test, num_classes = splits["test"], saved.get("num_classes")
-    elif text == "digits":
-        test, num_classes = _digits()[1], 10
-    else:
-        test, class_names = prepared.read(
-            text,
-            test_only=True,
-            data_dir=data_dir,
-            cache_dir=cache_dir,
-            download=download,
-            in_memory=in_memory,
-        )
-        num_classes = class_names and len(class_names)
-    return check_split(test, num_classes, "test")
+    if (found := _file_or_digits(text, data_dir)) is not None:
+        return found[:2]
+    test, class_names = prepared.read(
+        text,
+        test_only=True,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        download=download,
+        in_memory=in_memory,
+    )
+    return check_split(test, class_names and len(class_names), "test")
+
+
+def _file_or_digits(text, data_dir):
+    """A test split, C and the classes' names; None for a name of TFDS."""
+    if text == "digits":
+        return *check_split(_digits()[1], 10, "test"), None
+    if not text.endswith(".npz"):
+        return None
+    splits, saved = npz.splits_of(npz.path_of(text, data_dir), "test")
+    split, num_classes = check_split(splits["test"], saved.get("num_classes"), "test")
+    return split, num_classes, check_class_names(saved.get("class_names"), num_classes)
 
 
 class TestInfo(NamedTuple):
@@ -268,12 +273,8 @@ def describe_test(
     """
     _refuse_folder(name)
     text = os.fspath(name)
-    if text.endswith(".npz") or text == "digits":
-        (images, _), num_classes = load_test(text, data_dir=data_dir)
-        names = None
-        if text.endswith(".npz"):
-            _, saved = npz.splits_of(npz.path_of(text, data_dir), "test")
-            names = check_class_names(saved.get("class_names"), num_classes)
+    if (found := _file_or_digits(text, data_dir)) is not None:
+        (images, _), num_classes, names = found
         return TestInfo(len(images), images.shape[1:], num_classes, images.dtype, names)
     info = TestInfo(*prepared.describe_test(text, data_dir=data_dir))
     if np.issubdtype(info.dtype, np.floating):

@@ -43,7 +43,7 @@ def log_mean_probs(log_probs: jax.Array, axis: int = 0) -> jax.Array:
     # In bfloat16 the sum of a hundred members would be rounded by a hundredth.
     wide = log_probs.astype(tree.accumulation_dtype(log_probs))
     mean = jax.nn.logsumexp(wide, axis=axis) - math.log(log_probs.shape[axis])
-    return mean.astype(log_probs.dtype)
+    return mean.astype(log_probs.dtype) if tree.is_floating(log_probs) else mean
 
 
 def joint_loss(

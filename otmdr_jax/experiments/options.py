@@ -40,12 +40,12 @@ class OnlyWith(NamedTuple):
     Attributes:
       name: The option.
       other: The other one.
-      values: The values that the other one may have.
+      values: The values that the other one may have; none are named for any but 0.
     """
 
     name: str
     other: str
-    values: tuple[str, ...]
+    values: tuple[str, ...] = ()
 
 
 class Option(NamedTuple):

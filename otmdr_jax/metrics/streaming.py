@@ -172,7 +172,8 @@ def update(
         )
     if labels.size and not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
-    labels = labels.astype(jnp.int32)  # 256 classes are more than uint8 compares with
+    if labels.dtype.itemsize < 4:  # uint8 does not compare with 256 classes
+        labels = labels.astype(jnp.int32)
     mask = jnp.ones(labels.shape, bool) if mask is None else jnp.asarray(mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask must be bools, got dtype {mask.dtype}: use mask > 0.")

@@ -185,21 +185,21 @@ def test_the_dual_sees_the_slope_of_each_sub_batch_itself():
 
 @pytest.mark.parametrize("options", [{}, {"num_subbatches": 4}])
 def test_weights_in_float16(options):
-    """A sixth of the examples have all weight: six times a gradient would overflow."""
+    """Two of three examples of a sub-batch have all weight: it counts four times."""
     batch = np.zeros(12, np.float32)
     batch[:2] = 1
-    w = jnp.full(2, 2, jnp.float16)
+    w = jnp.ones(2, jnp.float16)
 
     def loss(w, weight):
-        return jnp.sum(weight / weight.sum() * w.sum() * jnp.float16(10_000)), w[0]
+        return jnp.sum(weight / weight.sum() * w.sum() * jnp.float16(20_000)), w[0]
 
     fn = otmdr_jax.value_and_grad(
         loss, 0.0, split="shared", weights=lambda x: x, has_aux=True, **options
     )
     (value, aux), grads = fn(w, jnp.asarray(batch, jnp.float16))
     assert (value.dtype, aux.dtype, grads.dtype) == (jnp.float16,) * 3
-    assert (float(value), float(aux)) == (40_000, 2)
-    assert grads.tolist() == [10_000, 10_000]
+    assert (float(value), float(aux)) == (40_000, 1)
+    assert grads.tolist() == [20_000, 20_000]
 
 
 WAYS = {

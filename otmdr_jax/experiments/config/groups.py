@@ -205,7 +205,6 @@ class Model(Group):
                         f"{name} must be left out without members, got {value!r}."
                     )
             return
-        norm = getattr(config.method, "norm", None)
         names = self.member_names
         if len(names) < 2 or not all(names):
             raise ValueError(
@@ -222,6 +221,7 @@ class Model(Group):
                 "member_data must be 'shared' for a joint loss, which is of one batch, "
                 f"got {self.member_data!r}."
             )
+        norm = getattr(config.method, "norm", None)
         if self.joint and self.stacked and norm == "per_leaf":
             raise ValueError(
                 "norm must be 'global' or 'none' for a joint ensemble, whose members "
@@ -235,12 +235,11 @@ class Optimizer(Group):
     """The loss, and the optimizer of its (robust) gradient."""
 
     # Not adam_eps, which presets set: their optimizer may be changed.
-    only_with = (OnlyWith("nesterov", "optimizer", ("sgd",)),)
-    # Of each pair the first does nothing where the second is 0.
-    idle_at_zero: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("nesterov", "momentum"),
-        ("decay_all", "weight_decay"),
-        ("smoothing", "label_smoothing"),
+    only_with = (
+        OnlyWith("nesterov", "optimizer", ("sgd",)),
+        OnlyWith("nesterov", "momentum"),
+        OnlyWith("decay_all", "weight_decay"),
+        OnlyWith("smoothing", "label_smoothing"),
     )
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"

@@ -153,19 +153,14 @@ class TrainConfig:
                 f"steps={self.run.steps} and epochs={self.run.epochs} each say how "
                 "long a run is: give one of them."
             )
-        for name, other in self.optimizer.idle_at_zero:
-            if name in changed and not flat[other]:
-                raise ValueError(
-                    f"{name}={flat[name]!r} does nothing with {other}=0: leave one of "
-                    "them out."
-                )
         for field in dataclasses.fields(self):
             for name, other, values in getattr(self, field.name).only_with:
-                if name in changed and flat[other] not in values:
+                fits = flat[other] in values if values else flat[other]
+                if name in changed and not fits:
                     raise ValueError(
                         f"{name}={flat[name]!r} does nothing with {other}="
-                        f"{flat[other]!r}, but with {' or '.join(values)}: leave one "
-                        "of them out."
+                        f"{flat[other]!r}, but with {' or '.join(values) or 'more'}: "
+                        "leave one of them out."
                     )
 
 
