@@ -108,7 +108,8 @@ def arrays(run: TrainedRun) -> dict[str, np.ndarray]:
     Returns:
       "params/conv1/kernel" and so on, and BatchNorm's running statistics,
       "state/norm1/mean". A posterior has its mean there, and its standard deviations
-      under "std/". An ensemble has these of each member under "members/0/" and so on.
+      under "std/". An ensemble has these of each member under "members/0/" and so on; one
+      of runs that collect copies has the copies of its first run first.
 
     Example:
       >>> import tempfile, otmdr_jax
@@ -209,14 +210,14 @@ def program(
 def _prediction(run):
     """Images -> probabilities, as a function of JAX alone."""
     collected = members.num_collected(run.config, run.state)
-    names = run.config.model.member_names if run.config.model.members else (0,)
-    count = max(collected, len(names))
+    count = members.num_runs(run.config)
+    if run.config.model.members is None:
+        count = max(collected, 1)
     kept = [m for m in range(count) if m not in run.diverged] or list(range(count))
 
     def predict(images):
         log_probs = run.programs.predict(run.state, images)  # (M S, B, C)
-        if collected:  # the other slots are empty
-            log_probs = log_probs[:collected]
+        log_probs = members.without_empty(run.config, log_probs, collected)
         each = log_probs.reshape(count, -1, *log_probs.shape[1:])[np.asarray(kept)]
         if not run.info.num_classes:
             return each.mean(axis=(0, 1))

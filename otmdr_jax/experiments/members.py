@@ -8,6 +8,7 @@ optimizer state and statistics; and is skipped on its own where its step is not 
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -210,8 +211,8 @@ def trained(config: Any, state: PyTree) -> list[TrainState]:
 
 
 def predicting(config: Any, state: PyTree) -> list[TrainState]:
-    """The same, but of a run that collects members those that it has collected."""
-    if num_collected(config, state):
+    """The same, but of one run that collects members those that it has collected."""
+    if config.model.members is None and num_collected(config, state):
         return config.method.collected(state)
     return trained(config, state)
 
@@ -234,23 +235,47 @@ def weights(config: Any, state: PyTree) -> list[tuple[PyTree, PyTree]]:
 
 
 def predictors(config: Any, state: PyTree) -> list[tuple[PyTree, PyTree]]:
-    """The same of each member that predicts: those that a run has collected."""
+    """The same of all that predict: the copies that each run has collected."""
     if not num_collected(config, state):
         return weights(config, state)
-    each = predicting(config, state)
-    return [(member.params, member.model_state) for member in each]
+    copies = [config.method.collected(member) for member in separate(state)]
+    return [(copy.params, copy.model_state) for copy in itertools.chain(*copies)]
 
 
-def num_parameters(member: TrainState) -> int:
-    """How many parameters a member has."""
-    return sum(x.size for x in jax.tree.leaves(member.params))
+def num_parameters(config: Any, state: PyTree) -> int:
+    """How many parameters all that predict have."""
+    each = [params for params, _ in predictors(config, state)]
+    return sum(x.size for x in jax.tree.leaves(each))
+
+
+def num_runs(config: Any) -> int:
+    """How many members a run trains; 1 for one model."""
+    return len(config.model.member_names) if config.model.members is not None else 1
 
 
 def num_collected(config: Any, state: PyTree) -> int:
-    """How many members a run of one model has collected; 0 for other runs."""
-    if config.model.members is not None or not config.method.collects:
+    """How many copies of its weights each run has collected; 0 where none does.
+
+    Of an ensemble all have as many, since they collect at the same steps.
+    """
+    if not config.method.collects:
         return 0
-    return number(state.method_state.number)
+    first = state if isinstance(state, TrainState) else state[0]
+    return number(first.method_state.number)
+
+
+def without_empty(config: Any, samples: Any, collected: int) -> Any:
+    """Predictions by copies that are collected, without the slots that are empty.
+
+    Args:
+      config: The run's configuration.
+      samples: (M S, B, C) predictions of M members by S slots each.
+      collected: From :func:`num_collected`; 0 keeps all.
+    """
+    if not collected:
+        return samples
+    slots = samples.reshape(num_runs(config), -1, *samples.shape[1:])
+    return slots[:, :collected].reshape(-1, *samples.shape[1:])
 
 
 def join(states: Sequence[TrainState], stacked: bool) -> PyTree:

@@ -101,16 +101,16 @@ def predict(
       A :class:`Predicted`.
     """
     collected = members_lib.num_collected(config, state)
-    count = len(config.model.member_names) if config.model.members is not None else 1
-    count = max(collected, count)
+    count = members_lib.num_runs(config)
+    if config.model.members is None:
+        count = max(collected, 1)  # each copy is a member
     chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     mesh, done = programs.mesh, 0
 
     def fetch(log_probs, mask):
         nonlocal done
         samples = np.asarray(log_probs)[:, mask]
-        if collected:  # the other slots of the preallocated ensemble are empty
-            samples = samples[:collected]
+        samples = members_lib.without_empty(config, samples, collected)
         chunks.append(_by_member(samples, count, programs.classes))
         done += int(np.count_nonzero(mask))
         if report is not None:

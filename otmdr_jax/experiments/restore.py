@@ -114,16 +114,35 @@ def _finalize(run: TrainedRun, own: TrainConfig) -> None:
     """Makes the state fit to predict: by what the run kept, else by a pass anew."""
     if run.programs.seen_shapes is None:
         return
-    assert run.programs.finish is not None
+    finished = None
     if run.config.method == own.method:
-        shapes = run.programs.seen_shapes(run.state)
-        seen = run_folder.read_seen(run.folder, run.step, shapes)
-        if seen is not None:
-            run.state = run.programs.finish(run.state, seen)
-            return
-    run.state = run.config.method.finalize(
-        run.config, run.state, run.dataset, run.programs
-    )
+        finished = finished_by_record(run.folder, run.step, run.state, run.programs)
+    if finished is None:
+        finished = run.config.method.finalize(
+            run.config, run.state, run.dataset, run.programs
+        )
+    run.state = finished
+
+
+def finished_by_record(
+    folder: pathlib.Path, step: int, state: PyTree, compiled: programs.Programs
+) -> PyTree | None:
+    """A state that predicts, by what the run kept of a pass over its training set.
+
+    Args:
+      folder: The run's folder.
+      step: The step of the state.
+      state: Its state.
+      compiled: Its compiled functions.
+
+    Returns:
+      The state; None where there is no such pass, or it was not kept for this step.
+    """
+    if compiled.seen_shapes is None:
+        return None
+    assert compiled.finish is not None
+    seen = run_folder.read_seen(folder, step, compiled.seen_shapes(state))
+    return None if seen is None else compiled.finish(state, seen)
 
 
 def with_laplace(

@@ -22,6 +22,7 @@ from otmdr_jax.experiments import (
     config,
     members,
     methods,
+    prediction,
     programs,
     report,
     training,
@@ -634,6 +635,39 @@ class TestRuns:
             assert not np.allclose(weights[:, 0], weights[:, 1])
             assert len(result.metrics["members"]) == 2
             assert result.metrics["epistemic"] > 0
+
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_slots_that_are_empty_do_not_count(self, small, number):
+        # An ensemble of runs that have collected some of their copies.
+        chosen = of_method("snapshot", members="2")
+        compiled = programs.compile_programs(chosen, small)
+        state = compiled.init(jax.random.key(0))
+        kept = state.method_state
+        rng = np.random.default_rng(0)
+        drawn = jax.tree.map(
+            lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), kept.params
+        )
+        state = state._replace(
+            method_state=kept._replace(
+                params=drawn, number=jnp.full_like(kept.number, number)
+            )
+        )
+        found = prediction.predict(chosen, state, small.test, compiled)
+        each = np.exp(np.asarray(compiled.predict(state, small.test.images[:100])))
+        each = each.reshape(2, -1, 100, 10)[:, :number].astype(np.float64)
+        entropy = -np.sum(each * np.log(np.maximum(each, 1e-300)), axis=-1)
+        if number == 1:
+            assert found.within is None
+        else:
+            assert_allclose(found.within, entropy.mean(axis=1), rtol=1e-4, atol=1e-6)
+        total = each.mean(axis=(0, 1))
+        total = -np.sum(total * np.log(np.maximum(total, 1e-300)), axis=-1)
+        want = total - entropy.mean(axis=(0, 1))
+        assert_allclose(found.mutual_information(), want, rtol=1e-3, atol=1e-6)
+        weights = [params for params, _ in members.predictors(chosen, state)]
+        want = np.asarray(drawn["head"]["kernel"])[:, :number].reshape(-1, 32, 10)
+        assert_array_equal([w["head"]["kernel"] for w in weights], want)
+        assert members.num_parameters(chosen, state) == 2 * number * 418
 
     @pytest.mark.slow
     def test_runs_are_joined_into_an_ensemble(

@@ -16,11 +16,13 @@ from otmdr_jax import bnn, data, models, parallel
 from otmdr_jax.experiments import (
     building,
     cli,
+    export,
     members,
     methods,
     optimizers,
     patterns,
     programs,
+    restore,
     training,
 )
 from otmdr_jax.experiments.config import TrainConfig
@@ -603,12 +605,20 @@ def test_architectures_that_differ_start_from_their_own(how, ten, one_layer, tmp
 
 
 @pytest.mark.slow
-def test_averages_give_their_mean(ten, one_layer, tmp_path):
-    config = TINY.replace(method="swa", steps=6, collect_start=0.5, collect_every=0.1)
+def test_averages_give_their_mean_and_its_statistics(ten, tmp_path):
+    tiny = TINY.replace(model="cnn_small")
+    config = tiny.replace(method="swa", steps=6, collect_start=0.5, collect_every=0.1)
     result = training.train(config, ten, tmp_path / "swa", show_progress=False)
-    state, _ = begun(TINY.replace(init_from=tmp_path / "swa"), ten)
-    assert int(result.state.method_state.number) > 1
-    assert_same_bits(state.params, result.state.method_state.mean)
+    state, _ = begun(tiny.replace(init_from=tmp_path / "swa"), ten)
+    kept = result.state.method_state
+    assert int(kept.number) > 1
+    assert_same_bits(state.params, kept.mean)
+    # BatchNorm's are those of the mean, not of the last weights.
+    written = export.arrays(restore.open_run(tmp_path / "swa", dataset=ten))
+    for name in ("mean", "var"):
+        got = state.model_state["norm1"][name]
+        assert_array_equal(got, written[f"state/norm1/{name}"])
+        assert not np.allclose(got, result.state.model_state["norm1"][name])
 
 
 def test_devices_share_the_weights(source, five):

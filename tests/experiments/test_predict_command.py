@@ -64,6 +64,32 @@ def test_a_table_of_predictions(folder, images, tmp_path, monkeypatch, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("chunk", [4, 12])
+def test_images_that_predict_nan_are_named(
+    folder, images, tmp_path, monkeypatch, capsys, chunk
+):
+    monkeypatch.setattr(cli.predict, "_CHUNK", chunk)
+    opened = otmdr_jax.experiments.trained_run.TrainedRun
+    right = opened.predict_members
+
+    def broken(self, given, report=None):
+        found = right(self, given, report)
+        bad = (given == images[9]).all(axis=(1, 2, 3))
+        log_probs = np.where(bad[:, None], np.nan, found.log_probs)
+        members = np.where(bad[:, None], np.nan, found.members)
+        return found._replace(log_probs=log_probs, members=members)
+
+    monkeypatch.setattr(opened, "predict_members", broken)
+    np.save(tmp_path / "new.npy", images[:12])
+    output = tmp_path / "predictions.csv"
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["predict", str(folder), str(tmp_path / "new.npy"), "--output", str(output)]
+        )
+    assert "predicts NaN for 9, the first of 1" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_arrays_of_predictions(folder, images, tmp_path, capsys):
     np.save(tmp_path / "new.npy", images[:4])
     output = tmp_path / "predictions.npz"

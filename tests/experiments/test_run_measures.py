@@ -1,6 +1,7 @@
 """Calibration and sharpness of a run, against the parts they are made of."""
 
 import json
+import shutil
 import warnings
 
 import jax
@@ -11,6 +12,7 @@ from otmdr_jax import landscape, metrics, models
 from otmdr_jax.experiments import cli, programs, restore, run_folder, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import calibrate, evaluation, sharpness
+from otmdr_jax.io import files
 from otmdr_jax.metrics import calibration
 
 pytestmark = pytest.mark.usefixtures("one_layer")
@@ -160,6 +162,26 @@ class TestCalibrate:
             "more than 180 examples" if fit == "folds" else "examples",
         ):
             assert part in vector["note"]
+
+    @pytest.mark.parametrize("scale", [9.0, -9.0])
+    def test_no_temperature_is_kept_where_none_is_best(
+        self, run, tmp_path, scale, capsys
+    ):
+        # All predictions right, or all wrong: the NLL falls to the end of the range.
+        shutil.copytree(run, tmp_path / "run")
+        with np.load(run / "predictions.npz") as arrays:
+            kept = dict(arrays)
+        hot = scale * np.eye(10)[kept["labels"]]
+        kept["log_probs"] = calibration.log_softmax(hot).astype(np.float32)
+        np.savez(tmp_path / "run" / "predictions.npz", **kept)
+        command = ["calibrate", str(tmp_path / "run"), "--methods", "temperature"]
+        cli.main([*command, "--overwrite"])
+        assert "predicted without a temperature" in capsys.readouterr().out
+        record = files.read_json(tmp_path / "run" / "calibration.json")
+        assert record["temperature"] is None
+        assert "end of the range" in record["methods"][0]["note"]
+        opened = restore.open_run(tmp_path / "run")
+        assert opened.temperature is None
 
     def test_bad_input_is_refused(self, run, tmp_path, monkeypatch):
         monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("ran"))

@@ -76,5 +76,10 @@ def run(options: Calibrate) -> None:
             print(f"{method['name']} failed: {why}")
         if note := method.get("note"):
             print(f"Note: {note}")
+    if record.get("temperature", 1.0) is None:
+        print(
+            "New images are predicted without a temperature: none is best for the "
+            "examples that it would be fitted to."
+        )
     records.conformal_table(record).print("Conformal sets")
     print(f"Written: {folder / 'calibration.json'}")

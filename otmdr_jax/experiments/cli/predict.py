@@ -81,6 +81,13 @@ def run(options: Predict) -> None:
                 report=lambda done, start=start: bar.update(start + done),
             )
             probs = opened.calibrated(predicted.log_probs, options.calibrated)
+            broken = ~np.isfinite(probs).reshape(len(probs), -1).all(axis=1)
+            if broken.any():
+                raise ValueError(
+                    f"the run predicts NaN for {names[start + np.argmax(broken)]}, the "
+                    f"first of {np.count_nonzero(broken)} such images: it has "
+                    "diverged, or numbers overflow at them. Nothing is written."
+                )
             found.append((probs, predicted.mutual_information()))
     columns = _columns(names, found, opened)
     output.parent.mkdir(parents=True, exist_ok=True)

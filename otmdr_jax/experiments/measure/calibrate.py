@@ -51,7 +51,8 @@ def calibrate(
       A record: `how` (the protocol in words), `num_examples`, `num_repeats`, `seed`,
       `alpha`, `methods` and `conformal`; with temperature scaling also `temperature`,
       that of predictions of new images, fitted to all of the test set or of the
-      validation set (None if the fit failed). Each entry of `methods` has a `name`. If
+      validation set (None if the fit failed, or if no temperature is best, as where
+      all predictions are right). Each entry of `methods` has a `name`. If
       the fit failed, `why` says the reason. Otherwise the entry has `metrics` (name ->
       raw, calibrated, raw_std, calibrated_std; the deviations are None for
       "validation"), a `note` if the fit did not converge or made the NLL worse and, for
@@ -175,12 +176,14 @@ def _on_folds(name, log_probs, labels, num_repeats, seed):
 
 
 def _temperature(log_probs, labels):
-    """The temperature of new images; None where none can be fitted."""
+    """The temperature of new images; None where none is best, or can be fitted."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the same as of the fit that was measured
+            # It warns of the end of its range, where it is no optimum: all images are
+            # right, say, and new ones will not be. The fit's note tells it.
+            warnings.simplefilter("error", UserWarning)
             return float(calibration.fit_temperature(log_probs, labels))
-    except (ValueError, RuntimeError):
+    except (ValueError, RuntimeError, UserWarning):
         return None
 
 

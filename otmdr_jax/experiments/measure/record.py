@@ -41,7 +41,7 @@ def record_of(
         "train_loss" if programs.own.loss else "train_nll": sharp["train_nll"],
         "steps": members.steps_taken(state),
         "skipped_steps": sum(int(member.skipped) for member in trained),
-        "parameters": sum(members.num_parameters(one) for one in solutions),
+        "parameters": members.num_parameters(config, state),
         **environment(),
     }
     if posterior:

@@ -198,7 +198,12 @@ def _of_run(
     with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as saved:
         state = saved.restore(shapes).state
     step = members.steps_taken(state)
-    each = members.weights(config, state)
+    # BatchNorm statistics of averaged weights. Where the run has not come to compute
+    # them, those of its last weights must do.
+    finished = None
+    if not config.method.is_fitted:  # a fitted Gaussian keeps the trained weights
+        finished = restore.finished_by_record(folder, step, state, programs)
+    each = members.weights(config, state if finished is None else finished)
     return [_flat(weights_of(params), kept) for params, kept in each], step
 
 
