@@ -44,8 +44,6 @@ from otmdr_jax.core import rows, shards
 
 PyTree = Any
 
-# sqrt has no gradient at 0, which occurs if all inputs of an output are 0.
-_TINY = 1e-20
 # Primitives that a kernel may pass: linear in one operand, the same for every entry.
 _TRANSPARENT = set(
     "convert_element_type copy copy_p pcast pvary reshape reshard sharding_constraint "
@@ -254,9 +252,8 @@ class _Noisy:
         mean = multiply(x, kernel.mean)
         one_row = all(x.shape[i] == 1 for i in layer.positions)
         if self.estimator == "local" and (one_row or not layer.is_dense):
-            variance = multiply(jnp.square(x), jnp.square(kernel.std))
             zeta = shards.draw(jax.random.normal, self.next_key(), mean)
-            return mean + jnp.sqrt(variance + _TINY) * zeta
+            return mean + _deviation(multiply, x, kernel.std) * zeta
         s = self._signs(x, layer.of_input)
         r = self._signs(mean, layer.of_output)
         return mean + multiply(x * s, kernel.deviation) * r
@@ -264,6 +261,23 @@ class _Noisy:
     def _signs(self, like, axes):
         shape = [n if i in axes else 1 for i, n in enumerate(like.shape)]
         return shards.draw(jax.random.rademacher, self.next_key(), like, shape=shape)
+
+
+def _deviation(multiply, x, std):
+    """The standard deviation of an output, sqrt(x^2 S^2).
+
+    Squares of float16 overflow above 256 and vanish below 1e-4. There both factors are
+    divided by their largest number first.
+    """
+    unit = jnp.ones((), x.dtype)
+    if x.dtype == jnp.float16:
+        largest = [jnp.max(jnp.abs(jax.lax.stop_gradient(v))) for v in (x, std)]
+        a, b = (jnp.where(v > 0, v, 1).astype(x.dtype) for v in largest)
+        x, std, unit = x / a, std / b, a * b
+    variance = multiply(jnp.square(x), jnp.square(std))
+    # sqrt has no gradient at 0, which occurs if all inputs of an output are 0.
+    some = variance > 0
+    return unit * jnp.where(some, jnp.sqrt(jnp.where(some, variance, 1)), 0)
 
 
 def _run(program: ClosedJaxpr, inputs, noisy):

@@ -74,6 +74,36 @@ def test_dense_layers_have_the_distribution_of_sampled_weights(layer, estimator)
     assert_allclose(between, shared, atol=0.07)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(("size", "sigma"), [(1.0, 0.1), (400.0, 1e-3), (0.01, 1e-4)])
+def test_numbers_of_16_bits_neither_overflow_nor_vanish(dtype, size, sigma):
+    # Squares of 400 overflow in float16, those of 1e-4 are 0. A row of zeros has no
+    # deviation, and the square root no slope there.
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(size * rng.normal(size=(300, 6)), dtype).at[1].set(0.0)
+    s = jnp.float32(sigma * rng.uniform(0.5, 1, size=(6, 4)))
+
+    def noise(s, x):
+        q = bnn.init(jnp.zeros((6, 4)), sigma=s)
+        y = local_reparam.call(
+            lambda w, x: x @ w.astype(dtype), q, "local", jax.random.key(1), x
+        )
+        return y.astype(jnp.float32)
+
+    got = np.float64(noise(s, x))
+    wide, deep = np.asarray(x, np.float64), np.float64(s)
+    std = np.sqrt(wide**2 @ deep**2)
+    zeta = got / np.where(std > 0, std, np.inf)
+    assert not got[1].any()
+    assert abs(np.mean(zeta**2) - 1) < 5 * np.sqrt(2 / 1200)
+    total = jax.grad(lambda s, x: jnp.sum(jnp.abs(noise(s, x))), (0, 1))
+    at_s, at_x = total(s, x)
+    share = np.abs(zeta) / np.where(std > 0, std, np.inf)
+    assert_allclose(at_s, (wide**2).T @ share * deep, rtol=0.05)
+    want = wide * (share @ (deep**2).T)
+    assert_allclose(np.float64(at_x), want, rtol=0.1, atol=0.02 * np.max(want))
+
+
 POSITIONS = jnp.cos(jnp.arange(24.0).reshape(4, 6))
 
 
