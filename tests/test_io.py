@@ -1,7 +1,11 @@
 """Files that are whole or not there, strict JSON, and progress without a terminal."""
 
+import io
 import json
 import os
+import pathlib
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -37,6 +41,26 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == [path]
 
 
+class TestWritable:
+    def test_a_folder_that_can_be_made(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for path in (tmp_path, tmp_path / "a" / "b", pathlib.Path("c")):
+            files.check_writable(path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_file_in_its_place(self, tmp_path):
+        (tmp_path / "a").touch()
+        for path in (tmp_path / "a", tmp_path / "a" / "b" / "c"):
+            with pytest.raises(NotADirectoryError, match="a is a file"):
+                files.check_writable(path)
+
+    def test_a_folder_that_is_read_only(self, tmp_path, monkeypatch):
+        # Root may write into all of them, and tests may run as root.
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        with pytest.raises(PermissionError, match="nothing can be written into"):
+            files.check_writable(tmp_path / "a")
+
+
 class TestJson:
     def test_null_stands_for_what_is_not_finite(self):
         value = {"a": [np.float64("nan"), float("inf")], "b": (1, True, "x", None)}
@@ -62,3 +86,16 @@ def test_lines_where_there_is_no_terminal(capsys):
     assert first == "counting: begins"
     assert last.startswith("counting: 3/3 steps, ")
     assert last.endswith(" steps/s, 0:00:00 left, loss 0.1235")
+
+
+def test_names_in_brackets_are_no_markup(monkeypatch):
+    # On a terminal, where rich would take them for colours, or for an error.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    with Progress(3, 0, "runs/[red]x") as bar:
+        bar.say("SGD [/x] begins")
+        bar.update(3)
+    text = written.getvalue()
+    assert "runs/[red]x: SGD [/x] begins" in re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -86,8 +86,12 @@ def read_splits(
       Images (N, H, W, C) of each split, uint8.
 
     Raises:
-      ValueError: Images cannot be read, or have several sizes; their names are said.
+      ValueError: Images cannot be read, or have several sizes; their names are said. A
+        split has none.
     """
+    for split, images in splits.items():
+        if not len(images):
+            raise ValueError(f"the {split} set of {what} holds no images.")
     _pillow()  # it is missing once, and not for each image
     if in_memory is None:
         in_memory = _fits(splits, size)

@@ -284,6 +284,13 @@ def _classes(root: pathlib.Path, splits: dict[str, pathlib.Path]) -> tuple[str, 
             "with these, and it has none. Make them, or correct the path."
         )
     for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"names of classes must be text, and {name!r} of "
+                f"{str(splits['train'])!r} is none in UTF-8. Rename the folder."
+            ) from error
         if not any(_is_image(x) for x in _walk(splits["train"] / name)):
             raise ValueError(
                 f"each class must have images to train on, and {name!r} of "

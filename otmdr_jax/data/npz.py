@@ -3,7 +3,6 @@
 import os
 import pathlib
 import warnings
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -134,8 +133,13 @@ def splits_of(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:
     if not path.is_file():
         raise FileNotFoundError(
             f"a name that ends in .npz must be a file, and {str(path)!r} is none "
-            f"(looked in {str(path.absolute().parent)!r}). Correct the path, or say "
-            "where the file is now: data_dir, --data-dir on the command line."
+            f"(looked in {str(path.absolute().parent)!r}). Correct the path"
+            + (
+                "."
+                if needed == "test"
+                else ", or say where the file is now: data_dir, --data-dir on the "
+                "command line."
+            )
         )
     splits, used = {}, set()
     try:
@@ -149,7 +153,7 @@ def splits_of(path: pathlib.Path, needed: str) -> tuple[dict[str, Split], dict]:
                     splits[split] = Split(*(file[key] for key in keys))
             saved = {n: k for n, k in _OPTIONS.items() if k in found}
             options = {name: file[key].tolist() for name, key in saved.items()}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
+    except files.UNREADABLE as error:
         raise ValueError(
             f"{str(path)!r} must be an .npz file of plain arrays, and reading it "
             f"failed with: {error}. Write it again with np.savez; arrays of Python "

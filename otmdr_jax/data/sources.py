@@ -110,7 +110,7 @@ def load(
     text = os.fspath(name)
     if is_folder(name):
         return from_folder(
-            _folder_path(text, data_dir),
+            folder_path(text, data_dir),
             image_size,
             cache_dir=cache_dir,
             in_memory=in_memory,
@@ -190,7 +190,8 @@ def load_test(
     Args:
       name: A name as for :func:`load`; a path that ends in .npz needs only the arrays
         test_images and test_labels (or Keras' x_test, y_test).
-      data_dir: The folder of prepared TFDS data; None for TFDS's default.
+      data_dir: The folder of prepared TFDS data; None for TFDS's default. A file is
+        read from its path.
       cache_dir: The folder of decoded images; None for the default of :func:`load`.
       download: True to let TFDS download and prepare a missing set.
       in_memory: False to leave images in their files, as in :func:`load`.
@@ -209,7 +210,7 @@ def load_test(
     """
     _refuse_folder(name)
     text = os.fspath(name)
-    if (found := _file_or_digits(text, data_dir)) is not None:
+    if (found := _file_or_digits(text)) is not None:
         return found[:2]
     test, class_names = prepared.read(
         text,
@@ -222,13 +223,15 @@ def load_test(
     return check_split(test, class_names and len(class_names), "test")
 
 
-def _file_or_digits(text, data_dir):
+def _file_or_digits(text):
     """A test split, C and the classes' names; None for a name of TFDS."""
     if text == "digits":
         return *check_split(_digits()[1], 10, "test"), None
     if not text.endswith(".npz"):
         return None
-    splits, saved = npz.splits_of(npz.path_of(text, data_dir), "test")
+    # Its path and no other: data_dir says where the data of a run are, and this is
+    # another set.
+    splits, saved = npz.splits_of(pathlib.Path(text).expanduser(), "test")
     split, num_classes = check_split(splits["test"], saved.get("num_classes"), "test")
     return split, num_classes, check_class_names(saved.get("class_names"), num_classes)
 
@@ -258,7 +261,8 @@ def describe_test(
 
     Args:
       name: A name as for :func:`load_test`.
-      data_dir: The folder of prepared TFDS data; None for TFDS's default.
+      data_dir: The folder of prepared TFDS data; None for TFDS's default. A file is
+        read from its path.
 
     Returns:
       A :class:`TestInfo`.
@@ -273,7 +277,7 @@ def describe_test(
     """
     _refuse_folder(name)
     text = os.fspath(name)
-    if (found := _file_or_digits(text, data_dir)) is not None:
+    if (found := _file_or_digits(text)) is not None:
         (images, _), num_classes, names = found
         return TestInfo(len(images), images.shape[1:], num_classes, images.dtype, names)
     info = TestInfo(*prepared.describe_test(text, data_dir=data_dir))
@@ -303,7 +307,7 @@ def _refuse_folder(name: str | os.PathLike) -> None:
         )
 
 
-def _folder_path(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
+def folder_path(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
     """Where the folder is: at its path, or where it has been moved."""
     path = pathlib.Path(name).expanduser()
     if data_dir is None:

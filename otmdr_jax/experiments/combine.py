@@ -1,7 +1,9 @@
 """An ensemble out of finished runs: members are added or dropped, none is retrained."""
 
+import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from otmdr_jax.experiments import (
 from otmdr_jax.experiments.config import differences
 from otmdr_jax.experiments.measure.evaluation import evaluate_run
 from otmdr_jax.experiments.methods import TrainState
+from otmdr_jax.io import files
 
 PyTree = Any
 
@@ -78,6 +81,7 @@ def combine(
     new = _config_of(configs[0], [names[i] for i in kept], data_dir)
     dataset = programs.load_data(new) if dataset is None else dataset
     run_folder.check_free(output)
+    files.check_writable(pathlib.Path(output))
     state, meta = _load(paths, configs, dataset, kept, new.model.stacked)
     compiled = programs.compile_programs(new, dataset)
     of_run = evaluate_run(
@@ -90,25 +94,36 @@ def combine(
         show_progress=show_progress,
     )
     result = training.final_result(new, of_run, dataset, compiled, meta)
-    # Only now, and the result last: what fails before leaves nothing behind.
-    folder = run_folder.create(output, new, programs.describe(dataset))
-    try:
-        with checkpoint.Checkpoints(
-            folder.path / "checkpoints", scored=dataset.validation is not None
-        ) as saved:
-            saved.save(state, meta)
-        tested = of_run.splits["test"]
-        record = {"step": result["steps"], "epoch": result["epochs"], "split": "test"}
-        folder.log({**record, **tested.metrics})
-        labels = dataset.test.labels
-        if of_run.seen is not None:
-            run_folder.write_seen(output, result["steps"], of_run.seen)
-        run_folder.write_result(
-            output, result, tested.log_probs, labels, tested.member_log_probs
-        )
-    finally:
-        folder.close()
+    path = pathlib.Path(output)
+    with run_folder.claimed(path):
+        try:
+            _write(path, new, state, meta, of_run, result, dataset)
+        except BaseException:
+            for there in path.iterdir():  # all of it is ours: it was empty
+                shutil.rmtree(there) if there.is_dir() else there.unlink()
+            raise
     return result
+
+
+def _write(path, config, state, meta, of_run, result, dataset):
+    """Writes the run: config.json, which makes it one, when all else is there.
+
+    A run that lacked its checkpoint would be trained anew by `otmdr train --resume`.
+    """
+    with checkpoint.Checkpoints(
+        path / "checkpoints", scored=dataset.validation is not None
+    ) as saved:
+        saved.save(state, meta)
+    tested = of_run.splits["test"]
+    record = {"step": result["steps"], "epoch": result["epochs"], "split": "test"}
+    with contextlib.closing(run_folder.RunFolder(path)) as folder:
+        folder.log({**record, **tested.metrics})
+    if of_run.seen is not None:
+        run_folder.write_seen(path, result["steps"], of_run.seen)
+    run_folder.write_result(
+        path, result, tested.log_probs, dataset.test.labels, tested.member_log_probs
+    )
+    run_folder.describe(path, config, programs.describe(dataset))
 
 
 def _check_run(path, found, first_path, first):

@@ -77,12 +77,23 @@ def export(
                     f"{format} holds weights and no program."
                 )
     beside = path.with_suffix(".json") if format == "stablehlo" else None
+    if path == beside:
+        raise ValueError(
+            f"{path} must have another ending than .json: the program's description "
+            "goes beside it, into that file."
+        )
+    files.check_writable(path.parent)
     for file in filter(None, (path, beside)):
         if file.exists() and not overwrite:
             raise FileExistsError(
                 f"{file} is there: name another file with --output, or replace it with "
                 "--overwrite."
             )
+    if beside is not None and beside.exists() and not _is_description(beside):
+        raise FileExistsError(
+            f"{beside} is there and describes no exported program, whose description "
+            "would go there: name another file with --output."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     known = metadata(run)
     if format == "stablehlo":
@@ -99,6 +110,14 @@ def export(
     return path
 
 
+def _is_description(path: pathlib.Path) -> bool:
+    """Whether a file is what an earlier export wrote beside its program."""
+    try:
+        return {"platforms", "image_shape", "classes"} <= set(files.read_json(path))
+    except files.UNREADABLE:
+        return False
+
+
 def arrays(run: TrainedRun) -> dict[str, np.ndarray]:
     """A run's weights by their paths.
 
@@ -108,8 +127,8 @@ def arrays(run: TrainedRun) -> dict[str, np.ndarray]:
     Returns:
       "params/conv1/kernel" and so on, and BatchNorm's running statistics,
       "state/norm1/mean". A posterior has its mean there, and its standard deviations
-      under "std/". An ensemble has these of each member under "members/0/" and so on; one
-      of runs that collect copies has the copies of its first run first.
+      under "std/". An ensemble has these of each member under "members/0/" and so on;
+      one of runs that collect copies has those of its first run first.
 
     Example:
       >>> import tempfile, otmdr_jax

@@ -260,7 +260,7 @@ def num_collected(config: Any, state: PyTree) -> int:
     """
     if not config.method.collects:
         return 0
-    first = state if isinstance(state, TrainState) else state[0]
+    first: Any = state if isinstance(state, TrainState) else state[0]
     return number(first.method_state.number)
 
 

@@ -376,7 +376,9 @@ def check_record(
 
     Raises:
       FileExistsError: The file is a record of other settings, or does not say of which.
+      PermissionError: The folder is not writable.
     """
+    files.check_writable(path.parent)
     if overwrite or not path.exists():
         return
     try:
@@ -391,6 +393,20 @@ def check_record(
         raise other_settings(
             f"{path.parent} holds a {path.name}", theirs, settings, instead
         )
+
+
+def write_record(
+    path: pathlib.Path,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Writes a record with its settings, after :func:`check_record` once more.
+
+    Another process may have written one of other settings in the meantime.
+    """
+    check_record(path, settings, overwrite)
+    files.write_json(path, {**record, "settings": settings})
 
 
 def other_settings(

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -28,6 +29,33 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises an error where nothing can be written into a folder, before long work.
+
+    Args:
+      folder: The folder, which may not be there yet.
+
+    Raises:
+      NotADirectoryError: A file stands in its place, or in that of a folder above it.
+      PermissionError: It is not writable, or cannot be made.
+    """
+    folder = folder.absolute()
+    there = next(x for x in (folder, *folder.parents) if x.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(
+            f"{there} is a file, and a folder must be there: name another path."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"nothing can be written into {there}: name another path, or change its "
+            "permissions."
+        )
+
+
+# What a file of arrays raises that is none, or is torn.
+UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, TypeError)
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ class Progress(contextlib.AbstractContextManager):
     def say(self, text: str) -> None:
         """Tells what is going on where no step is being counted."""
         if self._bar is not None:
-            self._bar.console.print(f"{self.title}: {text}")
+            self._bar.console.print(f"{self.title}: {text}", markup=False)
         elif self._enabled:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
@@ -87,11 +87,11 @@ def _rich_bar(total: int, done: int, title: str) -> Any:
     if not console.is_terminal:
         return None
     bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),  # [names] are names
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[text]}"),
+        progress.TextColumn("{task.fields[text]}", markup=False),
         console=console,
     )
     bar.start()

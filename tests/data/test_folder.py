@@ -375,11 +375,22 @@ def rename(old, new):
         (lambda root: (root / "train/elk").mkdir(), "'elk' of '.*train' has none"),
         (rename("train/cat/0.png", "train/0.png"), r"1 lie in '.*train' itself, as 0"),
         (lambda root: [shutil.rmtree(x) for x in root.iterdir()], "it has none"),
+        (
+            lambda root: [x.unlink() for x in root.glob("test/*/*")],
+            "the test set of .* holds no images",
+        ),
+        (
+            lambda root: os.mkdir(os.fsencode(root / "train") + b"/h\xfchner"),
+            "names of classes must be text",
+        ),
         (rename("train", "train_set"), "in it, and none called train"),
         (lambda root: shutil.rmtree(root / "train"), "in it, and none called train"),
     ],
-    ids=["foreign", "other", "twice", "empty", "alone", "nothing", "name", "gone"],
-)
+    ids=[
+        "foreign", "other", "twice", "empty", "alone", "nothing", "no test", "bytes",
+        "name", "gone",
+    ],
+)  # fmt: skip
 def test_folders_of_another_form_are_refused(photos, load, change, message):
     change(photos)
     with pytest.raises(ValueError, match=message):

@@ -230,6 +230,8 @@ def test_an_interrupted_run_says_how_to_resume_and_does(signum, tmp_path):
         (["train", "--config", __file__], "is no JSON file of options"),
         (["train", "--output", ""], "--output must name a folder"),
         (["train", "--output", f"{__file__}/run"], "Not a directory"),
+        (["train", "--data", ".", "--output", "runs/a"], "into the folder of its data"),
+        (["reproduce", "table1", "--scale", "small", "--datasets"], "at least one set"),
         (["train", "--steps", "2", "--epochs", "40"], "--steps and --epochs each say"),
         (["train", "--validation", "inf"], "or a whole number of examples, got inf"),
         (["train", "--augment", "flip", "flip"], "must be named once"),
@@ -272,6 +274,13 @@ def test_bad_input_is_one_line_without_a_traceback(args, message, capsys, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_home_folder_may_follow_an_equals_sign(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        cli.main(["ensemble", "~/a", "b~/c", "--output=~/ens"])
+    assert f"{tmp_path}/a is no run folder" in capsys.readouterr().err
+
+
 def test_a_reader_that_has_enough_ends_a_command_without_a_word(tmp_path):
     """Its output is a pipe that nobody reads: head has gone."""
     reader, writer = os.pipe()

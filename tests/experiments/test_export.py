@@ -184,6 +184,14 @@ def test_what_cannot_be_is_refused(run, tmp_path):
     with pytest.raises(FileExistsError, match="--overwrite"):
         export.export(run, path)
     export.export(run, path, overwrite=True)
+    # A program's description goes beside it: neither over it nor over another file.
+    with pytest.raises(ValueError, match="another ending than .json"):
+        export.export(run, tmp_path / "program.json", "stablehlo")
+    assert not (tmp_path / "program.json").exists()
+    (tmp_path / "result.json").write_text('{"otmdr_jax": "0.1.0", "steps": 3}')
+    with pytest.raises(FileExistsError, match="describes no exported program"):
+        export.export(run, tmp_path / "result.stablehlo", overwrite=True)
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 3
     with pytest.raises(ValueError, match="format must be one of safetensors"):
         export.export(run, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="batch_size=3 is of the format stablehlo"):

@@ -9,6 +9,7 @@ import pytest
 
 from otmdr_jax import data, ensemble, metrics
 from otmdr_jax.experiments import (
+    checkpoint,
     cli,
     combine,
     members,
@@ -23,6 +24,7 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.training import starting
 from otmdr_jax.metrics import diversity
+from tests.marks import slow_but
 from tests.sets import real_cifar10, small_digits
 
 pytestmark = pytest.mark.usefixtures("one_layer")
@@ -405,6 +407,24 @@ class TestCombine:
         with pytest.raises(OSError, match="no space"):
             combine.combine([folders / "three"], folders / "late")
         assert not (folders / "late").exists()
+
+    @pytest.mark.parametrize(
+        "at", slow_but(["describe"], ["save", "write_result", "describe"])
+    )
+    def test_a_full_disk_leaves_no_run_behind(self, folders, at, monkeypatch):
+        # One without a checkpoint would be trained anew from random weights.
+        def full(*args, **kwargs):
+            raise OSError("no space left")
+
+        owner = checkpoint.Checkpoints if at == "save" else run_folder
+        monkeypatch.setattr(owner, at, full)
+        out = folders / f"full_{at}"
+        with pytest.raises(OSError, match="no space"):
+            combine.combine([folders / "three"], out, [0, 1], show_progress=False)
+        assert not list(out.iterdir())
+        monkeypatch.undo()
+        combine.combine([folders / "three"], out, [0, 1], show_progress=False)
+        assert run_folder.is_finished(out)
 
     def test_nothing_is_overwritten(self, folders, capsys):
         with pytest.raises(SystemExit):

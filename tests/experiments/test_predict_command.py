@@ -148,6 +148,41 @@ def test_wrong_files_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04torn", "cut", np.float32(3)])
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_files_that_are_torn_are_named(
+    folder, images, tmp_path, content, suffix, capsys
+):
+    path = tmp_path / f"new{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "cut":
+        (np.save if suffix == ".npy" else np.savez)(path, images)
+        path.write_bytes(path.read_bytes()[:-900])
+    else:
+        (np.save if suffix == ".npy" else np.savez)(path, content)
+    with pytest.raises(SystemExit) as error:
+        cli.main(["predict", str(folder), str(path)])
+    assert error.value.code == 2
+    told = capsys.readouterr().err
+    assert str(path) in told and "Traceback" not in told
+
+
+def test_a_place_that_cannot_be_written_is_refused_first(
+    folder, images, tmp_path, monkeypatch, capsys
+):
+    def fails(*args, **kwargs):
+        raise AssertionError("it has begun")
+
+    np.save(tmp_path / "new.npy", images)
+    where = tmp_path / "new.npy" / "predictions.csv"
+    monkeypatch.setattr(otmdr_jax.experiments.restore, "open_run", fails)
+    with pytest.raises(SystemExit):
+        cli.main(["predict", str(folder), str(tmp_path / "new.npy"),
+                  "--output", str(where)])  # fmt: skip
+    assert "new.npy is a file, and a folder must be there" in capsys.readouterr().err
+
+
 def test_export_writes_into_the_run(folder, tmp_path, capsys):
     cli.main(["export", str(folder), "--format", "npz"])
     assert f"Written: {folder / 'export.npz'}" in capsys.readouterr().out

@@ -325,6 +325,17 @@ def test_test_splits_of_files_and_digits(tmp_path):
     split, classes = data.load_test(tmp_path / "mine.npz")
     np.testing.assert_array_equal(split.images, images)
     assert classes == 3 and split.labels.dtype == np.int32
+    # It is this file, wherever the run's own data may be.
+    (tmp_path / "moved").mkdir()
+    for other in ("other.npz", "moved/mine.npz"):
+        np.savez(tmp_path / other, test_images=images[:2], test_labels=labels[:2])
+    for data_dir in (tmp_path / "other.npz", tmp_path / "moved"):
+        split, _ = data.load_test(tmp_path / "mine.npz", data_dir=data_dir)
+        np.testing.assert_array_equal(split.images, images)
+        found = data.describe_test(tmp_path / "mine.npz", data_dir=data_dir)
+        assert found.num_examples == 4
+        with pytest.raises(FileNotFoundError, match=r"Correct the path\.$"):
+            data.load_test(tmp_path / "gone.npz", data_dir=data_dir)
     np.savez(tmp_path / "bad.npz", test_images=images, train_labels=labels)
     with pytest.raises(ValueError, match="test_images, test_labels or x_test, y_test"):
         data.load_test(tmp_path / "bad.npz")

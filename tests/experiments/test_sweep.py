@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,10 @@ class TestPlan:
             (
                 '[options]\nmethod = "sgd"\n[methods.a]\n[methods.A]',
                 "two runs would lie in",
+            ),
+            (
+                '[options]\nmethod = "sgd"\n[methods.Report]',
+                "cannot be called 'Report'",
             ),
             ("[methods.sam]", 'sam: say method = "sam", or another'),
             ('[methods.a]\nmethod = "sgd"\nepochs = []', "epochs is a list without"),
@@ -354,10 +359,23 @@ class TestRun:
         assert again == json.loads(json.dumps(rows))
         assert {sweep.state_of(one) for one in plan.runs} == {"finished"}
 
+    def test_a_folder_that_was_moved_keeps_its_rows(self, done, tmp_path):
+        root, _, rows = done
+        shutil.copytree(root / "out", tmp_path / "moved")
+        plan = sweep.plan(root / "sweep.toml", tmp_path / "moved")
+        file = tmp_path / "moved" / "sweep.json"
+        found = sweep.read_rows(file)
+        assert [row["folder"] for row in found] == [row["folder"] for row in rows]
+        # Another process has added one in the meantime.
+        found.append({**rows[0], "folder": str(tmp_path / "moved" / "SAM" / "seed9")})
+        file.write_text(json.dumps({"rows": found}))
+        again = sweep.run(plan.runs, file, show_progress=False)
+        assert [row["memory_mib"] for row in again] == [x["memory_mib"] for x in rows]
+        kept = [row["folder"] for row in sweep.read_rows(file)]
+        assert kept == [*(str(one.folder) for one in plan.runs), found[-1]["folder"]]
+
     @pytest.mark.slow
     def test_what_is_missing_or_interrupted_is_run(self, done, tmp_path):
-        import shutil
-
         root, _, rows = done
         shutil.copytree(root / "out", tmp_path / "out")
         plan = sweep.plan(root / "sweep.toml", tmp_path / "out")
@@ -414,8 +432,6 @@ class TestRun:
         assert [row["status"] for row in again] == ["finished", "finished"]
 
     def test_a_sweep_that_is_cut_off_keeps_all_rows(self, done, tmp_path, monkeypatch):
-        import shutil
-
         root, _, rows = done
         shutil.copytree(root / "out", tmp_path / "out")
         plan = sweep.plan(root / "sweep.toml", tmp_path / "out")

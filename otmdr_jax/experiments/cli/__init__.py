@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from otmdr_jax._version import __version__
@@ -128,13 +129,26 @@ def _run(argv: list[str]) -> None:
         )
         if (seed := getattr(options, "seed", None)) is not None:
             check("seed", seed, Seed)  # before a run is read
-        function(options)
+        function(_expanded(options))
     except BrokenPipeError:  # an OSError that is no error
         raise
     except EXPECTED as error:
         if interrupts.came_early():  # a library may call it what it likes
             raise KeyboardInterrupt from error
         _fail(str(error))
+
+
+def _expanded(options: Any) -> Any:
+    """The options with a home folder for ~, which a shell leaves in --output=~/runs."""
+
+    def expand(value):
+        if isinstance(value, tuple):
+            return tuple(map(expand, value))
+        home = isinstance(value, str) and (value + "/").startswith("~/")
+        return os.path.expanduser(value) if home else value
+
+    found = {x.name: expand(getattr(options, x.name)) for x in fields(options)}
+    return replace(options, **found)
 
 
 def _cache_programs() -> None:

@@ -45,7 +45,6 @@ def run(options: Calibrate) -> None:
     from otmdr_jax.experiments import run_folder
     from otmdr_jax.experiments.measure import calibrate
     from otmdr_jax.experiments.report import records
-    from otmdr_jax.io import files
 
     folder = pathlib.Path(options.run)
     # The step of the predictions. Without a result, `calibrate` says what is missing.
@@ -68,7 +67,8 @@ def run(options: Calibrate) -> None:
         seed=options.seed,
         data_dir=options.data_dir,
     )
-    files.write_json(folder / "calibration.json", {**record, "settings": settings})
+    written = folder / "calibration.json"
+    run_folder.write_record(written, record, settings, options.overwrite)
     title = f"{folder}: {record['how']}"
     records.calibration_table(record).print(title)
     for method in record["methods"]:
@@ -82,4 +82,4 @@ def run(options: Calibrate) -> None:
             "examples that it would be fitted to."
         )
     records.conformal_table(record).print("Conformal sets")
-    print(f"Written: {folder / 'calibration.json'}")
+    print(f"Written: {written}")

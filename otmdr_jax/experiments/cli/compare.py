@@ -38,6 +38,8 @@ def run(options: Compare) -> None:
         whole=False,
         overwrite=options.overwrite,
     )
-    command = shlex.join(["otmdr", "compare", *options.runs])
-    path = report.write(options.output, found, title, command=command)
+    words = ["otmdr", "compare", *options.runs, "--output", options.output]
+    if options.title is not None:
+        words += ["--title", options.title]
+    path = report.write(options.output, found, title, command=shlex.join(words))
     print(f"Report: {path}")

@@ -57,7 +57,6 @@ def run(options: Evaluate) -> None:
     from otmdr_jax.experiments.measure import evaluation
     from otmdr_jax.experiments.measure.record import record_of
     from otmdr_jax.experiments.members import steps_taken
-    from otmdr_jax.io import files
 
     given = {
         name: getattr(options, name)
@@ -128,7 +127,6 @@ def run(options: Evaluate) -> None:
         "checkpoint": options.checkpoint,
         **record_of(config, of_run, dataset, compiled, options.split),
         "seconds_per_step": None,
-        "settings": settings,
     }
     how = ""
     if isinstance(method := config.method, Sampled):
@@ -142,7 +140,8 @@ def run(options: Evaluate) -> None:
             f"{result['effective_parameters']:.4g} effective parameters"
         )
     labels = getattr(dataset, options.split).labels
-    files.write_json(record, result)
+    run_folder.write_record(record, result, settings, options.overwrite)
+    result["settings"] = settings
     predicted = found.log_probs, labels, found.member_log_probs
     if not suffix and not run_folder.is_finished(folder):
         # This is the run's result until the run is resumed and finished.

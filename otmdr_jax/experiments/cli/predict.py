@@ -10,6 +10,7 @@ import numpy as np
 import tyro
 
 from otmdr_jax.experiments.cli.common import Checkpoint, RunPath
+from otmdr_jax.io import files
 
 # Images that are read, predicted and written at a time.
 _CHUNK = 4096
@@ -55,10 +56,9 @@ class Predict:
 def run(options: Predict) -> None:
     """`otmdr predict RUN IMAGES`."""
     from otmdr_jax.experiments import restore
-    from otmdr_jax.io import files
     from otmdr_jax.io.progress import Progress
 
-    output = pathlib.Path(options.output).expanduser()
+    output = pathlib.Path(options.output)
     if output.suffix not in (".csv", ".npz"):
         raise ValueError(
             f"the output must be a .csv or .npz file, got {output.name!r}."
@@ -68,6 +68,7 @@ def run(options: Predict) -> None:
             f"{output} is there: name another file with --output, or replace it with "
             "--overwrite."
         )
+    files.check_writable(output.parent)
     opened = restore.open_run(options.run, options.checkpoint)
     names, images = _images(options.images, options.array, opened.info)
     if not names:
@@ -94,14 +95,16 @@ def run(options: Predict) -> None:
     if output.suffix == ".npz":
         files.write_arrays(output, columns | {"classes": np.array(opened.class_names)})
     else:
-        files.write_text(output, _table(columns, opened.class_names))
+        # Names of files may be bytes that are no text.
+        table = _table(columns, opened.class_names).encode(errors="surrogateescape")
+        files.write_bytes(output, table)
     _say(columns, opened, options)
     print(f"Written: {output}")
 
 
 def _images(given: str, array: str | None, info: Any) -> tuple[list[str], Any]:
     """The images of a file or folder, and what they are called."""
-    path = pathlib.Path(given).expanduser()
+    path = pathlib.Path(given)
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: name an .npz file or a folder.")
     if array is not None and path.suffix != ".npz":
@@ -119,26 +122,30 @@ def _images(given: str, array: str | None, info: Any) -> tuple[list[str], Any]:
     if path.suffix not in (".npz", ".npy"):
         raise ValueError(f"{path} is no .npz or .npy file and no folder of images.")
     try:
-        found = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        # np.load of a path leaves the file open where it is torn; this does not.
+        with path.open("rb") as raw:
+            loaded = np.load(raw, allow_pickle=False)
+            stored = getattr(loaded, "files", [])  # the content decides, not the ending
+            found = {name: loaded[name] for name in _likely(array, stored)}
+    except files.UNREADABLE as error:
         raise ValueError(f"{path} cannot be read as arrays: {error}") from error
-    if path.suffix == ".npz":
-        with found:
-            found = found[_name(path, array, found.files)]
-    return [str(i) for i in range(len(found))], found
-
-
-def _name(path: pathlib.Path, array: str | None, names: list[str]) -> str:
-    """The name of the array of images in a file."""
-    likely = [n for n in ("images", "test_images") if n in names] or names
-    if array is not None:
-        likely = [n for n in names if n == array]
-    if len(likely) != 1 and not {"images", "test_images"} & set(likely):
+    if not isinstance(loaded, np.ndarray) and len(found) != 1:
         raise ValueError(
-            f"{path} holds the arrays {', '.join(names) or '(none)'}: say which one "
+            f"{path} holds the arrays {', '.join(stored) or '(none)'}: say which one "
             "has the images with --array NAME."
         )
-    return likely[0]
+    (images,) = found.values() if found else (loaded,)
+    if not images.ndim:
+        raise ValueError(f"{path} holds one number, where images must be.")
+    return [str(i) for i in range(len(images))], images
+
+
+def _likely(array: str | None, names: list[str]) -> list[str]:
+    """The names of the arrays in a file that may be its images."""
+    if array is not None:
+        return [name for name in names if name == array]
+    known = [name for name in names if name in ("images", "test_images")]
+    return sorted(known)[:1] or names[:2]
 
 
 def _columns(names, found, opened) -> dict[str, np.ndarray]:

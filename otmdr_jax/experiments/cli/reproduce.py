@@ -118,6 +118,8 @@ def _cells(options):
         datasets=both,
         data_dir=options.data_dir,
     )
+    if not options.datasets:
+        raise ValueError("datasets must name at least one set: cifar10, cifar100.")
     cells = [cell for cell in every if cell.data in options.datasets]
     names = list(dict.fromkeys(cell.method for cell in cells))
     if unknown := [name for name in options.only if name not in names]:

@@ -42,7 +42,6 @@ def run(options: Sharpness) -> None:
     from otmdr_jax.experiments import members, restore, run_folder
     from otmdr_jax.experiments.measure import sharpness
     from otmdr_jax.experiments.report import records
-    from otmdr_jax.io import files
 
     given: dict[str, Any] = (
         {} if options.data_dir is None else {"data_dir": options.data_dir}
@@ -72,7 +71,8 @@ def run(options: Sharpness) -> None:
         seed=options.seed,
         show_progress=True,
     )
-    files.write_json(folder / "sharpness.json", {**record, "settings": settings})
+    written = folder / "sharpness.json"
+    run_folder.write_record(written, record, settings, options.overwrite)
     title = f"{folder}, step {record['step']}, {record['num_examples']} images"
     records.sharpness_table({"Value": record}).print(title)
-    print(f"Written: {folder / 'sharpness.json'}")
+    print(f"Written: {written}")

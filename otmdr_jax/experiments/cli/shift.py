@@ -74,7 +74,6 @@ def run(options: Shift) -> None:
     """`otmdr shift RUN`."""
     from otmdr_jax.experiments import members, report, restore, run_folder
     from otmdr_jax.experiments.measure import shift as shift_lib
-    from otmdr_jax.io import files
 
     shift_lib.check(options.corruptions, options.severities, options.max_examples)
     given: dict[str, Any] = (
@@ -107,7 +106,7 @@ def run(options: Shift) -> None:
         show_progress=not options.quiet,
     )
     written = [opened.folder / "shift.json"]
-    files.write_json(written[0], {**record, "settings": settings})
+    run_folder.write_record(written[0], record, settings, options.overwrite)
     count = record["num_examples"]
     title = f"{opened.folder}, step {record['step']}, {count} test examples"
     report.print_shift(record, f"{title}: accuracy (%) by severity, and means")
@@ -116,4 +115,6 @@ def run(options: Shift) -> None:
         written.append(
             report.plot_shift([(label, record)], opened.folder / "shift.png")
         )
+    else:  # it would show the record that is replaced
+        (opened.folder / "shift.png").unlink(missing_ok=True)
     print(f"Written: {', '.join(map(str, written))}")

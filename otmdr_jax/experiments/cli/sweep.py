@@ -53,7 +53,7 @@ def run(options: Sweep) -> None:
     from otmdr_jax.experiments import jobs, report, run_folder, sweep, training
     from otmdr_jax.experiments.report import cost, significance
 
-    output = pathlib.Path(options.output).expanduser()
+    output = pathlib.Path(options.output)
     if run_folder.is_run(output):
         raise ValueError(f"{output} is a run, not the folder of a sweep.")
     plan = sweep.plan(options.file, output)

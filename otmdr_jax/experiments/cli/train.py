@@ -280,8 +280,7 @@ def _train(options: Train, config: TrainConfig) -> None:
         model = f"{len(names)}x{names[0]}" if config.model.stacked else "-".join(names)
     name = f"{pathlib.Path(config.data.name).stem}-{model}-{config.method.name}"
     output = options.resume or options.output or f"runs/{name}-seed{config.run.seed}"
-    # A shell expands --output ~/runs, and leaves --output=~/runs alone.
-    output = os.path.expanduser(output)
+    output = os.path.expanduser(output)  # a shell leaves --output=~/runs alone
     try:
         result = training.train(
             config, output=output, resume=resume, show_progress=not options.quiet

@@ -150,15 +150,16 @@ def check_folder(folder: str | pathlib.Path, title: str | None = None) -> None:
 
     Raises:
       FileExistsError: The folder holds files, but no report, or one of another title.
+      NotADirectoryError: It is a file.
     """
     folder = pathlib.Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    files.check_writable(folder)
+    if not folder.exists() or not any(folder.iterdir()):
         return
     if MARKER not in _earlier(folder):
-        what = "is not empty and holds no report" if folder.is_dir() else "is a file"
         raise FileExistsError(
-            f"{folder} {what} (no results.json with the key {MARKER!r}). Nothing was "
-            "written: name a new folder, or empty this one."
+            f"{folder} is not empty and holds no report (no results.json with the key "
+            f"{MARKER!r}). Nothing was written: name a new folder, or empty this one."
         )
     if title is not None and (theirs := _earlier(folder).get("title")) != title:
         raise FileExistsError(

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,7 +124,7 @@ def _read_predictions(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             log_probs, labels = arrays["log_probs"], arrays["labels"]
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except files.UNREADABLE as error:
         raise ValueError(
             f"{path} must hold the arrays log_probs and labels: {error}"
         ) from error

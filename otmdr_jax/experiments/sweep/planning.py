@@ -16,6 +16,8 @@ from otmdr_jax.experiments.config.options import LISTS
 # What settings may be chosen by, and whether less of it is better.
 METRICS = {"nll": True, "accuracy": False, "brier": True, "ece": True}
 # Options that are lists themselves: of these a list of lists is one of values.
+# What a sweep writes beside the folders of its methods.
+_OURS = {"report", "sweep.json", "tuning.json"}
 _LISTS = {"rho", "cycle_rates", *LISTS}
 
 
@@ -135,6 +137,12 @@ def plan(path: str | os.PathLike, output: str | os.PathLike) -> Plan:
     if len(set(folders)) < len(folders):
         twice = next(folder for folder in folders if folders.count(folder) > 1)
         raise ValueError(f"{path}: two runs would lie in {twice}; rename a method.")
+    for setting in settings:
+        if _file_name(setting.label).casefold() in _OURS:
+            raise ValueError(
+                f"{path}: a method cannot be called {setting.label!r}, since the sweep "
+                "writes its own results there; rename it."
+            )
     if metric is None:
         return Plan(planned, _unequal(planned), settings)
     if not trials:

@@ -46,12 +46,12 @@ def run(
     check(planned)
     jobs_lib.check(jobs)
     rows_file = pathlib.Path(rows_file)
-    known = {row["folder"]: row for row in read_rows(rows_file)}
+    known = _by_place(read_rows(rows_file))
     memory: dict[TrainConfig, float] = {}
     rows: dict[str, dict[str, Any]] = {}
     # A row whose folder was deleted says nothing about the next run there.
     before = {
-        one.folder: known.get(str(one.folder), {})
+        one.folder: known.get(_place(one.folder), {})
         if run_folder.is_run(one.folder)
         else {}
         for one in planned
@@ -64,8 +64,11 @@ def run(
         write()
 
     def write():
-        # What is not reached yet, or is not planned this time, keeps its row.
-        kept = [row for folder, row in known.items() if folder not in rows]
+        # What is not reached yet, or is not planned this time, keeps its row; so does
+        # what another process has written by now.
+        done = set(map(_place, rows))
+        there = _by_place(read_rows(rows_file))
+        kept = [row for place, row in there.items() if place not in done]
         files.write_json(rows_file, {"rows": [*_in_order(planned, rows), *kept]})
 
     missing = []
@@ -102,6 +105,15 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     ):
         raise ValueError(f"{path} holds no rows of a sweep: move it away.")
     return rows
+
+
+def _place(folder: str | os.PathLike) -> tuple[str, ...]:
+    """What names a run, wherever the folder of the sweep is: its label and its seed."""
+    return pathlib.Path(folder).parts[-2:]
+
+
+def _by_place(rows: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
+    return {_place(row["folder"]): row for row in rows}
 
 
 def state_of(one: Planned) -> str:

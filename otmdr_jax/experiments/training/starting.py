@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from otmdr_jax import parallel
-from otmdr_jax.data import Dataset
+from otmdr_jax.data import Dataset, is_folder
+from otmdr_jax.data.sources import folder_path
 from otmdr_jax.experiments import own as own_lib
 from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.building import (
@@ -108,6 +109,8 @@ def train(
     check_models(config, mine)
     if not resume:
         config.check_used()
+        if output is not None and dataset is None:
+            _check_outside(output, config)
     if dataset is None:
         dataset = load_data(config)
     else:
@@ -212,6 +215,19 @@ def train(
         if start is not None:
             loop.news = (start.line,)
         return loop.run(state, meta, step)
+
+
+def _check_outside(output: str | os.PathLike, config: TrainConfig) -> None:
+    """Refuses a run among the images of its own data, where it would be a class."""
+    if not is_folder(config.data.name):
+        return
+    images = folder_path(config.data.name, config.data.data_dir).resolve()
+    if pathlib.Path(output).resolve().is_relative_to(images):
+        raise ValueError(
+            f"the run would be written into the folder of its data, {images}, where "
+            "each folder is a class: name one outside of it with --output, output= in "
+            "Python."
+        )
 
 
 def _withdraw(output: pathlib.Path, kind: type | None, *error: Any) -> None:

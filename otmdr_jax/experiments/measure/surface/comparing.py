@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from otmdr_jax.experiments.measure.surface import measuring, solutions
-from otmdr_jax.experiments.measure.surface.files import check_folder
 from otmdr_jax.experiments.measure.surface.plan import Plan
+from otmdr_jax.io.files import check_writable
 
 
 def check_comparison(
@@ -41,7 +41,7 @@ def check_comparison(
         of their weights.
     """
     for target in targets:
-        check_folder(pathlib.Path(target))
+        check_writable(pathlib.Path(target))
     first: _Compared | None = None
     for folder, target in zip(folders, targets, strict=True):
         other = _open(folder, target, plan, data_dir, overwrite)

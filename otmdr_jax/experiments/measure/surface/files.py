@@ -9,22 +9,25 @@ landscape_comparison.json   the settings behind the pictures of a comparison
 import json
 import os
 import pathlib
-import zipfile
 from typing import Any
 
 import numpy as np
 
 from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.programs import environment
-from otmdr_jax.io.files import read_json, write_arrays, write_json
+from otmdr_jax.io.files import (
+    UNREADABLE,
+    check_writable,
+    read_json,
+    write_arrays,
+    write_json,
+)
 
 NAME = "landscape"
 PICTURES = (f"{NAME}.png", f"{NAME}_surface.png")
 COMPARISON = f"{NAME}_comparison.json"
 
 _ELSEWHERE = "name another folder with --output"
-# Errors of files whose content is not what their names say.
-_UNREADABLE = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile
 
 
 def read(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -50,7 +53,7 @@ def read(folder: str | os.PathLike) -> dict[str, Any] | None:
         try:
             with np.load(exact, allow_pickle=False) as arrays:
                 record["losses"] = arrays["losses"].tolist()  # JSON has no NaN
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"{exact.name} holds no losses") from error
     except ValueError as error:
         raise ValueError(
@@ -64,18 +67,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         record = read_json(path)
         dict(record["settings"]), len(record["axes"])
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError("it holds none") from error
     return record
-
-
-def check_folder(folder: pathlib.Path) -> None:
-    """Raises FileExistsError if a file stands where the folder must be."""
-    there = next((x for x in (folder, *folder.parents) if x.exists()), None)
-    if there is not None and not there.is_dir():
-        raise FileExistsError(
-            f"{there} is a file, and a landscape's files need a folder: {_ELSEWHERE}."
-        )
 
 
 def check_pictures(
@@ -97,7 +91,7 @@ def check_pictures(
       FileExistsError: The folder holds pictures of another comparison, or pictures that
         `otmdr landscape` did not make; or the folder is a file.
     """
-    check_folder(folder)
+    check_writable(folder)
     mark, record = folder / COMPARISON, folder / f"{NAME}.json"
     if mark.exists():
         if comparison is None and not overwrite:
@@ -109,7 +103,7 @@ def check_pictures(
             run_folder.check_record(mark, comparison, overwrite, _ELSEWHERE)
         try:
             return read_json(mark)["settings"]["dimensions"] == 2
-        except _UNREADABLE:
+        except UNREADABLE:
             return False
     if comparison is None and record.exists():
         try:
@@ -150,7 +144,7 @@ class Files:
 
     def __init__(self, folder: pathlib.Path, settings: dict[str, Any], overwrite: bool):
         """Refuses a folder with a landscape of other settings or with foreign files."""
-        check_folder(folder)
+        check_writable(folder)
         self.folder, self.settings, self._overwrite = folder, settings, overwrite
         self.partial = folder / f"{NAME}.partial.npz"
         self.known: tuple[np.ndarray, float, int | None] = np.empty(0), 0.0, None
@@ -183,7 +177,7 @@ class Files:
                 theirs = dict(json.loads(str(arrays["settings"])))
                 seconds, at_once = float(arrays["seconds"]), int(arrays["at_once"])
                 return theirs, (arrays["losses"], seconds, at_once)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             if self._overwrite:
                 return {}, None
             raise ValueError(

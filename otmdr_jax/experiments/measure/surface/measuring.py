@@ -12,10 +12,11 @@ import numpy as np
 from otmdr_jax import landscape
 from otmdr_jax.experiments.interrupts import Interrupted
 from otmdr_jax.experiments.measure.surface import solutions
-from otmdr_jax.experiments.measure.surface.files import Files, check_folder
+from otmdr_jax.experiments.measure.surface.files import Files
 from otmdr_jax.experiments.measure.surface.plan import Plan
 from otmdr_jax.experiments.measure.surface.solutions import Solution
 from otmdr_jax.experiments.programs import check_same_data, environment
+from otmdr_jax.io.files import check_writable
 from otmdr_jax.io.progress import Progress
 
 PyTree = Any
@@ -157,7 +158,7 @@ def open_runs(
     if output is None and len(folders) > 1:
         raise ValueError("a landscape of several runs needs an output folder.")
     target = pathlib.Path(folders[0] if output is None else output)
-    check_folder(target)
+    check_writable(target)
     found = [solutions.open_solution(folder, plan, data_dir) for folder in folders]
     _check_alike(found)
     first = found[0]
