@@ -166,8 +166,7 @@ def hessian_eigenvalues(
         raise ValueError(f"which must be one of {list(lanczos.ORDERS)}, got {which!r}.")
     if not tol > 0:
         raise ValueError(f"tol must be a positive number, got {tol!r}.")
-    if max_restarts < 1:
-        raise ValueError(f"max_restarts must be at least 1, got {max_restarts}.")
+    check_count("max_restarts", max_restarts)
     whole = Objective(loss_sum, params, batches, mask)
     shapes = [w.shape for w in whole.center]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
@@ -261,6 +260,7 @@ def hessian_trace(
 
     Reference: Hutchinson, 1990; Yao et al., 2020 (PyHessian).
     """
+    check_count("num_probes", num_probes)
     if num_probes < 2:
         raise ValueError(
             f"num_probes must be at least 2, for a standard error; got {num_probes}."

@@ -18,7 +18,7 @@ import numpy as np
 
 from otmdr_jax.core import tree
 from otmdr_jax.core.ascent import absolute_weights, ascend, sphere
-from otmdr_jax.core.checks import check_count
+from otmdr_jax.core.checks import check_count, check_number
 from otmdr_jax.landscape.objective import LossSum, Objective
 
 PyTree = Any
@@ -96,7 +96,7 @@ def sam_gap(
     Reference: Foret et al., 2021, Eq. 1 with the solution of its first-order problem;
     Kwon et al., 2021.
     """
-    _check(rho=rho)
+    check_number("rho", rho, positive=True)
     whole = Objective(loss_sum, params, batches, mask)
     loss, grads = whole.gradient(whole.center)
     worst = whole.loss(_ascend(whole.center, grads, rho, adaptive=adaptive))
@@ -155,7 +155,7 @@ def worst_in_ball(
     Reference: Keskar et al., 2017; Andriushchenko et al., 2023, whose ascent is APGD of
     Croce & Hein, 2020.
     """
-    _check(rho=rho)
+    check_number("rho", rho, positive=True)
     check_count("steps", steps)
     whole = Objective(loss_sum, params, batches, mask)
     loss, grads = whole.gradient(whole.center)
@@ -226,7 +226,8 @@ def average_sharpness(
 
     Reference: Andriushchenko et al., 2023; Dziugaite & Roy, 2017.
     """
-    _check(noise_std=noise_std)
+    check_number("noise_std", noise_std, positive=True)
+    check_count("num_directions", num_directions)
     if num_directions < 2:
         raise ValueError(
             "num_directions must be at least 2, for a standard error; got "
@@ -289,9 +290,3 @@ def _metric(adaptive):
 
 def _zeros(center):
     return [jnp.zeros_like(w, dtype=tree.accumulation_dtype(w)) for w in center]
-
-
-def _check(**radius):
-    ((name, value),) = radius.items()
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value!r}.")

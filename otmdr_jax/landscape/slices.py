@@ -72,6 +72,10 @@ def random_direction(
     Returns:
       A pytree like `params`, in float32 or wider.
 
+    Raises:
+      ValueError: `filter_axis` is another one: kernels have different numbers of axes,
+        and only the first and the last are there in each.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from otmdr_jax import landscape
@@ -82,13 +86,19 @@ def random_direction(
 
     Reference: Li et al., 2018, section 4, with `ignore="biasbn"` of their code.
     """
+    if filter_axis not in (0, -1):
+        raise ValueError(
+            "filter_axis must be -1, as of Flax, or 0, as of Equinox and PyTorch; got "
+            f"{filter_axis!r}."
+        )
     leaves, treedef = jax.tree.flatten(params)
     resolved = resolve_mask(mask, params)
     moving = [True] * len(leaves) if resolved is None else jax.tree.leaves(resolved)
     found = []
     for i, (w, moves) in enumerate(zip(leaves, moving, strict=True)):
         w = jnp.asarray(w)
-        if not moves or w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        floating = jnp.issubdtype(w.dtype, jnp.floating)
+        if not moves or w.ndim < 2 or not w.size or not floating:
             found.append(jnp.zeros_like(w))
             continue
         dtype = tree.accumulation_dtype(w)
@@ -210,6 +220,11 @@ def loss_grid(
 
     Reference: Li et al., 2018.
     """
+    if not isinstance(directions, list | tuple):
+        raise TypeError(
+            "directions must be a list of pytrees like the parameters, one for each of "
+            f"axes; got a {type(directions).__name__}."
+        )
     if not directions or len(directions) != len(axes):
         raise ValueError(
             "directions and axes must be of the same number, at least one; got "
@@ -308,7 +323,7 @@ def check_like(first: PyTree, other: PyTree) -> None:
 def _difference(first, second):
     def minus(x, y):
         x, y = jnp.asarray(x), jnp.asarray(y)
-        if not tree.is_floating(x):  # it does not move; a PRNG key has no zero
+        if not tree.is_floating(x):  # it does not move
             return jnp.zeros(x.shape)
         dtype = tree.accumulation_dtype(x)
         return x.astype(dtype) - y.astype(dtype)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from otmdr_jax.core.checks import check_count
 from otmdr_jax.metrics.predictions import Array, Predictions, generator, unmasked
 
 NUM_SAMPLES = 1_000
@@ -273,11 +274,9 @@ def _ends(values: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def _check(num_samples: int, level: float, labels: np.ndarray) -> None:
-    if num_samples < 1 or not 0.0 < level < 1.0:
-        raise ValueError(
-            "need num_samples >= 1 and a level in (0, 1), got "
-            f"{num_samples} and {level}."
-        )
+    check_count("num_samples", num_samples)
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must be in (0, 1), got {level}.")
     if len(labels) < 2:
         raise ValueError(
             f"what chance does is known of two examples and more, got {len(labels)}."

@@ -165,6 +165,8 @@ def update(
     """
     columns = state.bin_counts.shape[1]
     values, labels = jnp.asarray(probs), jnp.asarray(labels)
+    if values.ndim == 3 and not len(values):
+        raise ValueError("a stack of samples must hold at least one, got none.")
     if values.shape[-2:] != (*labels.shape, columns - 1) or values.ndim not in (2, 3):
         raise ValueError(
             f"need probs of shape (B, {columns - 1}), or samples (S, B, {columns - 1}),"
@@ -239,7 +241,15 @@ def _update(log_probs, state, values, labels, mask):
 
 
 def merge(one: State, other: State) -> State:
-    """Joins the states of devices, hosts or parts of a set, in any order."""
+    """Joins the states of devices, hosts or parts of a set, in any order.
+
+    Raises:
+      ValueError: They are of other numbers of classes or bins.
+    """
+    shapes = [x.bin_counts.shape for x in (one, other)]
+    if shapes[0] != shapes[1]:
+        of = [f"{columns - 1} classes and {bins} bins" for bins, columns in shapes]
+        raise ValueError(f"states must be of the same numbers, got {' and '.join(of)}.")
 
     def add(a, b):
         return _add(a, b) if isinstance(a, Sum) else a + b

@@ -162,8 +162,9 @@ def create(
         to "cifar"; `densenet_121` to "imagenet", as in the paper's table. `activation`
         of `resnet_10` and `resnet_18` is "relu" or "softplus" (the released code's
         Bayesian networks). `width` multiplies the channels of every layer but the last
-        (in `densenet_121` the growth) of all families whose name has no width in it: a
-        quarter makes a network of a sixteenth of the operations. Default 1.
+        (of densely connected ones the growth) of `resnet_10`, `resnet_18`,
+        `densenet_<depth>`, `mobilenet` and `efficientnet_b0`: a quarter makes a network
+        of a sixteenth of the operations. Default 1. The other names say the width.
 
     Returns:
       A frozen, hashable `Model`.

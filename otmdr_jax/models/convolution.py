@@ -29,9 +29,6 @@ from jax.interpreters import ad, batching, mlir
 
 from otmdr_jax.models import convolution_programs as programs
 
-Pair = tuple[int, int]
-Padding = tuple[Pair, Pair]
-
 
 def convolve(
     images: jax.Array,

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from otmdr_jax.models.dropout import checked_keys
+
 PyTree = Any
 
 # The beginning of the name of a network that cannot be found by it.
@@ -178,8 +180,11 @@ class Functions:
             and p.name not in ("train", "keys")
         ]
         self._stateless = len(positional) < 3
-        self._takes_train = "train" in inspect.signature(apply).parameters
-        if "keys" in inspect.signature(apply).parameters:
+        takes = inspect.signature(apply).parameters
+        # **kwargs may hand on both: what they go to says if it takes them.
+        any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        self._takes_train = any_name or "train" in takes
+        if any_name or "keys" in takes:
             self.dropout = 1.0
 
     def init(self, key, images):
@@ -225,7 +230,7 @@ class Nnx:
         module = nnx.merge(
             self._graph,
             _unnamed(params, self._params),
-            _streams(self._streams, keys),
+            _streams(self._streams, _one(keys, images)),
             _unnamed(state, self._rest),
             copy=True,
         )
@@ -260,7 +265,7 @@ class Linen:
 
     def apply(self, params, state, images, *, train, keys=None):
         """See :func:`adapt`."""
-        streams = {} if keys is None else {"dropout": _one(keys)}
+        streams = {} if keys is None else {"dropout": _one(keys, images)}
         found = self._module.apply(
             {"params": params, **state},
             images,
@@ -316,7 +321,11 @@ class Equinox:
         )
         module = eqx.nn.inference_mode(module, value=not train)
         kept = _unnamed(state["state"], self._state)
-        keys = None if keys is None else jax.random.split(_one(keys), len(images))
+        if keys is not None:
+            # Each image by its own, so that it is dropped alike in any part of a batch.
+            keys = checked_keys(keys, len(images))
+            if not keys.ndim:
+                keys = jax.random.split(keys, len(images))
 
         def one(image, key, kept):
             own = {"key": key} if self._takes_key else {}
@@ -410,15 +419,20 @@ def _flatten(tree: PyTree) -> tuple[list, Any]:
     return jax.tree_util.tree_flatten_with_path(tree)
 
 
-def _one(keys: jax.Array) -> jax.Array:
-    """One key of the keys of a batch's examples."""
-    return keys[0] if jnp.ndim(keys) else keys
+def _one(keys: Any, images: jax.Array) -> jax.Array:
+    """One key of the keys of a batch's examples, for what draws once for all of them.
+
+    That of the first, so that a part of the batch draws other numbers than all of it.
+    """
+    if keys is None:
+        return jax.random.key(0)
+    keys = checked_keys(keys, len(images))
+    return keys[0] if keys.ndim else keys
 
 
-def _streams(shapes: PyTree, keys: jax.Array | None) -> PyTree:
+def _streams(shapes: PyTree, key: jax.Array) -> PyTree:
     """Random streams at their beginning, with keys of their own."""
     paths, structure = _flatten(shapes)
-    key = jax.random.key(0) if keys is None else _one(keys)
     found = []
     for number, (_, leaf) in enumerate(paths):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

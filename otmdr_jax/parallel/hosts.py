@@ -94,11 +94,12 @@ def on_main(function: Callable[[], Any]) -> Any:
       RuntimeError: The function failed on the main process, which raises its own error;
         raised on the other hosts, so that they do not wait.
     """
-    result, error = None, None
+    result: Any = None
+    error: BaseException | None = None
     if is_main():
         try:
             result = function()
-        except Exception as caught:
+        except BaseException as caught:  # also of Ctrl-C the others must know
             error = caught
     (failed,) = agree(float(error is not None))
     if error is not None:

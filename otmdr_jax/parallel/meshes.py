@@ -1,6 +1,7 @@
 """Devices along named axes: "data", "particle" and "member"."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def make_mesh(
 
     Raises:
       ValueError: An axis is unknown, a size is not a positive integer, or there are too
-        few devices; on many hosts also if a device is left over.
+        few devices; with -1, and on many hosts, also if a device is left over.
 
     Example:
       >>> from otmdr_jax import parallel
@@ -39,9 +40,16 @@ def make_mesh(
     # a batch must be.
     by_host = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     found = by_host if devices is None else list(devices)
+    if not found:
+        raise ValueError("a mesh needs at least one device, got an empty list.")
     sizes = {"data": -1} if shape is None else _sizes(shape)
     given = math.prod(size for size in sizes.values() if size != -1)
     for axis in [axis for axis, size in sizes.items() if size == -1]:
+        if len(found) > given and len(found) % given:
+            raise ValueError(
+                f"mesh {shape!r} cannot have all {len(found)} devices, since the other "
+                f"axes have {given}: name the number of {axis} in the place of -1."
+            )
         sizes[axis] = len(found) // given
         given *= sizes[axis]
     if given > len(found) or not given:
@@ -76,6 +84,8 @@ def _sizes(shape: str | Mapping[str, int]) -> dict[str, int]:
             number = int(size)
         except (TypeError, ValueError):
             number = 0
+        if not isinstance(size, str | numbers.Integral) or isinstance(size, bool):
+            number = 0  # int() cuts 1.5
         if axis not in AXES or axis in sizes or (number < 1 and number != -1):
             raise ValueError(
                 "mesh must name each of the axes data, particle, member at most once "

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from otmdr_jax.core import collectives
 from otmdr_jax.core.batches import batch_size
 
 PyTree = Any
@@ -43,37 +44,49 @@ def place(values: PyTree, mesh: Mesh | None, spec: Any = EVERYWHERE) -> PyTree:
         leading axis.
 
     Raises:
-      ValueError: A leading axis cannot be divided evenly over the devices.
+      ValueError: A leading axis cannot be divided evenly over the devices, or the spec
+        names an axis that the mesh has not; TypeError: it is no PartitionSpec.
     """
     if mesh is None:
         return jax.device_put(values)
+    check_spec(spec, mesh)
     if spec != P():
         check_parts(values, mesh, spec)
     sharding = NamedSharding(mesh, spec)
 
     def put(x):
-        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-            return jax.jit(lambda key: key, out_shardings=sharding)(x)
-        x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
-    return jax.tree.map(put, values)
+    return jax.tree.map(functools.partial(_as_words, put), values)
+
+
+def _as_words(put: Callable[[np.ndarray], jax.Array], x: Any) -> jax.Array:
+    """Puts an array of the host somewhere; of keys their words."""
+    if not jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        return put(np.asarray(x))
+    words = put(np.asarray(jax.random.key_data(x)))
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
 
 
 def place_local(values: PyTree, mesh: Mesh | None) -> PyTree:
     """Joins the parts of a batch that each host has read into one array on the mesh.
 
     Args:
-      values: A pytree of host arrays with the rows that :func:`host_rows` names.
+      values: A pytree of host arrays or keys with the rows that :func:`host_rows`
+        names.
       mesh: A mesh from :func:`make_mesh`; None for the default device.
+
+    Raises:
+      ValueError: The rows cannot be divided evenly over this host's devices.
     """
     if mesh is None:
         return jax.device_put(values)
-    sharding = NamedSharding(mesh, data_spec(mesh))
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-        values,
-    )
+    spec = data_spec(mesh)
+    if spec != P():
+        check_divides(batch_size(values), mesh.local_mesh.shape["data"])
+    sharding = NamedSharding(mesh, spec)
+    put = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(functools.partial(_as_words, put), values)
 
 
 def host_rows(mesh: Mesh | None, size: int) -> tuple[int, int]:
@@ -123,6 +136,18 @@ def settle(values: PyTree, home: NamedSharding) -> PyTree:
 def _mover(home: NamedSharding) -> Callable[[PyTree], PyTree]:
     """One function object for each place, so that what it compiles is kept."""
     return jax.jit(lambda values: values, out_shardings=home)
+
+
+def check_spec(spec: Any, mesh: Mesh) -> None:
+    """Refuses what is no PartitionSpec, or names axes that the mesh has not."""
+    if not isinstance(spec, P):
+        raise TypeError(f"specs must each be one PartitionSpec, got {spec!r}.")
+    named = collectives.axes_of(*spec)
+    if unknown := [axis for axis in named if axis not in mesh.shape]:
+        raise ValueError(
+            f"{spec} names the axes {unknown}, but mesh {dict(mesh.shape)} has none of "
+            "that name."
+        )
 
 
 def check_parts(values: PyTree, mesh: Mesh, spec: Any) -> None:

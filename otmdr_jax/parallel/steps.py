@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from otmdr_jax.core import collectives
 from otmdr_jax.core.batches import batch_size
 from otmdr_jax.parallel import placement
 from otmdr_jax.parallel.placement import EVERYWHERE
@@ -68,14 +67,7 @@ def shard_map_step(
     metrics_spec = state_spec if metrics_spec is None else metrics_spec
     spec_of_batch = placement.data_spec(mesh) if batch_spec is None else batch_spec
     for spec in (spec_of_batch, state_spec, metrics_spec):
-        if not isinstance(spec, P):
-            raise TypeError(f"specs must each be one PartitionSpec, got {spec!r}.")
-        named = collectives.axes_of(*spec)
-        if unknown := [axis for axis in named if axis not in mesh.shape]:
-            raise ValueError(
-                f"{spec} names the axes {unknown}, but mesh {dict(mesh.shape)} has "
-                "none of that name."
-            )
+        placement.check_spec(spec, mesh)
 
     def call(state, batch, *args):
         mapped = jax.shard_map(

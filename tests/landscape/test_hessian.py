@@ -236,6 +236,7 @@ class TestEigenvalues:
             (dict(which="top"), "which must be one of"),
             (dict(tol=0.0), "tol must be a positive"),
             (dict(max_restarts=0), "max_restarts must be at least 1"),
+            (dict(max_restarts=2.5), "max_restarts must be an integer"),
         ],
     )
     def test_bad_options_say_what_must_hold(self, options, message):

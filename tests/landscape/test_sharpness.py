@@ -360,8 +360,10 @@ def test_what_is_not_finite_is_nan(key):
     [
         (dict(batches=[]), ValueError, "at least one batch"),
         (dict(batches=[np.zeros(0)]), ValueError, "at least one example"),
-        (dict(rho=0.0), ValueError, "rho must be a positive"),
-        (dict(rho=float("nan")), ValueError, "rho must be a positive"),
+        (dict(rho=0.0), ValueError, "rho must be positive"),
+        (dict(rho=float("nan")), ValueError, "rho must be positive"),
+        (dict(rho=(0.05, 0.1)), TypeError, "rho must be a number"),
+        (dict(rho="0.1"), TypeError, "rho must be a number"),
         (dict(steps=0), ValueError, "steps must be at least 1"),
         (dict(mask={"w": True}), ValueError, "structure of the parameters"),
         (dict(mask=False), ValueError, "no leaf of params moves"),
@@ -381,12 +383,13 @@ def test_bad_input_says_what_must_hold(call, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(noise_std=-1.0), "noise_std must be a positive"),
+        (dict(noise_std=-1.0), "noise_std must be positive"),
+        (dict(noise_std=0.1, num_directions=2.5), "num_directions must be an integer"),
         (dict(noise_std=0.1, num_directions=1), "num_directions must be at least 2"),
     ],
 )
 def test_bad_directions_say_what_must_hold(options, message, key):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         landscape.average_sharpness(quadratic, CENTER, ONE, key=key, **options)
 
 

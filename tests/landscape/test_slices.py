@@ -195,6 +195,8 @@ class TestGrid:
         )
         with pytest.raises(ValueError, match=message):
             landscape.loss_grid(**arguments | call)
+        with pytest.raises(TypeError, match="must be a list of pytrees"):
+            landscape.loss_grid(**arguments | dict(directions=jnp.ones(2)))
 
 
 class TestRandomDirection:
@@ -204,6 +206,18 @@ class TestRandomDirection:
             "dense": jax.random.normal(key, (4, 6)),
             "bias": jnp.ones(6),
         }
+
+    def test_kernels_without_entries_stay(self, key):
+        found = landscape.random_direction({"w": jnp.zeros((0, 3))}, key)
+        assert found["w"].shape == (0, 3)
+
+    @pytest.mark.parametrize("axis", [1, 3, -2, 0.5])
+    def test_an_axis_that_means_another_one_elsewhere_is_refused(self, axis, key):
+        # 3 % 2 is the outputs of a dense kernel, and 3 % 3 the taps of a 1-D one.
+        with pytest.raises(ValueError, match="filter_axis must be -1"):
+            landscape.random_direction(
+                {"w": jnp.ones((2, 2, 3))}, key, filter_axis=axis
+            )
 
     @pytest.mark.slow
     @pytest.mark.parametrize("axis", [-1, 0])

@@ -189,10 +189,15 @@ def test_a_model_does_not_differ_from_itself():
 
 def test_bad_options_are_refused():
     probs, labels = predictions(6, 20, 3)
-    for kwargs in ({"num_samples": 0}, {"level": 1.0}, {"level": 0.0}):
-        with pytest.raises(ValueError, match="num_samples >= 1 and a level"):
+    for kwargs, message in (
+        ({"num_samples": 0}, "num_samples must be at least 1"),
+        ({"num_samples": 20.0}, "num_samples must be an integer"),
+        ({"level": 1.0}, r"level must be in \(0, 1\)"),
+        ({"level": 0.0}, r"level must be in \(0, 1\)"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
             metrics.bootstrap(metrics.nll, probs, labels, **kwargs)
-        with pytest.raises(ValueError, match="num_samples >= 1 and a level"):
+        with pytest.raises((ValueError, TypeError), match=message):
             metrics.paired_test(metrics.nll, probs, probs, labels, **kwargs)
     checked = metrics.check(probs, labels)
     with pytest.raises(TypeError, match="not what metrics.check returned"):

@@ -267,6 +267,14 @@ def test_bad_shapes_are_refused_at_once():
     for labels in ([True, False], [0.0, 1.0]):
         with pytest.raises(TypeError, match="labels must be integers"):
             streaming.update(streaming.init(3), full, labels)
+    with pytest.raises(ValueError, match="samples must hold at least one"):
+        streaming.update(streaming.init(3), np.zeros((0, 2, 3)), [0, 1])
+
+
+@pytest.mark.parametrize("other", [(3, 1), (3, 10), (4, 15), (1 + 1, 15)])
+def test_states_of_other_numbers_do_not_merge(other):
+    with pytest.raises(ValueError, match="got 3 classes and 15 bins and"):
+        streaming.merge(streaming.init(3, 15), streaming.init(*other))
 
 
 def test_an_empty_batch_adds_nothing():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+import otmdr_jax
 from otmdr_jax import bnn, models
 
 IMAGES = jax.random.normal(jax.random.key(1), (6, 4, 4, 2))
@@ -238,6 +239,72 @@ def test_functions_with_a_state_and_without():
     np.testing.assert_allclose(
         found, apply(params, IMAGES) + jax.random.normal(keys[0]), rtol=1e-6
     )
+
+
+def test_a_function_of_any_names_is_told_that_it_trains():
+    told = []
+
+    def apply(params, images, **options):
+        told.append(sorted(options))
+        return images.mean((1, 2)) * params["w"][None]
+
+    model = models.adapt((lambda key, images: {"w": jnp.ones(2)}, apply))
+    assert model.dropout
+    params, state = model.init(jax.random.key(0), IMAGES)
+    model.apply(params, state, IMAGES, train=True, keys=jax.random.key(0))
+    assert told == [["keys", "train"]]
+
+
+def test_an_image_is_dropped_by_its_own_key():
+    class Drops(eqx.Module):
+        w: jax.Array
+
+        def __init__(self, *, key):
+            self.w = jnp.ones(())
+
+        def __call__(self, x, *, key=None):
+            return self.w * eqx.nn.Dropout(0.5)(x.ravel(), key=key)
+
+    model = models.adapt(Drops)
+    params, state = model.init(jax.random.key(0), IMAGES[:1])
+    images, keys = jnp.ones((6, 4, 4, 2)), jax.random.split(jax.random.key(1), 6)
+    whole, _ = model.apply(params, state, images, train=True, keys=keys)
+    assert len({row.tobytes() for row in np.asarray(whole)}) == 6
+    for raw in (keys, jax.random.key_data(keys)):
+        part, _ = model.apply(params, state, images[2:], train=True, keys=raw[2:])
+        np.testing.assert_array_equal(part, whole[2:])
+    one, _ = model.apply(params, state, images, train=True, keys=keys[0])
+    assert len({row.tobytes() for row in np.asarray(one)}) == 6
+
+    # So that the loss is the same however a batch is parted.
+    def loss(params, batch):
+        outputs, _ = model.apply(params, state, batch[0], train=True, keys=batch[1])
+        return jnp.mean(outputs**2 * jnp.arange(32.0)[None])
+
+    losses = [
+        otmdr_jax.value_and_grad(loss, 0.0, split="shared", microbatch_size=size)(
+            params, (images, keys), key=jax.random.key(0)
+        )[0]
+        for size in (None, 1, 2, 3)
+    ]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind_of", ["nnx", "linen"])
+def test_raw_keys_drop_as_typed_ones(kind_of):
+    model, params, state = made(kind_of)
+    keys = jax.random.split(jax.random.key(3), len(IMAGES))
+    of = [
+        model.apply(params, state, IMAGES, train=True, keys=k)[0]
+        for k in (
+            keys,
+            jax.random.key_data(keys),
+            keys[0],
+            jax.random.key_data(keys[0]),
+        )
+    ]
+    for found in of[1:]:
+        np.testing.assert_array_equal(found, of[0])
 
 
 def test_a_constructor_may_be_inherited():

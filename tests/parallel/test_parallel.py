@@ -16,6 +16,7 @@ import otmdr_jax
 from otmdr_jax import models, parallel
 from otmdr_jax.core import batches, collectives, loops
 from otmdr_jax.experiments import methods
+from otmdr_jax.parallel import hosts
 from tests import toy
 from tests.marks import one_axis_at_a_time, slow_but
 
@@ -738,11 +739,18 @@ class TestMesh:
             ("data=-1,particle=-1", "-1 at most once"),
             ("data=16", "needs 16 devices, but there are 8"),
             ("data=16,particle=-1", "needs more devices"),
+            ("data=-1,particle=3", "cannot have all 8 devices, .* have 3"),
+            ({"data": 1.9}, "each of the axes"),
+            ({"data": True}, "each of the axes"),
         ],
     )
     def test_a_mesh_that_cannot_be_is_refused(self, shape, message):
         with pytest.raises(ValueError, match=message):
             parallel.make_mesh(shape)
+
+    def test_no_device_is_refused(self):
+        with pytest.raises(ValueError, match="at least one device"):
+            parallel.make_mesh(devices=[])
 
     def test_devices_are_in_the_order_of_their_hosts(self, monkeypatch):
         """On TPU pods `jax.devices()` is not."""
@@ -769,6 +777,27 @@ class TestMesh:
         np.testing.assert_array_equal(parallel.place_local(x, mesh), x)
         with pytest.raises(ValueError, match="batch of 6"):
             parallel.place(np.arange(6.0), mesh, P("data"))
+        with pytest.raises(ValueError, match="batch of 6"):
+            parallel.place_local(np.arange(6.0), mesh)
+        with pytest.raises(ValueError, match=r"names the axes \['rows'\]"):
+            parallel.place(x, mesh, P("rows"))
+        with pytest.raises(TypeError, match="one PartitionSpec, got 'data'"):
+            parallel.place(x, mesh, "data")
+
+    @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+    def test_keys_are_placed_as_other_arrays(self, impl):
+        mesh = parallel.make_mesh("data=4,particle=2")
+        keys = jax.random.split(jax.random.key(0, impl=impl), 8)
+        batch = {"x": np.arange(8.0), "keys": keys}
+        for placed in (
+            parallel.place(batch, mesh, P("data")),
+            parallel.place_local(batch, mesh),
+        ):
+            assert placed["keys"].dtype == keys.dtype
+            assert placed["keys"].sharding.shard_shape((8,)) == (2,)
+            np.testing.assert_array_equal(
+                jax.random.key_data(placed["keys"]), jax.random.key_data(keys)
+            )
 
     def test_one_host_agrees_with_itself(self):
         assert parallel.agree(1, 0.0) == (1, 0.0)
@@ -776,6 +805,22 @@ class TestMesh:
         assert parallel.on_main(lambda: 3) == 3
         with pytest.raises(KeyError):
             parallel.on_main(lambda: {}["missing"])
+
+    @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+    def test_the_other_hosts_hear_of_any_failure(self, error, monkeypatch):
+        heard = []
+
+        def agree(value):
+            heard.append(value)
+            return (value,)
+
+        def fails():
+            raise error
+
+        monkeypatch.setattr(hosts, "agree", agree)
+        with pytest.raises(error):
+            parallel.on_main(fails)
+        assert heard == [1.0]
 
     def test_half_of_an_address_is_refused(self):
         with pytest.raises(ValueError, match="together, or none"):
