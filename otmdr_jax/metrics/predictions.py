@@ -126,7 +126,8 @@ class Predictions:
         return np.minimum(columns, 0.0 if self.log else 1.0, out=columns)
 
     def _probs(self, values: np.ndarray) -> np.ndarray:
-        return np.exp(values, out=values) if self.log else values
+        with np.errstate(over="ignore"):  # logits: no distribution, which is said
+            return np.exp(values, out=values) if self.log else values
 
     def _blocks(self, samples: int = 1) -> Iterator[slice]:
         size = max(1, _BLOCK // (samples * self.shape[1]))
@@ -209,7 +210,8 @@ def check_sample(
     for start in range(0, len(values), size):
         rows = slice(start, start + size)
         block = values[rows].astype(np.float64)
-        probs = np.exp(block, out=block) if log_probs else block
+        with np.errstate(over="ignore"):
+            probs = np.exp(block, out=block) if log_probs else block
         _refuse(probs, values, rows, log_probs, allowed, of)
 
 

@@ -573,6 +573,14 @@ def test_bad_input_is_refused(probs, labels, message):
             getattr(metrics, name)(probs, labels)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (4, 2, 3)])
+def test_large_logits_are_refused_and_nothing_overflows(shape):
+    logits = np.full(shape, 1000.0)
+    for function in (metrics.check, metrics.summary, metrics.nll):
+        with pytest.raises(ValueError, match="logarithms of probabilities"):
+            function(logits, [0, 1], log_probs=True)
+
+
 @pytest.mark.parametrize(
     ("log_probs", "message"),
     [
