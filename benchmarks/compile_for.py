@@ -43,7 +43,7 @@ import jax  # noqa: E402
 from _cases import all_cases  # noqa: E402
 from _common import peak_mib  # noqa: E402
 from _program import operations, summary  # noqa: E402
-from _record import markdown, options_of, write_json  # noqa: E402
+from _record import markdown, options_of, processor_name, write_json  # noqa: E402
 from _targets import target_of  # noqa: E402
 
 OWN_FOLDER = pathlib.Path("compiled")
@@ -95,7 +95,10 @@ def estimate(target, found):
 
 def head(target):
     """What a record says of its target and of the compiler."""
-    packages = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax")
+    packages = (
+        "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax",
+        "optax",
+    )  # fmt: skip
     versions = {}
     for name in packages:
         try:
@@ -107,6 +110,13 @@ def head(target):
         "chip": target.chip._asdict(),
         "devices": len(target.devices),
         "versions": versions,
+    }
+
+
+def here():
+    """Where and when a case was compiled: seconds of another day are no ratio."""
+    return {
+        "compiled_on": processor_name(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -123,12 +133,15 @@ def continued(target, groups, options):
     path = options.folder / f"{target.name}.json"
     record, new = record_of(path), head(target)
     networks = record.get("networks", {})
+    # A record of before a package was noted says nothing of its version.
+    known = record.get("versions", {})
+    now = {name: x for name, x in new["versions"].items() if name in known}
     asked = {
         name: options.model if name in COMPARED else options.network
         for name in (group if group in COMPARED else "others" for group in groups)
     }
     for what, held, wanted in (
-        ("versions", record.get("versions"), new["versions"]),
+        ("versions", known or None, now),
         *((f"the network of {x}", networks.get(x), asked[x]) for x in asked),
     ):
         if held not in (None, wanted):
@@ -154,7 +167,7 @@ def compile_all(name, options):
             results[case] = {"error": "the compiler ended the process"}
             write_json(path, record)
             try:
-                results[case] = compile_case(target, make)
+                results[case] = {**compile_case(target, make), **here()}
             except Exception as error:  # any failure of the compiler is a result
                 message = f"{type(error).__name__}: {error}"
                 results[case] = {"error": message[:600]}

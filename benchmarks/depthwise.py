@@ -1,21 +1,24 @@
 """Times the models' depthwise convolution against XLA's own on a CPU, by layer.
 
-    python benchmarks/depthwise.py
+    python benchmarks/depthwise.py --json benchmarks/results/depthwise_cpu.json
 
 Medians over 11 rounds, in which all programs run in turn, and of the ratios XLA / ours
 within a round. Batch 16, float32. Expected: half a minute on 2 CPU cores.
 """
 
 import functools
+import operator
 import statistics
 import time
 
 import jax
-from _record import markdown
+from _common import environment
+from _record import markdown, options_of, write_json
 from jax import lax
 
 from otmdr_jax.models.depthwise import convolve_depthwise
 
+ROUNDS = 11
 WAYS = {"lax": lax.conv_general_dilated, "ours": convolve_depthwise}
 # Channels, side of the image, side of the kernel, stride: of MobileNet and
 # EfficientNet-B0 for 32x32 images.
@@ -55,8 +58,9 @@ def parts(convolution, layer, batch_size=16):
     }
 
 
-def main():
-    rows = []
+def measure():
+    """What -> the medians of XLA's and our milliseconds and of their ratios."""
+    found = {}
     for layer in LAYERS:
         programs = {
             (part, way): (jax.jit(function).lower(*operands).compile(), operands)
@@ -64,7 +68,7 @@ def main():
             for part, (function, operands) in parts(convolution, layer).items()
         }
         times = {key: [] for key in programs}
-        for turn in range(12):
+        for turn in range(ROUNDS + 1):
             for key, (program, operands) in programs.items():
                 start = time.perf_counter()
                 jax.block_until_ready(program(*operands))
@@ -73,16 +77,36 @@ def main():
         channels, side, size, stride = layer
         for part in ("forward", "images", "kernel"):
             xla, ours = times[part, "lax"], times[part, "ours"]
-            ratio = statistics.median(a / b for a, b in zip(xla, ours, strict=True))
-            rows.append(
-                [
-                    f"{size}x{size}/{stride}, {channels} channels at {side}: {part}",
-                    f"{statistics.median(xla):.1f}",
-                    f"{statistics.median(ours):.2f}",
-                    f"{ratio:.1f}",
-                ]
-            )
-    print(markdown(["what", "XLA ms", "ours ms", "x"], rows))
+            name = f"{size}x{size}/{stride}, {channels} channels at {side}: {part}"
+            found[name] = {
+                "xla_ms": statistics.median(xla),
+                "ours_ms": statistics.median(ours),
+                "speedup": statistics.median(map(operator.truediv, xla, ours)),
+            }
+    return found
+
+
+def table(results):
+    return markdown(
+        ["layer and pass", "XLA ms", "ours ms", "x"],
+        [
+            [
+                name,
+                f"{x['xla_ms']:.1f}",
+                f"{x['ours_ms']:.2f}",
+                f"{x['speedup']:.1f}",
+            ]
+            for name, x in results.items()
+        ],
+    )
+
+
+def main():
+    options = options_of(__doc__).parse_args()
+    results = measure()
+    print(table(results))
+    settings = {"batch_size": 16, "dtype": "float32", "n": ROUNDS}
+    write_json(options.json, {**environment(), **settings, "results": results})
 
 
 if __name__ == "__main__":

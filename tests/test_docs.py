@@ -418,6 +418,12 @@ def shown(page, name):
     return text.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
 
 
+def assert_same(table, text):
+    """The lines of a table are those of the text, no more and no fewer."""
+    found = [line for line in text.splitlines() if line.startswith("|")]
+    assert found == table.strip().splitlines()
+
+
 @pytest.mark.parametrize(
     ("script", "record", "name"),
     [
@@ -432,14 +438,14 @@ def test_theory_page_shows_the_committed_measurements(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     table = importlib.import_module(script).table
     results = json.loads((RESULTS / record).read_text())["results"]
-    assert table(results) in shown("theory.md", name)
+    assert_same(table(results), shown("theory.md", name))
 
 
 def test_performance_page_shows_the_committed_costs_of_noise(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     record = json.loads((RESULTS / "noise_cpu.json").read_text())
     table = importlib.import_module("noise").table(record["networks"])
-    assert table in shown("performance.md", "noise")
+    assert_same(table, shown("performance.md", "noise"))
 
 
 def test_the_papers_tables_in_miniature_are_those_of_their_records(monkeypatch):
@@ -474,9 +480,11 @@ def comparison(monkeypatch):
 
 def test_comparison_page_shows_the_committed_measurements(comparison):
     script, record = comparison
-    assert script.means_table(record["rows"]) in shown("comparison.md", "means")
-    assert script.questions_table(record["rows"]) in shown("comparison.md", "questions")
-    assert script.tuning_table(record) in shown("comparison.md", "tuning")
+    assert_same(script.means_table(record["rows"]), shown("comparison.md", "means"))
+    assert_same(
+        script.questions_table(record["rows"]), shown("comparison.md", "questions")
+    )
+    assert_same(script.tuning_table(record), shown("comparison.md", "tuning"))
     # It is of the sweep that is in examples, but for where its data lie.
     text = (ROOT / "examples" / "sweep_fair.toml").read_text()
     assert record["sweep"] == text
@@ -515,6 +523,14 @@ def test_comparison_page_says_what_came_out(comparison):
     page = (ROOT / "docs" / "comparison.md").read_text().split("<!-- /questions -->")[1]
     found = re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", page.split("## The radii")[0])
     assert found == [script.text_of(record["rows"], *one) for one in SAID]
+    means = {}
+    for one in record["rows"]:
+        means.setdefault(one["method"], []).append(100 * one["accuracy"])
+    gains = {x: sum(v) / len(v) - sum(means["SGD"]) / 5 for x, v in means.items()}
+    less = ("OT-MDR, released", "OT-MDR, projected", "OT-MDR, noise 0.01")
+    more = ("SAM", "SAM, two steps", "OT-MDR", "OT-MDR, K = 2", "Dual form")
+    assert all(0.5 < gains[x] < 1.55 for x in (*less, "Random weights"))
+    assert all(2 < gains[x] < 3.3 for x in (*more, "Exact distribution, tilt 0.5"))
     scores = {x["label"]: x["score"] for x in record["tuning"]}
     merged, text = (
         scores[f"{name}, rho = 0.05 0.1"] for name in ("OT-MDR, released", "OT-MDR")
@@ -549,6 +565,9 @@ def by_label(record):
 def test_theory_page_says_what_came_out_of_the_sweep():
     from otmdr_jax.experiments.report.cost import paired_difference
 
+    record = json.loads((RESULTS / "sweep_tilt.json").read_text())
+    text = (ROOT / "examples" / "sweep_tilt.toml").read_text()
+    assert record["sweep"].strip() == text.strip()
     groups = by_label("sweep_tilt.json")
     page = " ".join((ROOT / "docs" / "theory.md").read_text().split())
     alone = "Draws, tilt = {}, num_particles = 1".format
@@ -575,7 +594,7 @@ def test_dual_page_shows_the_committed_measurements(script, record, name, monkey
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     table = importlib.import_module(script).table
     content = json.loads((RESULTS / record).read_text())
-    assert table(content["results"]) in shown("dual.md", name)
+    assert_same(table(content["results"]), shown("dual.md", name))
     if script == "sweeps":
         assert content["sweep"] == (ROOT / "examples" / "sweep_dual.toml").read_text()
 
@@ -608,7 +627,7 @@ def test_performance_page_shows_the_committed_measurement(monkeypatch):
     import step_time
 
     record = json.loads((RESULTS / "step_time_cpu.json").read_text())
-    assert step_time.table(record["results"]) in shown("performance.md", "table")
+    assert_same(step_time.table(record["results"]), shown("performance.md", "table"))
     # What the text below says in figures.
     page = (ROOT / "docs" / "performance.md").read_text()
     mib = {name: f"{x['peak_mib']:.0f}" for name, x in record["results"].items()}
@@ -631,7 +650,7 @@ def test_performance_page_shows_the_committed_convolutions(file, monkeypatch):
         ("steps", "layers", "loops"), cpu_convolution.tables(record), strict=True
     ):
         if name == "steps" or file == "cpu_convolution":
-            assert table in shown("performance.md", f"{file} {name}")
+            assert_same(table, shown("performance.md", f"{file} {name}"))
 
 
 def test_performance_page_shows_the_committed_alternatives(monkeypatch):
@@ -642,7 +661,7 @@ def test_performance_page_shows_the_committed_alternatives(monkeypatch):
     for name, table in zip(
         ("layers", "steps", "flags"), cpu_alternatives.tables(record), strict=True
     ):
-        assert table in shown("performance.md", f"alternatives {name}")
+        assert_same(table, shown("performance.md", f"alternatives {name}"))
 
 
 def test_performance_page_says_who_is_faster():
@@ -675,10 +694,10 @@ def test_performance_page_shows_the_committed_versions(monkeypatch):
     for name, table in zip(
         ("steps", "layers"), cpu_versions.tables(record), strict=True
     ):
-        assert table in shown("performance.md", f"cpu_versions {name}")
+        assert_same(table, shown("performance.md", f"cpu_versions {name}"))
     loops = json.loads((RESULTS / "cpu_convolution_newest.json").read_text())
     table = cpu_convolution.tables(loops)[2]
-    assert table in shown("performance.md", "cpu_convolution_newest loops")
+    assert_same(table, shown("performance.md", "cpu_convolution_newest loops"))
 
     page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
     new, old = "JAX 0.12.0.1", "JAX 0.10.2"
@@ -752,11 +771,11 @@ def test_shift_page_shows_the_committed_measurements(monkeypatch):
     import shift_digits
 
     record = json.loads((RESULTS / "corruptions_cpu.json").read_text())
-    assert corruptions.table(record["results"]) in shown("shift.md", "corruptions")
+    assert_same(corruptions.table(record["results"]), shown("shift.md", "corruptions"))
     record = json.loads((RESULTS / "shift_digits.json").read_text())
     assert record["seeds"] == 3
     table = shift_digits.table(record["results"])
-    assert table in shown("shift.md", "shift digits")
+    assert_same(table, shown("shift.md", "shift digits"))
     # What the text below says in figures.
     means = {k: shift_digits.mean_record(v) for k, v in record["results"].items()}
     members = means["OT-MDR (K = 1), 3 members"]
@@ -778,7 +797,7 @@ def test_performance_page_shows_the_first_minutes(monkeypatch):
 
     record = json.loads((RESULTS / "first_minutes_cpu.json").read_text())
     table = first_minutes.table(record["results"])
-    assert table in shown("performance.md", "first minutes")
+    assert_same(table, shown("performance.md", "first minutes"))
     page = (ROOT / "docs" / "performance.md").read_text()
     assert f"with commit {record['commits']['other']}," in page
 
@@ -790,7 +809,7 @@ def test_baselines_page_shows_the_committed_measurements(monkeypatch):
     record = json.loads((RESULTS / "sweep_digits.json").read_text())
     assert record["sweep"] == (ROOT / "examples" / "sweep_digits.toml").read_text()
     table = sweeps.table(record["results"])
-    assert table in shown("baselines.md", "sweep digits")
+    assert_same(table, shown("baselines.md", "sweep digits"))
     # What the text below says.
     means = {}
     for row in record["results"]:
@@ -818,7 +837,7 @@ def test_baselines_page_shows_the_small_sweep_of_cifar10(monkeypatch):
     file = ROOT / "examples" / "sweep_cifar10_small.toml"
     assert record["sweep"] == file.read_text()
     table = sweeps.table(record["results"])
-    assert table in shown("baselines.md", "sweep cifar10 small")
+    assert_same(table, shown("baselines.md", "sweep cifar10 small"))
     # What the text below says.
     found = {}
     for row in record["results"]:
@@ -836,7 +855,7 @@ def test_models_page_shows_what_dropout_costs(monkeypatch):
     import dropout
 
     results = json.loads((RESULTS / "dropout_cpu.json").read_text())["results"]
-    assert dropout.table(results) in shown("models.md", "dropout")
+    assert_same(dropout.table(results), shown("models.md", "dropout"))
     for found in results.values():
         assert round(found[dropout.DROPS]["ratio"], 2) == 1.05
         samples = (
@@ -869,6 +888,18 @@ def test_shift_page_shows_the_parameters_of_the_corruptions():
         assert [float(x) for x in rows[name]] == list(values), name
 
 
+def test_performance_page_shows_the_committed_depthwise_convolutions(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import depthwise
+
+    record = json.loads((RESULTS / "depthwise_cpu.json").read_text())
+    assert_same(
+        depthwise.table(record["results"]), shown("performance.md", "depthwise")
+    )
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    assert f"n = {record['n']}, {record['processor']}, JAX {record['jax']}" in page
+
+
 def test_scaling_page_shows_the_committed_measurement(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import scaling
@@ -876,7 +907,7 @@ def test_scaling_page_shows_the_committed_measurement(monkeypatch):
     record = json.loads((RESULTS / "scaling_cpu.json").read_text())
     tables = scaling.tables(record)
     for name, table in zip(("collectives", "weak scaling"), tables, strict=True):
-        assert table in shown("scaling.md", name)
+        assert_same(table, shown("scaling.md", name))
 
 
 def test_performance_page_shows_the_committed_memory():
@@ -907,7 +938,7 @@ def test_ensembles_page_shows_the_committed_measurement(monkeypatch):
     import ensemble as benchmark
 
     record = json.loads((RESULTS / "ensemble_cpu.json").read_text())
-    assert benchmark.table(record) in shown("ensembles.md", "ensemble")
+    assert_same(benchmark.table(record), shown("ensembles.md", "ensemble"))
 
 
 def test_bayesian_page_shows_the_committed_measurements(monkeypatch):
@@ -916,13 +947,12 @@ def test_bayesian_page_shows_the_committed_measurements(monkeypatch):
     import bnn_digits
 
     record = json.loads((RESULTS / "bnn_cpu.json").read_text())
-    assert steps.table(record) in shown("bayesian.md", "bnn")
-    assert steps.variance_table(record["variance"]) in shown(
-        "bayesian.md", "bnn variance"
-    )
+    assert_same(steps.table(record), shown("bayesian.md", "bnn"))
+    variance = steps.variance_table(record["variance"])
+    assert_same(variance, shown("bayesian.md", "bnn variance"))
     assert record["model"] == "wide_resnet_16_2" and record["batch_size"] == 32
     digits = json.loads((RESULTS / "bnn_digits.json").read_text())
-    assert bnn_digits.table(digits["results"]) in shown("bayesian.md", "bnn digits")
+    assert_same(bnn_digits.table(digits["results"]), shown("bayesian.md", "bnn digits"))
     config = digits["config"]
     assert (config["epochs"], config["learning_rate"]) == (28, 0.03)
     assert (config["prior_std"], config["posterior_std"]) == (0.1, 0.02)
@@ -933,7 +963,7 @@ def test_metrics_page_shows_the_committed_measurement(monkeypatch):
     import metrics as benchmark
 
     record = json.loads((RESULTS / "metrics_cpu.json").read_text())
-    assert benchmark.table(record["results"]) in shown("metrics.md", "metrics")
+    assert_same(benchmark.table(record["results"]), shown("metrics.md", "metrics"))
     page = " ".join((ROOT / "docs" / "metrics.md").read_text().split())
     assert record["examples"] == 1_000_000 and record["classes"] == 100
     assert f"took {record['scikit_learn_seconds']:.0f} s" in page

@@ -103,7 +103,8 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
     """Splits the uncertainty of a prediction into its two kinds.
 
     Args:
-      log_probs: (S, ..., C) log-probabilities of S samples; not logits.
+      log_probs: (S, ..., C) log-probabilities of S samples; not logits. What rounding
+        has added to their sum is taken away.
 
     Returns:
       An :class:`Uncertainty` of arrays (...), float32 or wider. The epistemic part is
@@ -142,6 +143,8 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
                 f"last axis; one sums to exp({worst:.3g}) or exp(-{worst:.3g}). Apply "
                 "jax.nn.log_softmax to logits."
             )
+    # Rounded to 16 bits they sum to 1 within a percent, and entropies would be as wrong.
+    log_probs = log_probs - sums[..., None]
     equal = jnp.all(log_probs == log_probs[:1], axis=0)
     mean = jnp.where(equal, log_probs[0], log_mean_probs(log_probs))
     total, aleatoric = _mean_of(mean, -mean), _mean_of(log_probs, -log_probs)

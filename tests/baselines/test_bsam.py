@@ -195,11 +195,9 @@ def test_a_gradient_is_clipped_where_its_square_overflows(name, dtype, size, key
     )  # fmt: skip
     state = tx.init(w)
     update, _ = tx.update(w, state, w, batch=jnp.zeros(1))
-    half = np.float64(update[0])
-    assert np.isfinite(half) and half < 0
-    # Both are 1 / sqrt(2) over one precision.
-    assert_allclose(np.float64(update), [half, half])
-    assert abs(half) > 0.3
+    # The direction of (1, 1), of length 1: bSAM divides by the precision of before the
+    # step, and IVON keeps its Hessian where the new one overflows.
+    assert_allclose(np.float64(update), [-(2**-0.5)] * 2, rtol=5e-3)
 
 
 @pytest.mark.parametrize("name", ["bsam", "ivon"])

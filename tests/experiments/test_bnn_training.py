@@ -263,6 +263,8 @@ class TestRuns:
             dict(kl_schedule="warmup", kl_warmup_epochs=0.5, prior="mixture"),
             dict(dtype="float16", learning_rate=1e-3),
             dict(method="sgvb", estimator="local", noise_std=0.0),
+            dict(method="sgvb", estimator="local", noise_std=0.0, dtype="float16",
+                 learning_rate=1e-3),
             dict(method="sgvb", estimator="flipout", noise_std=0.0, dtype="bfloat16"),
             dict(posterior_init="released", posterior_norm="joint", merge="sum",
                  sigma_gradient="particle", weight_noise="each_step",
@@ -278,6 +280,56 @@ class TestRuns:
         kinds = {x.dtype for x in jax.tree.leaves(result.state.params)}
         assert kinds == {jnp.dtype(jnp.float32)}
         assert not np.array_equal(result.log_probs, plain.log_probs)
+
+    @pytest.mark.parametrize(
+        ("option", "value", "reaches"),
+        [
+            ("posterior_std", 0.3, dict(sigma=0.3)),
+            ("posterior_init", "released", dict(init="released")),
+            ("prior", "mixture", dict(prior=bnn.ScaleMixture())),
+            ("prior", "fitted", dict(prior=bnn.FittedNormal())),
+            ("prior_std", 0.3, dict(prior=bnn.Normal(0.3))),
+            ("kl_weight", 0.3, dict(kl_weight=0.3)),
+            ("num_samples", 7, dict(num_samples=7)),
+            ("prediction", "mean", dict(mean_only=True)),
+            ("estimator", "local", dict(estimator="local")),
+            ("estimator", "flipout", dict(estimator="flipout")),
+            ("posterior_norm", "joint", dict(norm="joint")),
+            ("sigma_gradient", "particle", dict(sigma_gradient="particle")),
+            ("weight_noise", "each_step", dict(weight_noise="each_step")),
+            ("rho", (0.2, 0.3), dict(rho=(0.2, 0.3))),
+            ("num_particles", 3, dict(num_particles=3)),
+        ],
+    )
+    def test_each_option_reaches_the_gradient(self, option, value, reaches):
+        def options_of(chosen):
+            rate = optimizers.schedule(chosen, 10, 5)
+            return chosen.method.options(methods.Run(chosen, 320, 5, 10, rate, None))
+
+        method = "sgvb" if option == "estimator" else "otmdr-bnn"
+        base = TrainConfig(model="one_layer", method=method)
+        before = options_of(base)
+        found = options_of(base.replace(**{option: value}))
+        assert {x: found[x] for x in reaches} == reaches
+        changed = {x for x in found if x not in before or found[x] != before[x]}
+        assert changed == set(reaches)
+
+    def test_weights_of_the_divergence_have_their_course(self):
+        def weight_of(**options):
+            chosen = TrainConfig(model="one_layer", method="sgvb", kl_weight=2.0,
+                                 **options)  # fmt: skip
+            rate = optimizers.schedule(chosen, 20, 5)
+            run = methods.Run(chosen, 320, 5, 20, rate, None)
+            return chosen.method.options(run)["kl_weight"]
+
+        blundell = weight_of(kl_schedule="blundell")
+        want = [2.0 * 5 * 2.0 ** (4 - i) / 31 for i in range(5)] * 2
+        assert_allclose([blundell(t) for t in range(10)], want, rtol=1e-6)
+        warmup = weight_of(kl_schedule="warmup", kl_warmup_epochs=2.0)
+        assert_allclose(warmup(10), 2.0, rtol=1e-6)
+        rising = [float(warmup(t)) for t in range(12)]
+        assert_allclose(np.diff(rising[:11]), 0.2, rtol=1e-5)
+        assert rising[11] == 2.0
 
     @pytest.mark.slow
     def test_members_have_a_posterior_each(self, small, tmp_path):
@@ -524,7 +576,6 @@ class TestPresets:
         (dict(method="otmdr", prior_std=0.2), "otmdr has no option prior_std"),
         (dict(method="sgd", num_samples=5), "sgd has no option num_samples"),
         (dict(method="sgvb", members="2", ensemble="joint"), "joint ensemble"),
-        (dict(method="sgvb", dtype="float16", estimator="local"), "float16"),
         (dict(method="sgvb", prior="fitted", prior_std=0.2), "has none"),
         (dict(method="sgvb", prediction="mean", num_samples=9), "leave one of them"),
         (dict(method="sgvb", kl_schedule="warmup"), "needs kl_warmup_epochs"),

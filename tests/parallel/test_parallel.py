@@ -30,7 +30,8 @@ def assert_close(a, b, rtol=2e-5, atol=1e-6):
 def all_reduces(step, *args):
     """How many all-reduces the compiled program has; there are no other collectives."""
     text = step.lower(*args).compile().as_text()
-    others = re.findall(r" (all-gather|all-to-all|collective-permute)\w*\(", text)
+    kinds = "all-gather|all-to-all|collective-permute|reduce-scatter|collective-broad"
+    others = re.findall(rf" ((?:ragged-)?(?:{kinds})[\w-]*)\(", text)
     assert not others, others
     return len(re.findall(r" all-reduce(?:-start)?\(", text))
 
@@ -279,7 +280,7 @@ class TestData:
             )
         )(params, jax.tree.map(lambda x: x[rows], data))
         assert_close(got, want, rtol=1e-5)
-        assert np.all(np.isfinite(seen.distances))
+        assert np.all(np.isfinite(seen.distances)) and np.all(seen.distances > 0)
 
     @pytest.mark.slow
     def test_barriers_and_sums_keep_the_axes_of_each_value(self):

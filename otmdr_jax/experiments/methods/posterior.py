@@ -222,14 +222,6 @@ class Sgvb(Posterior, Point):
     def options(self, run: Run) -> dict[str, Any]:
         return {**super().options(run), "estimator": self.estimator}
 
-    def check(self, config: Any) -> None:
-        super().check(config)
-        if config.model.dtype == "float16" and self.estimator != "weights":
-            raise ValueError(
-                f"estimator={self.estimator!r} squares standard deviations, which "
-                "float16 cannot hold: use --dtype bfloat16 or --estimator weights."
-            )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OtmdrBnn(Posterior, Particles):
