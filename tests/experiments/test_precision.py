@@ -58,7 +58,7 @@ def network(dtype):
 @pytest.mark.parametrize(
     "make, factor",
     # Rounding flips some of a network's ReLUs: their gradients change all at once.
-    [(smooth, 4), (network, 60)],
+    [(smooth, 2), (network, 12)],
 )
 def test_particles_agree_with_float32_within_the_formats_error(
     make, factor, dtype, scale, problem, one_layer
