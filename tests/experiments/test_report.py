@@ -659,7 +659,7 @@ def test_write_refuses_what_is_no_report(tmp_path, content):
 
 def test_write_refuses_a_file_and_a_run_folder(tmp_path, folder):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="file is a file"):
+    with pytest.raises(NotADirectoryError, match="file is a file"):
         report.write(tmp_path / "file", [make()], "T")
     with pytest.raises(FileExistsError, match="holds no report"):
         report.write(folder, [make()], "T")
