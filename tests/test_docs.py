@@ -897,7 +897,7 @@ def test_performance_page_shows_the_committed_depthwise_convolutions(monkeypatch
         depthwise.table(record["results"]), shown("performance.md", "depthwise")
     )
     page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
-    assert f"n = {record['n']}, {record['processor']}, JAX {record['jax']}" in page
+    assert f"(n = {record['n']}, {record['processor']}, JAX {record['jax']})" in page
 
 
 def test_scaling_page_shows_the_committed_measurement(monkeypatch):
