@@ -143,7 +143,7 @@ def uncertainty(log_probs: jax.Array) -> Uncertainty:
                 f"last axis; one sums to exp({worst:.3g}) or exp(-{worst:.3g}). Apply "
                 "jax.nn.log_softmax to logits."
             )
-    # Rounded to 16 bits they sum to 1 within a percent, and entropies would be as wrong.
+    # Rounded to 16 bits they sum to 1 within a percent: entropies would be as wrong.
     log_probs = log_probs - sums[..., None]
     equal = jnp.all(log_probs == log_probs[:1], axis=0)
     mean = jnp.where(equal, log_probs[0], log_mean_probs(log_probs))
