@@ -7,7 +7,7 @@ import pytest
 
 import otmdr_jax
 from otmdr_jax import data, training
-from otmdr_jax.experiments import cli
+from otmdr_jax.experiments import cli, restore, trained_run
 from otmdr_jax.experiments.config import TrainConfig
 
 
@@ -69,7 +69,7 @@ def test_images_that_predict_nan_are_named(
     folder, images, tmp_path, monkeypatch, capsys, chunk
 ):
     monkeypatch.setattr(cli.predict, "_CHUNK", chunk)
-    opened = otmdr_jax.experiments.trained_run.TrainedRun
+    opened = trained_run.TrainedRun
     right = opened.predict_members
 
     def broken(self, given, report=None):
@@ -176,7 +176,7 @@ def test_a_place_that_cannot_be_written_is_refused_first(
 
     np.save(tmp_path / "new.npy", images)
     where = tmp_path / "new.npy" / "predictions.csv"
-    monkeypatch.setattr(otmdr_jax.experiments.restore, "open_run", fails)
+    monkeypatch.setattr(restore, "open_run", fails)
     with pytest.raises(SystemExit):
         cli.main(["predict", str(folder), str(tmp_path / "new.npy"),
                   "--output", str(where)])  # fmt: skip
