@@ -229,9 +229,7 @@ def program(
 def _prediction(run):
     """Images -> probabilities, as a function of JAX alone."""
     collected = members.num_collected(run.config, run.state)
-    count = members.num_runs(run.config)
-    if run.config.model.members is None:
-        count = max(collected, 1)
+    count = members.num_predicting(run.config, collected)
     kept = [m for m in range(count) if m not in run.diverged] or list(range(count))
 
     def predict(images):

@@ -264,6 +264,16 @@ def num_collected(config: Any, state: PyTree) -> int:
     return number(first.method_state.number)
 
 
+def num_predicting(config: Any, collected: int) -> int:
+    """How many members predictions are of: of one run, each copy that it collected.
+
+    Args:
+      config: The run's configuration.
+      collected: From :func:`num_collected`.
+    """
+    return num_runs(config) if config.model.members is not None else max(collected, 1)
+
+
 def without_empty(config: Any, samples: Any, collected: int) -> Any:
     """Predictions by copies that are collected, without the slots that are empty.
 

@@ -101,9 +101,7 @@ def predict(
       A :class:`Predicted`.
     """
     collected = members_lib.num_collected(config, state)
-    count = members_lib.num_runs(config)
-    if config.model.members is None:
-        count = max(collected, 1)  # each copy is a member
+    count = members_lib.num_predicting(config, collected)
     chunks: list[tuple[np.ndarray, np.ndarray | None]] = []
     mesh, done = programs.mesh, 0
 

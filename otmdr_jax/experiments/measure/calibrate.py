@@ -51,13 +51,13 @@ def calibrate(
       A record: `how` (the protocol in words), `num_examples`, `num_repeats`, `seed`,
       `alpha`, `methods` and `conformal`; with temperature scaling also `temperature`,
       that of predictions of new images, fitted to all of the test set or of the
-      validation set (None if the fit failed, or if no temperature is best, as where
-      all predictions are right). Each entry of `methods` has a `name`. If
-      the fit failed, `why` says the reason. Otherwise the entry has `metrics` (name ->
-      raw, calibrated, raw_std, calibrated_std; the deviations are None for
-      "validation"), a `note` if the fit did not converge or made the NLL worse and, for
-      temperature scaling, the mean `temperature` of the fits. Each entry of `conformal`
-      has a score, its coverage and its mean set size.
+      validation set (None if the fit failed, or if no temperature is best, as where all
+      predictions are right). Each entry of `methods` has a `name`. If the fit failed,
+      `why` says the reason. Otherwise the entry has `metrics` (name -> raw, calibrated,
+      raw_std, calibrated_std; the deviations are None for "validation"), a `note` if
+      the fit did not converge or made the NLL worse and, for temperature scaling, the
+      mean `temperature` of the fits. Each entry of `conformal` has a score, its
+      coverage and its mean set size.
 
     Raises:
       FileNotFoundError: The folder is no run, or the run is not finished.

@@ -15,9 +15,9 @@ from otmdr_jax.experiments.config.options import LISTS
 
 # What settings may be chosen by, and whether less of it is better.
 METRICS = {"nll": True, "accuracy": False, "brier": True, "ece": True}
-# Options that are lists themselves: of these a list of lists is one of values.
 # What a sweep writes beside the folders of its methods.
 _OURS = {"report", "sweep.json", "tuning.json"}
+# Options that are lists themselves: of these a list of lists is one of values.
 _LISTS = {"rho", "cycle_rates", *LISTS}
 
 
