@@ -303,8 +303,9 @@ def _evaluate(eqn, values, noisy):
         return _run(eqn.params["jaxpr"], values, noisy)
     if name in _REMATS:
         return _rematerialised(eqn, values, noisy)
-    if name in _TRANSPARENT and len(values) == 1:
-        return [values[0].map(lambda x: _bind(eqn, [x])[0])]
+    alone = stochastic[0] and sum(stochastic) == 1
+    if alone and (name in _TRANSPARENT and len(values) == 1 or _is_identity(eqn)):
+        return [values[0].map(lambda x: _bind(eqn, [x, *values[1:]])[0])]
     if name in ("mul", "div") and sum(stochastic) == 1:
         place = stochastic.index(True)
         factor = values[1 - place]
@@ -325,6 +326,14 @@ def _evaluate(eqn, values, noisy):
 
             return [noisy.product(multiply, values[1 - place], values[place], layer)]
     return _bind(eqn, _arrays(values, noisy))
+
+
+def _is_identity(eqn):
+    """Whether it is its first input with another gradient, as loss scaling has."""
+    if eqn.primitive.name != "custom_vjp_call":
+        return False
+    body = eqn.params["call_jaxpr"].jaxpr
+    return not body.eqns and body.outvars == body.invars[:1]
 
 
 def _arrays(values, noisy):

@@ -1,5 +1,6 @@
 """Noise for each example: local reparameterisation and Flipout, in any loss."""
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from otmdr_jax import bnn, models
+from otmdr_jax import bnn, models, precision
 from otmdr_jax.bnn import local_reparam
 from otmdr_jax.experiments.methods import cross_entropy
 from tests.marks import slow_but
@@ -441,6 +442,25 @@ def test_kernels_that_are_rounded_keep_noise_of_their_own(estimator, key):
 
     y = local_reparam.call(function, q, estimator, key, jnp.ones((5, 8)))
     assert y.dtype == jnp.bfloat16 and not np.allclose(y[0], y[1], atol=0.1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_scaled_loss_has_the_same_noise_and_gradients(estimator, key):
+    """As float16 networks train: a scale of 2^10 does not round."""
+    q = bnn.init(jnp.linspace(-1, 1, 8).reshape(4, 2), sigma=0.5)
+    x = jnp.arange(20.0).reshape(5, 4) / 10
+
+    def loss(w, x):
+        return jnp.mean((x @ w) ** 2)
+
+    def gradient(function, **options):
+        def of(q):
+            return local_reparam.call(function, q, estimator, key, x, **options)
+
+        return jax.value_and_grad(of)(q)
+
+    found = gradient(precision.scale_loss(loss), loss_scale=jnp.float32(1024))
+    chex.assert_trees_all_close(found, gradient(loss), rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -367,7 +367,7 @@ class TestFiles:
             refused("landscape.partial.npz must hold .* cannot be read")
             (tmp_path / "file").write_text("mine")
             for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-                with pytest.raises(FileExistsError, match="file is a file, and"):
+                with pytest.raises(NotADirectoryError, match="file is a file, and"):
                     measure(run, plan, folder)
         record = measure(run, plan, tmp_path, overwrite=True)
         assert surface.read(tmp_path) == json.loads(json.dumps(record))
@@ -477,7 +477,7 @@ class TestCommand:
             assert mine.read_text() == "mine"
         (tmp_path / "file").touch()
         text = self.refused(capsys, monkeypatch, *both, "--output", tmp_path / "file")
-        assert "is a file, and a landscape's files need a folder" in text
+        assert "is a file, and a folder must be there" in text
 
     @pytest.mark.slow
     def test_another_comparison_is_left_alone(
