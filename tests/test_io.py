@@ -40,6 +40,26 @@ class TestFiles:
         assert json.loads(path.read_text()) == {"x": 1}
         assert list(tmp_path.iterdir()) == [path]
 
+    def test_are_on_the_disk_whole_before_they_have_their_name(
+        self, tmp_path, monkeypatch
+    ):
+        on_disk, replace = [], os.replace
+
+        def fsync(descriptor):
+            (scratch,) = tmp_path.iterdir()
+            assert os.fstat(descriptor).st_ino == scratch.stat().st_ino
+            on_disk.append(scratch.read_bytes())
+
+        def replaced(source, target):
+            assert on_disk == [source.read_bytes()]
+            replace(source, target)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replaced)
+        files.write_json(tmp_path / "a.json", {"x": 1})
+        assert json.loads(on_disk[0]) == {"x": 1}
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
 
 class TestWritable:
     def test_a_folder_that_can_be_made(self, tmp_path, monkeypatch):

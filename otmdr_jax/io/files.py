@@ -25,6 +25,9 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     try:
         with scratch.open("xb") as file:
             yield file
+            # Or a machine that loses power may keep the new name without its content.
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
         with contextlib.suppress(OSError):
