@@ -87,7 +87,8 @@ class BudgetOptions(TypedDict, total=False):
         """An Optax optimizer of log lambda. Its gradient is 1 - u, of which the step
         for :math:`\\log \\mu` is the share (p - 1) / p. None for
         `optax.chain(optax.clip(1.0), optax.sgd(0.1))`: a gradient of 1 changes
-        d by a tenth, whatever p. `optax.set_to_zero()` keeps lambda (Eq. 4).""",
+        d by a tenth, whatever p. `optax.set_to_zero()` keeps mu, and so lambda, unless
+        rho is a schedule (Eq. 4).""",
     ]
 
 
@@ -300,10 +301,9 @@ class Budget:
 
     def init(self, rho: jax.typing.ArrayLike) -> DualState:
         """The state before the first step."""
-        log_slope, started = jnp.zeros(()), self.lambda_init is not None
-        if self.lambda_init is not None:
-            log_slope = math.log(self.lambda_init) + self._log_unit(rho)
-        elif self.max_ratio <= 1:  # the objective grows with lambda
+        log_slope, started = jnp.zeros(()), False
+        if self.lambda_init is None and self.max_ratio <= 1:
+            # The objective grows with lambda.
             log_slope, started = jnp.asarray(-_LOG_RANGE), True
         log_slope = _bounded(log_slope)
         zero, one, none = (jnp.full((), x, jnp.float32) for x in (0, 1, jnp.inf))
@@ -311,7 +311,7 @@ class Budget:
             log_slope,
             jnp.asarray(started),
             self.lambda_optimizer.init(log_slope),
-            self._multiplier(log_slope, rho),
+            self._multiplier(log_slope, rho, jnp.asarray(started)),
             zero,
             one,
             none,
@@ -332,7 +332,7 @@ class Budget:
             the hook of :func:`otmdr_jax.core.gradient.build`, to a gradient and its
             diagnostics.
         """
-        moved = self._moved(state)
+        moved = self._moved(state, rho)
 
         def climb(step, first=None):
             found = self.climb(step, moved, first)
@@ -348,7 +348,8 @@ class Budget:
         log_slope = jnp.where(moved.started, moved.log_slope, _log(slope))
         rest = jnp.exp(log_slope) * rho / self.power * (1 - used)
         seen = (
-            self._multiplier(log_slope, rho), slope, used, result.value + rest
+            self._multiplier(log_slope, rho, moved.started), slope, used,
+            result.value + rest,
         )  # fmt: skip
         new = DualState(*moved[:3], *(x.astype(jnp.float32) for x in seen))
         finite = tree.all_finite((info, new))
@@ -380,7 +381,7 @@ class Budget:
         alone = step._replace(radii=reach)
         return particle(alone, (None, None), [step.batch], first)
 
-    def _moved(self, state):
+    def _moved(self, state, rho):
         """The state with another mu, by what it holds of the step before."""
         violation = jnp.where(state.started, 1 - state.budget_used, 0.0)
         step, opt_state = self.lambda_optimizer.update(
@@ -389,12 +390,14 @@ class Budget:
         step = jnp.where(jnp.isnan(step), 0.0, step)  # an infinite rate times 0
         # In units in which the budget that is used reacts alike, whatever the power.
         share = (self.power - 1) / self.power if self.power > 1 else 1.0
-        log_slope = jnp.where(
-            state.started,
-            _bounded(state.log_slope + share * step),
-            _log(state.slope),
-        )
-        started = state.started | (state.slope > 0)
+        first, begins = _log(state.slope), state.slope > 0
+        if self.lambda_init is not None:
+            # At a radius of 0 no mu has that lambda.
+            first = _bounded(math.log(self.lambda_init) + self._log_unit(rho))
+            begins = jnp.asarray(rho) > 0
+        later = _bounded(state.log_slope + share * step)
+        log_slope = jnp.where(state.started, later, first)
+        started = state.started | begins
         return state._replace(log_slope=log_slope, started=started, opt_state=opt_state)
 
     def _ratio(self, state, slope):
@@ -413,8 +416,11 @@ class Budget:
             return 0.0
         return math.log(self.power) + (self.power - 1) * jnp.log(jnp.asarray(rho))
 
-    def _multiplier(self, log_slope, rho):
-        return jnp.exp(_bounded(log_slope - self._log_unit(rho)))
+    def _multiplier(self, log_slope, rho, started):
+        found = jnp.exp(_bounded(log_slope - self._log_unit(rho)))
+        if self.lambda_init is None:
+            return found
+        return jnp.where(started, found, jnp.float32(self.lambda_init))
 
 
 def share(states: DualState, finite: jax.Array, axis_name: Any = None) -> DualState:

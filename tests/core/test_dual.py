@@ -139,6 +139,20 @@ def test_a_schedule_of_the_radius_is_followed_at_once():
     assert_allclose(seen, [0.5, 0.4, 0.3, 0.2, 0.1, 0.1], rtol=1e-5)
 
 
+def test_a_lambda_to_start_from_waits_for_a_radius():
+    """G = 5 and lambda = 25: a distance of 1/10, once there is a radius."""
+    tx = otmdr_jax.dual(
+        linear, optax.linear_schedule(0.0, 0.1, 10), lambda_init=25.0, max_ratio=1e4
+    )
+    w, state, seen = jnp.zeros(2), tx.init(jnp.zeros(2)), []
+    assert state.memory.multiplier == 25
+    for _ in range(200):
+        _, state = tx.update(w, state, w, batch=jnp.ones(1))
+        seen.append((state.diagnostics.distances[0], state.memory.multiplier))
+    assert_allclose(seen[:2], [(0, 25), (0.1, 25)], rtol=1e-5)
+    assert_allclose(seen[-1], (0.1, 25), rtol=0.01)
+
+
 def test_the_scale_of_the_loss_plays_no_part():
     params, data = toy.regression_problem()
     for scale in (1e-15, 1e12):
