@@ -12,12 +12,11 @@ of their probabilities, :func:`log_mean_probs`.
     joint.py        all members as one model: the joint variant
 """
 
-from otmdr_jax.core.tree import stack
 from otmdr_jax.ensemble.dual import dual, dual_gradient
 from otmdr_jax.ensemble.gradient import robust_gradient, value_and_grad
 from otmdr_jax.ensemble.joint import joint_loss, log_mean_probs
 from otmdr_jax.ensemble.optimizers import per_member
-from otmdr_jax.ensemble.stacking import count_members, is_tuple, member_keys
+from otmdr_jax.ensemble.stacking import count_members, is_tuple, member_keys, stack
 
 __all__ = [
     "count_members",

@@ -79,7 +79,10 @@ def dual(
         has_aux=options.get("has_aux", False),
         aux_init=aux_init,
         start=lambda members: made.init(),
-        members=count_members,
+        members=lambda members: (
+            # Of `optax.tree.map_params`, which gives a placeholder: one.
+            count_members(members) if optax.tree.size(members) else 1
+        ),
     )
 
 

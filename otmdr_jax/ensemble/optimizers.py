@@ -51,6 +51,8 @@ def per_member(
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
+        if not jax.tree.leaves(params):  # of `optax.tree.map_params`: a placeholder
+            return inner.init(params)
         count = count_members(params)
         if is_tuple(params):
             return tuple(_own_keys(inner.init(p), i) for i, p in enumerate(params))

@@ -1,15 +1,36 @@
 """Members side by side: stacked on a leading axis, or a tuple; a key for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from otmdr_jax.core import collectives
+from otmdr_jax.core import collectives, tree
 from otmdr_jax.core.keys import typed_keys
 
 PyTree = Any
+
+
+def stack(models: Sequence[PyTree]) -> PyTree:
+    """Members of one architecture: equal pytrees along a new leading axis.
+
+    Raises:
+      TypeError: A model is a tuple, which would be taken for models that differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from otmdr_jax import ensemble
+      >>> ensemble.stack([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
+      (2, 3)
+    """
+    if any(map(is_tuple, models)):
+        raise TypeError(
+            "the parameters of a model must not be a tuple, since an ensemble takes a "
+            "tuple for models that differ, one in each place: use a list, a dict or a "
+            "NamedTuple."
+        )
+    return tree.stack(models)
 
 
 def count_members(members: PyTree) -> int:
@@ -107,7 +128,7 @@ def check_all(members: PyTree, per_member: tuple, functions: int) -> int:
                     "name."
                 )
             continue
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(values)]
+        shapes = [tree.shape(leaf) for leaf in jax.tree.leaves(values)]
         if any(shape[:1] != (count,) for shape in shapes):
             raise ValueError(
                 f"an argument must have a leading axis of {count}, one for each "

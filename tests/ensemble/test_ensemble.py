@@ -310,6 +310,36 @@ class TestJoint:
         np.testing.assert_allclose(jnp.sum(jnp.exp(got), axis=1), 1.0, rtol=1e-5)
 
 
+def test_parameters_that_are_a_tuple_are_not_stacked():
+    """They would be taken for members: the first layers of both models for one."""
+    one = jnp.ones((3, 3)), jnp.zeros((3, 3))
+    with pytest.raises(TypeError, match="must not be a tuple.*use a list"):
+        ensemble.stack([one, one])
+    members = ensemble.stack([list(one), list(one)])
+    assert ensemble.count_members(members) == 2
+    assert [x.shape for x in members] == [(2, 3, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ensemble.per_member(optax.adam(0.1)),
+        lambda: optax.chain(
+            ensemble.dual(toy.regression, 0.1), ensemble.per_member(optax.adam(0.1))
+        ),
+    ],
+)
+def test_optax_finds_what_has_the_shape_of_members_in_a_state(make):
+    stacked, _, _ = five()
+    tx = make()
+    state = tx.init(stacked)
+    found = optax.tree.map_params(
+        tx, lambda x: "mine", state, transform_non_params=lambda x: None
+    )
+    kept = jax.tree.leaves(found)
+    assert kept == ["mine"] * 2 * len(jax.tree.leaves(stacked))
+
+
 class TestPerMember:
     @pytest.mark.parametrize(
         "make",
