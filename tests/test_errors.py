@@ -79,6 +79,11 @@ CALLS = [
         ValueError,
         "mask must have the structure of the parameters",
     ),
+    (
+        dict(mask={"w": False, "b": False}, split="ordered"),
+        ValueError,
+        "mask is False for all parameters",
+    ),
     (dict(mask={"w": 1.0, "b": True}, split="ordered"), TypeError, "hold one bool"),
     (
         dict(mask={"w": np.ones(3, bool), "b": True}, split="ordered"),

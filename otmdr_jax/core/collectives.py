@@ -13,10 +13,11 @@ Axes = tuple[Any, ...]
 
 
 def axes_of(*names: Any) -> Axes:
-    """One flat tuple of axis names; None is no axis, a tuple of names is several."""
+    """One flat tuple of axis names; None is no axis, a tuple or list is several."""
     flat: Axes = ()
     for name in names:
-        flat += name if isinstance(name, tuple) else () if name is None else (name,)
+        several = isinstance(name, (tuple, list))
+        flat += tuple(name) if several else () if name is None else (name,)
     return flat
 
 
@@ -81,6 +82,11 @@ def vary(values: PyTree, axes: Axes) -> PyTree:
     return jax.tree.map(lambda x: _mark(x, [a for a in axes if _is_same(x, a)]), values)
 
 
+def varying(x: Any) -> frozenset:
+    """The device axes along which an array may differ, where shard_map keeps track."""
+    return frozenset(jax.typeof(x).mat.varying)
+
+
 def scan(
     step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], start: PyTree, xs: PyTree
 ) -> tuple[PyTree, PyTree]:
@@ -88,7 +94,7 @@ def scan(
 
     def widened(x, end):
         kind = end.manual_axis_type
-        return _mark(x, kind.varying - _varying(x)) if kind else x
+        return _mark(x, kind.varying - varying(x)) if kind else x
 
     while jax.sharding.get_abstract_mesh().manual_axes:
         first = jax.tree.map(lambda x: x[0], xs)
@@ -108,12 +114,12 @@ def barrier(first: PyTree, then: PyTree) -> PyTree:
     """
     leaves, treedef = jax.tree.flatten(then)
     before = jax.tree.leaves(first)
-    kinds = [_varying(x) if isinstance(x, jax.Array) else None for x in leaves]
+    kinds = [varying(x) if isinstance(x, jax.Array) else None for x in leaves]
     for kind in dict.fromkeys(kinds):  # a set would have another order in each process
         if kind is None:
             continue
         own = [i for i, k in enumerate(kinds) if k == kind]
-        waited = [x for x in before if _varying(x) <= kind]
+        waited = [x for x in before if varying(x) <= kind]
         _, kept = jax.lax.optimization_barrier((waited, [leaves[i] for i in own]))
         for i, x in zip(own, kept, strict=True):
             leaves[i] = x
@@ -122,10 +128,6 @@ def barrier(first: PyTree, then: PyTree) -> PyTree:
 
 def _types(values):
     return [jax.typeof(x) for x in jax.tree.leaves(values)]
-
-
-def _varying(x):
-    return jax.typeof(x).mat.varying
 
 
 def _mark(x, axes):

@@ -278,7 +278,7 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
         batch=batch,
         radii=radii,
         options=options,
-        mask=resolve_mask(options.mask, params),
+        mask=_mask_of(options, params),
         metric=metric_of(options),
         key=key,
         keys=keys,
@@ -287,6 +287,16 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
             w, part, *args, **kwargs, **own
         ),
     )
+
+
+def _mask_of(options, params):
+    mask = resolve_mask(options.mask, params)
+    if jax.tree.leaves(mask) and not any(jax.tree.leaves(mask)):
+        raise ValueError(
+            "mask is False for all parameters, so that nothing is perturbed: name the "
+            "leaves that may move, or take the plain gradient, rho=0."
+        )
+    return mask
 
 
 def suited(radii, options):
@@ -397,6 +407,23 @@ def _named(out):
     return f"a {type(out).__name__}"
 
 
+def _check_averaged(loss, params):
+    """Refuses a loss of each device's own, of parameters that are the same on all.
+
+    Of such parameters JAX sums the gradients over devices, of its own accord.
+    """
+    arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "dtype")]
+    own = collectives.varying(loss).difference(*map(collectives.varying, arrays))
+    if own:
+        names = ", ".join(map(repr, sorted(own)))
+        raise ValueError(
+            f"each device has a loss of its own along the mesh axis {names}, and the "
+            "same parameters: JAX would sum the gradients of all devices. Name the "
+            "axis for their mean, as value_and_grad(loss_fn, axis_name="
+            f"{min(own)!r}), or return a loss of all devices, as jax.lax.pmean gives."
+        )
+
+
 def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
     """`loss_fn` to (loss, aux) always, refusing what is no scalar loss."""
     if not callable(loss_fn):
@@ -426,6 +453,7 @@ def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
                 f"{loss.shape} and dtype {loss.dtype}: average over the batch with "
                 "jnp.mean."
             )
+        _check_averaged(loss, params)
         return loss, aux
 
     return of

@@ -41,7 +41,7 @@ def shard_map_step(
       metrics_spec: The division of the metrics; None for that of the state.
       donate: True to reuse the state's memory for the new state.
       check_vma: True to let JAX prove that what should be equal on all devices is
-        equal. It finds a gradient that was not averaged, at compile time.
+        equal. With it a gradient function finds that its `axis_name` is missing.
 
     Returns:
       A function (state, batch, *args) -> (state, metrics) on whole arrays: pass it the

@@ -133,20 +133,53 @@ class TestData:
         grads, _ = step(jnp.ones(2, jnp.float16), jnp.full((8, 2), 30_000.0))
         assert grads.dtype == jnp.float16 and grads.tolist() == [30_000, 30_000]
 
-    def test_a_forgotten_axis_name_is_said(self):
-        """JAX's own advice is to leave the check out."""
-        grad_fn = otmdr_jax.value_and_grad(toy.regression, RHO)
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda loss: otmdr_jax.robust_gradient(loss, RHO),
+            lambda loss: otmdr_jax.robust_gradient(loss, RHO, num_subbatches=2),
+            lambda loss: otmdr_jax.robust_gradient(loss, 0.1, split="shared"),
+        ],
+    )
+    def test_a_forgotten_axis_name_is_said(self, make):
+        """JAX sums such gradients over devices, and proves that they are equal."""
+        gradient = make(toy.regression)
         params, data = toy.regression_problem()
 
         def step(params, batch):
-            value, grads = grad_fn(params, batch, key=jax.random.key(0))
-            return grads, value
+            found = gradient(params, batch, key=jax.random.key(0))
+            return found.grads, jax.lax.pmean(found.value, "data")
+
+        step = parallel.shard_map_step(step, parallel.make_mesh("data=2"))
+        with pytest.raises(ValueError, match=r"axis 'data'.*axis_name='data'"):
+            step(params, data)
+
+    def test_a_value_that_differs_between_devices_is_said(self):
+        """JAX's own advice is to leave the check out."""
+        params, data = toy.regression_problem()
+
+        def step(params, batch):
+            return params, toy.regression(params, batch)
 
         step = parallel.shard_map_step(step, parallel.make_mesh("data=2"))
         with pytest.raises(ValueError, match="check_vma") as caught:
             step(params, data)
         notes = " ".join(caught.value.__notes__)
         assert "is axis_name missing in the gradient" in notes
+
+    def test_axis_names_may_be_a_list(self):
+        params, data = toy.regression_problem()
+        grad_fn = otmdr_jax.value_and_grad(
+            toy.regression, 0.1, split="shared", axis_name=["data", "member"]
+        )
+        step = parallel.shard_map_step(
+            lambda params, batch: grad_fn(params, batch)[::-1],
+            parallel.make_mesh("data=2,member=2"),
+            batch_spec=P(("data", "member")),
+            donate=False,
+        )
+        want = otmdr_jax.value_and_grad(toy.regression, 0.1, split="shared")
+        assert_close(step(params, data), want(params, data)[::-1], 1e-5, 1e-6)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("devices", [4])
