@@ -66,7 +66,7 @@ def check_examples(batch: PyTree) -> None:
 
     The nodes and edges of graphs have axes of their own, and some losses take no batch.
     """
-    if {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)} == {(0,)}:
+    if {tree.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)} == {(0,)}:
         batch_size(batch)  # raises
 
 

@@ -69,7 +69,7 @@ def average(
         mean, stacked = of(xs)
         return mean, jax.tree.map(lambda x: jnp.asarray(x)[None], stacked)
 
-    how = fastest(how, of, (_take(xs, 0),), count)
+    how = fastest(how, lambda xs: of(_take(xs, 0)), (xs,), count)
     if how == "vmap":
         mean, stacked = jax.vmap(of)(xs)
         return jax.tree.map(_mean_of_stacked, mean), stacked
@@ -142,7 +142,7 @@ def each(
     if spread or (how == "auto" and several and may_be_spread):
         how = "vmap"
     elif how == "auto":
-        how = fastest(how, together, (_take(columns, 0),), count)
+        how = fastest(how, lambda xs: together(_take(xs, 0)), (columns,), count)
     if how == "unroll":
         rows = [_take(columns, i) for i in range(count)]
         return tree.stack(unrolled([functions] * count, rows))
@@ -193,6 +193,8 @@ def after(floats: PyTree, xs: PyTree) -> PyTree:
     zero = jnp.nan_to_num(seen * 0).astype(jnp.uint32)
 
     def wait(x):
+        if not hasattr(x, "dtype"):  # a flag, a name
+            return x
         x = jnp.asarray(x)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             data = jax.random.key_data(x) + zero
@@ -237,7 +239,7 @@ def _unroll(function, xs, count, common):
         # Or what is made of `common` in one evaluation is kept for the next ones.
         own = common
         if common is not _NOTHING:
-            x, own = collectives.barrier((), (x, common))
+            own = collectives.barrier(jax.tree.map(_data, x), common)
         more, stacked = function(x, own)
         more, _ = tree.partition(more, tree.is_floating)
         total = jax.tree.map(jnp.add, total, more)
@@ -248,7 +250,7 @@ def _unroll(function, xs, count, common):
 
 
 def _scan(function, xs, count, waiting):
-    shapes, _ = jax.eval_shape(function, _take(xs, 0))
+    shapes, _ = jax.eval_shape(lambda xs: function(_take(xs, 0)), xs)
     shapes, _ = tree.partition(shapes, tree.is_floating)
     zeros = _widen(jax.tree.map(shards.zeros, shapes))
 
@@ -269,6 +271,11 @@ def _scan(function, xs, count, waiting):
 
 def _mean_of_stacked(x):
     return jnp.mean(x, axis=0).astype(x.dtype) if tree.is_floating(x) else x[0]
+
+
+def _data(x):
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if is_key else x
 
 
 def _take(xs, index):

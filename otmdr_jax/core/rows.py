@@ -95,7 +95,7 @@ def only_in_batch(loss: Callable[..., Any], size: int) -> Callable[..., Any]:
 
 def _check_beside(loss, size, params, batch, args, kwargs):
     beside = jax.tree.leaves((args, kwargs))
-    beside = [x for x in beside if jnp.shape(x)[:1] == (size,)]
+    beside = [x for x in beside if tree.shape(x)[:1] == (size,)]
     labels = [x for x in beside if _is_integer(x)]
     error = None
     if beside and not labels:
@@ -117,14 +117,14 @@ def _check_beside(loss, size, params, batch, args, kwargs):
 
 def _follows(loss, aux, joined, params, batch, args, kwargs):
     """Which leaves of aux follow the batch."""
-    sizes = {jnp.shape(x)[:1] for x in jax.tree.leaves(batch)}
+    sizes = {tree.shape(x)[:1] for x in jax.tree.leaves(batch)}
     other = aux
     try:
-        if any(jnp.ndim(x) for x in jax.tree.leaves(aux)):
+        if any(map(tree.shape, jax.tree.leaves(aux))):
             _, other = _of_larger(2, loss, params, batch, args, kwargs)
     except Exception as error:
         # Nothing to say of a loss that takes one size, unless it matters.
-        if any(jnp.ndim(x) and jnp.shape(x)[:1] in sizes for x in jax.tree.leaves(aux)):
+        if any(tree.shape(x)[:1] in sizes - {()} for x in jax.tree.leaves(aux)):
             raise ValueError(
                 "a leaf of aux has as many rows as the batch. Whether it has one for "
                 "each example cannot be told, since the loss fails for a batch of "
@@ -133,7 +133,7 @@ def _follows(loss, aux, joined, params, batch, args, kwargs):
             ) from error
 
     def follows(path, x, y):
-        shape, of_twice = jnp.shape(x), jnp.shape(y)
+        shape, of_twice = tree.shape(x), tree.shape(y)
         first = shape[:1] in sizes and of_twice == (2 * shape[0], *shape[1:])
         if joined and shape != of_twice and not first:
             raise ValueError(
@@ -151,9 +151,9 @@ def repeated(batch: PyTree, times: int) -> PyTree:
     """A batch of a multiple of the size, to trace what follows its examples."""
 
     def of(x):
-        x = jnp.asarray(x)
-        if not x.ndim:
+        if not tree.shape(x):
             return x
+        x = jnp.asarray(x)
         return shards.take(x, jnp.arange(times * x.shape[0]) % x.shape[0])
 
     return jax.tree.map(of, batch)

@@ -227,6 +227,11 @@ def weighted_mean(
     return jax.tree.map(mean, first, second)
 
 
+def shape(leaf: Any) -> tuple[int, ...]:
+    """Its shape; () of a number, and of what is no array, as a function or a name."""
+    return getattr(leaf, "shape", ())
+
+
 def stack(trees: Sequence[PyTree]) -> PyTree:
     """Stacks equal pytrees along a new leading axis.
 

@@ -692,6 +692,58 @@ def test_labels_beside_the_batch_are_refused_where_it_is_cut(options, key):
             fn(params, data["x"], y=y, key=key)
 
 
+@pytest.mark.parametrize("options", CUTS)
+def test_functions_and_words_may_stand_beside_it(options, key):
+    """As Flax's `apply_fn` does."""
+    params, data = toy.regression_problem()
+
+    class Config:
+        def __len__(self):
+            return 12
+
+    def loss(params, batch, function, config, mode="x"):
+        assert (config, mode) == (given, "train")
+        return function(toy.regression(params, batch))
+
+    given = Config()
+    fn = otmdr_jax.value_and_grad(loss, **options)
+    same = otmdr_jax.value_and_grad(
+        lambda params, batch: jnp.sin(toy.regression(params, batch)), **options
+    )
+    got = fn(params, data, jnp.sin, given, mode="train", key=key)
+    close(got, same(params, data, key=key))
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan", "unroll"])
+def test_a_flag_in_the_batch_of_members(how):
+    params, data = toy.regression_problem()
+    members = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+
+    def loss(params, batch):
+        assert batch["kind"] == "mine" and batch["train"] is True
+        return toy.regression(params, batch["data"])
+
+    batch = {"data": data, "train": True, "kind": "mine"}
+    got = ensemble.value_and_grad(loss, 0.1, split="shared", member_map=how)
+    want = ensemble.value_and_grad(toy.regression, 0.1, split="shared")
+    close(got(members, batch), want(members, data))
+
+
+@pytest.mark.parametrize("how", ["vmap", "scan", "unroll"])
+def test_jax_sees_no_key_used_twice(how, key):
+    """Its checker is strict: also a slice that only a trace looked at counts."""
+    params, data = toy.regression_problem()
+    options = dict(noise_std=0.1, particle_map=how, num_particles=3)
+    members = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    with jax.debug_key_reuse(True):
+        jax.jit(otmdr_jax.value_and_grad(toy.regression, **options))(
+            params, data, key=jax.random.clone(key)
+        )
+        jax.jit(ensemble.value_and_grad(toy.regression, member_map=how, **options))(
+            members, data, key=jax.random.clone(key)
+        )
+
+
 def test_labels_beside_the_batch_serve_where_nothing_is_cut():
     params, data = toy.regression_problem()
     got = otmdr_jax.value_and_grad(of_two, split="shared")(params, data["x"], data["y"])
