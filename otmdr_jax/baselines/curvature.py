@@ -115,7 +115,7 @@ def features(
     ones = jnp.eye(size, groups * classes, dtype=kernel.dtype)
     tangents = ones.reshape(size, groups, classes).swapaxes(0, 1)  # (groups, D, C)
     found = jax.vmap(along, out_axes=1)(tangents)  # (B, groups, C)
-    found = found.reshape(len(logits), -1)[:, :size]
+    found = found.reshape(logits.shape[0], -1)[:, :size]
     if bias is not None:
         found = jnp.concatenate([found, jnp.ones_like(found[:, :1])], axis=1)
     return logits, found

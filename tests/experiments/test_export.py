@@ -44,6 +44,11 @@ def members(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def laplace(small, tmp_path_factory):
+    return opened(TINY.replace(method="laplace"), small, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
 def posterior(small, tmp_path_factory):
     config = TINY.replace(method="sgvb", optimizer="adam", num_samples=3)
     return opened(config, small, tmp_path_factory)
@@ -124,7 +129,7 @@ np.savez(sys.argv[3], **{str(n): program.call(images[:n]) for n in (1, 7, 20)})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["run", "members", "posterior"])
+@pytest.mark.parametrize("which", ["run", "members", "posterior", "laplace"])
 def test_a_program_predicts_without_this_library(which, request, small, tmp_path):
     run = request.getfixturevalue(which)
     export.export(run, tmp_path / "program.stablehlo")
