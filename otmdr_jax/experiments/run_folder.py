@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,10 @@ def claimed(path: str | os.PathLike) -> Iterator[None]:
         yield
 
 
+# Events that wait for TensorBoard's thread: more than one record has.
+_QUEUE = 10_000
+
+
 class RunFolder:
     """A run's folder, open for writing. Use :func:`create` or :func:`reopen`."""
 
@@ -96,8 +101,16 @@ class RunFolder:
                 f"{self.path / 'metrics.jsonl'} was removed, or replaced, while the "
                 "run was writing it: the run stops, since it could not be resumed."
             )
-        self._lines.write(files.dumps(record) + "\n")
-        self._lines.flush()
+        with files.naming(self.path / "metrics.jsonl"):
+            self._lines.write(files.dumps(record) + "\n")
+            self._lines.flush()
+        if self._board is not None and not _writes(self._board):
+            self._board = None
+            warnings.warn(
+                f"TensorBoard's file cannot be written into {self.path}: it is left "
+                "out from here. metrics.jsonl has the same numbers.",
+                stacklevel=2,
+            )
         if self._board is not None:
             for name, value in _scalars(record).items():
                 tag = f"{record['split']}/{name}"
@@ -106,7 +119,7 @@ class RunFolder:
     def close(self) -> None:
         """Closes the logs."""
         self._lines.close()
-        if self._board is not None:
+        if self._board is not None and _writes(self._board):
             self._board.close()
 
 
@@ -460,7 +473,21 @@ def _tensorboard(path, step):
     except ImportError:  # metrics.jsonl holds the same
         return None
     # purge_step hides what a resumed run will log again.
-    return writer(str(path), purge_step=step + 1 if step else None)
+    purge = step + 1 if step else None
+    return writer(str(path), purge_step=purge, max_queue=_QUEUE)
+
+
+def _writes(board):
+    """Whether the thread that writes a TensorBoard file still does.
+
+    It ends where the disk is full. Who puts an event into its full queue, or leaves the
+    process before the queue is empty, would then wait for ever.
+    """
+    writer = board.file_writer.event_writer
+    if writer._worker is None or writer._worker.is_alive():
+        return True
+    writer._event_queue.cancel_join_thread()
+    return False
 
 
 def _tensorboardx():

@@ -14,6 +14,17 @@ import numpy as np
 
 
 @contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Names a file in the error of a disk that is full, which names none itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """Opens a file that takes the place of `path` when it has been written whole.
 
@@ -23,7 +34,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """
     scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with scratch.open("xb") as file:
+        with naming(path), scratch.open("xb") as file:
             yield file
             # Or a machine that loses power may keep the new name without its content.
             file.flush()
