@@ -28,8 +28,8 @@ _SPLITS = {
     "validation": "validation",
 }
 _SUFFIXES = {
-    ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff",
-    ".webp",
+    ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
 }  # fmt: skip
 # What other programs leave in folders.
 _OF_SYSTEMS = {"__MACOSX", "Thumbs.db", "desktop.ini"}
@@ -142,13 +142,7 @@ def from_folder(
         listed = list(_images(root, folder, skipped))
         files[split] = Files(str(root), tuple(name for name, _ in listed))
         labels[split] = np.array([number[own] for _, own in listed], np.int32)
-    if skipped:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common(5))
-        warnings.warn(
-            f"{str(root)!r} also holds files that are no images, which are not used: "
-            f"{kinds}.",
-            stacklevel=2,
-        )
+    _warn_of(skipped, root)
     identity = {
         "name": root.name[:64],
         "version": "as-is" if shape is None else f"{shape[0]}x{shape[1]}",
@@ -201,13 +195,12 @@ def images_below(
     Raises:
       ValueError: There are none, some cannot be read, or they have colours and C is 1.
     """
-    root = pathlib.Path(path)
-    names = tuple(
-        file.relative_to(root).as_posix() for file in _walk(root) if _is_image(file)
-    )
+    root, skipped = pathlib.Path(path), Counter[str]()
+    names = tuple(_images_of(root, root, skipped))
     if not names:
         kinds = ", ".join(sorted(_SUFFIXES))
         raise ValueError(f"{str(root)!r} must hold images, and has none ({kinds}).")
+    _warn_of(skipped, root)
     encoded = {"images": Files(str(root), names)}
     found: Any = read_splits(encoded, shape[:2], root.name, in_memory=False)["images"]
     if found.shape[-1] > shape[-1]:
@@ -312,11 +305,27 @@ def _images(
 ) -> Iterator[tuple[str, str]]:
     """(path below the root, class) of each image of a split, in order."""
     for own in _folders(folder):
-        for file in _walk(own):
-            if _is_image(file):
-                yield file.relative_to(root).as_posix(), own.name
-            else:
-                skipped[file.suffix.lower() or file.name] += 1
+        for name in _images_of(root, own, skipped):
+            yield name, own.name
+
+
+def _images_of(root, folder, skipped):
+    """Paths below the root of images at any depth; counts what is none by its kind."""
+    for file in _walk(folder):
+        if _is_image(file):
+            yield file.relative_to(root).as_posix()
+        else:
+            skipped[file.suffix.lower() or file.name] += 1
+
+
+def _warn_of(skipped, root):
+    if skipped:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in skipped.most_common(5))
+        warnings.warn(
+            f"{str(root)!r} also holds files that are no images, which are not used: "
+            f"{kinds}.",
+            stacklevel=3,
+        )
 
 
 def _fingerprint(files: dict[str, Files]) -> str:

@@ -518,6 +518,9 @@ def test_what_does_not_fit_is_named(source, ten, five, tmp_path):
     (tmp_path / "weights.txt").write_text("")
     refused("of another kind", error=FileNotFoundError,
             init_from=tmp_path / "weights.txt")  # fmt: skip
+    for name in ("torn.npz", "torn.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04half of it")
+        refused(f"{name}' cannot be read as arrays", init_from=tmp_path / name)
 
 
 def test_a_head_may_be_missing_where_it_is_drawn_anew(source, ten, tmp_path):

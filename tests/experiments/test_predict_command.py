@@ -1,6 +1,7 @@
 """`otmdr predict` and `otmdr export`, as they are called."""
 
 import csv
+import warnings
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_arrays_of_predictions(folder, images, tmp_path, capsys):
         assert found["image"].tolist() == ["0", "1", "2", "3"]
 
 
-def test_a_folder_of_images(folder, images, tmp_path, monkeypatch):
+def test_a_folder_of_images(folder, images, tmp_path, monkeypatch, capsys):
     Image = pytest.importorskip("PIL.Image")
     monkeypatch.chdir(tmp_path)
     (inside := tmp_path / "photos" / "deep").mkdir(parents=True)
@@ -113,7 +114,10 @@ def test_a_folder_of_images(folder, images, tmp_path, monkeypatch):
     # Resized as a folder for training is: a large one of one colour keeps it.
     gray = Image.new("L", (40, 30), 77)
     gray.save(tmp_path / "photos" / "z.png")
-    cli.main(["predict", str(folder), "photos", "--quiet"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        cli.main(["predict", str(folder), "photos", "--quiet"])
+    assert "also holds files that are no images, which" in capsys.readouterr().err
     rows = rows_of(tmp_path / "predictions.csv")
     assert [row["image"] for row in rows] == ["b.png", "c.png", "deep/a.png", "z.png"]
     whole = np.stack([images[0], images[2], images[1], np.full((8, 8, 3), 77)])

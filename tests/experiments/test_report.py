@@ -769,6 +769,8 @@ def test_an_unfinished_run_is_no_seed_of_the_finished_ones():
         # The options hold a number of epochs, which steps take the place of.
         ({"epochs": 40, "steps": 9}, "epochs is 2 in SAM; left to steps in SGD. steps"),
         ({"label_noise": 0.2}, "label_noise is - in SAM; 0.2 in SGD"),
+        ({"optimizer": "adam"}, 'optimizer is - in SAM; "adam" in SGD'),
+        ({"member_data": "own"}, 'member_data is - in SAM; "own" in SGD'),
         ({"validation": 0.1}, "validation is - in SAM; 0.1 in SGD"),
         ({"rho": [0.1], "log_every": 3, "seed": 4}, None),
     ],

@@ -202,9 +202,11 @@ def test_what_belongs_side_by_side():
         ("e", one("hessian")), ("f", one("hessian", seed=1)), ("g", one("runs")),
         ("h", one("runs")), ("i", one(losses=[1.0, 2.0])),
     ]  # fmt: skip
+    other = {**one(), "settings": {"data": "of noisy labels"}}
+    pairs.insert(2, ("n", other))
     groups = comparable(pairs)
     names = ["".join(label for label, _ in group) for group in groups]
-    assert names == ["ab", "c", "d", "ef", "g", "h", "i"]
+    assert names == ["ab", "n", "c", "d", "ef", "g", "h", "i"]
 
 
 def test_a_report_shows_the_landscapes_of_its_runs(tmp_path):

@@ -1,5 +1,6 @@
 """Run folders in the hands of others: two processes, full disks, missing files."""
 
+import contextlib
 import errno
 import json
 import os
@@ -177,6 +178,56 @@ def test_a_full_disk_is_one_line_that_names_the_last_whole_checkpoint(
             saved.__exit__(None, None, None)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_goes_on_without_tensorboard(run, monkeypatch):
+    """Its thread ends where a disk is full, and nobody empties its queue then."""
+    folder = run_folder.RunFolder(run, step=2)
+    writer = folder._board.file_writer.event_writer
+
+    def full(event):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer._ev_writer, "write_event", full)
+    records = [{"step": i, "split": "train", "loss": 1.0} for i in range(40)]
+    folder.log(records[0])
+    writer._worker.join(10)
+    with pytest.warns(UserWarning, match="TensorBoard's file cannot be written"):
+        folder.log(records[1])
+    for record in records[2:]:  # four times what its queue holds by default
+        folder.log(record)
+    folder.close()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines[-40:]] == records
+
+
+def test_a_full_disk_names_the_file(run, monkeypatch):
+    folder = run_folder.RunFolder(run)
+    folder._lines.close()
+    folder._lines = open("/dev/full", "a")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        folder.log({"step": 1, "split": "train", "loss": 1.0})
+    with contextlib.suppress(OSError):
+        folder._lines.close()
+
+
+def test_a_finished_run_keeps_its_result(run, mine):
+    """It may have been made elsewhere, and its times are of that machine."""
+    result = json.loads((run / "result.json").read_text())
+    result |= {"device": "H200 x 8", "jax": "0.9.0"}
+    (run / "result.json").write_text(json.dumps(result))
+    found = training.train(TINY, mine, run, resume=True, show_progress=False)
+    assert json.loads((run / "result.json").read_text()) == found.metrics == result
+
+
+def test_torn_predictions_are_named(run, capsys):
+    path = run / "predictions.npz"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["calibrate", str(run)])
+    assert ended.value.code == 2
+    assert "predictions.npz cannot be read" in capsys.readouterr().err
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_anew(run, mine):
     shutil.rmtree(run / "checkpoints")
     before = {path.name: path.read_bytes() for path in run.glob("*.*")}
@@ -246,6 +297,19 @@ class TestReports:
         assert (page / "report.md").read_text() == before
         assert self.compare(finished, run, "--output", page) == 0  # it shows both
         assert self.compare(run, "--output", page, "--overwrite") == 0
+
+    def test_runs_of_one_name_are_told_apart(self, run, tmp_path, capsys):
+        other = shutil.copytree(run, tmp_path / "other" / "run")
+        page = tmp_path / "page"
+        assert self.compare(run, "--output", page) == 0
+        assert self.compare(other, "--output", page) == 0  # a copy, or moved
+        with np.load(other / "predictions.npz") as arrays:
+            found = {name: arrays[name].copy() for name in arrays.files}
+        found["log_probs"] = found["log_probs"][:, ::-1]
+        np.savez(other / "predictions.npz", **found)
+        assert self.compare(other, "--output", page) == 0  # it was trained anew there
+        assert self.compare(run, "--output", page) == 2
+        assert "shows other runs too (run)" in capsys.readouterr().err
 
     def test_a_short_one_does_not_take_the_place_of_a_whole_one(
         self, run, tmp_path, capsys

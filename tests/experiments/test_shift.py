@@ -819,7 +819,7 @@ def test_the_tables_have_accuracies_by_severity_and_means(capsys):
     record = record_of()
     record["corruptions"][1]["nll"] = None  # a diverged state's, in JSON
     record["sets"] = [
-        {"name": "cifar10_corrupted/jpeg_compression_4", "num_examples": 10,
+        {"name": "cifar10_corrupted/jpeg_compression_4:1.0.0", "num_examples": 10,
          "accuracy": 0.25, "nll": 2.0, "ece": 0.5},
         {"name": "mine.npz", "num_examples": 7, "accuracy": 0.5, "nll": 1.0,
          "ece": 0.25},

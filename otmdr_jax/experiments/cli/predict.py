@@ -24,7 +24,9 @@ class Predict:
     probability, that probability, the entropy in nats, for ensembles and posteriors the
     mutual information (how far members or samples disagree), and the probability of
     each class. Probabilities are those of the mean over members and samples,
-    calibrated if `otmdr calibrate` was run on the run.
+    calibrated if `otmdr calibrate` was run on the run, and the entropy is theirs. The
+    mutual information is of members and samples as they are, so that only with
+    --no-calibrated it is a part of the entropy.
 
     The run's data are not needed.
     """

@@ -54,9 +54,7 @@ _CONDITIONS = {
     "otmdr_jax": "otmdr_jax", "jax": "JAX", "optax": "Optax", "python": "Python",
 }  # fmt: skip
 # Options that labels name.
-_IN_LABELS = {
-    "members", "ensemble", "member_data", "dropout", "optimizer", "sampler", "tilt",
-}  # fmt: skip
+_IN_LABELS = {"members", "ensemble", "dropout", "sampler", "tilt"}
 
 
 def label_of(config: Mapping[str, Any]) -> str:

@@ -67,10 +67,10 @@ def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
       records: Pairs of a label and a record.
 
     Returns:
-      Lists of pairs. The records of a list share the kind, the number of axes and the
-      examples; for random directions also the seed. Landscapes of the kinds "runs" and
-      "trajectory" lie in planes of their own, so each forms its own list. Landscapes
-      without a finite loss are left out.
+      Lists of pairs. The records of a list share the kind, the number of axes, the data
+      and the examples; for random directions also the seed. Landscapes of the kinds
+      "runs" and "trajectory" lie in planes of their own, so each forms its own list.
+      Landscapes without a finite loss are left out.
     """
 
     def plane(i: int) -> Any:
@@ -78,7 +78,8 @@ def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
         alone = i if record["kind"] in ("runs", "trajectory") else None
         seed = record["seed"] if record["kind"] == "random" else None
         same = (record[name] for name in ("kind", "split", "num_examples"))
-        return alone, seed, len(record["axes"]), *same
+        data = record.get("settings", {}).get("data")  # older records have none
+        return alone, seed, len(record["axes"]), data, *same
 
     known = [i for i, (_, record) in enumerate(records) if is_finite(record)]
     return [[records[i] for i in group] for group in grouped(known, plane).values()]

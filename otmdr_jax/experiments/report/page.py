@@ -4,8 +4,11 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from otmdr_jax import __version__, metrics
 from otmdr_jax.experiments.report import document, drawing, significance, summary
@@ -190,8 +193,7 @@ def check_replaced(
     except (OSError, ValueError):
         return  # a report that was never whole
     new = [files.strict(_described(run)) for run in runs]
-    kept = [{x: one[x] for x in ("folder", "config")} for one in new]
-    lost = [x for x in shown if {k: x[k] for k in ("folder", "config")} not in kept]
+    lost = [x for x in shown if not any(_same_run(x, one) for one in new)]
     if lost:
         names = dict.fromkeys(str(x["folder"] or x["label"]) for x in lost)
         what = f"a report that shows other runs too ({', '.join(names)})"
@@ -206,7 +208,20 @@ def check_replaced(
 
 
 def _described(run: Run) -> dict[str, Any]:
-    return {**_name(run), "config": run.config}
+    marks: dict[str, int] = {}
+    if run.folder is not None:
+        # A checksum: absolute paths have no meaning on another machine.
+        marks["place"] = zlib.crc32(str(pathlib.Path(run.folder).resolve()).encode())
+    if run.log_probs is not None:
+        marks["predictions"] = zlib.crc32(np.ascontiguousarray(run.log_probs).tobytes())
+    return {**_name(run), "config": run.config, **marks}
+
+
+def _same_run(shown, new):
+    """Whether two runs of reports are one, which may have moved or gone on."""
+    alike = all(shown[name] == new[name] for name in ("folder", "config"))
+    marks = [x for x in ("place", "predictions") if x in shown and x in new]
+    return alike and (not marks or any(shown[x] == new[x] for x in marks))
 
 
 def _earlier(folder: pathlib.Path) -> dict[str, Any]:

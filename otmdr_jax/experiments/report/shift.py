@@ -127,7 +127,8 @@ def published_table(record: Record) -> Table:
     rows = []
     for row in record["sets"]:
         if row["name"].startswith(_PUBLISHED):
-            name, _, severity = row["name"].removeprefix(_PUBLISHED).rpartition("_")
+            own = row["name"].removeprefix(_PUBLISHED).partition(":")[0]  # no version
+            name, _, severity = own.rpartition("_")
             rows.append({**row, "name": name, "severity": int(severity)})
     return _by_severity(rows)
 

@@ -6,6 +6,7 @@ network, and no others: but for the classifier, `params/head/...`, which is draw
 where the number of classes differs.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -28,7 +29,7 @@ from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods import weights_of, with_weights
 from otmdr_jax.experiments.own import NOTHING, Own
 from otmdr_jax.experiments.programs import DataInfo, Programs, compile_programs
-from otmdr_jax.io import extras
+from otmdr_jax.io import extras, files
 from otmdr_jax.models.own import GIVEN
 from otmdr_jax.models.torchvision import classes_of
 
@@ -216,19 +217,37 @@ def _of_file(path: pathlib.Path) -> Arrays:
             + ("of another kind." if path.exists() else "where there is none.")
         )
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
+        # np.load of a path leaves the file open where it is torn.
+        with (
+            _reading(path),
+            path.open("rb") as raw,
+            np.load(raw, allow_pickle=False) as file,
+        ):
             names = [name for name in file.files if name != "metadata"]
             return {name: file[name] for name in names}
     if path.suffix == ".safetensors":
         try:
+            from safetensors import SafetensorError
             from safetensors.flax import load_file
         except ImportError as error:
             raise ImportError(
                 f"{path} is read by safetensors, which is not installed. "
                 + extras.command("train")
             ) from error
-        return load_file(path)
+        with _reading(path, SafetensorError):
+            return load_file(path)
     return _of_pytorch(path)
+
+
+@contextlib.contextmanager
+def _reading(path, *errors):
+    try:
+        yield
+    except (*files.UNREADABLE, *errors) as error:
+        raise ValueError(
+            f"init_from {str(path)!r} cannot be read as arrays ({error}): copy the "
+            "file again."
+        ) from error
 
 
 def _of_pytorch(path: pathlib.Path) -> Arrays:

@@ -64,7 +64,7 @@ class Loop:
         self.callbacks = callbacks
         self.windows = Windows()
         self.warm = False  # whether the step has been compiled in this process
-        self.step, self.signum = 0, 0
+        self.first, self.step, self.signum = 0, 0, 0
         self.meta: dict[str, Any] = {}
 
     def run(self, state: PyTree, meta: dict[str, Any], step: int = 0) -> Result:
@@ -92,7 +92,7 @@ class Loop:
     # --- It begins ---
 
     def _begin(self, meta, step):
-        self.step, self.saver = step, None
+        self.first, self.step, self.saver = step, step, None
         mesh = "one device"
         if self.programs.mesh is not None:
             mesh = ",".join(f"{a}={n}" for a, n in self.programs.mesh.shape.items())
@@ -303,9 +303,13 @@ class Loop:
         if folder is not None:
             if of_run.seen is not None:
                 run_folder.write_seen(folder, self.step, of_run.seen)
-            run_folder.write_result(
-                folder, result, found.log_probs, labels, found.member_log_probs
-            )
+            same = self.step == self.first and run_folder.is_finished(folder)
+            if same and (folder / "predictions.npz").exists():
+                result = run_folder.read_result(folder)  # it may be of another machine
+            else:
+                run_folder.write_result(
+                    folder, result, found.log_probs, labels, found.member_log_probs
+                )
         whole = Result(state, result, self.log.history, found.log_probs, labels, folder)
         for callback in self.callbacks:
             callback.on_end(whole)
