@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from otmdr_jax import data
 from otmdr_jax.experiments import cli, sweep, training
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.measure import cost
@@ -400,6 +401,35 @@ class TestRun:
         with pytest.raises(ValueError, match=r"other options:\n  steps: 4 -> 5"):
             sweep.run(changed.runs, root / "x.json")
         assert not (root / "x.json").exists()
+
+    @pytest.mark.slow
+    def test_data_may_move_with_it_and_must_stay_the_same(self, tmp_path, monkeypatch):
+        def mine(seed):
+            images = np.random.default_rng(seed).integers(0, 256, (40, 8, 8, 1))
+            pair = images.astype(np.uint8), np.arange(40) % 3
+            return data.from_arrays(pair, pair, name="mine")
+
+        def planned(root):
+            monkeypatch.chdir(root)
+            return sweep.plan(root / "sweep.toml", root / "out").runs
+
+        text = 'seeds = [0]\n[options]\ndata = "mine.npz"\nsteps = 2\nbatch_size = 20\n'
+        (tmp_path / "old").mkdir()
+        write(
+            tmp_path / "old", text + 'mesh = "data=1"\n[methods.SGD]\nmethod = "sgd"\n'
+        )
+        data.save(mine(0), tmp_path / "old" / "mine.npz")
+        sweep.run(planned(tmp_path / "old"), tmp_path / "a.json", show_progress=False)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "old").rename(tmp_path / "new")
+        runs = planned(tmp_path / "new")
+        monkeypatch.setattr(training, "train", None)
+        (row,) = sweep.run(runs, tmp_path / "b.json", show_progress=False)
+        assert row["status"] == "finished"
+        (tmp_path / "new" / "mine.npz").unlink()
+        data.save(mine(1), tmp_path / "new" / "mine.npz")
+        with pytest.raises(ValueError, match="was trained on mine.*data are now mine"):
+            sweep.check(runs)
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path):
         plan = sweep.plan(write(tmp_path), tmp_path / "out")

@@ -127,21 +127,41 @@ def check(planned: Iterable[Planned]) -> None:
     """Raises an error if a folder holds anything but the run that is planned.
 
     Raises:
-      ValueError: A run with other options; a new one with an option without effect.
+      ValueError: A run with other options or of other data; a new one with an option
+        without effect.
       FileExistsError: No run.
     """
+    described: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in planned:
         if not run_folder.is_run(one.folder):
             run_folder.check_free(one.folder)
             one.config.check_used()
             continue
-        if changed := differences(run_folder.read_config(one.folder), one.config):
+        changed = differences(run_folder.read_config(one.folder), one.config)
+        if _has_moved(*changed.get("data", ("", None))):
+            _check_data(one, described)
+            del changed["data"]
+        if changed:
             lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]
             raise ValueError(
                 f"{one.folder} was started with other options:\n"
                 + "\n".join(lines)
                 + "\nName another --output, or restore the file."
             )
+
+
+def _has_moved(before, now):
+    return bool(now) and pathlib.Path(before).name == pathlib.Path(now).name
+
+
+def _check_data(one, described):
+    """Refuses data that a run was not started with: a file of the same name may do."""
+    named = tuple((k, repr(x)) for k, x in vars(one.config.data).items())
+    if named not in described:
+        described[named] = programs.describe(programs.load_data(one.config))
+    if (known := run_folder.read_data(one.folder)) is not None:
+        now = described[named]["fingerprint"]
+        programs.check_same_data(known["fingerprint"], now, one.folder)
 
 
 def _in_order(planned, rows):
