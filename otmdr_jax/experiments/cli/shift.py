@@ -105,11 +105,12 @@ def run(options: Shift) -> None:
         without=opened.diverged,
         show_progress=not options.quiet,
     )
-    written = [opened.folder / "shift.json"]
-    run_folder.write_record(written[0], record, settings, options.overwrite)
     count = record["num_examples"]
     title = f"{opened.folder}, step {record['step']}, {count} test examples"
     report.print_shift(record, f"{title}: accuracy (%) by severity, and means")
+    # After the table: a disk may be full.
+    written = [opened.folder / "shift.json"]
+    run_folder.write_record(written[0], record, settings, options.overwrite)
     if record["corruptions"]:
         label = report.label_of(opened.config.flat())
         written.append(
