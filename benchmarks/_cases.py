@@ -132,17 +132,24 @@ def compared(target, network, dtype="bfloat16", size=BATCH):
 # --- coverage ------------------------------------------------------------------------
 
 
+def every_step(target, name, network, size=BATCH, image_size=32):
+    """A method's step on all devices of a target, with `size` images on each."""
+    if len(target.devices) == 1:
+        return one_step(target, name, network, size, image_size)
+    return mapped(target, network, None, name, size=size, image_size=image_size)
+
+
 def of_methods(target, network):
     return {
-        name: lambda n=name: one_step(target, n, network) for name in methods.METHODS
+        name: lambda n=name: every_step(target, n, network) for name in methods.METHODS
     }
 
 
 def of_networks(target):
     found = {}
     for network in models.names():
-        found[network] = lambda n=network: one_step(target, "otmdr", n)
-        found[f"{network} at 224"] = lambda n=network: one_step(
+        found[network] = lambda n=network: every_step(target, "otmdr", n)
+        found[f"{network} at 224"] = lambda n=network: every_step(
             target, "otmdr", n, size=32, image_size=224
         )
     return found
@@ -229,17 +236,26 @@ def of_ensembles(target, network, members=5):
 # --- many devices --------------------------------------------------------------------
 
 
-def mapped(target, network, mesh_shape, name, members=0, **options):
-    """A method's step by `parallel.shard_map_step`."""
+def mapped(
+    target,
+    network,
+    mesh_shape,
+    name,
+    members=0,
+    size=BATCH,
+    image_size=32,
+    **options,
+):
+    """A method's step by `parallel.shard_map_step`, with `size` images on a device."""
     mesh = parallel.make_mesh(mesh_shape, target.devices)
-    size = BATCH * mesh.shape.get("data", 1)
+    size = size * mesh.shape.get("data", 1)
     axes: dict[str, Any] = {}
     if "data" in mesh.shape:
         axes["axis_name"] = "data"
     if "particle" in mesh.shape:
         axes["particle_axis_name"] = "particle"
     method, arguments = step_of(name, network, size, **options, **axes)
-    state, batch = arguments(size)
+    state, batch = arguments(size, image_size)
     step, spec = method.step, P()
     if members:
         state = jax.eval_shape(
@@ -391,6 +407,8 @@ def all_cases(target, compared_network, network):
         return {
             "scaling": of_scaling(target, compared_network),
             "entries": of_entries(target, network),
+            "methods": of_methods(target, network),
+            "networks": of_networks(target),
         }
     return {
         "steps": compared(target, compared_network),

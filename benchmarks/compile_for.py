@@ -9,8 +9,8 @@
     python benchmarks/compile_for.py --smoke                 # two small programs
 
 Targets: h100, h100x8 (up to 8, or a multiple: eight share a node), and slices of TPUs,
-v5e-1 to v5e-256, v6e-1 to v6e-256, v5p-4 to v5p-256. Groups: steps, options, ensembles,
-methods and networks of one device; scaling and entries of several.
+v5e-1 to v5e-256, v6e-1 to v6e-256, v5p-4 to v5p-256. Groups: steps, options and
+ensembles of one device; scaling and entries of several; methods and networks of either.
 XLA's compilers for them run on any CPU. For each step: whether it compiles and in how
 many processor seconds, the memory that it needs, the kernels that one execution runs by
 kind, operations, bytes moved and exchanged, and what these take at the target's rates:
@@ -40,7 +40,7 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
-from _cases import all_cases  # noqa: E402
+from _cases import all_cases, of_networks  # noqa: E402
 from _common import peak_mib  # noqa: E402
 from _program import operations, summary  # noqa: E402
 from _record import markdown, options_of, processor_name, write_json  # noqa: E402
@@ -252,17 +252,19 @@ def exchanged(records):
 
 def coverage(records):
     """A line for each group of each record: how many of its cases compile."""
-    rows = []
+    rows, zoo = [], set(of_networks(None))
     for record in records:
         for group, cases in record["cases"].items():
             good = [x for x in cases.values() if "error" not in x]
             seconds = [x["compile_seconds"] for x in good]
             network = record["networks"][group if group in COMPARED else "others"]
+            if group == "networks":
+                network = "the zoo" if {*cases} >= zoo else ", ".join(cases)
             rows.append(
                 [
                     record["target"],
                     group,
-                    "the zoo" if group == "networks" else network,
+                    network,
                     f"{len(good)} of {len(cases)}",
                     f"{min(seconds):.0f} to {max(seconds):.0f}" if good else "-",
                 ]
