@@ -304,7 +304,7 @@ def _evaluate(eqn, values, noisy):
     if name in _REMATS:
         return _rematerialised(eqn, values, noisy)
     alone = stochastic[0] and sum(stochastic) == 1
-    if alone and (name in _TRANSPARENT and len(values) == 1 or _is_identity(eqn)):
+    if alone and (name in _TRANSPARENT and len(values) == 1 or _scales_gradient(eqn)):
         return [values[0].map(lambda x: _bind(eqn, [x, *values[1:]])[0])]
     if name in ("mul", "div") and sum(stochastic) == 1:
         place = stochastic.index(True)
@@ -328,12 +328,17 @@ def _evaluate(eqn, values, noisy):
     return _bind(eqn, _arrays(values, noisy))
 
 
-def _is_identity(eqn):
-    """Whether it is its first input with another gradient, as loss scaling has."""
-    if eqn.primitive.name != "custom_vjp_call":
+def _scales_gradient(eqn):
+    """Whether it is the identity by which `experiments.precision` scales gradients.
+
+    Another function with a gradient of its own, as a straight-through estimator, may
+    look at the weight, and must not see its mean or its standard deviation alone.
+    """
+    if eqn.primitive.name != "custom_vjp_call" or len(eqn.invars) != 2:
         return False
     body = eqn.params["call_jaxpr"].jaxpr
-    return not body.eqns and body.outvars == body.invars[:1]
+    is_identity = not body.eqns and body.outvars == body.invars[:1]
+    return is_identity and body.debug_info.func_name == "_scale_gradient"
 
 
 def _arrays(values, noisy):

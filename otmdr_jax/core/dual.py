@@ -78,8 +78,9 @@ class BudgetOptions(TypedDict, total=False):
     lambda_init: Annotated[
         float | None,
         None,
-        """Where lambda starts. None for the solution of the dual for the first gradient
-        that is not 0, linearised: :math:`G / (p \\rho^{p - 1})`.""",
+        """Where lambda starts, at the first rho above 0. None for the solution of the
+        dual for the first gradient that is not 0, linearised:
+        :math:`G / (p \\rho^{p - 1})`.""",
     ]
     lambda_optimizer: Annotated[
         Any,
@@ -108,7 +109,8 @@ class DualState(NamedTuple):
 
     Attributes:
       log_slope: :math:`\log \mu`, between -80 and 80.
-      started: Whether it has been set.
+      started: Whether it has been set, at a gradient that is not 0; with `lambda_init`
+        at a radius that is not 0, until which `multiplier` is that.
       opt_state: The state of its optimizer.
       multiplier: lambda of the last step.
       slope: G of its last ascent step, a mean over parts, devices and members.
@@ -414,7 +416,9 @@ class Budget:
         """The logarithm of mu / lambda."""
         if self.power == 1:
             return 0.0
-        return math.log(self.power) + (self.power - 1) * jnp.log(jnp.asarray(rho))
+        # A schedule to 0 may end at -3e-9 in compiled programs.
+        rho = jnp.maximum(jnp.asarray(rho), 0)
+        return math.log(self.power) + (self.power - 1) * jnp.log(rho)
 
     def _multiplier(self, log_slope, rho, started):
         found = jnp.exp(_bounded(log_slope - self._log_unit(rho)))

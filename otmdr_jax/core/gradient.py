@@ -263,6 +263,7 @@ def step_of(loss, params, batch, args, kwargs, key, radii, options, joined=False
             'climb with split="ordered" or "shared" and noise_std=0.'
         )
     collectives.check_bound(all_axes)
+    loss = _averaged(loss)
     pieces = joined or options.microbatch_size is not None
     parted = pieces or bool(data_axes) or options.split != "shared"
     of_loss = rows.marked(loss, joined=pieces) if parted else loss
@@ -294,7 +295,7 @@ def _mask_of(options, params):
     if jax.tree.leaves(mask) and not any(jax.tree.leaves(mask)):
         raise ValueError(
             "mask is False for all parameters, so that nothing is perturbed: name the "
-            "leaves that may move, or take the plain gradient, rho=0."
+            "leaves that may move, or take the plain gradient, rho=0 without a mask."
         )
     return mask
 
@@ -407,21 +408,29 @@ def _named(out):
     return f"a {type(out).__name__}"
 
 
-def _check_averaged(loss, params):
-    """Refuses a loss of each device's own, of parameters that are the same on all.
+def _averaged(loss):
+    """A loss that is refused where its gradient would be a sum over devices.
 
-    Of such parameters JAX sums the gradients over devices, of its own accord.
+    JAX sums it of its own accord if devices have the same parameters and each has
+    another loss.
     """
-    arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "dtype")]
-    own = collectives.varying(loss).difference(*map(collectives.varying, arrays))
-    if own:
-        names = ", ".join(map(repr, sorted(own)))
-        raise ValueError(
-            f"each device has a loss of its own along the mesh axis {names}, and the "
-            "same parameters: JAX would sum the gradients of all devices. Name the "
-            "axis for their mean, as value_and_grad(loss_fn, axis_name="
-            f"{min(own)!r}), or return a loss of all devices, as jax.lax.pmean gives."
-        )
+
+    def of(params, *args, **kwargs):
+        value, aux = loss(params, *args, **kwargs)
+        leaves = jax.tree.leaves(params)
+        own = collectives.varying(value).difference(*map(collectives.varying, leaves))
+        if own:
+            names = ", ".join(map(repr, sorted(own)))
+            raise ValueError(
+                f"each device has a loss of its own along the mesh axis {names}, and "
+                "the same parameters: JAX would sum the gradients of all devices. Name "
+                "the axis for their mean, as value_and_grad(loss_fn, axis_name="
+                f"{min(own)!r}), or return one loss of all devices: jax.lax.pmean of "
+                "means, or jax.lax.psum of what each adds to it."
+            )
+        return value, aux
+
+    return of
 
 
 def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
@@ -453,7 +462,6 @@ def checked(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
                 f"{loss.shape} and dtype {loss.dtype}: average over the batch with "
                 "jnp.mean."
             )
-        _check_averaged(loss, params)
         return loss, aux
 
     return of

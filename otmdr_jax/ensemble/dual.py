@@ -14,7 +14,12 @@ from otmdr_jax.core.dual import RHO, DualGradient, DualOptions
 from otmdr_jax.core.signatures import with_options
 from otmdr_jax.core.transform import from_gradient, schedule_of
 from otmdr_jax.ensemble.gradient import joined, over_members
-from otmdr_jax.ensemble.stacking import count_members, functions_of, is_tuple
+from otmdr_jax.ensemble.stacking import (
+    count_members,
+    functions_of,
+    is_placeholder,
+    is_tuple,
+)
 
 PyTree = Any
 
@@ -79,10 +84,7 @@ def dual(
         has_aux=options.get("has_aux", False),
         aux_init=aux_init,
         start=lambda members: made.init(),
-        members=lambda members: (
-            # Of `optax.tree.map_params`, which gives a placeholder: one.
-            count_members(members) if optax.tree.size(members) else 1
-        ),
+        members=lambda x: 1 if is_placeholder(x) else count_members(x),
     )
 
 

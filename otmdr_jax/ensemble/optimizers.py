@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from otmdr_jax.core import shards
-from otmdr_jax.ensemble.stacking import count_members, is_tuple
+from otmdr_jax.ensemble.stacking import count_members, is_placeholder, is_tuple
 
 PyTree = Any
 
@@ -51,7 +51,7 @@ def per_member(
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params):
-        if not jax.tree.leaves(params):  # of `optax.tree.map_params`: a placeholder
+        if is_placeholder(params):
             return inner.init(params)
         count = count_members(params)
         if is_tuple(params):

@@ -54,6 +54,11 @@ def count_members(members: PyTree) -> int:
     return shapes[0][0]
 
 
+def is_placeholder(members: PyTree) -> bool:
+    """Whether `optax.tree.map_params` looks at a state: it gives no leaves."""
+    return not jax.tree.leaves(members)
+
+
 def member_keys(key: Any, count: int, axis_name: Any = None) -> Any:
     """The (M,) typed keys of the members on this device; None for no key.
 

@@ -81,7 +81,8 @@ def claimed(path: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-# Events that wait for TensorBoard's thread: more than one record has.
+# Room for TensorBoard's events: for more than one record has, so that `log` never waits
+# for the thread that writes them.
 _QUEUE = 10_000
 
 
@@ -105,12 +106,7 @@ class RunFolder:
             self._lines.write(files.dumps(record) + "\n")
             self._lines.flush()
         if self._board is not None and not _writes(self._board):
-            self._board = None
-            warnings.warn(
-                f"TensorBoard's file cannot be written into {self.path}: it is left "
-                "out from here. metrics.jsonl has the same numbers.",
-                stacklevel=2,
-            )
+            self._leave_board()
         if self._board is not None:
             for name, value in _scalars(record).items():
                 tag = f"{record['split']}/{name}"
@@ -119,8 +115,25 @@ class RunFolder:
     def close(self) -> None:
         """Closes the logs."""
         self._lines.close()
-        if self._board is not None and _writes(self._board):
-            self._board.close()
+        if self._board is None:
+            return
+        try:
+            if _writes(self._board):
+                self._board.close()
+                return
+        except OSError:  # a full disk: it keeps events for two minutes
+            pass
+        self._leave_board()
+
+    def _leave_board(self):
+        queue = self._board.file_writer.event_writer._event_queue
+        queue.cancel_join_thread()
+        self._board = None
+        warnings.warn(
+            f"TensorBoard's file cannot be written into {self.path}: it is left out "
+            "from here. metrics.jsonl has the same numbers.",
+            stacklevel=3,
+        )
 
 
 def create(
@@ -483,11 +496,7 @@ def _writes(board):
     It ends where the disk is full. Who puts an event into its full queue, or leaves the
     process before the queue is empty, would then wait for ever.
     """
-    writer = board.file_writer.event_writer
-    if writer._worker is None or writer._worker.is_alive():
-        return True
-    writer._event_queue.cancel_join_thread()
-    return False
+    return board.file_writer.event_writer._worker.is_alive()
 
 
 def _tensorboardx():

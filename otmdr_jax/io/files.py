@@ -7,6 +7,7 @@ import os
 import pathlib
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -69,7 +70,9 @@ def check_writable(folder: pathlib.Path) -> None:
 
 
 # What a file of arrays raises that is none, or is torn.
-UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, TypeError)
+UNREADABLE = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, TypeError,
+)  # fmt: skip
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:

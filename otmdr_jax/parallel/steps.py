@@ -93,9 +93,9 @@ def shard_map_step(
         except ValueError as error:
             if "check_vma" in str(error):
                 error.add_note(
-                    "Here: is axis_name missing in the gradient function, as "
-                    "value_and_grad(loss_fn, axis_name='data')? Without the check each "
-                    "device would train a model of its own."
+                    "Here: is a value of each device's own returned, as a loss, a "
+                    "metric or a gradient of jax.grad? Average it, as "
+                    "jax.lax.pmean(value, 'data')."
                 )
             raise
 

@@ -463,6 +463,29 @@ def test_a_scaled_loss_has_the_same_noise_and_gradients(estimator, key):
     chex.assert_trees_all_close(found, gradient(loss), rtol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_gradient_that_looks_at_the_weight_is_refused(estimator, key):
+    """A straight-through estimator would look at the standard deviation, say."""
+
+    @jax.custom_vjp
+    def clipped(w, limit):
+        return w
+
+    clipped.defvjp(
+        lambda w, limit: (w, (w, limit)),
+        lambda seen, g: (jnp.where(abs(seen[0]) < seen[1], g, 0), jnp.zeros(())),
+    )
+    q = bnn.init(jnp.ones((4, 2)), sigma=0.5)
+    with pytest.raises(ValueError, match="found no dense layer or convolution"):
+        local_reparam.call(
+            lambda w, x: x @ clipped(w, jnp.float32(0.4)),
+            q,
+            estimator,
+            key,
+            jnp.ones((5, 4)),
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_flags_and_words_of_a_loss_stay_what_they_are(estimator, key):

@@ -139,6 +139,18 @@ def test_a_schedule_of_the_radius_is_followed_at_once():
     assert_allclose(seen, [0.5, 0.4, 0.3, 0.2, 0.1, 0.1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("end", [0.0, -3e-9])
+def test_a_schedule_may_end_at_a_radius_of_zero(end):
+    """As `optax.linear_schedule(0.1, 0, 3)` does, in compiled programs a bit below."""
+    tx = otmdr_jax.dual(linear, lambda count: jnp.where(count < 3, 0.1, end))
+    w, state = jnp.zeros(2), tx.init(jnp.zeros(2))
+    for count in range(6):
+        _, state = jax.jit(tx.update)(w, state, w, batch=jnp.ones(1))
+        assert state.count == count + 1
+        assert np.isfinite(state.memory.multiplier)
+        assert_allclose(state.diagnostics.distances, 0.1 * (count < 3), atol=1e-6)
+
+
 def test_a_lambda_to_start_from_waits_for_a_radius():
     """G = 5 and lambda = 25: a distance of 1/10, once there is a radius."""
     tx = otmdr_jax.dual(

@@ -1,6 +1,7 @@
 """Fine-tuning: weights to start from, frozen layers, rates and radii by name."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import sys
@@ -518,7 +519,8 @@ def test_what_does_not_fit_is_named(source, ten, five, tmp_path):
     (tmp_path / "weights.txt").write_text("")
     refused("of another kind", error=FileNotFoundError,
             init_from=tmp_path / "weights.txt")  # fmt: skip
-    for name in ("torn.npz", "torn.safetensors"):
+    torn = ["torn.npz", "torn.safetensors"]
+    for name in torn + ["torn.pt"] * (importlib.util.find_spec("torch") is not None):
         (tmp_path / name).write_bytes(b"PK\x03\x04half of it")
         refused(f"{name}' cannot be read as arrays", init_from=tmp_path / name)
 

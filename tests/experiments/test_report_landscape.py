@@ -202,11 +202,18 @@ def test_what_belongs_side_by_side():
         ("e", one("hessian")), ("f", one("hessian", seed=1)), ("g", one("runs")),
         ("h", one("runs")), ("i", one(losses=[1.0, 2.0])),
     ]  # fmt: skip
-    other = {**one(), "settings": {"data": "of noisy labels"}}
-    pairs.insert(2, ("n", other))
+
+    def of_data(text):
+        return {**one(), "settings": {"data": text}}
+
+    pairs[2:2] = [
+        ("n", of_data("mine-9-labels1-p12")),  # by their pixels, and by their files
+        ("m", of_data("mine-9-labels1-r34")),
+        ("o", of_data("mine-9-labels2-p12")),
+    ]
     groups = comparable(pairs)
     names = ["".join(label for label, _ in group) for group in groups]
-    assert names == ["ab", "n", "c", "d", "ef", "g", "h", "i"]
+    assert names == ["ab", "nm", "o", "c", "d", "ef", "g", "h", "i"]
 
 
 def test_a_report_shows_the_landscapes_of_its_runs(tmp_path):

@@ -200,6 +200,22 @@ def test_a_run_goes_on_without_tensorboard(run, monkeypatch):
     assert [json.loads(line) for line in lines[-40:]] == records
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_at_the_end_ends_no_run(run):
+    """TensorBoard's file keeps events for two minutes."""
+    folder = run_folder.RunFolder(run, step=2)
+    writer = folder._board.file_writer.event_writer
+    inner = writer._ev_writer._py_recordio_writer
+    inner._writer.close()
+    inner._writer = open("/dev/full", "wb")
+    folder.log({"step": 3, "split": "train", "loss": 1.0})
+    with pytest.warns(UserWarning, match="TensorBoard's file cannot be written"):
+        folder.close()
+    writer._worker.stop()
+    with contextlib.suppress(OSError):
+        inner._writer.close()
+
+
 def test_a_full_disk_names_the_file(run, monkeypatch):
     folder = run_folder.RunFolder(run)
     folder._lines.close()

@@ -500,6 +500,24 @@ def test_devices_of_an_axis_are_one(batch):
     assert_same(got, alone(linear(0), batch["image"]), rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_devices_of_an_axis_are_one_for_a_head_alone(batch):
+    """The first argument, which is not differentiated, is the same on all devices."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    options = {"rho": 0.3, "split": "shared", "argnums": 2}
+
+    def loss(body, x, head):
+        return jnp.mean(head(jnp.tanh(body(x))) ** 2)
+
+    fn = otmdr_jax.nnx.value_and_grad(loss, axis_name="data", **options)
+    specs = {"in_specs": (P(), P("data"), P()), "out_specs": P()}
+    step = nnx.jit(nnx.shard_map(lambda b, x, h: fn(b, x, h), mesh=mesh, **specs))
+    head = nnx.Linear(3, 1, rngs=nnx.Rngs(1))
+    got = step(linear(0), batch["image"], head)
+    alone = otmdr_jax.nnx.value_and_grad(loss, **options)
+    assert_same(got, alone(linear(0), batch["image"], head), rtol=1e-5)
+
+
 # -- what is refused ------------------------------------------------------------------
 
 

@@ -164,8 +164,24 @@ class TestData:
         step = parallel.shard_map_step(step, parallel.make_mesh("data=2"))
         with pytest.raises(ValueError, match="check_vma") as caught:
             step(params, data)
-        notes = " ".join(caught.value.__notes__)
-        assert "is axis_name missing in the gradient" in notes
+        assert "jax.lax.pmean(value, 'data')" in " ".join(caught.value.__notes__)
+
+    def test_a_loss_of_all_devices_needs_no_axis_name(self):
+        """Each device may add its share: JAX's own way."""
+        params, data = toy.regression_problem()
+
+        def share(params, batch):
+            mine = toy.regression(params, batch) / jax.lax.axis_size("data")
+            return jax.lax.psum(mine, "data")
+
+        grad_fn = otmdr_jax.value_and_grad(share, 0.1, split="shared")
+        step = parallel.shard_map_step(
+            lambda params, batch: grad_fn(params, batch)[::-1],
+            parallel.make_mesh("data=4"),
+            donate=False,
+        )
+        want = otmdr_jax.value_and_grad(toy.regression, 0.1, split="shared")
+        assert_close(step(params, data), want(params, data)[::-1], 1e-5, 1e-6)
 
     def test_axis_names_may_be_a_list(self):
         params, data = toy.regression_problem()

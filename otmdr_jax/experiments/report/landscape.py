@@ -78,7 +78,8 @@ def comparable(records: Sequence[Labelled]) -> list[list[Labelled]]:
         alone = i if record["kind"] in ("runs", "trajectory") else None
         seed = record["seed"] if record["kind"] == "random" else None
         same = (record[name] for name in ("kind", "split", "num_examples"))
-        data = record.get("settings", {}).get("data")  # older records have none
+        # Older records have none. What is last depends on how images are read.
+        data = record.get("settings", {}).get("data", "").rpartition("-")[0]
         return alone, seed, len(record["axes"]), data, *same
 
     known = [i for i, (_, record) in enumerate(records) if is_finite(record)]

@@ -138,8 +138,9 @@ def check(planned: Iterable[Planned]) -> None:
             one.config.check_used()
             continue
         changed = differences(run_folder.read_config(one.folder), one.config)
-        if _has_moved(*changed.get("data", ("", None))):
-            _check_data(one, described)
+        known = run_folder.read_data(one.folder)
+        if known and _has_moved(*changed.get("data", ("", None))):
+            _check_data(one, known["fingerprint"], described)
             del changed["data"]
         if changed:
             lines = [f"  {name}: {a!r} -> {b!r}" for name, (a, b) in changed.items()]
@@ -154,14 +155,12 @@ def _has_moved(before, now):
     return bool(now) and pathlib.Path(before).name == pathlib.Path(now).name
 
 
-def _check_data(one, described):
+def _check_data(one, fingerprint, described):
     """Refuses data that a run was not started with: a file of the same name may do."""
     named = tuple((k, repr(x)) for k, x in vars(one.config.data).items())
     if named not in described:
         described[named] = programs.describe(programs.load_data(one.config))
-    if (known := run_folder.read_data(one.folder)) is not None:
-        now = described[named]["fingerprint"]
-        programs.check_same_data(known["fingerprint"], now, one.folder)
+    programs.check_same_data(fingerprint, described[named]["fingerprint"], one.folder)
 
 
 def _in_order(planned, rows):

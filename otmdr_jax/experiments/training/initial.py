@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import pathlib
+import pickle
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -259,7 +260,8 @@ def _of_pytorch(path: pathlib.Path) -> Arrays:
             "make a .safetensors file of it where PyTorch is: "
             "safetensors.torch.save_file(torch.load(path), 'weights.safetensors')."
         ) from error
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    with _reading(path, RuntimeError, pickle.UnpicklingError):
+        found = torch.load(path, map_location="cpu", weights_only=True)
     tensors = isinstance(found, Mapping) and found.values()
     if not tensors or not all(isinstance(x, torch.Tensor) for x in tensors):
         raise ValueError(
