@@ -126,8 +126,9 @@ class RunFolder:
         self._leave_board()
 
     def _leave_board(self):
-        queue = self._board.file_writer.event_writer._event_queue
-        queue.cancel_join_thread()
+        writer = self._board.file_writer.event_writer
+        writer._event_queue.cancel_join_thread()
+        writer._closed = True  # or it tries again as the process ends
         self._board = None
         warnings.warn(
             f"TensorBoard's file cannot be written into {self.path}: it is left out "

@@ -211,6 +211,7 @@ def test_a_disk_that_is_full_at_the_end_ends_no_run(run):
     folder.log({"step": 3, "split": "train", "loss": 1.0})
     with pytest.warns(UserWarning, match="TensorBoard's file cannot be written"):
         folder.close()
+    writer.close()  # as the process ends: it must not try again
     writer._worker.stop()
     with contextlib.suppress(OSError):
         inner._writer.close()
