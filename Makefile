@@ -30,7 +30,7 @@ test: setup  ## run the tests, but for those that take long (6 minutes on 2 core
 test-slow: setup  ## run the tests that make test leaves out
 	$(PYTEST) -m slow
 
-test-all: setup  ## run all tests (34 minutes on 2 cores, 24 the next time)
+test-all: setup  ## run all tests (22 minutes on 2 cores)
 	$(PYTEST)
 
 test-optimized: setup  ## run all on programs compiled as users' are: takes longer

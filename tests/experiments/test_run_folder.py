@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -189,9 +190,9 @@ def test_a_run_goes_on_without_tensorboard(run, monkeypatch):
 
     monkeypatch.setattr(writer._ev_writer, "write_event", full)
     records = [{"step": i, "split": "train", "loss": 1.0} for i in range(40)]
-    folder.log(records[0])
-    writer._worker.join(10)
     with pytest.warns(UserWarning, match="TensorBoard's file cannot be written"):
+        folder.log(records[0])
+        writer._worker.join(10)
         folder.log(records[1])
     for record in records[2:]:  # four times what its queue holds by default
         folder.log(record)
@@ -205,6 +206,8 @@ def test_a_disk_that_is_full_at_the_end_ends_no_run(run):
     """TensorBoard's file keeps events for two minutes."""
     folder = run_folder.RunFolder(run, step=2)
     writer = folder._board.file_writer.event_writer
+    while not writer._worker._next_flush_time:  # the first events are there at once
+        time.sleep(0.01)
     inner = writer._ev_writer._py_recordio_writer
     inner._writer.close()
     inner._writer = open("/dev/full", "wb")
