@@ -733,7 +733,7 @@ def test_a_flag_in_the_batch_of_members(how):
 def test_jax_sees_no_key_used_twice(how, key):
     """Its checker is strict: also a slice that only a trace looked at counts."""
     params, data = toy.regression_problem()
-    options = dict(noise_std=0.1, particle_map=how, num_particles=3)
+    options = dict(rho=0.1, noise_std=0.1, particle_map=how, num_particles=2)
     members = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
     with jax.debug_key_reuse(True):
         jax.jit(otmdr_jax.value_and_grad(toy.regression, **options))(
