@@ -239,7 +239,10 @@ def _unroll(function, xs, count, common):
         # Or what is made of `common` in one evaluation is kept for the next ones.
         own = common
         if common is not _NOTHING:
-            own = collectives.barrier(jax.tree.map(_data, x), common)
+            # As words: JAX's check of keys takes those of a barrier for used.
+            words = jax.tree.map(_words, x)
+            words, own = collectives.barrier((), (words, common))
+            x = jax.tree.map(_of_words, x, words)
         more, stacked = function(x, own)
         more, _ = tree.partition(more, tree.is_floating)
         total = jax.tree.map(jnp.add, total, more)
@@ -273,9 +276,15 @@ def _mean_of_stacked(x):
     return jnp.mean(x, axis=0).astype(x.dtype) if tree.is_floating(x) else x[0]
 
 
-def _data(x):
+def _words(x):
     is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(x) if is_key else x
+
+
+def _of_words(like, words):
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return words
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(like))
 
 
 def _take(xs, index):
