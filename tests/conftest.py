@@ -79,6 +79,10 @@ jax.config.update(
     int(os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"]),
 )
 gc.set_threshold(200_000, 50, 100)
+if jax.__version_info__ < (0, 12):
+    from tests.lowering import share_contexts
+
+    share_contexts()
 for name, value in FLAGS.items():
     if name not in (given := os.environ.get("XLA_FLAGS", "")):
         os.environ["XLA_FLAGS"] = f"{given} --{name}={value}".strip()

@@ -39,7 +39,7 @@ def test_quickstart_is_short_and_does_what_its_header_expects(tmp_path):
 
 @pytest.mark.slow
 def test_the_language_model_learns_by_each_method(tmp_path):
-    out = run("language_model.py", "--steps", "12", "--seeds", "1", cwd=tmp_path)
+    out = run("language_model.py", "--steps", "8", "--seeds", "1", cwd=tmp_path)
     found = {
         name: float(value)
         for name, value in re.findall(r"^(AdamW|SAM|OT-MDR) +([\d.]+)$", out, re.M)
