@@ -45,7 +45,7 @@ CORE = [
     {"dual"},
 ]
 EXPERIMENTS = [
-    {"interrupts", "patterns", "precision"},
+    {"interrupts", "patterns", "precision", "tensorboard"},
     {"options"},
     {"methods"},
     {"config"},

@@ -14,13 +14,10 @@ seen.npz          of swa, swag and laplace: what the pass over the training set 
 
 import contextlib
 import errno
-import importlib
 import json
 import os
 import pathlib
 import shutil
-import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +26,7 @@ import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
 from otmdr_jax.experiments.config import TrainConfig
+from otmdr_jax.experiments.tensorboard import Board
 from otmdr_jax.io import files
 
 
@@ -81,11 +79,6 @@ def claimed(path: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-# Room for TensorBoard's events: for more than one record has, so that `log` never waits
-# for the thread that writes them.
-_QUEUE = 10_000
-
-
 class RunFolder:
     """A run's folder, open for writing. Use :func:`create` or :func:`reopen`."""
 
@@ -93,7 +86,7 @@ class RunFolder:
         """Opens the logs, to go on after `step`."""
         self.path = pathlib.Path(path)
         self._lines = open(self.path / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = _tensorboard(self.path, step)
+        self._board = Board(self.path, step)
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends an event with step, epoch, split and numbers."""
@@ -105,36 +98,12 @@ class RunFolder:
         with files.naming(self.path / "metrics.jsonl"):
             self._lines.write(files.dumps(record) + "\n")
             self._lines.flush()
-        if self._board is not None and not _writes(self._board):
-            self._leave_board()
-        if self._board is not None:
-            for name, value in _scalars(record).items():
-                tag = f"{record['split']}/{name}"
-                self._board.add_scalar(tag, value, record["step"])
+        self._board.log(record)
 
     def close(self) -> None:
         """Closes the logs."""
         self._lines.close()
-        if self._board is None:
-            return
-        try:
-            if _writes(self._board):
-                self._board.close()
-                return
-        except OSError:  # a full disk: it keeps events for two minutes
-            pass
-        self._leave_board()
-
-    def _leave_board(self):
-        writer = self._board.file_writer.event_writer
-        writer._event_queue.cancel_join_thread()
-        writer._closed = True  # or it tries again as the process ends
-        self._board = None
-        warnings.warn(
-            f"TensorBoard's file cannot be written into {self.path}: it is left out "
-            "from here. metrics.jsonl has the same numbers.",
-            stacklevel=3,
-        )
+        self._board.close()
 
 
 def create(
@@ -458,57 +427,8 @@ def other_settings(
     )
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of an event by name: those of members and of layers too."""
-    found: dict[str, Any] = {}
-    for name, value in record.items():
-        if name in ("step", "epoch", "split"):
-            continue
-        if name == "members":
-            for number, of_members in value.items():
-                found |= {f"{number}/member{i}": x for i, x in enumerate(of_members)}
-        elif isinstance(value, dict):
-            found |= {f"{name}/{layer}": x for layer, x in value.items()}
-        elif not isinstance(value, list):  # a histogram
-            found[name] = value
-    return found
-
-
 def _until(line: str, step: int) -> bool:
     try:
         return json.loads(line)["step"] <= step
     except (json.JSONDecodeError, KeyError, TypeError):
         return False  # the line that a killed run was writing
-
-
-def _tensorboard(path, step):
-    try:
-        writer = _tensorboardx().SummaryWriter
-    except ImportError:  # metrics.jsonl holds the same
-        return None
-    # purge_step hides what a resumed run will log again.
-    purge = step + 1 if step else None
-    return writer(str(path), purge_step=purge, max_queue=_QUEUE)
-
-
-def _writes(board):
-    """Whether the thread that writes a TensorBoard file still does.
-
-    It ends where the disk is full. Who puts an event into its full queue, or leaves the
-    process before the queue is empty, would then wait for ever.
-    """
-    return board.file_writer.event_writer._worker.is_alive()
-
-
-def _tensorboardx():
-    """Imports tensorboardX, without PyTorch, which it imports where it is installed.
-
-    That takes two seconds, for tensors of PyTorch, which no run logs.
-    """
-    if "torch" in sys.modules:
-        return importlib.import_module("tensorboardX")
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        return importlib.import_module("tensorboardX")
-    finally:
-        del sys.modules["torch"]

@@ -67,8 +67,8 @@ def test_programs_are_kept_by_processor_and_pytorch_is_left_alone(tmp_path):
         import sys
         from otmdr_jax.experiments import cli
         cli._cache_programs()
-        from otmdr_jax.experiments import run_folder
-        assert run_folder._tensorboard(sys.argv[1], 0) is not None
+        from otmdr_jax.experiments import tensorboard
+        tensorboard.Board(sys.argv[1], 0).close()
         assert "tensorboardX" in sys.modules and "torch" not in sys.modules
         import jax
         jax.jit(lambda x: x + 1)(1.0)

@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line_that_names_the_last_whole_checkpoint(
 def test_a_run_goes_on_without_tensorboard(run, monkeypatch):
     """Its thread ends where a disk is full, and nobody empties its queue then."""
     folder = run_folder.RunFolder(run, step=2)
-    writer = folder._board.file_writer.event_writer
+    writer = folder._board._writer.file_writer.event_writer
 
     def full(event):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -204,9 +204,9 @@ def test_a_run_goes_on_without_tensorboard(run, monkeypatch):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_is_full_at_the_end_ends_no_run(run):
     """TensorBoard's file keeps events for two minutes."""
-    folder = run_folder.RunFolder(run, step=2)
-    writer = folder._board.file_writer.event_writer
-    while not writer._worker._next_flush_time:  # the first events are there at once
+    folder = run_folder.RunFolder(run)  # no step to purge: no event yet
+    writer = folder._board._writer.file_writer.event_writer
+    while not writer._worker._next_flush_time:  # the first flush is at once
         time.sleep(0.01)
     inner = writer._ev_writer._py_recordio_writer
     inner._writer.close()
