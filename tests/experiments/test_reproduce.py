@@ -537,10 +537,14 @@ def test_what_is_finished_is_shown_when_it_is_stopped(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["table1", "table2", "table3", "table5", "figure1"])
-def test_every_cell_runs_in_its_smoke_form(target, tmp_path):
+def test_every_cell_runs_in_its_smoke_form(target, tmp_path, monkeypatch):
     command = ["reproduce", "--scale", "smoke", "--quiet", "--output", str(tmp_path)]
-    # Of the ensembles those of Figure 2; test_collected has the ones that collect.
-    only = ["--only", "SAM", "OT-MDR"] if target == "table3" else []
+    only = []
+    if target == "table3":
+        # Of the ensembles those of Figure 2; test_collected has the ones that collect.
+        only = ["--only", "SAM", "OT-MDR"]
+        one = reproduce.SCALES["smoke"]._replace(seeds=(0,))
+        monkeypatch.setitem(reproduce.SCALES, "smoke", one)
     cli.main([*command, target, *only])
     record = json.loads((tmp_path / f"{target}.json").read_text())
     asked = [
