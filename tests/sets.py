@@ -1,8 +1,10 @@
 """Image sets on disk for tests: a small real CIFAR-10 and sets of our own, by TFDS."""
 
+import contextlib
 import io
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,17 @@ def run_python(code, *args, **environment):
         env={**os.environ, **environment},
         timeout=120,
     )
+
+
+@contextlib.contextmanager
+def at_most(size):
+    """Lets no file of this process become larger, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def small_digits(num_train=320, **options):

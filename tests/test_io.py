@@ -12,6 +12,7 @@ import pytest
 
 from otmdr_jax.io import files
 from otmdr_jax.io.progress import Progress
+from tests.sets import at_most
 
 
 class TestFiles:
@@ -39,6 +40,19 @@ class TestFiles:
             files.write_json(path, {"x": 2})
         assert json.loads(path.read_text()) == {"x": 1}
         assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("large", ["a", "b", "c"])
+    def test_of_several_all_are_replaced_or_none(self, large, tmp_path):
+        for name in ("a", "b", "c", "mine"):
+            (tmp_path / name).write_bytes(b"before")
+        new = {name: b"after" for name in ("a", "b", "c")}
+        with at_most(5_000), pytest.raises(OSError, match=rf"too large: '.*/{large}'"):
+            files.write_all(tmp_path, new | {large: bytes(10_000)})
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert found == dict.fromkeys(("a", "b", "c", "mine"), b"before")
+        files.write_all(tmp_path, new)
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        assert found == new | {"mine": b"before"}
 
     def test_are_on_the_disk_whole_before_they_have_their_name(
         self, tmp_path, monkeypatch

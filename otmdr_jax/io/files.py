@@ -92,6 +92,23 @@ def write_bytes(path: pathlib.Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_all(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes several files of a folder: all of them, or none if the disk is full.
+
+    They take their names when each has been written, the last one first.
+
+    Args:
+      folder: The folder, which is there.
+      contents: The content of each file by its name.
+    """
+    with contextlib.ExitStack() as waiting:
+        for name, content in contents.items():
+            file = waiting.enter_context(replacing(folder / name))
+            file.write(content)
+            file.flush()  # here a full disk is seen
+            os.fsync(file.fileno())
+
+
 def write_json(path: pathlib.Path, value: Any, default: Any = None) -> None:
     """Writes a value as strict JSON, atomically.
 
@@ -100,7 +117,12 @@ def write_json(path: pathlib.Path, value: Any, default: Any = None) -> None:
       value: What :func:`dumps` takes.
       default: A function that makes JSON's values of others. Default: they are errors.
     """
-    write_text(path, dumps(value, indent=2, default=default) + "\n")
+    write_text(path, document(value, default))
+
+
+def document(value: Any, default: Any = None) -> str:
+    """The text that :func:`write_json` writes."""
+    return dumps(value, indent=2, default=default) + "\n"
 
 
 def dumps(value: Any, **options: Any) -> str:

@@ -14,6 +14,7 @@ from otmdr_jax import metrics
 from otmdr_jax.experiments import cli, config, report
 from otmdr_jax.experiments.report import drawing
 from otmdr_jax.experiments.report.tables import Table
+from tests.sets import at_most
 
 CONFIG = {"method": "sam", "num_particles": 1, "seed": 0, "model": "mlp", "epochs": 2}
 
@@ -642,6 +643,20 @@ def test_write_replaces_an_earlier_report_and_keeps_other_files(tmp_path):
     assert strict(out / "results.json")["title"] == "Second"
     assert (out / "notes.txt").read_text() == "mine"
     assert {path.name for path in out.iterdir()} == FILES | {"notes.txt"}
+
+
+@pytest.mark.slow
+def test_a_report_that_finds_no_room_leaves_the_earlier_one(tmp_path):
+    out, runs = tmp_path / "report", [make(), make("SGD")]
+    report.write(tmp_path / "other", runs, "Second")
+    largest = max(path.stat().st_size for path in (tmp_path / "other").iterdir())
+    report.write(out, [make()], "First", whole=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with at_most(largest - 1), pytest.raises(OSError, match="File too large"):
+        report.write(out, runs, "Second")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    report.write(out, runs, "Second")
+    assert {path.name for path in out.iterdir()} == FILES  # and no report.html
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[]", "not JSON", '["otmdr_report"]'])

@@ -41,7 +41,7 @@ def write(
     The files are report.md, its pictures, results.json (all rows and results) and
     configs.json (each run's exact options). A whole report also has report.html, the
     same page as one file with the pictures inside. If anything is wrong with the runs,
-    nothing is written.
+    or the disk is full, nothing is written.
 
     Args:
       folder: Folder that is new or empty or holds an earlier report. The files of an
@@ -95,19 +95,23 @@ def write(
     texts = {"report.md": document.markdown(page)}
     if whole:
         texts["report.html"] = document.html(page, drawn)
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_pictures(folder, keep=pngs)
-    if not whole and MARKER in _earlier(folder):  # of an earlier report, on other runs
-        (folder / "report.html").unlink(missing_ok=True)
-    # The marker comes first, so that an interrupted report can be written again.
     results = {**_results(title, rows, runs), "pictures": list(pngs)}
-    files.write_json(folder / "results.json", results, default=str)
     configs = [_described(run) for run in runs]
-    files.write_json(folder / "configs.json", configs, default=str)
-    for name, text in texts.items():
-        files.write_text(folder / name, text)
-    for name, png in pngs.items():
-        files.write_bytes(folder / f"{name}.png", png)
+    contents = {f"{name}.png": png for name, png in pngs.items()}
+    contents |= {name: text.encode() for name, text in texts.items()}
+    contents["configs.json"] = files.document(configs, default=str).encode()
+    # The marker is the first in its place, so that a report that a kill interrupts can
+    # be written again.
+    contents["results.json"] = files.document(results, default=str).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = _earlier(folder)
+    files.write_all(folder, contents)
+    # What an earlier report has beside this one.
+    stale = {f"{name}.png" for name in earlier.get("pictures", [])}
+    if MARKER in earlier:
+        stale.add("report.html")
+    for name in stale - set(contents):
+        (folder / name).unlink(missing_ok=True)
     return folder / list(texts)[-1]
 
 
@@ -136,12 +140,6 @@ def compose(
         versions=", ".join(f"{name} {x}" for name, x in _versions().items()),
         metrics=metrics,
     )
-
-
-def _remove_pictures(folder: pathlib.Path, keep: Iterable[str]) -> None:
-    """Removes the pictures of an earlier report that this report does not have."""
-    for name in set(_earlier(folder).get("pictures", [])) - set(keep):
-        (folder / f"{name}.png").unlink(missing_ok=True)
 
 
 def check_folder(folder: str | pathlib.Path, title: str | None = None) -> None:
