@@ -15,6 +15,11 @@ _SCALES = 50
 _MOST_CLASSES = 10**6
 
 
+def stated_channels(mean: Any, std: Any) -> int | None:
+    """The number of channels that both statistics are of; None without them."""
+    return None if mean is None or std is None else np.size(mean)
+
+
 def check_pair(
     pair: tuple[Any, Any], split: str, channels: int | None = None
 ) -> tuple[np.ndarray | LazyImages, np.ndarray]:
@@ -52,7 +57,7 @@ def _check_images(
     images: Any, split: str, channels: int | None
 ) -> np.ndarray | LazyImages:
     if not isinstance(images, LazyImages):
-        images = _array(images, f"{split} images")
+        images = plain(images, f"{split} images")
     if images.ndim == 3:
         if len(images) in (1, 3) and min(images.shape[1:]) > 4:
             raise ValueError(
@@ -99,7 +104,8 @@ def _check_images(
     return images
 
 
-def _array(values: Any, name: str) -> np.ndarray:
+def plain(values: Any, name: str) -> np.ndarray:
+    """An array without hidden entries, whose numbers would be taken for data."""
     if np.ma.is_masked(values):
         raise ValueError(
             f"{name} must be plain arrays, got masked entries. Fill them, "
@@ -115,7 +121,7 @@ def _array(values: Any, name: str) -> np.ndarray:
 
 
 def _check_labels(labels: Any, split: str) -> np.ndarray:
-    labels = _array(labels, f"{split} labels")
+    labels = plain(labels, f"{split} labels")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1:

@@ -20,6 +20,7 @@ from otmdr_jax.data.checks import (
     check_classes,
     check_pair,
     check_trained,
+    stated_channels,
 )
 from otmdr_jax.data.statistics import check_statistics
 
@@ -166,12 +167,12 @@ def from_arrays(
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"name must be a text that is not empty, got {name!r}.")
+    channels = stated_channels(mean, std)
     if test is None:
-        train, test = leave_test(train, seed, f"dataset {name!r}")
+        train, test = leave_test(train, seed, f"dataset {name!r}", channels)
     given = {"train": train, "test": test}
     if isinstance(validation, tuple | list):
         given["validation"], validation = tuple(validation), 0
-    channels = None if mean is None or std is None else np.size(mean)
     pairs = {split: check_pair(x, split, channels) for split, x in given.items()}
     for split in list(pairs)[1:]:
         check_agreement(pairs["train"][0], pairs[split][0], split)
@@ -267,7 +268,10 @@ def subset(
 
 
 def check_split(
-    pair: tuple[Any, Any], num_classes: int | None, name: str
+    pair: tuple[Any, Any],
+    num_classes: int | None,
+    name: str,
+    channels: int | None = None,
 ) -> tuple[Split, int]:
     """Checks one split by itself and converts it to the dtypes of `from_arrays`.
 
@@ -275,6 +279,7 @@ def check_split(
       pair: (images, labels) as `from_arrays` takes them.
       num_classes: C; None takes the largest label plus one.
       name: The split's name in errors.
+      channels: The number of channels, where it is known.
 
     Returns:
       The split and C.
@@ -282,7 +287,7 @@ def check_split(
     Raises:
       ValueError, TypeError: The errors of `from_arrays`.
     """
-    images, labels = check_pair(pair, name)
+    images, labels = check_pair(pair, name, channels)
     classes = check_classes({name: labels}, num_classes)
     return Split(images, labels.astype(np.int32)), classes
 
@@ -325,13 +330,16 @@ def stratified_choice(labels, count: int, rng: np.random.Generator) -> np.ndarra
     return chosen
 
 
-def leave_test(train: tuple[Any, Any], seed: int, what: str) -> tuple[Split, Split]:
+def leave_test(
+    train: tuple[Any, Any], seed: int, what: str, channels: int | None = None
+) -> tuple[Split, Split]:
     """Leaves a stratified part of a training set to test on, and says so.
 
     Args:
       train: (images, labels), not checked yet.
       seed: The seed that draws the part.
       what: What has no test set, for the warning.
+      channels: The number of channels, where it is known.
 
     Returns:
       The training split and the test split.
@@ -339,7 +347,7 @@ def leave_test(train: tuple[Any, Any], seed: int, what: str) -> tuple[Split, Spl
     Raises:
       ValueError: A class would have no example left to train on.
     """
-    split, _ = check_split(train, None, "train")
+    split, _ = check_split(train, None, "train", channels)
     count = max(round(_TEST_SHARE * split.num_examples), 1)
     rng = np.random.default_rng([_TEST_STREAM, _seed(seed)])
     chosen = stratified_choice(split.labels, count, rng)

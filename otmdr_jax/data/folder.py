@@ -366,10 +366,23 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(shown, key=lambda x: x.name)
 
 
-def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """All files at any depth, in order; a folder that cannot be read is an error."""
+def _walk(
+    folder: pathlib.Path, above: pathlib.Path | None = None
+) -> Iterator[pathlib.Path]:
+    """All files at any depth, in order; a folder that cannot be read is an error.
+
+    So is a link to a folder that it lies in: what is there would be read again and
+    again, as images of another class.
+    """
+    above = (above or pathlib.Path(os.path.abspath(folder)).parent).resolve()
+    place = folder.resolve()
+    if above.is_relative_to(place):
+        raise ValueError(
+            f"{str(folder)!r} is a link to a folder that it lies in, {str(place)!r}, "
+            "whose images would be read twice: remove the link."
+        )
     for one in _listed(folder):
         if one.is_dir():
-            yield from _walk(one)
+            yield from _walk(one, folder)
         else:
             yield one

@@ -19,6 +19,7 @@ from otmdr_jax.data.checks import (
     check_class_names,
     check_classes,
     check_pair,
+    plain,
 )
 from otmdr_jax.data.dataset import Dataset, Split, check_augmentations
 from otmdr_jax.data.statistics import check_statistics
@@ -270,7 +271,7 @@ def from_batches(
     names = check_class_names(class_names, classes)
     augment = check_augmentations(augment)
     if steps_per_epoch is None:
-        steps_per_epoch = _count(train, start, len(like.labels))
+        steps_per_epoch = _count(train, start, len(like.labels), channels)
     elif isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int):
         raise ValueError(f"steps_per_epoch must be an int, got {steps_per_epoch!r}.")
     if steps_per_epoch < 1:
@@ -334,7 +335,7 @@ def _arrays(batch: Any, name: str, channels: int | None = None) -> tuple[Any, An
             f'"image" and "label", got {what if batch is not None else "nothing"}.'
         )
     try:
-        images, labels = (np.asarray(x) for x in pair)
+        images, labels = (plain(x, name) for x in pair)
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be what NumPy makes arrays of, and it is not: {error}"
@@ -365,7 +366,9 @@ def _whole(batches: Any, split: str, channels: int) -> tuple[np.ndarray, np.ndar
     return images, labels
 
 
-def _count(train: Any, start: Callable[[int], Iterator[Any]], size: int) -> int:
+def _count(
+    train: Any, start: Callable[[int], Iterator[Any]], size: int, channels: int
+) -> int:
     """The number of whole batches of a loader that ends."""
     try:
         length = len(train)
@@ -384,7 +387,7 @@ def _count(train: Any, start: Callable[[int], Iterator[Any]], size: int) -> int:
                     f"each batch must have {size} examples, as the first, but the last "
                     f"one, and batch {i - 1} is neither."
                 )
-            _, labels = _arrays(batch, f"batch {i} of epoch 0")
+            _, labels = _arrays(batch, f"batch {i} of epoch 0", channels)
             whole += len(labels) == size
             bar.update(i + 1)
     return whole

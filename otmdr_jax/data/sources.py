@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.data import npz, prepared
-from otmdr_jax.data.checks import check_class_names
+from otmdr_jax.data.checks import check_class_names, stated_channels
 from otmdr_jax.data.dataset import (
     Dataset,
     Split,
@@ -232,7 +232,12 @@ def _file_or_digits(text):
     # Its path and no other: data_dir says where the data of a run are, and this is
     # another set.
     splits, saved = npz.splits_of(pathlib.Path(text).expanduser(), "test")
-    split, num_classes = check_split(splits["test"], saved.get("num_classes"), "test")
+    split, num_classes = check_split(
+        splits["test"],
+        saved.get("num_classes"),
+        "test",
+        stated_channels(saved.get("mean"), saved.get("std")),
+    )
     return split, num_classes, check_class_names(saved.get("class_names"), num_classes)
 
 

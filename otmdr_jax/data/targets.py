@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from otmdr_jax.data.checks import plain
 from otmdr_jax.data.dataset import Dataset, Split, check_augmentations
 from otmdr_jax.data.statistics import check_statistics
 
@@ -87,11 +88,13 @@ def from_targets(
 
 def _checked(pair, split) -> Split:
     try:
-        inputs, targets = map(np.asarray, pair)
+        inputs, targets = pair
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{split} must be a pair (inputs, targets), got {type(pair).__name__}."
         ) from error
+    inputs = plain(inputs, f"{split} inputs")
+    targets = plain(targets, f"{split} targets")
     if inputs.ndim < 2 or targets.ndim < 1 or len(inputs) != len(targets):
         raise ValueError(
             f"{split} needs inputs (N, ..., C) and as many targets (N, ...), got "

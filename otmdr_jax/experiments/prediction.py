@@ -149,8 +149,8 @@ def _by_member(samples, count, classes):
     if samples.shape[1] == 1:
         return means, None
     within = np.full(means.shape[:2], np.nan)
-    if not np.isnan(samples).any():
-        for m, own in enumerate(samples):
+    for m, own in enumerate(samples):
+        if not np.isnan(own).any():
             each = [metrics.entropy(np.exp(sample)) for sample in own]
             within[m] = np.mean(each, axis=0)
     return means, within

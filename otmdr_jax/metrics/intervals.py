@@ -10,7 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from otmdr_jax.core.checks import check_count
-from otmdr_jax.metrics.predictions import Array, Predictions, generator, unmasked
+from otmdr_jax.metrics.predictions import (
+    Array,
+    Predictions,
+    generator,
+    tolerance,
+    unmasked,
+)
 
 NUM_SAMPLES = 1_000
 LEVEL = 0.95
@@ -181,8 +187,8 @@ def paired_test(
       :class:`Comparison`.
 
     Raises:
-      ValueError: Predictions of different shapes, fewer than one sample or two
-        examples, a level out of range.
+      ValueError: Predictions of different shapes or precisions, fewer than one sample
+        or two examples, a level out of range.
 
     Reference: Fisher, 1935; Noreen, 1989; Dietterich, `Approximate Statistical Tests
     for Comparing Supervised Classification Learning Algorithms
@@ -200,6 +206,13 @@ def paired_test(
         raise ValueError(
             "a paired test needs predictions of the same examples, got shapes "
             f"{first.shape} and {second.shape}."
+        )
+    if tolerance(first.dtype) != tolerance(second.dtype):
+        raise ValueError(
+            "a paired test swaps the predictions of examples, which needs one dtype, "
+            f"got {first.dtype} and {second.dtype}. Give both in float32, with rows "
+            "that are normalised there: probs / probs.sum(-1, keepdims=True), and "
+            "log-probabilities by jax.nn.log_softmax."
         )
 
     def gap(a: np.ndarray, b: np.ndarray, y: np.ndarray) -> float:

@@ -1084,6 +1084,19 @@ class TestMistakes:
         assert found.train.num_examples == 6 and found.test.num_examples == 2
         assert set(found.test.labels) == {0, 1}
 
+    def test_signals_with_many_channels_are_split_too(self, tmp_path):
+        """A height of 1 is no channel where the statistics are of the last axis."""
+        signals = np.random.default_rng(0).normal(size=(20, 1, 16, 6))
+        pair, unit = (signals, np.arange(20) % 2), dict(mean=(0,) * 6, std=(1,) * 6)
+        with pytest.warns(UserWarning, match="no test set"):
+            made = data.from_arrays(pair, **unit)
+        assert made.train.images.shape == (16, 1, 16, 6)
+        path = tmp_path / "signals.npz"
+        data.save(made, path)
+        test, count = data.load_test(path)
+        np.testing.assert_array_equal(test.images, made.test.images)
+        assert count == 2 and data.describe_test(path).image_shape == (1, 16, 6)
+
     @pytest.mark.parametrize("count", [1, 2, 3])
     def test_too_few_examples_to_split_are_refused(self, count):
         pair = self.images[:count], np.arange(count)

@@ -160,6 +160,31 @@ def test_images_below_the_folder_of_a_class_and_linked_folders(tmp_path, load):
     np.testing.assert_array_equal(made.test.images, three[None])
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("photos", "."),  # what `ln -s photos photos` leaves the second time
+        ("cat/all", "."),
+        ("cat/all", "cat"),
+        ("cat/more/all", "cat"),
+        ("cat/all", ".."),
+    ],
+)
+def test_links_to_a_folder_above_are_refused(link, target, tmp_path, load, monkeypatch):
+    root = tmp_path / "data" / "photos"
+    write(root, tree([""]))
+    (root / link).parent.mkdir(exist_ok=True)
+    (root / link).symlink_to((root / target).resolve())
+    for path in (root, os.path.relpath(root)):
+        with pytest.raises(ValueError, match=f"{link}' is a link to a folder that it"):
+            load(path)
+    (root / link).unlink()
+    monkeypatch.chdir(root)
+    for path in (".", "../photos", root):
+        with pytest.warns(UserWarning, match="has no test set"):
+            assert load(path).class_names[:2] == ("cat", "dog")
+
+
 def test_classes_are_in_the_order_of_texts(tmp_path, load):
     names = ("10", "2", "B", "a")
     write(tmp_path, tree(["train/", "test/"], classes=names, count=1))

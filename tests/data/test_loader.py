@@ -288,6 +288,8 @@ def with_third(change):
         (lambda x, y: (x, y + 1), r"batch 2 of epoch 0 labels must be 0\.\.2.*1\.\.3"),
         (lambda x, y: (x, y[:3]), "one label for each image, got 4 images and 3"),
         (lambda x, y: (x, y / 1), "labels must be integers"),
+        (lambda x, y: (x, np.ma.masked_equal(y, 0)), "batch 2 .* got masked entries"),
+        (lambda x, y: (np.ma.masked_less(x, 99), y), "batch 2 .* got masked entries"),
         (lambda x, y: (x, np.eye(3)[y]), "argmax"),
         (lambda x, y: (x.astype(int), y), r"images.astype\(np.uint8\)"),
         (lambda x, y: (x, y, y), "pair.*got a tuple of 3"),
@@ -307,6 +309,19 @@ def test_images_with_channels_first_are_refused_with_the_way_out():
     images, labels = RNG.normal(size=(8, 3, 16, 16)), np.arange(8) % 3
     with pytest.raises(ValueError, match=r"the first training batch.*transpose\(0, 2"):
         made(batches_of(images, labels, 4), (images, labels))
+
+
+def test_signals_with_many_channels_are_those_that_the_statistics_are_of():
+    signals, labels = RNG.normal(size=(8, 1, 16, 6)), np.arange(8) % 3
+    unit = {"mean": (0.0,) * 6, "std": (1.0,) * 6}
+    for steps in (2, None):
+        found = made(
+            batches_of(signals, labels, 4),
+            (signals, labels),
+            steps_per_epoch=steps,
+            **unit,
+        )
+        assert found.train.steps_per_epoch == 2
 
 
 def test_tensors_that_numpy_cannot_take_are_refused():

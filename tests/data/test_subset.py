@@ -80,6 +80,19 @@ def test_integer_targets_that_would_wrap_are_refused(value):
     assert data.from_targets((x, y), (x, y)).train.labels[3] == 2**31 - 1
 
 
+@pytest.mark.parametrize("hidden", ["inputs", "targets"])
+def test_hidden_targets_are_no_data(hidden):
+    x, y = np.zeros((4, 2)), np.array([0.5, -999.0, 0.25, -999.0])
+    if hidden == "targets":
+        pair = x, np.ma.masked_equal(y, -999.0)
+    else:
+        pair = np.ma.masked_array(x, np.eye(4, 2)), y
+    with pytest.raises(ValueError, match=f"test {hidden} must be .* masked entries"):
+        data.from_targets((x, y), pair)
+    whole = np.ma.masked_array(y, False)  # nothing is hidden
+    assert data.from_targets((x, whole), (x, y)).train.labels[1] == -999.0
+
+
 def test_augmentations_of_targets_are_known_ones():
     x, y = np.zeros((4, 8, 8, 1), np.float32), np.zeros(4)
     assert data.from_targets((x, y), (x, y), augment="flip").augment == ("flip",)

@@ -1,5 +1,6 @@
 """Bayesian networks as methods: training, resumption, prediction, reports, devices."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,6 +18,7 @@ from otmdr_jax.experiments import (
     config,
     methods,
     optimizers,
+    prediction,
     programs,
     report,
     training,
@@ -412,7 +414,7 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def runs(one_layer, tmp_path_factory):
+def runs(small, one_layer, tmp_path_factory):  # not `few` for later tests
     """A run of each method from the command line, on digits."""
     root = tmp_path_factory.mktemp("bnn")
     few = small_digits()
@@ -710,8 +712,30 @@ def test_uncertainty_of_an_ensemble_is_that_of_the_members_that_count(small):
     samples = np.asarray(
         compiled.predict(state, jnp.asarray(small.test.images)), np.float64
     )  # (2 x 5, N, C)
-    found = evaluation.evaluate(
-        chosen, state, small, "test", compiled, without=(1,)
-    ).metrics
     entropy = -np.sum(samples[:5] * np.exp(samples[:5]), axis=-1).mean()
-    assert_allclose(found["aleatoric"], entropy, rtol=1e-4)
+    information = metrics.mutual_information(np.exp(samples[:5]))
+    # A member that does not count has diverged, as a rule.
+    lost = state._replace(
+        params=jax.tree.map(lambda x: x.at[1].set(jnp.nan), state.params)
+    )
+    for one in (state, lost):
+        found = evaluation.evaluate(chosen, one, small, "test", compiled, without=(1,))
+        for values in (found.metrics, found.members[0]):
+            assert_allclose(values["aleatoric"], entropy, rtol=1e-4)
+            assert_allclose(values["epistemic"], information.mean(), atol=1e-6)
+        found = prediction.predict(chosen, one, small.test, compiled, without=(1,))
+        assert_allclose(found.mutual_information(), information, atol=1e-6)
+    assert np.isnan(found.members[1]).all()
+
+
+@pytest.mark.parametrize(
+    "split, message",
+    [
+        ("val", "split must be one of .*; got 'val'"),
+        ("validation", "no validation set"),
+    ],
+)
+def test_a_split_that_is_not_there_is_refused(split, message, small):
+    alone = dataclasses.replace(small, validation=None)
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate(TINY, None, alone, split, programs=object())

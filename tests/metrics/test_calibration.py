@@ -6,6 +6,7 @@ import sys
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
@@ -463,6 +464,8 @@ def test_a_level_that_is_whole_is_not_rounded_up():
         (np.zeros((2, 2)), [0], r"got \(2, 2\) and \(1,\)"),
         (np.array([[0.9, 0.1], [0.25, 0.75]]), [0, 1], "these rows are probabilities"),
         (np.array([[1, 0], [0, 1]], np.float16), [0, 1], "Give np.log"),
+        # Rounded to 8 bits, these thirds add up to 1.002.
+        (np.full((3, 3), 1 / 3, jnp.bfloat16), [0, 1, 2], "rows are probabilities"),
     ],
 )
 def test_bad_logits_are_refused(fit, logits, labels, message):

@@ -4,6 +4,7 @@ import itertools
 import math
 import tracemalloc
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -185,6 +186,21 @@ def test_a_model_does_not_differ_from_itself():
     probs, labels = predictions(5, 50, 3)
     found = metrics.paired_test(metrics.ece, probs, probs, labels, num_samples=50)
     assert found == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_predictions_of_two_precisions_are_refused():
+    """Rows of 8 bits, swapped into others, would not sum to 1 as those must."""
+    probs, labels = predictions(7, 50, 9)
+    narrow = probs.astype(jnp.bfloat16)
+    message = "one dtype, got float32 and bfloat16. Give both in float32"
+    with pytest.raises(ValueError, match=message):
+        metrics.paired_test(metrics.brier, probs.astype(np.float32), narrow, labels)
+    wide = narrow.astype(np.float64)
+    wide /= wide.sum(-1, keepdims=True)
+    found = metrics.paired_test(metrics.brier, probs.astype(np.float32), wide, labels)
+    want = metrics.brier(probs, labels) - metrics.brier(wide, labels)
+    assert found.difference == pytest.approx(want, abs=1e-6)
+    metrics.paired_test(metrics.brier, narrow, narrow, labels, num_samples=20)
 
 
 def test_bad_options_are_refused():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from otmdr_jax import metrics
+from otmdr_jax.core.checks import check_word
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.experiments.methods.training import Loss
@@ -129,6 +130,10 @@ def evaluate_run(
         training predicts with its mode, because its curvature may cost whole epochs.
       show_progress: Whether to show progress.
     """
+    for split in splits:
+        check_word("split", split, ("train", "validation", "test"))
+        if getattr(dataset, split) is None:
+            raise ValueError(f"the data have no {split} set: evaluate another split.")
     seen = None
     if final or not config.method.is_fitted:
         seen = config.method.seen(config, state, dataset, programs)

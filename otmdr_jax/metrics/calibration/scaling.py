@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from otmdr_jax.metrics.predictions import Array, check_labels, unmasked
+from otmdr_jax.metrics.predictions import Array, check_labels, tolerance, unmasked
 
 # Beyond these, probabilities are practically 0 and 1, or equal.
 TEMPERATURES = (0.01, 100.0)
@@ -202,6 +202,7 @@ def check_logits(logits: Array) -> np.ndarray:
     logits = unmasked(logits)
     if np.iscomplexobj(logits):
         raise TypeError(f"logits must be real numbers, got dtype {logits.dtype}.")
+    allowed = tolerance(logits.dtype)
     logits = logits.astype(np.float64)
     if logits.ndim != 2:
         raise ValueError(
@@ -214,7 +215,8 @@ def check_logits(logits: Array) -> np.ndarray:
             f"logits must be finite, but row {row} is {logits[row]}. For probabilities "
             "that may be 0 give np.log(np.maximum(probs, 1e-30))."
         )
-    if logits.size and (logits >= 0).all() and np.allclose(logits.sum(1), 1, atol=1e-3):
+    ones = abs(logits.sum(axis=1) - 1) <= allowed
+    if logits.size and (logits >= 0).all() and ones.all():
         raise ValueError(
             "calibration needs logits or log-probabilities, and these rows are "
             "probabilities: at least 0, with a sum of 1. Give "
