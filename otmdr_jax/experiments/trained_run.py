@@ -11,6 +11,7 @@ import numpy as np
 
 from otmdr_jax import parallel
 from otmdr_jax.data import Dataset, LazyImages, Split
+from otmdr_jax.data.checks import plain
 from otmdr_jax.experiments import members, prediction, programs, run_folder
 from otmdr_jax.experiments.config import TrainConfig
 from otmdr_jax.metrics.calibration import log_softmax
@@ -196,13 +197,14 @@ def checked_images(images: Any, info: programs.DataInfo) -> np.ndarray | LazyIma
       info: The shapes and statistics of the run's data.
 
     Raises:
-      ValueError: They are of another shape; TypeError: of another dtype.
+      ValueError: They are of another shape, or hide entries.
+      TypeError: They are of another dtype.
 
     Warns:
       UserWarning: Their values seem to be of another scale.
     """
     if not isinstance(images, LazyImages):
-        images = np.asarray(images)
+        images = plain(images, "images")
     if images.ndim == 3 and info.image_shape[-1] == 1:
         if images.shape[1:] == info.image_shape[:2]:
             images = images[..., None]

@@ -164,6 +164,8 @@ def test_other_images_are_refused(folder, small):
     image = small.test.images[0]
     with pytest.raises(ValueError, match=r"Of one image give images\[None\]"):
         run.predict(image)
+    with pytest.raises(ValueError, match="images must be .* got masked entries"):
+        run.predict(np.ma.masked_less(image[None], 5))
     with pytest.raises(ValueError, match=r"\(N, 8, 8, 1\).*Resize"):
         run.predict(np.zeros((2, 9, 9, 1), np.float32))
     for shape in ((3, 64), (1, 64, 1)):
