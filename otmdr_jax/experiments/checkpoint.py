@@ -149,9 +149,10 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Raises:
           FileNotFoundError: There is none, or none of that step.
+          OSError: It cannot be read.
         """
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self._known(step), args=args)["meta"]
+        return self._read(self._known(step), args)["meta"]
 
     def restore(self, template: PyTree, step: int | None = None) -> Restored:
         """Reads a checkpoint.
@@ -162,14 +163,13 @@ class Checkpoints(contextlib.AbstractContextManager):
 
         Raises:
           FileNotFoundError: There is none, or none of that step.
+          OSError: It cannot be read.
         """
-        items = self._manager.restore(
-            self._known(step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_stored(template)),
-                meta=ocp.args.JsonRestore(),
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_stored(template)),
+            meta=ocp.args.JsonRestore(),
         )
+        items = self._read(self._known(step), args)
         state: Any = items["state"]
         if isinstance(template, TrainState):
             state = TrainState(**state)
@@ -185,6 +185,17 @@ class Checkpoints(contextlib.AbstractContextManager):
                 + (f" of step {step}: there are {known}." if known else ".")
             )
         return known[-1] if step is None else step
+
+    def _read(self, step: int, args: Any) -> Any:
+        """What Orbax reads, or in one line that it does not."""
+        try:
+            return self._manager.restore(step, args=args)
+        except Exception as error:
+            raise OSError(
+                f"the checkpoint of step {step} in {self.folder} cannot be read "
+                f"({_reason(error)}). If the run was copied, copy it again; else "
+                f"remove {self.folder / str(step)} to go on from an earlier one."
+            ) from error
 
     def __exit__(self, kind: Any = None, *exc_info: Any) -> None:
         """Waits until the last save is whole."""

@@ -1,11 +1,15 @@
 """An ensemble out of finished runs: members are added or dropped, none is retrained."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import shutil
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from otmdr_jax.data import Dataset
 from otmdr_jax.experiments import (
@@ -166,6 +170,7 @@ def _load(paths, configs, dataset, kept, stacked):
     """The members' states, joined, and what is known of them."""
     states: list[TrainState] = []
     diverged: list[int] = []
+    where: list[pathlib.Path] = []  # the run of each
     meta: dict[str, Any] = {}
     data = programs.fingerprint(dataset)
     for path, found in zip(paths, configs, strict=True):
@@ -175,9 +180,27 @@ def _load(paths, configs, dataset, kept, stacked):
         state, own_meta = restore.restore(found, compiled, path)
         diverged += [len(states) + i for i in own_meta.get("diverged", [])]
         states += members.separate(state)
+        where += [path] * (len(states) - len(where))
         meta = meta or own_meta
+    _check_distinct({i: states[i] for i in kept}, where)
     place = {member: i for i, member in enumerate(kept)}
     state = members.join([states[i] for i in kept], stacked)
     mine = sorted(place[i] for i in diverged if i in place)
     meta |= {"best": None, "speeds": [], "diverged": mine, "mesh": "one device"}
     return state, meta
+
+
+def _check_distinct(kept: dict[int, TrainState], where: list[pathlib.Path]) -> None:
+    """Refuses one network twice: by its weights, since a run may have been copied."""
+    found: dict[bytes, int] = {}
+    for i, state in kept.items():
+        total = hashlib.sha256()
+        for leaf in jax.tree.leaves(state.params):
+            total.update(np.ascontiguousarray(leaf).tobytes())
+        first = found.setdefault(total.digest(), i)
+        if first != i:
+            raise ValueError(
+                f"members {first} (of {where[first]}) and {i} (of {where[i]}) have the "
+                "same weights, and a member that counts twice adds nothing: leave one "
+                "of the runs out, or name the members to keep."
+            )

@@ -88,6 +88,20 @@ def test_programs_are_kept_by_processor_and_pytorch_is_left_alone(tmp_path):
     assert any("lambda" in file.name for file in folder.iterdir())
 
 
+@pytest.mark.slow
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+    for words in (["info"], ["train", "--steps", "1", "--output", str(tmp_path / "a")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "otmdr_jax", *words],
+            env={**os.environ, "JAX_PLATFORMS": "cuda"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "JAX finds no device of JAX_PLATFORMS='cuda': unset it" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """Two finished runs in a folder."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -389,6 +390,21 @@ class TestCombine:
         )
         assert run_folder.read_config(out).model.members == "one_layer,cnn_small"
         assert len(predictions(out)) == 2
+
+    @pytest.mark.slow
+    def test_a_network_counts_once_in_whatever_folder_it_is(
+        self, folders, tmp_path, capsys
+    ):
+        shutil.copytree(folders / "one", tmp_path / "copied")
+        copied, out = str(tmp_path / "copied"), tmp_path / "out"
+        words = ["ensemble", str(folders / "one"), str(folders / "two"), copied]
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, "--output", str(out)])
+        assert stop.value.code == 2 and not out.exists()
+        message = r"members 0 \(of .*one\) and 3 \(of .*copied\) have the same weights"
+        assert re.search(message, capsys.readouterr().err)
+        cli.main([*words, "--keep", "1", "2", "3", "--output", str(out)])
+        assert len(predictions(out)) == 3
 
     @pytest.mark.parametrize(
         ("names", "options", "message"),

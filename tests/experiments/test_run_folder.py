@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,21 @@ class TestWithdrawn:
         assert sorted(os.listdir(run)) == before
 
 
+def test_what_a_pass_gave_is_none_where_its_file_is_torn(tmp_path):
+    seen = {"mean": np.arange(3.0, dtype=np.float32)}
+    run_folder.write_seen(tmp_path, 7, seen)
+    np.testing.assert_array_equal(
+        run_folder.read_seen(tmp_path, 7, seen)["mean"], seen["mean"]
+    )
+    assert run_folder.read_seen(tmp_path, 8, seen) is None
+    whole = (tmp_path / "seen.npz").read_bytes()
+    for size in range(0, len(whole), 40):
+        (tmp_path / "seen.npz").write_bytes(whole[:size])
+        assert run_folder.read_seen(tmp_path, 7, seen) is None
+    np.savez(tmp_path / "seen.npz", step=7, other=0)
+    assert run_folder.read_seen(tmp_path, 7, seen) is None
+
+
 def test_a_folder_that_is_removed_ends_the_run(tmp_path):
     opened = run_folder.create(tmp_path / "run", TINY, {})
     opened.log({"step": 1, "epoch": 1.0, "split": "train", "loss": 0.0})
@@ -152,6 +168,28 @@ def test_a_folder_that_is_removed_ends_the_run(tmp_path):
         opened.log({"step": 2, "epoch": 1.0, "split": "train", "loss": 0.0})
     opened.close()
     assert not (tmp_path / "run").exists()
+
+
+# Orbax leaves tasks behind that fail once more.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("torn", ["d", "meta", "manifest.ocdbt"])
+def test_a_torn_checkpoint_is_one_line_that_says_which(torn, run, mine, capsys):
+    """As of a run that was copied in part: shortened files, or missing ones."""
+    (step,) = (run / "checkpoints").glob("2")
+    if torn == "d":
+        for file in step.glob("state/**/d/*"):
+            file.write_bytes(file.read_bytes()[:100])
+    elif torn == "meta":
+        shutil.rmtree(step / "meta")
+    else:
+        (step / "state" / torn).unlink()
+    np.save(run.parent / "new.npy", mine.test.images)
+    words = ["predict", str(run), str(run.parent / "new.npy"), "--output"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*words, str(run.parent / "out.csv")])
+    assert stop.value.code == 2
+    message = r"checkpoint of step 2 in \S+ cannot be read \(.+\). If the run was"
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("at", ["save", "close"])

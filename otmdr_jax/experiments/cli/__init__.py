@@ -113,6 +113,8 @@ def _run(argv: list[str]) -> None:
         )
     # Orbax warns when a checkpoint is opened for reading only, as evaluation does.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Of a checkpoint that cannot be read its tasks say the same a page at a time.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if "" not in sys.path:
         sys.path.insert(0, "")  # networks of one's own may stand in this folder
     kind, function = COMMANDS[argv[0]]
@@ -136,6 +138,24 @@ def _run(argv: list[str]) -> None:
         if interrupts.came_early():  # a library may call it what it likes
             raise KeyboardInterrupt from error
         _fail(str(error))
+    except (RuntimeError, AssertionError):
+        _check_platforms()
+        raise
+
+
+def _check_platforms() -> None:
+    """Ends the command where JAX finds no device of the platforms that it is told."""
+    import jax
+
+    if not (platforms := getattr(jax.config, "jax_platforms", None)):
+        return
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        _fail(
+            f"JAX finds no device of JAX_PLATFORMS={platforms!r}: unset it, or install "
+            "what the device needs, as pip install 'otmdr_jax[cuda13]'."
+        )
 
 
 def _expanded(options: Any) -> Any:
