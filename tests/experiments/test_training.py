@@ -625,7 +625,7 @@ def test_the_host_logs_what_is_done_while_the_device_has_more(small, monkeypatch
 @pytest.mark.slow
 def test_sharpness_is_the_gap_of_one_ascent_step_on_the_training_set(small, straight):
     """Against a NumPy norm and two plain evaluations."""
-    compiled = programs.compile_programs(TINY.replace(model="cnn_small"), small)
+    compiled = programs.compile_programs(TINY, small)
     found = sharpness.gap(TINY, straight.state, small, compiled)
     batch = (*small.train, np.ones(160, bool), straight.state.model_state)
 
