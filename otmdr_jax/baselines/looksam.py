@@ -159,7 +159,12 @@ def looksam_gradient(
         # What rounding leaves of parallel gradients (a radius of 0, a linear loss)
         # points anywhere, and would be given a length.
         there = tree.norm(direction) > _rounding(grads) * tree.norm(grads)
-        direction = jax.tree.map(lambda v: jnp.where(there, v, 0.0), direction)
+        # One norm of all leaves is in the widest dtype of any.
+        direction = jax.tree.map(
+            lambda g, v: jnp.where(there, v, 0.0).astype(tree.accumulation_dtype(g)),
+            grads,
+            direction,
+        )
         return found._replace(aux=(found.aux, direction), grads=grads)
 
     climbing = build(loss_fn, radii, chosen, with_direction)

@@ -83,7 +83,8 @@ def mc_dropout(
       running statistics.
 
     Raises:
-      ValueError: The model has no dropout, or `num_samples` is below 1.
+      ValueError: The model has no dropout, or has it in training alone;
+        `num_samples` is below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -102,6 +103,12 @@ def mc_dropout(
             "mc-dropout needs a model that drops activations, as "
             f"models.create(..., dropout={RATE}); got dropout="
             f"{getattr(model, 'dropout', None)!r}."
+        )
+    if not rate_of(model) < 1:  # a flag: an adapted network draws numbers
+        raise ValueError(
+            "mc-dropout needs a model that drops activations outside of training too, "
+            "and a network of one's own (models.adapt) does so in training alone: use "
+            "one of the zoo, or a class whose apply drops wherever it is given keys."
         )
     if mean_only:
         return method

@@ -67,6 +67,8 @@ def per_member(
         def update(updates, state, params, own):
             return inner.update(updates, state, params, **own, **extra_args)
 
+        if is_placeholder(updates):  # a group without parameters, as of a mask
+            return update(updates, state, params, own)
         if not is_tuple(updates):
             with shards.on_their_mesh(updates):
                 rows = shards.align_rows((updates, state, params, own), updates)

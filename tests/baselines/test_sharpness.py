@@ -330,6 +330,34 @@ class TestLooksam:
         )
         assert_allclose(flat(got), flat(want), rtol=1e-5)
 
+    def test_leaves_of_two_precisions_keep_theirs(self):
+        """The first step is SAM's, here by hand, and the others may be scanned."""
+        with jax.enable_x64(True):
+            x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
+            params = {"w": jnp.ones(3, jnp.float32), "t": jnp.array(0.5, jnp.float64)}
+
+            def loss(p, batch):
+                return jnp.mean((batch @ p["w"].astype(jnp.float64) - p["t"]) ** 2)
+
+            tx = baselines.looksam(loss, 0.3, every=2)
+            start = tx.init(params)
+            got, state = tx.update(params, start, params, batch=x)
+            first = jax.grad(loss)(params, x)
+            length = jnp.sqrt(jnp.sum(first["w"] ** 2.0) + first["t"] ** 2)
+            away = jax.tree.map(lambda p, g: p + 0.3 * g / length, params, first)
+            want = jax.grad(loss)(away, x)
+            for name in params:
+                assert got[name].dtype == params[name].dtype
+                assert_allclose(got[name], want[name], rtol=1e-5)
+
+            def step(state, _):
+                updates, state = tx.update(params, state, params, batch=x)
+                return state, updates
+
+            last, _ = jax.lax.scan(step, state, None, length=3)
+            kinds = [jax.tree.map(lambda x: x.dtype, s.memory) for s in (start, last)]
+            assert kinds[0] == kinds[1]
+
     def test_it_takes_one_pass_in_between(self, batches):
         passes = []
 

@@ -378,6 +378,22 @@ class TestPerMember:
         if counts and not as_tuple:
             assert counts[0][1].tolist() == [0, 0, 3, 0, 0]
 
+    @pytest.mark.parametrize("empty", ["partition", "masked"])
+    def test_a_group_may_have_no_parameters(self, empty):
+        """As that of the biases of members that have none."""
+        members, alone = {"k": jnp.arange(6.0).reshape(3, 2)}, optax.adam(0.1)
+        lifted = ensemble.per_member(alone)
+        if empty == "masked":
+            tx = optax.chain(optax.masked(lifted, {"k": False}), lifted)
+        else:
+            tx = optax.partition({"a": lifted, "b": lifted}, {"k": "a"})
+        state, states = tx.init(members), [alone.init({"k": x}) for x in members["k"]]
+        for _ in range(2):
+            got, state = tx.update(members, state, members)
+            for m, x in enumerate(members["k"]):
+                want, states[m] = alone.update({"k": x}, states[m])
+                assert_close(got["k"][m], want["k"])
+
     def test_injected_hyperparameters_may_differ(self):
         tx = ensemble.per_member(optax.inject_hyperparams(optax.sgd)(1.0))
         grads = jnp.ones((2, 3))

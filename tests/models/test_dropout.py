@@ -594,6 +594,7 @@ class TestMonteCarlo:
         ("model", "options", "message"),
         [
             (Softmax(0.0), {}, "needs a model that drops"),
+            (Softmax(1.0), {}, "does so in training alone"),  # as models.adapt says it
             (Softmax(), dict(num_samples=0), "num_samples must be at least 1"),
             (Softmax(), dict(base="swa"), "base of mc-dropout must be one of"),
         ],
