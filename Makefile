@@ -30,7 +30,7 @@ test: setup  ## run the tests, but for those that take long (6 minutes on 2 core
 test-slow: setup  ## run the tests that make test leaves out
 	$(PYTEST) -m slow
 
-test-all: setup  ## run all tests (22 minutes on 2 cores)
+test-all: setup  ## run all tests (21 minutes on 2 cores, 16 with kept programs)
 	$(PYTEST)
 
 test-optimized: setup  ## run all on programs compiled as users' are: takes longer
