@@ -6,6 +6,8 @@ import math
 import os
 import pathlib
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -189,7 +191,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def _read(self, step: int, args: Any) -> Any:
         """What Orbax reads, or in one line that it does not."""
         try:
-            return self._manager.restore(step, args=args)
+            with _quiet_if_it_fails():
+                return self._manager.restore(step, args=args)
         except Exception as error:
             raise OSError(
                 f"the checkpoint of step {step} in {self.folder} cannot be read "
@@ -219,6 +222,36 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"({_reason(error)}); {whole}. Once it can, go on with: otmdr train "
                 f"--resume {self.run}"
             ) from error
+
+
+@contextlib.contextmanager
+def _quiet_if_it_fails() -> Iterator[None]:
+    """Drops the tracebacks of the reads that Orbax leaves behind as one fails.
+
+    They end after Orbax has closed their event loop, from threads of TensorStore and at
+    any time, so that after a failure this holds to the end of the process.
+    """
+    hook, tasks = sys.unraisablehook, logging.getLogger("asyncio")
+    unused = "coroutine .* was never awaited"
+
+    def quiet(told: Any) -> None:
+        if not re.fullmatch(f"Event loop is closed|{unused}", str(told.exc_value)):
+            hook(told)
+
+    def is_another(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not any(word in text for word in ("orbax", "tensorstore", '" driver: '))
+
+    sys.unraisablehook = quiet
+    tasks.addFilter(is_another)
+    try:
+        yield
+    except Exception:
+        warnings.filterwarnings("ignore", unused, RuntimeWarning)
+        raise
+    tasks.removeFilter(is_another)
+    if sys.unraisablehook is quiet:
+        sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:

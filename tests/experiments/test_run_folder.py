@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import re
@@ -9,8 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from otmdr_jax import data
@@ -170,8 +173,6 @@ def test_a_folder_that_is_removed_ends_the_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# Orbax leaves tasks behind that fail once more.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("torn", ["d", "meta", "manifest.ocdbt"])
 def test_a_torn_checkpoint_is_one_line_that_says_which(torn, run, mine, capsys):
     """As of a run that was copied in part: shortened files, or missing ones."""
@@ -190,6 +191,36 @@ def test_a_torn_checkpoint_is_one_line_that_says_which(torn, run, mine, capsys):
     assert stop.value.code == 2
     message = r"checkpoint of step 2 in \S+ cannot be read \(.+\). If the run was"
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_fails_after_a_torn_read_prints_no_traceback(run, capfd):
+    """Orbax closes its loop at the first failure, while hundreds of reads go on."""
+    saved, late = checkpoint.Checkpoints(run / "checkpoints"), []
+    state = {f"leaf{i}": np.full(100, i, np.float32) for i in range(300)}
+    hook = sys.unraisablehook
+
+    def restore(step, args):
+        assert sys.unraisablehook is not hook
+        return ocp.StandardCheckpointer().restore(run.parent / "many", state)
+
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(run.parent / "many", state)
+    saved._manager.restore = restore
+    saved._read(2, None)
+    assert sys.unraisablehook is hook  # a read that ends well leaves nothing behind
+    for file in (run.parent / "many").glob("**/d/*"):
+        file.unlink()
+    try:
+        sys.unraisablehook = late.append
+        with pytest.raises(OSError, match="step 2 .*cannot be read"):
+            saved._read(2, None)
+        time.sleep(0.5)
+        gc.collect()  # tasks whose exception nobody took say so as they go
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError("other")))
+    finally:
+        sys.unraisablehook = hook
+    assert [str(told.exc_value) for told in late] == ["other"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("at", ["save", "close"])
