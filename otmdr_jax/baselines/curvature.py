@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from otmdr_jax.core import tree
+
 PyTree = Any
 
 STRUCTURES = ("last-layer", "last-layer-kron", "diagonal")
@@ -183,6 +185,9 @@ def of_batch(
 
 def _diagonal(model, params, model_state, images, mask):
     """sum_n sum_c p_nc (d log p_nc / dw)^2, micro-batch by micro-batch."""
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros_like(p, tree.accumulation_dtype(p)), params
+    )
 
     def of_example(image, weight):
         def logits_of(params):
@@ -196,9 +201,11 @@ def _diagonal(model, params, model_state, images, mask):
 
         def add(total, root):
             (grads,) = pull(root)
-            return jax.tree.map(lambda t, g: t + weight * g * g, total, grads), None
+            return jax.tree.map(
+                lambda t, g: t + weight * g.astype(t.dtype) ** 2, total, grads
+            ), None
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), roots)[0]
+        return jax.lax.scan(add, zeros, roots)[0]
 
     def of_part(part):
         each = jax.vmap(of_example)(*part)
@@ -216,7 +223,6 @@ def _diagonal(model, params, model_state, images, mask):
     def add(total, part):
         return jax.tree.map(jnp.add, total, of_part(part)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
     return jax.lax.scan(add, zeros, (cut(images), cut(mask)))[0]
 
 

@@ -168,7 +168,7 @@ def laplace(
 
         def row(i):  # the same sample for all batches
             moved = _noise(posterior.std, jax.random.fold_in(_key(state), i))
-            return jax.nn.log_softmax(logits + along(moved))
+            return jax.nn.log_softmax(logits + along(tree.like(moved, state.params)))
 
         return jax.lax.map(row, jnp.arange(num_samples))
 

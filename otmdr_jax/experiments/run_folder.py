@@ -171,9 +171,46 @@ def record_start(path: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def read_data(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Reads the record of a run's data; None for a run of an older version."""
+    """Reads the record of a run's data; None for a run of an older version.
+
+    Raises:
+      ValueError: The file is torn, or lacks a field that its version has.
+    """
     path = pathlib.Path(path) / "data.json"
-    return files.read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    record = files.read_json(path)
+    needed = ["name", "fingerprint", "num_classes"]
+    if "mean" in record:  # since runs predict new images without their data
+        needed += ["image_shape", "dtype", "std", "augment", "train"]
+    missing = [name for name in needed if record.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}: copy it again from where the run was "
+            "trained, or remove it, and what needs the data reads them."
+        )
+    return record
+
+
+def read_predictions(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """Reads log_probs (N, C) and labels (N,) of a run's test set.
+
+    Raises:
+      ValueError: The file is torn, or holds something else.
+    """
+    path = pathlib.Path(path) / "predictions.npz"
+    try:
+        # np.load of a path leaves the file open where it is torn.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+            log_probs, labels = arrays["log_probs"], arrays["labels"]
+        if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
+            raise ValueError(f"they have shapes {log_probs.shape} and {labels.shape}")
+    except files.UNREADABLE as error:
+        raise ValueError(
+            f"{path} cannot be read as log_probs (N, C) and labels (N,) ({error}): "
+            f"move it away, and write it again with `otmdr evaluate {path.parent}`."
+        ) from error
+    return log_probs, labels
 
 
 def check_classes(path: str | os.PathLike, what: str) -> None:

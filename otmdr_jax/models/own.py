@@ -9,7 +9,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -261,22 +261,31 @@ class Linen:
         streams = {"params": params_key, "dropout": key}
         images = jnp.zeros(images.shape, images.dtype)
         state = dict(self._module.init(streams, images, **self._call(False)))
-        return state.pop("params", {}), state
+        params = state.pop("params", {})
+        # What a call changes in shape, as what it sows, is no state.
+        _, after = jax.eval_shape(
+            functools.partial(self._call_once, train=True), params, state, images, key
+        )
+        return params, _steady(state, after)
 
     def apply(self, params, state, images, *, train, keys=None):
         """See :func:`adapt`."""
-        streams = {} if keys is None else {"dropout": _one(keys, images)}
-        found = self._module.apply(
+        key = None if keys is None else _one(keys, images)
+        outputs, after = self._call_once(params, state, images, key, train)
+        if not train:
+            return outputs, state
+        return outputs, jax.lax.stop_gradient(_those_of(state, after))
+
+    def _call_once(self, params, state, images, key, train):
+        """The outputs, and the collections after a call."""
+        outputs, changed = self._module.apply(
             {"params": params, **state},
             images,
-            rngs=streams,
-            mutable=list(state) if train else False,
+            rngs={} if key is None else {"dropout": key},
+            mutable=list(state) if train else [],
             **self._call(train),
         )
-        if not train:
-            return found, state
-        outputs, changed = found
-        return outputs, jax.lax.stop_gradient({**state, **changed})
+        return outputs, {**state, **changed}
 
 
 class Equinox:
@@ -395,6 +404,31 @@ def _named(tree: PyTree, like: PyTree = None) -> dict[str, Any]:
             place = place.setdefault(part, {})
         place[last] = leaf
     return found
+
+
+def _steady(before: Any, after: Any) -> Any:
+    """What of nested dicts has the same arrays in others, by structure and shape."""
+    found = {}
+    for name, value in before.items():
+        other = after.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            inner = _steady(value, other)
+            if inner or not value:
+                found[name] = inner
+        elif _shapes(value) == _shapes(other):
+            found[name] = value
+    return found
+
+
+def _those_of(like: Any, values: Any) -> Any:
+    """The values of nested dicts that others have too."""
+    if not isinstance(like, Mapping):
+        return values
+    return {name: _those_of(inner, values[name]) for name, inner in like.items()}
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
 
 
 def _unnamed(arrays: dict[str, Any], like: PyTree) -> PyTree:

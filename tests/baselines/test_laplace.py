@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -236,6 +237,27 @@ class TestPosterior:
         jax.tree.map(
             lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want
         )
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize(
+        "structure", slow_but([x for x in STRUCTURES if x != "diagonal"], STRUCTURES)
+    )
+    def test_narrow_parameters_have_the_posterior_of_wide_ones(self, structure, dtype):
+        images, found = points(40), []
+        method, state = state_of(Net(), images, structure=structure)
+        narrow = jax.tree.map(lambda x: x.astype(dtype), state.params)
+        for params in (narrow, jax.tree.map(jnp.float32, narrow)):
+            sums = method.finalize.of_batch(
+                state._replace(params=params), (images, jnp.ones(40))
+            )
+            fitted = method.finalize.finish(state._replace(params=params), sums)
+            found.append((sums, jnp.exp(method.predict(fitted, images))))
+        (got, probs), (want, wanted) = found
+        jax.tree.map(lambda x: np.testing.assert_equal(x.dtype, jnp.float32), got)
+        for name in got.keys() - {"mismatch", "scale"}:
+            flat = [jax.flatten_util.ravel_pytree(x[name])[0] for x in (got, want)]
+            assert_allclose(*flat, atol=0.02 * float(jnp.max(jnp.abs(flat[1]))))
+        assert_allclose(probs, wanted, atol=0.05)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("structure", STRUCTURES)

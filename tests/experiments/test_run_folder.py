@@ -345,6 +345,22 @@ def test_a_file_that_is_no_json_is_named(name, content, run, capsys):
     assert str(run / name) in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("field", ["num_classes", "fingerprint", "std"])
+@pytest.mark.parametrize("command", ["evaluate", "compare", "predict"])
+def test_a_record_of_data_without_a_field_is_named(field, command, run, mine, capsys):
+    record = json.loads((run / "data.json").read_text())
+    del record[field]
+    (run / "data.json").write_text(json.dumps(record))
+    np.save(run.parent / "new.npy", mine.test.images)
+    images = [str(run.parent / "new.npy")] if command == "predict" else []
+    output = [] if command == "evaluate" else ["--output", str(run.parent / "out.csv")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, str(run), *images, *output])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"data.json lacks {field}" in error and error.count("\n") == 1
+
+
 def test_predictions_of_an_interrupted_run_go_when_it_goes_on(run):
     """They are those of an evaluation in between: nothing may be fitted to them."""
     (run / "result.json").unlink()

@@ -199,6 +199,38 @@ def test_what_a_call_adds_is_not_carried_on():
     assert jax.tree.structure(moved) == jax.tree.structure(state)
 
 
+class Sowing(linen.Module):
+    """Sows into two collections, one of them its own, and one has its state beside."""
+
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Dense(3)(x.reshape(len(x), -1))
+        seen = self.variable("mixed", "seen", lambda: jnp.zeros(()))
+        pair = self.variable("mixed", "pair", lambda: (jnp.zeros(2), jnp.ones(1)))
+        if self.is_mutable_collection("mixed") and not self.is_initializing():
+            seen.value += 1
+            pair.value = jax.tree.map(lambda x: x + 2, pair.value)
+        for collection in ("intermediates", "losses", "mixed"):
+            self.sow(collection, "size", jnp.mean(x))
+        return x
+
+
+def test_what_a_linen_module_sows_is_no_state():
+    """It would be one more array at each step: no jitted step takes that."""
+    model, images = models.adapt(Sowing()), jnp.ones((2, 4, 4, 1))
+    params, state = model.init(jax.random.key(0), images)
+    assert set(state) == {"mixed"} and set(state["mixed"]) == {"seen", "pair"}
+    for step in (1, 2):
+        logits, moved = model.apply(params, state, images, train=True)
+        assert jax.tree.structure(moved) == jax.tree.structure(state)
+        state = moved
+        assert state["mixed"]["seen"] == step
+        np.testing.assert_array_equal(state["mixed"]["pair"][1], [1 + 2 * step])
+    evaluated, kept = model.apply(params, state, images, train=False)
+    np.testing.assert_array_equal(evaluated, logits)
+    assert kept["mixed"]["seen"] == 2
+
+
 def test_functions_that_are_told_whether_they_train():
     def apply(params, images, train):
         return images.mean((1, 2)) * params["w"][None] * (2 if train else 1)

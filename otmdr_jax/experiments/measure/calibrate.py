@@ -13,7 +13,6 @@ from otmdr_jax import metrics
 from otmdr_jax.experiments import restore, run_folder
 from otmdr_jax.experiments.measure import evaluation
 from otmdr_jax.experiments.options import Seed, check
-from otmdr_jax.io import files
 from otmdr_jax.metrics import calibration
 from otmdr_jax.metrics.calibration import conformal
 
@@ -120,16 +119,8 @@ def _test_predictions(folder):
             f"{folder} has no predictions.npz: finish the run, or write the file with "
             f"`otmdr evaluate {folder}`."
         )
-    path = folder / "predictions.npz"
-    try:
-        # np.load of a path leaves the file open where it is torn.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as arrays:
-            log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
-    except files.UNREADABLE as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): move it away, and write it again with "
-            f"`otmdr evaluate {folder}`."
-        ) from error
+    log_probs, labels = run_folder.read_predictions(folder)
+    log_probs = log_probs.astype(np.float64)
     if not np.isfinite(log_probs.max(axis=1)).all():
         raise ValueError(
             f"{folder} predicts NaN: it diverged, so it cannot be calibrated."

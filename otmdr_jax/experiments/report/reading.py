@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from otmdr_jax.experiments import config as config_lib
+from otmdr_jax.experiments import run_folder
 from otmdr_jax.experiments.report.labels import label_of
 from otmdr_jax.io import files
 
@@ -67,7 +68,7 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
             f"the missing files from its last checkpoint: `otmdr evaluate {folder}`."
         )
     config = _read_config(folder / "config.json")
-    log_probs, labels = _read_predictions(folder / "predictions.npz")
+    log_probs, labels = run_folder.read_predictions(folder)
     return Run(
         folder=folder,
         label=label_of(config) if label is None else label,
@@ -76,9 +77,7 @@ def read_run(folder: str | pathlib.Path, label: str | None = None) -> Run:
         history=_read_history(folder / "metrics.jsonl"),
         log_probs=log_probs,
         labels=labels,
-        data=files.read_json(path)
-        if (path := folder / "data.json").is_file()
-        else None,
+        data=run_folder.read_data(folder),
     )
 
 
@@ -118,19 +117,3 @@ def _check_entry(entry: dict[str, Any]) -> None:
     missing = [key for key in ("step", "epoch", "split") if entry.get(key) is None]
     if missing:
         raise ValueError(f"the line has no {' and no '.join(missing)}")
-
-
-def _read_predictions(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            log_probs, labels = arrays["log_probs"], arrays["labels"]
-    except files.UNREADABLE as error:
-        raise ValueError(
-            f"{path} must hold the arrays log_probs and labels: {error}"
-        ) from error
-    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
-        raise ValueError(
-            f"{path} must hold log_probs of shape (N, C) and labels of shape (N,), got "
-            f"{log_probs.shape} and {labels.shape}."
-        )
-    return log_probs, labels

@@ -77,8 +77,8 @@ def _numbers(folder, result, cell, target):
         batch = cell.config.run.batch_size
         count = cell.config.data.train_examples or 50_000
         return {names[0]: result["seconds_per_step"] * (count // batch)}
-    with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
-        log_probs, labels = arrays["log_probs"].astype(np.float64), arrays["labels"]
+    log_probs, labels = run_folder.read_predictions(folder)
+    log_probs = log_probs.astype(np.float64)
     if not np.isfinite(log_probs.max(axis=1)).all():  # it diverged at the end
         return unknown
     if TARGETS[target].calibrated:
