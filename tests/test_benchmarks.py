@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -19,22 +18,14 @@ from scipy import stats
 
 from otmdr_jax import data, models
 from otmdr_jax.experiments import sweep
+from tests import scripts
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 EXAMPLES = BENCHMARKS.parent / "examples"
 
 
 def run(name, *args):
-    # Small networks compile for longer than they run.
-    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), *args],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=quick,
-    ).stdout
+    return scripts.run(BENCHMARKS / name, *args)
 
 
 @pytest.fixture

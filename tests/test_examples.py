@@ -4,25 +4,18 @@ import argparse
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from otmdr_jax.experiments import building
 from otmdr_jax.experiments import config as config_lib
+from tests import scripts
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
 def run(name, *args, cwd):
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *args],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-    ).stdout
+    return scripts.run(EXAMPLES / name, *args, cwd=cwd)
 
 
 @pytest.mark.slow
