@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo test test-slow test-all test-optimized compilers lint format docs bench clean
+.PHONY: help setup demo test test-all test-optimized compilers lint format docs bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -26,9 +26,6 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test: setup  ## run the tests, but for those that take long (6 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
-
-test-slow: setup  ## run the tests that make test leaves out
-	$(PYTEST) -m slow
 
 test-all: setup  ## run all tests (21 minutes on 2 cores, 16 with kept programs)
 	$(PYTEST)
