@@ -150,14 +150,9 @@ def of_networks(target):
     for network in models.names():
         found[network] = lambda n=network: every_step(target, "otmdr", n)
         found[f"{network} at 224"] = lambda n=network: every_step(
-            target, "otmdr", n, size=images_at_224(target, n), image_size=224
+            target, "otmdr", n, size=32, image_size=224
         )
     return found
-
-
-def images_at_224(target, network):
-    """On each device: 32 of PyramidNet-101 take 49 GB on a TPU, and a v5e has 16."""
-    return 8 if network == "pyramidnet_101" and target.chip.memory < 32e9 else 32
 
 
 def of_options(target, network):

@@ -413,10 +413,13 @@ class TestRecords:
             for name, x in found.items()
         }
 
-    def test_everything_compiles(self, path):
-        assert {
-            n: x["error"] for n, x in self.cases(path).items() if "error" in x
-        } == {}
+    def test_everything_compiles_that_fits(self, path):
+        """What does not fit is named on the page."""
+        errors = {n: x["error"] for n, x in self.cases(path).items() if "error" in x}
+        if path.stem == "v5e-4":
+            large = errors.pop(("networks", "pyramidnet_101 at 224"))
+            assert "49.21G) exceeds available HBM (15.75G)" in large
+        assert errors == {}
 
     def test_memory_of_the_compared_steps(self, path):
         cases = self.cases(path)
