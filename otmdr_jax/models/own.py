@@ -262,27 +262,28 @@ class Linen:
         images = jnp.zeros(images.shape, images.dtype)
         state = dict(self._module.init(streams, images, **self._call(False)))
         params = state.pop("params", {})
-        # What a call changes in shape, as what it sows, is no state.
-        _, after = jax.eval_shape(
-            functools.partial(self._call_once, train=True), params, state, images, key
-        )
+        # What a call changes in shape, as what it sows, is no state. The call is one of
+        # evaluation: in training BatchNorm may average over an axis that is not here.
+        call = functools.partial(self._call_once, train=False, mutable=list(state))
+        _, after = jax.eval_shape(call, params, state, images, key)
         return params, _steady(state, after)
 
     def apply(self, params, state, images, *, train, keys=None):
         """See :func:`adapt`."""
         key = None if keys is None else _one(keys, images)
-        outputs, after = self._call_once(params, state, images, key, train)
+        mutable = list(state) if train else []
+        outputs, after = self._call_once(params, state, images, key, train, mutable)
         if not train:
             return outputs, state
         return outputs, jax.lax.stop_gradient(_those_of(state, after))
 
-    def _call_once(self, params, state, images, key, train):
+    def _call_once(self, params, state, images, key, train, mutable):
         """The outputs, and the collections after a call."""
         outputs, changed = self._module.apply(
             {"params": params, **state},
             images,
             rngs={} if key is None else {"dropout": key},
-            mutable=list(state) if train else [],
+            mutable=mutable,
             **self._call(train),
         )
         return outputs, {**state, **changed}

@@ -199,6 +199,23 @@ def test_what_a_call_adds_is_not_carried_on():
     assert jax.tree.structure(moved) == jax.tree.structure(state)
 
 
+class Across(linen.Module):
+    @linen.compact
+    def __call__(self, x, train):
+        norm = linen.BatchNorm(use_running_average=not train, axis_name="data")
+        return linen.Dense(3)(norm(x).mean((1, 2)))
+
+
+def test_a_linen_module_may_average_over_devices():
+    """It starts outside of the axis."""
+    model, images = models.adapt(Across()), jnp.ones((2, 4, 4, 1))
+    params, state = model.init(jax.random.key(0), images)
+    logits, moved = jax.vmap(
+        lambda x: model.apply(params, state, x, train=True), axis_name="data"
+    )(images[:, None])
+    assert logits.shape == (2, 1, 3) and set(moved) == {"batch_stats"}
+
+
 class Sowing(linen.Module):
     """Sows into two collections, one of them its own, and one has its state beside."""
 
