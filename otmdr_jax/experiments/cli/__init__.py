@@ -113,8 +113,6 @@ def _run(argv: list[str]) -> None:
         )
     # Orbax warns when a checkpoint is opened for reading only, as evaluation does.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # Of a checkpoint that cannot be read its tasks say the same a page at a time.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if "" not in sys.path:
         sys.path.insert(0, "")  # networks of one's own may stand in this folder
     kind, function = COMMANDS[argv[0]]
