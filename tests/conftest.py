@@ -15,6 +15,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 
+from tests.frames import in_one_piece
 from tests.sets import (  # noqa: F401
     cache_dir,
     cifar_dir,
@@ -139,6 +140,18 @@ def optimized(request):
     finally:
         jax.config.update("jax_disable_most_optimizations", QUICK)
         jax.clear_caches()
+
+
+_IN_ONE_PIECE = pytest.StashKey()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Runs pytest's own loop inside of a frame that has room for all others."""
+    if _IN_ONE_PIECE in session.stash:
+        return None  # the next one's turn
+    session.stash[_IN_ONE_PIECE] = True
+    return in_one_piece(session.config.hook.pytest_runtestloop, session=session)
 
 
 # --- How long tests take ------------------------------------------------------------

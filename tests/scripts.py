@@ -7,6 +7,8 @@ import runpy
 import sys
 import tempfile
 
+from tests.frames import in_one_piece
+
 # Its processes are copies of one in which nothing but these imports has happened: no
 # backend of JAX has started there. They take two processor seconds of a script's four.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -56,4 +58,4 @@ def _script(words, place, environment, files):
     os.chdir(place)
     sys.argv = words
     sys.path.insert(0, str(pathlib.Path(words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+    in_one_piece(runpy.run_path, words[0], run_name="__main__")

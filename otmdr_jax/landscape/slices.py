@@ -6,6 +6,7 @@ where x and y are random directions, eigenvectors of the Hessian, or directions 
 solutions. At every point BatchNorm uses the running statistics of `loss_sum`.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -100,18 +101,24 @@ def random_direction(
         floating = jnp.issubdtype(w.dtype, jnp.floating)
         if not moves or w.ndim < 2 or not w.size or not floating:
             found.append(jnp.zeros_like(w))
-            continue
-        dtype = tree.accumulation_dtype(w)
-        d = jax.random.normal(jax.random.fold_in(key, i), w.shape, dtype)
-        others = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
-
-        def norms(x, axes=others):  # of x over a power of 2, with squares in range
-            _, bits = jnp.frexp(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
-            squares = jnp.ldexp(x, -bits) ** 2
-            return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=axes, keepdims=True)), bits)
-
-        found.append(d * norms(w.astype(dtype)) / norms(d))
+        else:
+            found.append(_of_leaf(w, jax.random.fold_in(key, i), filter_axis))
     return jax.tree.unflatten(treedef, found)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _of_leaf(w, key, filter_axis):
+    """The part of a direction: a program for each shape, which leaves share."""
+    dtype = tree.accumulation_dtype(w)
+    d = jax.random.normal(key, w.shape, dtype)
+    others = tuple(a for a in range(w.ndim) if a != filter_axis % w.ndim)
+
+    def norms(x):  # of x over a power of 2, with squares in range
+        _, bits = jnp.frexp(jnp.max(jnp.abs(x), axis=others, keepdims=True))
+        squares = jnp.ldexp(x, -bits) ** 2
+        return jnp.ldexp(jnp.sqrt(jnp.sum(squares, axis=others, keepdims=True)), bits)
+
+    return d * norms(w.astype(dtype)) / norms(d)
 
 
 def through(first: PyTree, second: PyTree, third: PyTree | None = None) -> Subspace:
