@@ -244,14 +244,18 @@ def _quiet_if_it_fails() -> Iterator[None]:
 
     sys.unraisablehook = quiet
     tasks.addFilter(is_another)
+    failed = False
     try:
         yield
     except Exception:
+        failed = True
         warnings.filterwarnings("ignore", unused, RuntimeWarning)
         raise
-    tasks.removeFilter(is_another)
-    if sys.unraisablehook is quiet:
-        sys.unraisablehook = hook
+    finally:  # an interrupt is no failure
+        if not failed:
+            tasks.removeFilter(is_another)
+            if sys.unraisablehook is quiet:
+                sys.unraisablehook = hook
 
 
 def _reason(error: BaseException) -> str:

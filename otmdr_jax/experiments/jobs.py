@@ -263,16 +263,21 @@ def _work(runs, cores, settings, answer):
             jax.config.update(name, value)
     try:
         for one in runs:
-            answer.send(_train(one, False))
+            _tell(answer, _train(one, False))
     except interrupts.Interrupted as stop:
-        answer.send(("interrupted", stop.signum))
+        _tell(answer, ("interrupted", stop.signum))
     except Exception as error:
         text = traceback.format_exc()
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # of a class that takes other arguments
             error = RuntimeError(f"{type(error).__name__}: {error}")
-        answer.send(("failed", (error, text)))
+        _tell(answer, ("failed", (error, text)))
+
+
+def _tell(answer, said):
+    with contextlib.suppress(ConnectionError):  # the parent was killed: nobody asks
+        answer.send(said)
 
 
 def _follow_parent():

@@ -311,8 +311,9 @@ def test_runs_do_not_outlive_a_killed_parent(tmp_path):
     ]
     assert len(children) >= 2
     process.kill()
-    process.communicate(timeout=300)
+    _, said = process.communicate(timeout=300)  # until the last child has closed it
     until(lambda: not any(alive(pid) for pid in children))
+    assert "Traceback" not in said
     assert len(saved(tmp_path)) == 2
 
 

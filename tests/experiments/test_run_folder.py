@@ -208,6 +208,15 @@ def test_what_fails_after_a_torn_read_prints_no_traceback(run, capfd):
     saved._manager.restore = restore
     saved._read(2, None)
     assert sys.unraisablehook is hook  # a read that ends well leaves nothing behind
+
+    def interrupted(step, args):
+        raise KeyboardInterrupt
+
+    saved._manager.restore = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        saved._read(2, None)
+    assert sys.unraisablehook is hook  # and so does one that is stopped
+    saved._manager.restore = restore
     for file in (run.parent / "many").glob("**/d/*"):
         file.unlink()
     try:
