@@ -417,6 +417,31 @@ class TestData:
             step(jnp.ones(2), jnp.ones((12, 2)))
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_each_device_splits_its_part_on_its_own(sync, key):
+    """Each device has the same four examples, one for each coordinate.
+
+    Its split climbs along two of them, then along the other two. If all devices do so
+    along the same ones, coordinates end at two heights, two at each.
+    """
+    examples = np.eye(4, dtype=np.float32)
+
+    def loss(w, x):
+        return jnp.mean(x @ w) + w @ w / 2
+
+    def heights(grads):
+        _, counts = np.unique(np.round(grads, 5), return_counts=True)
+        return counts.tolist()
+
+    w, keys = jnp.zeros(4), jax.random.split(key, 5)
+    alone = [heights(on_one(loss, w, examples, k)[1]) for k in keys]
+    assert alone == [[2, 2]] * 5
+    data, options = np.tile(examples, (4, 1)), {"sync_perturbation": sync}
+    calls = [on_mesh("data=4", loss, w, data, k, **options) for k in keys]
+    together = [heights(step(*args)[1]) for step, args in calls]
+    assert any(len(found) > 2 for found in together), together
+
+
 @pytest.mark.parametrize("sync", slow_but([True], [True, False]))
 def test_a_mapped_axis_is_as_good_as_devices(sync, key):
     """Whoever tries it on one device writes jit(vmap(..., axis_name))."""
