@@ -167,6 +167,12 @@ class TestRenewal:
         with pytest.raises(ValueError, match=name):
             dst.dynamic(optax.sgd(0.1), jax.random.key(0), **options)
 
+    @pytest.mark.parametrize("name", ["rate", "escape_rate"])
+    @pytest.mark.parametrize("share", [0, 1, 1.0])
+    def test_none_and_all_are_shares(self, name, share):
+        options = {"density": 0.1, "rate": 0.5, "steps": (1,), name: share}
+        dst.dynamic(optax.sgd(0.1), jax.random.key(0), **options)
+
     def test_ties_are_broken_and_counts_stay_exact(self):
         mask = {"w": jnp.arange(100).reshape(10, 10) < 40}
         same = {"w": jnp.where(mask["w"], 1.0, 0.0)}

@@ -102,6 +102,18 @@ def test_signal_to_noise():
     assert_allclose(bnn.signal_to_noise(q)["w"], [[12.0, 2.0]], rtol=1e-5)
 
 
+def test_a_summary_is_that_of_numpy():
+    w = 10 ** np.random.default_rng(0).uniform(-4.5, 3.0, (40, 30))
+    w[0, 0] = 0.0  # no signal: in the first bin
+    found = bnn.summarise(bnn.init({"w": jnp.asarray(w)}, sigma=0.25))
+    decibels = 20 * np.log10(np.maximum(w / 0.25, 1e-30))
+    assert decibels.min() < -60 < 60 < decibels.max()
+    counts, _ = np.histogram(np.clip(decibels, -60, 59.9), 60, (-60, 60))
+    assert found.counts.tolist() == counts.tolist()
+    assert_allclose(found.snr_db["w"], decibels.mean(), rtol=1e-5)
+    assert_allclose(found.sigma["w"], 0.25, rtol=1e-5)
+
+
 # --- divergences ---
 
 
