@@ -593,6 +593,11 @@ class TestDiversity:
         log_probs = np.array([[[0.0, -800.0]], [[0.0, -np.inf]]])
         assert diversity.pairwise_kl(log_probs) == np.inf
 
+    def test_labels_whose_probabilities_underflow(self):
+        log_probs = np.array([[[0.0, -800.0]], [[0.0, -802.0]]])
+        want = np.log(np.cosh(1.0))  # of x - 1 and x + 1, whatever x
+        np.testing.assert_allclose(diversity.nll_ambiguity(log_probs, [1]), want)
+
     def test_what_is_no_distribution_and_labels_that_are_none_are_refused(self, found):
         p, labels = found
         bad = np.log(p)
