@@ -1,5 +1,7 @@
 """Ensembles: members are runs of their own; the joint variant; lifted optimizers."""
 
+from typing import NamedTuple
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,21 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
     jax.tree.map(same, a, b)
+
+
+class Linear(NamedTuple):
+    """A network that counts its batches."""
+
+    dropout: float = 0.0
+
+    def init(self, key, images):
+        weights = jax.random.normal(key, (images[0].size, 10))
+        return {"kernel": weights}, {"batches": jnp.zeros((), jnp.int32)}
+
+    def apply(self, params, state, images, *, train=False):
+        if train:
+            state = {"batches": state["batches"] + 1}
+        return images.reshape(len(images), -1) @ params["kernel"], state
 
 
 def five(batch=16):
@@ -265,9 +282,8 @@ class TestJoint:
         np.testing.assert_allclose(value, want[0], rtol=1e-5)
         np.testing.assert_allclose(np.asarray(grads), want[1], rtol=1e-4, atol=1e-6)
 
-    @pytest.mark.slow
     def test_a_joint_model_is_the_joint_loss(self):
-        network = models.create("cnn_small", 10)
+        network = Linear()
         model = members.JointModel((network,), 2)
         images = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
         labels = jnp.arange(8)
@@ -294,7 +310,14 @@ class TestJoint:
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
         want = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
         assert_close(got.params, want)
-        assert method.predict(got, images).shape == (2, 8, 10)
+        assert got.model_state["batches"].tolist() == [1, 1]
+        each = [network.apply({"kernel": w}, {}, images)[0] for w in want["kernel"]]
+        want = jax.nn.log_softmax(jnp.stack(each))
+        assert_close(method.predict(got, images), want)
+
+    def test_the_dropout_of_a_joint_model_is_the_highest(self):
+        networks = Linear(0.25), Linear(0.5), Linear()
+        assert members.JointModel(networks, 3).dropout == 0.5
 
     @pytest.mark.slow
     def test_stacked_and_tuple_joint_models_agree(self):

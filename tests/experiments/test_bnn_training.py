@@ -20,7 +20,6 @@ from otmdr_jax.experiments import (
     optimizers,
     prediction,
     programs,
-    report,
     training,
 )
 from otmdr_jax.experiments.config import TrainConfig
@@ -457,24 +456,6 @@ class TestCommandLine:
         assert "SGVB" in page and "OT-MDR-BNN (K = 1)" in page
         assert "Epistemic" in page and "signal_to_noise.png" in page
         assert (tmp_path / "report" / "signal_to_noise.png").exists()
-
-    @pytest.mark.slow
-    def test_the_picture_shows_the_distribution(self, runs):
-        found = [report.read_run(runs / method) for method in METHODS]
-        figure = report.signal_to_noise_figure(found)
-        left, right = figure.axes
-        for line, run in zip(
-            [x for x in left.lines if str(x.get_gid()).startswith("share")],
-            found,
-            strict=True,
-        ):
-            counts = np.array(run.result["posterior"]["snr_counts"])
-            assert_allclose(line.get_ydata(), 100 * counts / counts.sum())
-            assert line.get_gid() == f"share:{run.label}"
-        names = [text.get_text() for text in right.get_xticklabels()]
-        assert names == list(found[0].result["posterior"]["snr_db"])
-        with pytest.raises(ValueError, match="at least one run"):
-            report.signal_to_noise_figure([found[0]._replace(result={})])
 
     @pytest.mark.slow
     def test_an_ensemble_of_finished_runs(self, runs, tmp_path, capsys):

@@ -676,6 +676,33 @@ def test_of_a_single_method_each_corruption_has_its_own_colour():
     assert colours["mean:SAM"] == plots.COLOURS[0]
 
 
+def test_signal_to_noise_is_the_mean_of_the_runs_of_a_label(tmp_path):
+    counts = np.zeros((3, summary.NUM_BINS), int)
+    counts[0, 10:12], counts[1, 12], counts[2, 30] = (1, 3), 8, 5
+    layers = {"a": 4.0, "b": 1.0}, {"a": 2.0, "b": 2.0}, {"b": -1.0}
+    runs = [make(label, i) for i, label in enumerate(("BNN", "BNN", "SGVB", "SGD"))]
+    for run, row, decibels in zip(runs, counts, layers, strict=False):
+        posterior = {"snr_counts": row.tolist(), "snr_db": decibels}
+        run.result["posterior"] = posterior
+    left, right = report.signal_to_noise_figure(runs).axes
+    shares, means = (
+        {x.get_gid(): x.get_xydata().T for x in ax.lines} for ax in (left, right)
+    )
+    x, y = shares["share:BNN"]
+    np.testing.assert_allclose(x, np.arange(-59, 60, 2))  # the middle of 2 dB
+    assert y[y > 0].tolist() == [12.5, 37.5, 50.0]
+    assert x[y > 0].tolist() == [-39, -37, -35]
+    x, y = shares["share:SGVB"]
+    assert (x[y > 0], y[y > 0]) == (1, 100)
+    assert means["layers:BNN"].tolist() == [[1, 2], [3.0, 1.5]]
+    assert means["layers:SGVB"].tolist() == [[1], [-1.0]]
+    assert [text.get_text() for text in right.get_xticklabels()] == ["a", "b"]
+    path = report.plot_signal_to_noise(runs, tmp_path / "picture.png")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="at least one run"):
+        report.signal_to_noise_figure(runs[3:])
+
+
 class TestPictures:
     def axes(self, figure, gid):
         (found,) = [ax for ax in figure.axes if ax.get_gid() == gid]

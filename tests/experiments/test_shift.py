@@ -815,6 +815,11 @@ def test_the_figure_shows_each_corruption_and_their_mean():
         report.shift_figure([("A", record_of(names=()))])
 
 
+def test_the_figure_goes_into_a_file(tmp_path):
+    path = report.plot_shift([("A", record_of())], tmp_path / "shift.png")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_the_tables_have_accuracies_by_severity_and_means(capsys):
     record = record_of()
     record["corruptions"][1]["nll"] = None  # a diverged state's, in JSON
