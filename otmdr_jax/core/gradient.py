@@ -22,7 +22,6 @@ from otmdr_jax.core.ascent import resolve_mask
 from otmdr_jax.core.batches import (
     NO_BATCH,
     NoBatch,
-    batch_size,
     check_examples,
     subbatches,
 )
@@ -198,7 +197,7 @@ def build(
     def compute(params, batch=NO_BATCH, *args, key=None, rho=None, **kwargs):
         collectives.check_bound(axes)
         check_examples(batch)
-        own = rows.only_in_batch(loss, batch_size(batch)) if options.cuts else loss
+        own = rows.only_in_batch(loss, batch) if options.cuts else loss
         if options.weights is not None:
             batch = weights.attach(options.weights, batch, axes)
         radii = default_rho if rho is None else suited(check_rho(rho), options)

@@ -69,7 +69,7 @@ def marked(loss: Callable[..., Any], *, joined: bool) -> Callable[..., Any]:
     return of
 
 
-def only_in_batch(loss: Callable[..., Any], size: int) -> Callable[..., Any]:
+def only_in_batch(loss: Callable[..., Any], whole: PyTree) -> Callable[..., Any]:
     """A loss that refuses further arguments with a row for each example.
 
     The batch is cut and they are not. Integers are taken for labels; of floating leaves
@@ -77,34 +77,36 @@ def only_in_batch(loss: Callable[..., Any], size: int) -> Callable[..., Any]:
 
     Args:
       loss: (params, batch, *args, **kwargs) -> (value, aux).
-      size: The number of examples of the batch, before it is cut.
+      whole: The batch, before it is cut.
 
     Raises:
-      ValueError: At the call, such an argument.
+      ValueError: At the call, such an argument. A loss that fails for the whole batch
+        too raises what it raises.
     """
     done: list[bool] = []
 
     def of(params, batch, *args, **kwargs):
         if not done:
-            _check_beside(loss, size, params, batch, args, kwargs)
+            _check_beside(loss, whole, params, args, kwargs)
             done.append(True)
         return loss(params, batch, *args, **kwargs)
 
     return of
 
 
-def _check_beside(loss, size, params, batch, args, kwargs):
+def _check_beside(loss, whole, params, args, kwargs):
+    size = tree.shape(jax.tree.leaves(whole)[0])[0]
     beside = jax.tree.leaves((args, kwargs))
     beside = [x for x in beside if tree.shape(x)[:1] == (size,)]
     labels = [x for x in beside if _is_integer(x)]
     error = None
     if beside and not labels:
-        part = jnp.shape(jax.tree.leaves(batch)[0])[0]
         try:
-            _of_larger(1 + size // part, loss, params, batch, args, kwargs)
+            _of_larger(2, loss, params, whole, args, kwargs)
             return
         except Exception as raised:
             error = raised
+        _of_larger(1, loss, params, whole, args, kwargs)  # does it fail anyway?
     if beside:
         raise ValueError(
             "only the batch, the first argument of loss_fn after params, is cut into "

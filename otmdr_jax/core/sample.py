@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from otmdr_jax.core import collectives, langevin, loops, rows, sampling, tree, weights
-from otmdr_jax.core.batches import NO_BATCH, batch_size, check_examples
+from otmdr_jax.core.batches import NO_BATCH, check_examples
 from otmdr_jax.core.checks import check_rho
 from otmdr_jax.core.gradient import checked, step_of, suited
 from otmdr_jax.core.options import (
@@ -144,7 +144,7 @@ def sample_particles(
     loss = checked(loss_fn, made.has_aux)
     check_examples(batch)
     if made.cuts:
-        loss = rows.only_in_batch(loss, batch_size(batch))
+        loss = rows.only_in_batch(loss, batch)
     axes = collectives.axes_of(made.axis_name)
     if made.weights is not None:
         batch = weights.attach(made.weights, batch, axes)

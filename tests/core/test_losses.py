@@ -693,6 +693,19 @@ def test_labels_beside_the_batch_are_refused_where_it_is_cut(options, key):
 
 
 @pytest.mark.parametrize("options", CUTS)
+def test_a_loss_that_fails_anyway_says_why_itself(options, key):
+    """Statistics of the batch's length are not blamed for what they did not do."""
+    params, data = toy.regression_problem()
+
+    def loss(params, batch, statistics):
+        return toy.regression(params, batch) + jnp.zeros(3) @ params["w"]
+
+    fn = otmdr_jax.value_and_grad(loss, **options)
+    with pytest.raises(TypeError, match="dot_general"):
+        fn(params, data, np.ones(12, np.float32), key=key)
+
+
+@pytest.mark.parametrize("options", CUTS)
 def test_functions_and_words_may_stand_beside_it(options, key):
     """As Flax's `apply_fn` does."""
     params, data = toy.regression_problem()
