@@ -201,8 +201,10 @@ def build(
         if options.weights is not None:
             batch = weights.attach(options.weights, batch, axes)
         radii = default_rho if rho is None else suited(check_rho(rho), options)
-        call = (own, tree.arrays(params), batch, args, kwargs, key, radii)
-        found = of_batch(*call, options, particles)
+        params = tree.arrays(params)
+        call = (own, params, batch, args, kwargs, key, radii)
+        with shards.on_their_mesh(params):  # for zeros that a scan starts from
+            found = of_batch(*call, options, particles)
         if options.weights is not None:
             info, value = found.diagnostics, found.value
             center, aux, value = weights.settled(info.center_loss, found.aux, value)

@@ -319,7 +319,9 @@ def zeros(like: Any) -> jax.Array:
     """Zeros of a type as `jax.eval_shape` gives it: sharded, differing along axes."""
     sharding = like.sharding
     sharded = sharding is not None and any(sharding.spec)
-    found = jnp.zeros(like.shape, like.dtype, device=sharding if sharded else None)
+    found = jnp.zeros(like.shape, like.dtype)
+    if sharded:  # JAX 0.12 drops `device` and `out_sharding` of zeros in compiled code
+        found = jax.sharding.reshard(found, sharding)
     if (kind := like.manual_axis_type) is None or not kind.varying:
         return found
     return jax.lax.pcast(found, tuple(sorted(kind.varying)), to="varying")

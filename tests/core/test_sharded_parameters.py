@@ -5,6 +5,7 @@ what a state holds of the parameters' shape are sharded as the parameters are, a
 device ever holds a parameter whole.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -273,8 +274,13 @@ def of_kernels(compiled):
     return [(what, entries) for what, entries in moved(compiled) if entries in sizes]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "dynamic, random growth"])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ["micro-batches", "particles, scan"],
+        [n for n in METHODS if n != "dynamic, random growth"],
+    ),
+)
 def test_explicit_axes(name):
     assert not of_kernels(check(name, make_mesh("explicit-2d")))
 
@@ -378,13 +384,17 @@ def test_bfloat16_parameters_stay_what_and_where_they_are():
 
 
 @pytest.mark.slow
-def test_outside_of_jit_arrays_stay_sharded_too():
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    "name", ["noise", "micro-batches", "micro-batches, uneven", "sub-batches", "chain"]
+)
+def test_outside_of_jit_arrays_stay_sharded_too(name, inside):
     mesh = make_mesh("explicit-2d")
-    params, batch = setup("noise", mesh), make_batch(mesh, P("data"))
-    with jax.set_mesh(mesh):  # which jax.grad wants
-        found = METHODS["noise"].function(params, batch, key=KEY)
+    params, batch = setup(name, mesh), make_batch(mesh, P("data"))
+    with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
+        found = METHODS[name].function(params, batch, key=KEY)
     assert_sharded_as(params, found.grads)
-    (expected, _), *_ = on_one_device("noise")
+    (expected, _), *_ = on_one_device(name)
     assert_close(found, expected)
 
 
