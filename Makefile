@@ -27,7 +27,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: setup  ## run the tests, but for those that take long (6 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
-test-all: setup  ## run all tests (16 minutes on 2 cores, less with kept programs)
+test-all: setup  ## run all tests (16 to 18 minutes on 2 cores, less with kept programs)
 	$(PYTEST)
 
 test-optimized: setup  ## run all on programs compiled as users' are: takes longer
