@@ -24,7 +24,7 @@ demo: setup  ## train SGD, SAM and OT-MDR on digits (1 minute) and write demo-re
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: setup  ## run the tests, but for those that take long (6 minutes on 2 cores)
+test: setup  ## run the tests, but for those that take long (4 minutes on 2 cores)
 	$(PYTEST) -m 'not slow'
 
 test-all: setup  ## run all tests (16 to 18 minutes on 2 cores, less with kept programs)
